@@ -1,0 +1,154 @@
+"""Interactions, item catalog and query: what goes in; `read_dataset` reads, normalises and checks them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recllm.checks import CheckReport
+from recllm.errors import RecllmError, unknown
+
+FINGERPRINT_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is known of a user when a recommendation is asked for; hashable."""
+
+    history: tuple[str, ...]
+    """Item ids, oldest first."""
+    user_id: str | None = None
+    ratings: tuple[float, ...] | None = None
+    """As long as `history`, or None."""
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """Events of users with items, ordered inside each user."""
+
+    frame: pl.DataFrame
+    """user_id: String, item_id: String, rating: Float32 (nullable), timestamp: Int64 seconds (nullable), seq: Int32.
+    A user's rows stand together and are ordered by seq; users stand in the order of first appearance."""
+
+    def __len__(self) -> int:
+        return self.frame.height
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the sha256 over all columns and their row order."""
+        digest = hashlib.sha256()
+        for name in ("user_id", "item_id"):
+            _hash_texts(digest, name, self.frame[name])
+        for name, kind in (("rating", "<f4"), ("timestamp", "<i8"), ("seq", "<i4")):
+            column = self.frame[name]
+            digest.update(name.encode() + np.packbits(column.is_null().to_numpy()).tobytes())
+            digest.update(column.fill_null(0).to_numpy().astype(kind).tobytes())
+        return digest.hexdigest()[:FINGERPRINT_LENGTH]
+
+    def users(self) -> list[str]:
+        """User ids in the order of first appearance."""
+        return self.frame["user_id"].unique(maintain_order=True).to_list()
+
+    def histories(self) -> dict[str, Query]:
+        """All events of every user as a query; `ratings` is None where one of them is missing."""
+        grouped = self.frame.group_by("user_id", maintain_order=True).agg("item_id", "rating")
+        return {
+            user: Query(tuple(items), user, None if None in ratings else tuple(ratings))
+            for user, items, ratings in grouped.iter_rows()
+        }
+
+    def item_counts(self) -> dict[str, int]:
+        """Number of events per item, in the order of first appearance."""
+        counted = self.frame.group_by("item_id", maintain_order=True).len()
+        return dict(counted.iter_rows())
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """The items and their text."""
+
+    frame: pl.DataFrame
+    """item_id: String, title: String (nullable), further columns all String (nullable)."""
+
+    def __len__(self) -> int:
+        return self.frame.height
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._rows
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Item ids in the catalog's order."""
+        return tuple(self.frame["item_id"].to_list())
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {item: row for row, item in enumerate(self.ids)}
+
+    @property
+    def text_columns(self) -> list[str]:
+        """All columns but the id."""
+        return [name for name in self.frame.columns if name != "item_id"]
+
+    def record(self, item_id: str) -> dict[str, str]:
+        """The fields of one item that are not empty, `item_id` among them.
+
+        Raises:
+            KeyError: the item is not in the catalog.
+        """
+        fields: dict[str, Any] = self.frame.row(self._rows[item_id], named=True)
+        return {name: value for name, value in fields.items() if value}
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the sha256 over columns, rows and their order."""
+        digest = hashlib.sha256()
+        for name in self.frame.columns:
+            _hash_texts(digest, name, self.frame[name])
+        return digest.hexdigest()[:FINGERPRINT_LENGTH]
+
+    def with_items(self, records: Sequence[Mapping[str, str]]) -> "Catalog":
+        """A catalog with `records` appended; white space is squeezed as it is when reading.
+
+        Raises:
+            RecllmError: a record without id, an id that is there already, or a field the catalog has not.
+        """
+        known = set(self.ids)
+        rows = [_checked(record, self.frame.columns, known) for record in records]
+        schema = dict.fromkeys(self.frame.columns, pl.String)
+        return Catalog(pl.concat([self.frame, pl.DataFrame(rows, schema=schema)]))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set as it was read: both tables, where they are from, under which licence, and what checking found."""
+
+    name: str
+    interactions: Interactions
+    catalog: Catalog
+    source: str
+    licence: str
+    report: CheckReport
+
+
+def _hash_texts(digest: "hashlib._Hash", name: str, column: pl.Series) -> None:
+    # Lengths keep ("ab", "c") apart from ("a", "bc"), and a null (−1) apart from an empty text.
+    lengths = column.str.len_bytes().cast(pl.Int64).fill_null(-1)
+    digest.update(f"\x00{name}\x00".encode() + lengths.to_numpy().astype("<i8").tobytes())
+    digest.update("".join(column.drop_nulls().to_list()).encode())
+
+
+def _checked(record: Mapping[str, str], columns: list[str], known: set[str]) -> dict[str, str | None]:
+    for name in record:
+        if name not in columns:
+            raise unknown("item field", name, columns)
+    fields = {name: " ".join(str(value).split()) or None for name, value in record.items() if value is not None}
+    item_id = fields.get("item_id")
+    if item_id is None:
+        raise RecllmError(f"A new item needs 'item_id'; its fields are: {', '.join(record) or 'none'}.")
+    if item_id in known:
+        raise RecllmError(f"Item '{item_id}' is in the catalog already; give a new id, or leave the item out.")
+    known.add(item_id)
+    return fields

@@ -1,0 +1,227 @@
+"""Language models: load a base model by name, turn item text into vectors, and read histories for the next item."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from recllm.adapters import AdapterRecipe, attach
+from recllm.errors import RecllmError
+from recllm.fetch import cache_folder, resolve_model
+from recllm.files import sha256_of
+from recllm.histories import HistoryFormat
+from recllm.prompts import CompiledPrompt
+from recllm.runs import ModelSettings
+from recllm.sequence import NextItemModel
+from recllm.vectors import ItemFeatures, RawVectors
+
+TOKENS_IN_BATCH = 512  # padded tokens read at once while encoding items: length order keeps the padding small
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A pretrained model without its output matrix, and its tokenizer.
+
+    Attributes:
+        model: hidden states come out of it.
+        tokenizer: the fast tokenizer, for compiling prompts.
+        causal: attention looks back only.
+        folder: the local folder it came from.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    causal: bool
+    folder: Path
+
+
+def model_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The local folder of a model given by name, hub id or path; a GGUF file is converted once.
+
+    Raises:
+        RecllmError: unknown name, or a hub id that cannot be reached.
+    """
+    found = resolve_model(name, say)
+    if isinstance(found, str):
+        return _from_hub(found)
+    gguf = sorted(found.glob("*.gguf"))
+    if not gguf or (found / "config.json").is_file():
+        return found
+    converted = found / "converted"
+    if not (converted / "config.json").is_file():
+        say(f"Converting {gguf[0].name} to safetensors, once")
+        _convert_gguf(gguf[0], converted)
+    return converted
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # heavy, and only for hub ids
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    except Exception as error:  # the hub raises many kinds, for a user they are one
+        reason = str(error).splitlines()[0]
+        raise RecllmError(f"The model '{name}' cannot be had from the hub: {reason}. A local folder works too.") from error
+
+
+def _convert_gguf(path: Path, target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The weights are plain floats now; transformers refuses to save while the model still calls itself quantised.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    partial_folder = target.with_name(f".{target.name}.part")
+    model.save_pretrained(partial_folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial_folder)
+    partial_folder.replace(target)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration looks back only."""
+    names = config.architectures or []
+    if names:
+        return any(name.endswith("ForCausalLM") for name in names)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a model folder.
+
+    Raises:
+        RecllmError: the folder has none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise RecllmError(f"{folder} has no tokenizer.json: recllm needs a fast tokenizer to compile prompts exactly.")
+    return Tokenizer.from_file(str(path))
+
+
+def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
+    """Load hidden-state model and tokenizer; frozen, in evaluation mode, float32 unless the recipe quantises it."""
+    config = AutoConfig.from_pretrained(folder)
+    quantization = None if recipe is None or recipe.quantization is None else BitsAndBytesConfig(**recipe.quantization)
+    causal = is_causal(config)
+    # A causal model is loaded whole and its body taken: a checkpoint of one names its weights that way.
+    kind = AutoModelForCausalLM if causal else AutoModel
+    model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+    body = model.get_decoder() if causal else model
+    body.requires_grad_(False).eval()
+    return BaseModel(body, load_tokenizer(folder), causal, folder)
+
+
+@torch.inference_mode()
+def encode_ids(
+    base: BaseModel, token_ids: Sequence[list[int] | None], progress: Callable[[int], None] = lambda _: None
+) -> NDArray[np.float32]:
+    """Mean-pooled last hidden states, float32[texts, hidden]; a NaN row for None.
+
+    Texts are read in length order in batches of about 512 padded tokens; `progress` gets the number of texts done.
+    """
+    width = base.model.config.hidden_size
+    result = np.full((len(token_ids), width), np.nan, dtype=np.float32)
+    order = sorted((row for row, ids in enumerate(token_ids) if ids), key=lambda row: len(token_ids[row] or ()))
+    start = 0
+    while start < len(order):
+        size = max(1, TOKENS_IN_BATCH // len(token_ids[order[start]] or (0,)))
+        rows = order[start : start + size]
+        result[rows] = _pooled(base, [token_ids[row] or [] for row in rows])
+        start += size
+        progress(len(rows))
+    return result
+
+
+def _pooled(base: BaseModel, batch: list[list[int]]) -> NDArray[np.float32]:
+    device = base.model.device
+    ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
+    lengths = torch.tensor([len(row) for row in batch], device=device)
+    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+    hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    return mean_pool(hidden, mask).cpu().numpy()  # type: ignore[no-any-return]
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of float[batch, length, width] over the positions where int[batch, length] is 1."""
+    weights = mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def item_vectors(
+    base: BaseModel, prompt: CompiledPrompt, ids: Sequence[str], token_ids: Sequence[list[int] | None],
+    progress: Callable[[int], None] = lambda _: None,
+) -> RawVectors:
+    """Vectors of items by their text, kept in the cache by the content of model, prompt and text."""
+    digest = hashlib.sha256(repr((list(ids), list(token_ids))).encode())
+    for weights in sorted(base.folder.glob("*.safetensors")):
+        digest.update(sha256_of(weights).encode())
+    path = cache_folder() / "vectors" / f"{digest.hexdigest()[:24]}.safetensors"
+    if not path.is_file():
+        RawVectors(tuple(ids), encode_ids(base, token_ids, progress)).save(path)
+    return RawVectors.load(path)
+
+
+class LanguageBody(nn.Module):
+    """A causal language model as the body of a next-item model: input vectors in, hidden states out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states float32[batch, length, width]; right padding needs no mask, for attention only looks back."""
+        return self.model(inputs_embeds=tokens, use_cache=False).last_hidden_state.float()  # type: ignore[no-any-return]
+
+
+def next_item_model(
+    base: BaseModel,
+    recipe: AdapterRecipe | None,
+    features: ItemFeatures,
+    warm: NDArray[np.bool_],
+    history: HistoryFormat,
+    settings: ModelSettings,
+) -> NextItemModel:
+    """Put projections and heads around a causal base model; `recipe` None leaves it frozen without an adapter.
+
+    Raises:
+        RecllmError: the base model is an encoder, whose hidden states see the items that they should predict.
+    """
+    if not base.causal:
+        raise RecllmError(
+            f"'{settings.name}' is an encoder; next_item needs a causal model. Use it as model.item_encoder instead."
+        )
+    embedding = base.model.get_input_embeddings()
+    scale = float(embedding.weight.float().pow(2).mean().sqrt())
+    lead_ids = torch.tensor(history.vocabulary, dtype=torch.long)
+    body = base.model if recipe is None else attach(base.model, recipe)
+    return NextItemModel(
+        LanguageBody(body),
+        features,
+        width=base.model.config.hidden_size,
+        head_width=settings.head_width,
+        warm=warm,
+        token_scale=scale,
+        lead=partial(_embed, embedding, lead_ids),
+        factor_dropout=settings.factor_dropout,
+    )
+
+
+def _embed(embedding: nn.Module, ids: Tensor) -> Tensor:
+    # Through the module, not its weight: some families scale their embeddings on the way out.
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    return embedding(ids.to(weight.device)).detach()  # type: ignore[no-any-return]

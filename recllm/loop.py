@@ -1,0 +1,276 @@
+"""The one training loop: Hugging Face's Trainer over windows in a fixed order; LoRA or light is only what trains."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from recllm.errors import RecllmError, unknown
+from recllm.files import written
+from recllm.histories import HistoryFormat, padded
+from recllm.metrics import hit_rate, ndcg
+from recllm.sequence import IGNORED
+
+WEIGHTS = "model.safetensors"
+METRIC = "eval_ndcg@10"
+
+
+class Examples(Dataset[Any]):
+    """Training examples in the order in which they are seen, all epochs one after the other."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Any:  # noqa: ANN401  whatever the collator reads
+        return self.rows[place]
+
+
+@dataclass(frozen=True)
+class NextItemCollator:
+    """Windows of item rows to padded ids, ends and labels; without any randomness, so that resuming is exact."""
+
+    history: HistoryFormat
+    last_only: bool = False
+    """Only the last item is a label (validation)."""
+
+    def __call__(self, windows: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
+        """Item rows, oldest first, the last one only a label, to int64 tensors as `NextItemModel.forward` takes them."""
+        paths = [self.history.ids(window[:-1]) for window in windows]
+        labels = [window[1:].tolist() for window in windows]
+        if self.last_only:
+            labels = [[IGNORED] * (len(row) - 1) + row[-1:] for row in labels]
+        columns = {
+            "ids": padded([ids for ids, _ in paths]),
+            "ends": padded([ends for _, ends in paths]),
+            "labels": padded(labels, IGNORED),
+        }
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+class OrderedTrainer(Trainer):
+    """Trainer that keeps the examples' order, saves only what trains, and knows two learning rates."""
+
+    adapter_learning_rate: float | None = None
+    """For parameters of the body; None takes the one rate for all."""
+    valid_collator: Callable[[Any], dict[str, Tensor]]
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Validation examples have a collator of their own."""
+        training, self.data_collator = self.data_collator, self.valid_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[no-any-return]
+        finally:
+            self.data_collator = training
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Four groups: the body's adapter and the rest, with and without weight decay."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("body."), name in decayed), []).append(parameter)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        rate = self.args.learning_rate if self.adapter_learning_rate is None else self.adapter_learning_rate
+        self.optimizer = kind(
+            [
+                {
+                    "params": parameters,
+                    "lr": rate if in_body else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (in_body, decays), parameters in sorted(groups.items())
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_trained(self.accelerator.unwrap_model(self.model), folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        load_trained(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
+
+
+class MetricsFile(TrainerCallback):
+    """Append what Trainer logs to a JSON-lines file, and stop on a loss that is no number."""
+
+    def __init__(self, path: Path, scorer: str) -> None:
+        self.path, self.scorer = path, scorer
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        """Write one line per log, on the first process only."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"scorer": self.scorer, "step": state.global_step} | logs) + "\n")
+        for key in ("loss", "eval_loss"):
+            if key in logs and not math.isfinite(float(logs[key])):
+                raise RecllmError(
+                    f"The {key} of '{self.scorer}' is {logs[key]} at step {state.global_step}. "
+                    "Lower the learning rate (--set train.learning_rate=…) and go on with --resume."
+                )
+
+
+def check_trainer_keys(keys: dict[str, Any]) -> None:
+    """Refuse keys of `[train]` that are not Trainer's, before any model loads.
+
+    Raises:
+        RecllmError: an unknown key, with the nearest right one.
+    """
+    known = {name for name in TrainingArguments.__dataclass_fields__ if name != "output_dir"}
+    for key in keys:
+        if key not in known:
+            raise unknown("key in [train]", key, known)
+
+
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 in hardware; without it bf16 on a CPU is slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def precision_keys(precision: str) -> dict[str, bool]:
+    """Trainer's keys for a precision; `auto` is bf16 where it is fast."""
+    if precision == "auto":
+        precision = "bf16" if fast_bf16() else "fp32"
+    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in `folder`, or None."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-any-return]
+
+
+def fit(
+    model: nn.Module,
+    train: Examples,
+    valid: Examples,
+    *,
+    collator: Callable[[Any], dict[str, Tensor]],
+    valid_collator: Callable[[Any], dict[str, Tensor]],
+    arguments: dict[str, Any],
+    folder: Path,
+    scorer: str,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+    metric: str = METRIC,
+    adapter_learning_rate: float | None = None,
+    patience: int | None = None,
+    resume: bool = False,
+) -> None:
+    """Train what requires gradients, validate, and leave `model` with the best weights by `metric`.
+
+    Args:
+        model: returns a dict with `loss`, as Trainer expects; its trainable parameters are updated in place.
+        train: examples in the order in which they are seen.
+        valid: examples of the validation.
+        collator: makes a batch of training examples.
+        valid_collator: makes a batch of validation examples.
+        arguments: Trainer's own keys.
+        folder: takes `checkpoints/` and `metrics.jsonl`.
+        scorer: names the lines in the metrics file.
+        compute_metrics: turns Trainer's predictions into validation metrics.
+        metric: the checkpoint with the highest value is kept.
+        adapter_learning_rate: peak rate of the body's parameters.
+        patience: stop after so many validations without a better one.
+        resume: go on from the last checkpoint, if there is one.
+    """
+    checkpoints = folder / "checkpoints" / scorer
+    options: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": 1,  # the examples of all epochs are one sequence
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "per_device_eval_batch_size": 32,
+        "disable_tqdm": not sys.stderr.isatty(),
+    } | arguments
+    options.setdefault("save_steps", options.get("eval_steps", 500))
+    trainer = OrderedTrainer(
+        model=model,
+        args=TrainingArguments(**options),
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=valid,
+        compute_metrics=compute_metrics,
+        callbacks=[MetricsFile(folder / "metrics.jsonl", scorer)]
+        + ([EarlyStoppingCallback(patience)] if patience else []),
+    )
+    trainer.adapter_learning_rate, trainer.valid_collator = adapter_learning_rate, valid_collator
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
+
+
+def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """NDCG@10 and HitRate@10 from the ranks that a next-item model returns while validating."""
+    ranks = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
+    return {"ndcg@10": float(ndcg(ranks, 10).mean()), "hit_rate@10": float(hit_rate(ranks, 10).mean())}
+
+
+def save_trained(model: nn.Module, path: Path) -> None:
+    """Write the parameters that train as safetensors, whole or not at all."""
+    kept = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if value.requires_grad}
+    with written(path) as temporary:
+        save_file(kept, temporary, metadata={"format": "pt"})
+
+
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Read what `save_trained` wrote into the same parameters.
+
+    Raises:
+        RecllmError: the file has other parameters than the model trains.
+    """
+    weights = load_file(path)
+    expected = {name for name, value in model.named_parameters() if value.requires_grad}
+    if set(weights) != expected:
+        odd = sorted(set(weights) ^ expected)[0]
+        raise RecllmError(f"{path} does not fit this run: '{odd}' is in one of them only. Was the run file changed?")
+    model.load_state_dict(weights, strict=False)
+

@@ -1,0 +1,244 @@
+"""Matrix factorization: implicit ALS, explicit ALS with biases; a new history is folded in in closed form."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import Field
+
+from recllm.data import Interactions, Query
+from recllm.errors import RecllmError, require
+from recllm.priors import read_arrays, take_rows, write_arrays
+from recllm.ranking import ItemIndex, Scores, batches
+from recllm.recipes import Settings
+
+
+class FactorSettings(Settings):
+    """Settings of `ImplicitMF`, named as in implicit's AlternatingLeastSquares."""
+
+    factors: int = Field(64, ge=1)
+    """Length of a factor vector."""
+    regularization: float = Field(10.0, gt=0)
+    """λ of the ridge term."""
+    alpha: float = Field(10.0, gt=0)
+    """Confidence of one event; an item without an event has confidence 1."""
+    iterations: int = Field(15, ge=1)
+    """Alternations between users and items."""
+
+
+class ExplicitSettings(Settings):
+    """Settings of `ExplicitMF`."""
+
+    factors: int = Field(32, ge=1)
+    """Length of a factor vector."""
+    regularization: float = Field(5.0, gt=0)
+    """λ of the ridge term on factors."""
+    bias_regularization: float = Field(5.0, gt=0)
+    """λ of the ridge term on b_user and b_item."""
+    iterations: int = Field(10, ge=1)
+    """Alternations between users and items."""
+
+
+def _codes(frame: pl.DataFrame, key: str) -> tuple[list[str], NDArray[np.int64]]:
+    """Ids in order of first appearance, and each event's place among them, int64[events]."""
+    ids = frame[key].unique(maintain_order=True).to_list()
+    places = {name: place for place, name in enumerate(ids)}
+    return ids, np.fromiter((places[name] for name in frame[key]), dtype=np.int64, count=len(frame))
+
+
+def user_items_matrix(interactions: Interactions) -> tuple[ItemIndex, Any]:
+    """The items, and scipy's csr matrix float32[users, items] of event counts.
+
+    Raises:
+        RecllmError: no interactions, or scipy is not installed.
+    """
+    if not len(interactions):
+        raise RecllmError("Matrix factorization needs interactions, and the training part is empty. Check the split.")
+    sparse = require("scipy.sparse", "train", "Fitting matrix factorization")
+    users, rows = _codes(interactions.frame, "user_id")
+    items, columns = _codes(interactions.frame, "item_id")
+    ones = np.ones(len(rows), dtype=np.float32)
+    return ItemIndex(items), sparse.csr_matrix((ones, (rows, columns)), shape=(len(users), len(items)))
+
+
+def _dot(users: NDArray[np.float32], items: NDArray[np.float32]) -> Scores:
+    """users · itemsᵀ, NaN for a row of either that is NaN."""
+    scores: Scores = np.nan_to_num(users) @ np.nan_to_num(items).T
+    return np.where(np.isnan(users[:, :1]) | np.isnan(items[:, 0]), np.float32(np.nan), scores)
+
+
+class ImplicitMF:
+    """Weighted matrix factorization for events without ratings (Hu, Koren, Volinsky 2008).
+
+    implicit's ALS fits the item factors; the factors of a user are always folded in from the query's history, so a new
+    user and a known one are one case. NaN for an item without train events and for a history without a known item,
+    where implicit itself answers with numbers that mean nothing.
+    """
+
+    def __init__(self, items: ItemIndex, item_factors: NDArray[np.float32], settings: FactorSettings) -> None:
+        """Keep `item_factors`, float32[items, factors]."""
+        self.items, self.item_factors, self.settings = items, item_factors, settings
+        factors = item_factors.astype(np.float64)
+        # YᵀY + λI, the part of the normal equations that all users share: (factors, factors)
+        self.gram = factors.T @ factors + settings.regularization * np.eye(factors.shape[1])
+
+    @classmethod
+    def fit(
+        cls, interactions: Interactions, settings: FactorSettings | None = None, *, seed: int = 0, threads: int = 0
+    ) -> Self:
+        """Fit item factors on event counts, on CUDA where implicit has it; `threads` 0 takes every core.
+
+        The factors depend on the seed and not on `threads`: every row is solved by one thread.
+
+        Raises:
+            RecllmError: no interactions, or implicit is not installed.
+        """
+        settings = settings or FactorSettings()
+        items, user_items = user_items_matrix(interactions)
+        als = require("implicit.als", "train", "Fitting matrix factorization")
+        cuda = bool(require("implicit.gpu", "train", "Fitting matrix factorization").HAS_CUDA)
+        limits = require("threadpoolctl", "train", "Fitting matrix factorization").threadpool_limits
+        with limits(1, "blas"):  # implicit threads over rows itself, and warns when BLAS does so too
+            model = als.AlternatingLeastSquares(
+                **settings.model_dump(), random_state=seed, use_gpu=cuda, **({} if cuda else {"num_threads": threads})
+            )
+            model.fit(user_items, show_progress=False)
+        model = model.to_cpu() if cuda else model
+        return cls(items, np.asarray(model.item_factors, dtype=np.float32), settings)
+
+    def user_factors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Fold histories in: float32[queries, factors], NaN for a history without a known item.
+
+        x = (YᵀY + λI + Σ (cᵢ − 1) yᵢyᵢᵀ)⁻¹ Σ cᵢyᵢ with cᵢ = alpha · (events with item i), equation 4 of Hu et al. 2008
+        in implicit's convention (its `recalculate_user`).
+        """
+        width = self.item_factors.shape[1]
+        result = np.full((len(queries), width), np.nan, dtype=np.float32)
+        for place, part in batches(queries):
+            known = [np.unique(self.items.known(query.history), return_counts=True) for query in part]
+            left = np.tile(self.gram, (len(part), 1, 1))  # (batch, factors, factors)
+            right = np.zeros((len(part), width, 1))
+            for row, (rows, counts) in enumerate(known):
+                own, confidence = self.item_factors[rows].astype(np.float64), self.settings.alpha * counts
+                left[row] += (own.T * (confidence - 1.0)) @ own
+                right[row, :, 0] = confidence @ own
+            solved = np.linalg.solve(left, right)[:, :, 0]
+            empty = np.array([not len(rows) for rows, _ in known])
+            result[place] = np.where(empty[:, None], np.nan, solved)
+        return result
+
+    def candidate_factors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+        """Item factors in the order of `candidates`, float32[candidates, factors]; NaN without train events."""
+        return take_rows(self.item_factors, self.items, candidates)
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """x · Yᵀ: float32[queries, candidates]."""
+        return _dot(self.user_factors(queries), self.candidate_factors(candidates))
+
+    def save(self, folder: Path) -> None:
+        """Write `mf.safetensors` (item_factors) and `mf.json` (ids, settings)."""
+        facts = {"ids": self.items.ids, "settings": self.settings.model_dump()}
+        write_arrays(folder, "mf", {"item_factors": self.item_factors}, facts)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, facts = read_arrays(folder, "mf")
+        return cls(ItemIndex(facts["ids"]), arrays["item_factors"], FactorSettings(**facts["settings"]))
+
+
+def _ridge(
+    design: NDArray[np.float64], target: NDArray[np.float64], penalty: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(DᵀD + diag(penalty))⁻¹ Dᵀt: float64[columns]."""
+    return np.linalg.solve(design.T @ design + np.diag(penalty), design.T @ target)
+
+
+def _groups(codes: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]:
+    """The events of each code 0 … count − 1, int64[events of it]."""
+    order = np.argsort(codes, kind="stable")
+    yield from np.split(order, np.searchsorted(codes[order], np.arange(1, count)))
+
+
+class ExplicitMF:
+    """Matrix factorization for ratings: rating ≈ μ + b_user + b_item + p·q (Koren, Bell, Volinsky 2009), fitted by ALS.
+
+    Factors and bias of a user are folded in from the query's ratings. NaN without ratings of a known item, and for an
+    item without train ratings.
+    """
+
+    def __init__(
+        self, items: ItemIndex, item_factors: NDArray[np.float32], mean: float, settings: ExplicitSettings
+    ) -> None:
+        """Keep `item_factors`, float32[items, factors + 1], the last column is b_item; and μ."""
+        self.items, self.item_factors, self.mean, self.settings = items, item_factors, mean, settings
+
+    @classmethod
+    def fit(cls, interactions: Interactions, settings: ExplicitSettings | None = None, *, seed: int = 0) -> Self:
+        """Alternate ridge regressions for users and items, in numpy.
+
+        Raises:
+            RecllmError: no event has a rating.
+        """
+        settings = settings or ExplicitSettings()
+        frame = interactions.frame.filter(pl.col("rating").is_not_null())
+        if frame.is_empty():
+            raise RecllmError("Explicit matrix factorization needs ratings, and the interactions have none.")
+        (user_ids, users), (item_ids, items) = _codes(frame, "user_id"), _codes(frame, "item_id")
+        ratings = frame["rating"].to_numpy().astype(np.float64)
+        mean = float(ratings.mean())
+        by_user, by_item = list(_groups(users, len(user_ids))), list(_groups(items, len(item_ids)))
+        right = np.random.default_rng(seed).normal(0.0, 0.1, (len(item_ids), settings.factors + 1))
+        right[:, -1] = 0.0
+        left = np.zeros((len(user_ids), settings.factors + 1))
+        penalty = _penalty(settings)
+        for _ in range(settings.iterations):
+            for row, events in enumerate(by_user):
+                left[row] = _side(right[items[events]], ratings[events] - mean, penalty)
+            for row, events in enumerate(by_item):
+                right[row] = _side(left[users[events]], ratings[events] - mean, penalty)
+        return cls(ItemIndex(item_ids), right.astype(np.float32), mean, settings)
+
+    def user_factors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Fold ratings in: float32[queries, factors + 1], the last column is b_user; NaN without a known rated item."""
+        width = self.item_factors.shape[1]
+        result = np.full((len(queries), width), np.nan, dtype=np.float32)
+        penalty = _penalty(self.settings)
+        for row, query in enumerate(queries):
+            rows = self.items.rows(query.history)
+            known = rows >= 0
+            if query.ratings is not None and known.any():
+                target = np.array(query.ratings, dtype=np.float64)[known] - self.mean
+                result[row] = _side(self.item_factors[rows[known]].astype(np.float64), target, penalty)
+        return result
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """μ + b_user + b_item + p·q: float32[queries, candidates]."""
+        users, items = self.user_factors(queries), take_rows(self.item_factors, self.items, candidates)
+        scores: Scores = _dot(users[:, :-1], items[:, :-1]) + users[:, -1:] + items[:, -1] + np.float32(self.mean)
+        return scores
+
+    def save(self, folder: Path) -> None:
+        """Write `explicit_mf.safetensors` (item_factors) and `explicit_mf.json` (ids, mean, settings)."""
+        facts = {"ids": self.items.ids, "mean": self.mean, "settings": self.settings.model_dump()}
+        write_arrays(folder, "explicit_mf", {"item_factors": self.item_factors}, facts)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, facts = read_arrays(folder, "explicit_mf")
+        settings = ExplicitSettings(**facts["settings"])
+        return cls(ItemIndex(facts["ids"]), arrays["item_factors"], facts["mean"], settings)
+
+
+def _penalty(settings: ExplicitSettings) -> NDArray[np.float64]:
+    return np.array([settings.regularization] * settings.factors + [settings.bias_regularization])
+
+
+def _side(other: NDArray[np.float64], target: NDArray[np.float64], penalty: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One row's factors and bias, given the other side's (last column: its biases): float64[factors + 1]."""
+    design = np.concatenate([other[:, :-1], np.ones((len(other), 1))], axis=1)
+    return _ridge(design, target - other[:, -1], penalty)

@@ -1,0 +1,231 @@
+"""Priors: scorers without training (popularity, shrunk means, text similarity), the floor every model has to beat."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from recllm.data import Interactions, Query
+from recllm.errors import RecllmError
+from recllm.files import read_json, write_json, written
+from recllm.ranking import ItemIndex, Scores
+
+DAY = 86_400.0
+
+
+def write_arrays(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, object]) -> None:
+    """Write `<name>.safetensors` (numbers) and `<name>.json` (ids and settings); each appears whole or not at all."""
+    with written(folder / f"{name}.safetensors") as temporary:
+        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary)
+    write_json(folder / f"{name}.json", facts)
+
+
+def read_arrays(folder: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read what `write_arrays` wrote.
+
+    Raises:
+        RecllmError: a file is missing or damaged.
+    """
+    facts = read_facts(folder / f"{name}.json")
+    try:
+        return load_file(folder / f"{name}.safetensors"), facts
+    except (OSError, SafetensorError) as error:
+        raise RecllmError(f"{folder / name}.safetensors cannot be read: {error}. Fit the scorer again.") from None
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read a JSON object that belongs to a fitted scorer.
+
+    Raises:
+        RecllmError: the file is missing or not JSON.
+    """
+    try:
+        facts: dict[str, Any] = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RecllmError(f"{path} cannot be read: {error}. Fit the scorer again.") from None
+    return facts
+
+
+def take_rows(values: NDArray[np.float32], items: ItemIndex, candidates: ItemIndex) -> NDArray[np.float32]:
+    """The rows of `values` (one per item of `items`) in the order of `candidates`; NaN for an unknown item."""
+    rows = items.rows(candidates.ids)
+    if not len(items):
+        return np.full((len(candidates), *values.shape[1:]), np.nan, dtype=np.float32)
+    taken = values[rows]  # −1 takes the last row, which the next line blanks
+    taken[rows < 0] = np.nan
+    return taken
+
+
+class Popularity:
+    """log1p of an item's train events. Zero events are knowledge: 0.0; an id never seen anywhere is NaN."""
+
+    def __init__(self, items: ItemIndex, log_counts: NDArray[np.float32]) -> None:
+        """Keep `log_counts`, float32[items]."""
+        self.items, self.log_counts = items, log_counts
+
+    @classmethod
+    def fit(
+        cls, interactions: Interactions, catalog_ids: Sequence[str] = (), *, half_life_days: float | None = None
+    ) -> Self:
+        """Count events per item; with a half-life, an event counts ½ for every `half_life_days` before the last one.
+
+        Raises:
+            RecllmError: a half-life is asked for and events have no timestamp.
+        """
+        frame = interactions.frame.select("item_id", weight=pl.lit(1.0))
+        if half_life_days is not None:
+            times = interactions.frame["timestamp"]
+            if times.null_count():
+                raise RecllmError(
+                    f"half_life_days={half_life_days} needs a timestamp on every event, and {times.null_count()} of "
+                    f"{len(times)} have none. Leave half_life_days out, or give the timestamp column."
+                )
+            age = (times.max() - times).cast(pl.Float64) / (DAY * half_life_days)  # type: ignore[operator]
+            frame = frame.with_columns(weight=pl.Series(np.exp2(-age.to_numpy())))
+        counts = dict(frame.group_by("item_id", maintain_order=True).agg(pl.col("weight").sum()).iter_rows())
+        items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))
+        return cls(items, np.log1p(np.array([counts.get(item, 0.0) for item in items.ids], dtype=np.float32)))
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """The same log-popularity for every query: float32[queries, candidates]."""
+        return np.tile(take_rows(self.log_counts, self.items, candidates), (len(queries), 1))
+
+    def save(self, folder: Path) -> None:
+        """Write `popularity.safetensors` and `popularity.json`."""
+        write_arrays(folder, "popularity", {"log_counts": self.log_counts}, {"ids": self.items.ids})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, facts = read_arrays(folder, "popularity")
+        return cls(ItemIndex(facts["ids"]), arrays["log_counts"])
+
+
+def _shrunk_means(
+    interactions: Interactions, key: str, shrinkage: float
+) -> tuple[list[str], NDArray[np.float32], float]:
+    """Ids, their means pulled towards the global mean as by `shrinkage` further ratings of that value, and that mean."""
+    frame = interactions.frame.filter(pl.col("rating").is_not_null())
+    if frame.is_empty():
+        raise RecllmError(f"A mean rating per {key.removesuffix('_id')} needs ratings, and the interactions have none.")
+    middle = float(frame["rating"].cast(pl.Float64).mean())  # type: ignore[arg-type]
+    rating = pl.col("rating").cast(pl.Float64)
+    groups = frame.group_by(key, maintain_order=True).agg(total=rating.sum(), n=pl.len())
+    means = (groups["total"] + shrinkage * middle) / (groups["n"] + shrinkage)
+    return groups[key].to_list(), means.to_numpy().astype(np.float32), middle
+
+
+class ItemMean:
+    """An item's shrunk mean rating, (sum + k·μ) / (n + k); NaN for an item without train ratings."""
+
+    def __init__(self, items: ItemIndex, means: NDArray[np.float32]) -> None:
+        """Keep `means`, float32[items]."""
+        self.items, self.means = items, means
+
+    @classmethod
+    def fit(cls, interactions: Interactions, *, shrinkage: float = 5.0) -> Self:
+        """Average the train ratings.
+
+        Raises:
+            RecllmError: no event has a rating.
+        """
+        ids, means, _ = _shrunk_means(interactions, "item_id", shrinkage)
+        return cls(ItemIndex(ids), means)
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """The same mean for every query: float32[queries, candidates]."""
+        return np.tile(take_rows(self.means, self.items, candidates), (len(queries), 1))
+
+    def save(self, folder: Path) -> None:
+        """Write `item_mean.safetensors` and `item_mean.json`."""
+        write_arrays(folder, "item_mean", {"means": self.means}, {"ids": self.items.ids})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, facts = read_arrays(folder, "item_mean")
+        return cls(ItemIndex(facts["ids"]), arrays["means"])
+
+
+class UserMean:
+    """A user's shrunk mean rating, constant over the candidates: it orders users, not items (for AUC over all rows).
+
+    From the query's own ratings when it has some, else from the user's train ratings, else NaN.
+    """
+
+    def __init__(self, users: dict[str, float], middle: float, shrinkage: float) -> None:
+        """Keep the train users' means, the global mean and the shrinkage."""
+        self.users, self.middle, self.shrinkage = users, middle, shrinkage
+
+    @classmethod
+    def fit(cls, interactions: Interactions, *, shrinkage: float = 5.0) -> Self:
+        """Average the train ratings.
+
+        Raises:
+            RecllmError: no event has a rating.
+        """
+        ids, means, middle = _shrunk_means(interactions, "user_id", shrinkage)
+        return cls(dict(zip(ids, map(float, means), strict=True)), middle, shrinkage)
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """The user's mean for every candidate: float32[queries, candidates]."""
+        means = np.array([self._mean(query) for query in queries], dtype=np.float32)
+        return np.tile(means[:, None], (1, len(candidates)))
+
+    def _mean(self, query: Query) -> float:
+        if query.ratings:
+            return (sum(query.ratings) + self.shrinkage * self.middle) / (len(query.ratings) + self.shrinkage)
+        return self.users.get(query.user_id, float("nan")) if query.user_id is not None else float("nan")
+
+    def save(self, folder: Path) -> None:
+        """Write `user_mean.safetensors` and `user_mean.json`."""
+        means = np.array(list(self.users.values()), dtype=np.float32)
+        facts = {"ids": list(self.users), "middle": self.middle, "shrinkage": self.shrinkage}
+        write_arrays(folder, "user_mean", {"means": means}, facts)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, facts = read_arrays(folder, "user_mean")
+        users = dict(zip(facts["ids"], map(float, arrays["means"]), strict=True))
+        return cls(users, facts["middle"], facts["shrinkage"])
+
+
+class TextSimilarity:
+    """Cosine between the mean vector of the history and the candidate's; NaN for no history or no vector."""
+
+    def __init__(self, items: ItemIndex, vectors: NDArray[np.float32]) -> None:
+        """Keep item `vectors`, float32[items, width], scaled to length 1; a row of zeros or NaN counts as no vector."""
+        if vectors.shape[0] != len(items):
+            raise ValueError(f"{len(items)} items, but vectors for {vectors.shape[0]}")
+        length = np.linalg.norm(vectors, axis=1, keepdims=True)
+        self.items = items
+        self.vectors = np.where(length > 0, vectors / np.where(length > 0, length, 1.0), np.nan).astype(np.float32)
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Cosines: float32[queries, candidates]."""
+        users = np.stack([self._mean(query) for query in queries])
+        vectors = take_rows(self.vectors, self.items, candidates)
+        scores: Scores = np.nan_to_num(users) @ np.nan_to_num(vectors).T
+        return np.where(np.isnan(users[:, :1]) | np.isnan(vectors[:, 0]), np.float32(np.nan), scores)
+
+    def _mean(self, query: Query) -> NDArray[np.float32]:
+        own = self.vectors[self.items.known(query.history)]
+        mean = own[~np.isnan(own[:, 0])].sum(axis=0)  # the sum: a cosine does not see the scale
+        length = np.linalg.norm(mean)
+        return np.asarray(mean / length if length > 0 else np.full_like(mean, np.nan), dtype=np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write `text_similarity.safetensors` and `text_similarity.json`."""
+        write_arrays(folder, "text_similarity", {"vectors": self.vectors}, {"ids": self.items.ids})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, facts = read_arrays(folder, "text_similarity")
+        return cls(ItemIndex(facts["ids"]), arrays["vectors"])

@@ -1,0 +1,353 @@
+"""Prompts: what the language model reads, compiled once from a TOML file into token pieces."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import PositiveInt
+from tokenizers import Tokenizer
+
+from recllm.data import Catalog, Query
+from recllm.errors import RecllmError, unknown
+from recllm.recipes import Settings, find_recipe, parse, read_toml
+from recllm.templates import REST, Slot, literals, render_item, split_item, split_text
+
+Task = Literal["relevance", "next_item", "item"]
+SLOTS: dict[str, tuple[str, ...]] = {
+    "relevance": ("history", "candidate"),
+    "next_item": ("history",),
+    "item": ("candidate",),
+}
+"""The slots of `text` by task, in the order they must stand."""
+
+
+class Prompt(Settings):
+    """One prompt as its TOML file states it."""
+
+    task: Task
+    text: str
+    """The template; its slots are those of the task in `SLOTS`. Control tokens in it stay control tokens."""
+    item: str
+    """How one item is written: slots are catalogue columns and {text}; [segments] are optional."""
+    candidate: str | None = None
+    """How the candidate is written, if not as `item`."""
+    separator: str = "; "
+    """Stands between two items of a history; in a next-item prompt it closes every item."""
+    empty_history: str = "unknown"
+    """Takes the history's place where there is none."""
+    liked: str = ""
+    """Written behind a history item rated at or above `like_at`."""
+    disliked: str = ""
+    """Written behind a history item rated below `like_at`."""
+    answers: tuple[str, str] | None = None
+    """The positive answer, then the negative one (relevance prompts only)."""
+    max_history: PositiveInt = 30
+    """The last so many items of a history are written."""
+    max_item_tokens: PositiveInt = 32
+    """An item's text is cut after so many tokens."""
+    max_candidate_tokens: PositiveInt | None = None
+    """The same for the candidate; by default `max_item_tokens`."""
+
+    def check(self, place: str = "prompt") -> None:
+        """Check slots, brackets and answers; `place` begins the message.
+
+        Raises:
+            RecllmError: an unknown, missing or misplaced slot, an unbalanced brace or bracket, missing answers.
+        """
+        try:
+            _check_slots(self)
+            for template in (self.item, self.candidate or self.item):
+                if not any(isinstance(part, Slot) for segment in split_item(template) for part in segment.parts):
+                    raise RecllmError(f"the item format '{template}' has no slot. Write at least '{{title}}'.")
+            if (self.answers is None) == (self.task == "relevance"):
+                raise RecllmError(
+                    'a relevance prompt needs \'answers\' (positive first, such as [" Yes", " No"]), others take none.'
+                )
+        except RecllmError as error:
+            raise RecllmError(f"{place}: {error}") from None
+
+    def check_against(self, catalog: Catalog) -> None:
+        """Check that every slot outside brackets is a column of `catalog`.
+
+        Raises:
+            RecllmError: a slot that is no column; the message has the columns that exist.
+        """
+        columns = [*catalog.text_columns, REST, "item_id"]
+        for template in (self.item, self.candidate or self.item):
+            for segment in split_item(template):
+                for part in segment.parts:
+                    if isinstance(part, Slot) and part.name not in columns and not segment.optional:
+                        hint = f"Put it in brackets to drop it where it is missing: '[{{{part.name}}}]'."
+                        raise unknown(f"column in the prompt's item format '{template}':", part.name, columns, hint)
+
+
+class Piece(NamedTuple):
+    """One piece of a rendered prompt."""
+
+    name: str
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the model reads, decoded from the very token ids."""
+
+    text: str
+    tokens: list[int]
+    pieces: list[Piece]
+
+
+def load_prompt(name_or_path: str | Path, task: Task | None = None) -> Prompt:
+    """Load a shipped prompt by name, or a file by its path, and check it.
+
+    Raises:
+        RecllmError: no such prompt, a wrong key or slot, or a prompt for another task than `task`.
+    """
+    path = find_recipe("prompts", str(name_or_path))
+    prompt = parse(Prompt, read_toml(path), str(path))
+    prompt.check(str(path))
+    if task is not None and prompt.task != task:
+        raise RecllmError(f"{path} is a prompt for the task '{prompt.task}'; one for '{task}' is needed here.")
+    return prompt
+
+
+class CompiledPrompt:
+    """A prompt in token ids, for one tokenizer; `compile_prompt` makes it. Training and serving both use it.
+
+    Prefix and suffix, template and content are tokenised apart and joined, so every boundary is exact.
+    """
+
+    prompt: Prompt
+    start: list[int]
+    """What stands before the history (before the item, in an item prompt), with the beginning-of-text token."""
+    end: list[int]
+    """What the tokenizer itself puts at the end of a text ([SEP] of an encoder); often nothing."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None) -> None:
+        """Compile; `like_at` is the rating from which an item counts as liked (None: ratings are not written)."""
+        prompt.check()
+        self.prompt = prompt
+        self.like_at = like_at
+        self._whole, self._content, self._controls = _copies(tokenizer)
+        self._item, self._candidate = split_item(prompt.item), split_item(prompt.candidate or prompt.item)
+        self._compile_text()
+
+    def _compile_text(self) -> None:
+        prompt = self.prompt
+        around = literals(split_text(prompt.text))
+        head, head_lead = _lead(around[0])
+        middle, self._candidate_lead = _lead(around[1]) if prompt.task == "relevance" else ("", "")
+        separator, lead = _lead(prompt.separator)
+        self._item_lead = head_lead if prompt.task == "item" else lead
+        if prompt.task != "item" and head_lead != lead:
+            raise RecllmError(
+                f"The text before {{history}} and the separator {prompt.separator!r} must both end in a space, "
+                "or neither, so that an item has the same tokens at every place."
+            )
+        begin, self.end = _wrapping(self._whole)
+        opening = self._encode_template(head)
+        # A template that writes the beginning-of-text token itself does not get it twice.
+        self.start = opening if opening[: len(begin)] == begin else begin + opening
+        self._middle, self._tail = self._encode_template(middle), self._encode_template(around[-1])
+        self._separator = self._encode_template(separator)
+        self._empty = self._encode_template(head_lead + prompt.empty_history)
+        self._marks = self._encode_template(prompt.disliked), self._encode_template(prompt.liked)
+        wraps = {
+            "relevance": ([], []),
+            "next_item": ([], self._separator),
+            "item": (self.start, self._tail + self.end),
+        }
+        self._before, self._after = wraps[prompt.task]
+
+    def item_text(self, record: Mapping[str, str]) -> str | None:
+        """The item as it is written (in an item prompt: the whole text); None when there is nothing to write."""
+        text = render_item(self._item, record)
+        if text is None or self.prompt.task != "item":
+            return text
+        return "".join(text if isinstance(part, Slot) else part for part in split_text(self.prompt.text)).strip()
+
+    def item_ids(self, record: Mapping[str, str]) -> list[int] | None:
+        """Token ids of one item as it stands in a history, or None when there is nothing to write.
+
+        In a next-item prompt they end with the separator: the hidden state at the last one predicts the next item.
+        In an item prompt they are the whole text, with what the tokenizer puts around a text.
+        """
+        return self._item_ids([record])[0]
+
+    def encode_items(self, catalog: Catalog) -> list[list[int] | None]:
+        """`item_ids` of every item, in the catalogue's order."""
+        return self._item_ids(catalog.record(item_id) for item_id in catalog.ids)
+
+    def suffix(self, record: Mapping[str, str]) -> list[int] | None:
+        """The candidate and the rest of the template up to the answer; None when there is nothing to write."""
+        return self._suffix_ids([record])[0]
+
+    def encode_suffixes(self, catalog: Catalog) -> list[list[int] | None]:
+        """`suffix` of every item, in the catalogue's order."""
+        return self._suffix_ids(catalog.record(item_id) for item_id in catalog.ids)
+
+    def prefix(self, query: Query, catalog: Catalog) -> list[int]:
+        """Everything up to the candidate, with the last `max_history` items that `catalog` can write."""
+        records = [catalog.record(item_id) if item_id in catalog else {} for item_id in query.history]
+        return self.prefix_ids(self._item_ids(records), query.ratings)
+
+    def prefix_ids(self, items: Sequence[list[int] | None], ratings: Sequence[float] | None = None) -> list[int]:
+        """`prefix` from the `item_ids` of the history, oldest first; None items are left out."""
+        assert self.prompt.task == "relevance"
+        return self.start + self._history(items, ratings) + self._middle
+
+    @property
+    def empty_prefix(self) -> list[int]:
+        """The prefix of a user without history: the content-free prompt of calibration."""
+        return self.prefix_ids([])
+
+    @cached_property
+    def answer_ids(self) -> tuple[int, int]:
+        """First token of the positive and of the negative answer.
+
+        Raises:
+            RecllmError: they are the same token, or an answer has none.
+        """
+        assert self.prompt.answers is not None
+        positive, negative = (self._encode_template(answer)[:1] for answer in self.prompt.answers)
+        if not positive or not negative or positive == negative:
+            raise RecllmError(
+                f"The answers {list(self.prompt.answers)} begin with the same token for this tokenizer "
+                f"({self._name()}), or one has none. Choose words that differ at their beginning."
+            )
+        return positive[0], negative[0]
+
+    def preview(self, query: Query, catalog: Catalog, candidate: str | None = None) -> Preview:
+        """What the model reads for `query` and the item `candidate` (by default the last of the history)."""
+        known = [item_id for item_id in query.history if item_id in catalog]
+        candidate = candidate if candidate is not None else (known or list(catalog.ids))[-1]
+        if candidate not in catalog:
+            raise unknown("item", candidate, catalog.ids)
+        records = [catalog.record(item_id) if item_id in catalog else {} for item_id in query.history]
+        items = self._item_ids(records)
+        if self.prompt.task == "item":
+            named = [("item", self.item_ids(catalog.record(candidate)) or [])]
+        elif self.prompt.task == "next_item":
+            kept = [ids for ids in items if ids is not None][-self.prompt.max_history :]
+            named = [("start", self.start), *((f"item {place}", ids) for place, ids in enumerate(kept, start=1))]
+        else:
+            history = self._history(items, query.ratings)
+            suffix = self.suffix(catalog.record(candidate)) or self._tail
+            split = len(suffix) - len(self._tail)
+            named = [("start", self.start), ("history", history), ("middle", self._middle)]
+            named += [("candidate", suffix[:split]), ("rest", suffix[split:])]
+        tokens = [token for _, ids in named for token in ids]
+        return Preview(self._decode(tokens), tokens, [Piece(name, self._decode(ids), len(ids)) for name, ids in named])
+
+    def _history(self, items: Sequence[list[int] | None], ratings: Sequence[float] | None) -> list[int]:
+        known = [(ids, self._mark(ratings, place)) for place, ids in enumerate(items) if ids is not None]
+        joined: list[int] = []
+        for ids, mark in known[-self.prompt.max_history :]:
+            joined += (self._separator if joined else []) + ids + mark
+        return joined or self._empty
+
+    def _mark(self, ratings: Sequence[float] | None, place: int) -> list[int]:
+        if ratings is None or self.like_at is None:
+            return []
+        return self._marks[ratings[place] >= self.like_at]
+
+    def _item_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
+        texts = [render_item(self._item, record) for record in records]
+        encoded = self._encode_content(texts, self._item_lead, self.prompt.max_item_tokens)
+        return [None if ids is None else self._before + ids + self._after for ids in encoded]
+
+    def _suffix_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
+        assert self.prompt.task == "relevance"
+        texts = [render_item(self._candidate, record) for record in records]
+        cut = self.prompt.max_candidate_tokens or self.prompt.max_item_tokens
+        encoded = self._encode_content(texts, self._candidate_lead, cut)
+        return [None if ids is None else ids + self._tail for ids in encoded]
+
+    def _encode_content(self, texts: Sequence[str | None], lead: str, cut: int) -> list[list[int] | None]:
+        written = [lead + text for text in texts if text is not None]
+        encoded = iter(self._content.encode_batch(written, add_special_tokens=False))
+        return [None if text is None else self._uncontrolled(next(encoded).ids)[:cut] for text in texts]
+
+    def _uncontrolled(self, ids: Sequence[int]) -> list[int]:
+        """Drop what a Unigram model still finds: its vocabulary may hold `</s>` as a piece like any other."""
+        return [token for token in ids if token not in self._controls]
+
+    def _encode_template(self, text: str) -> list[int]:
+        return list(self._whole.encode(text, add_special_tokens=False).ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._whole.decode(ids, skip_special_tokens=False))
+
+    def _name(self) -> str:
+        return f"{type(self._whole.model).__name__} with {self._whole.get_vocab_size()} tokens"
+
+
+def compile_prompt(prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None) -> CompiledPrompt:
+    """Compile `prompt` for `tokenizer`, which is left as it is.
+
+    Args:
+        prompt: the prompt.
+        tokenizer: the model's tokenizer.
+        like_at: rating from which a history item gets the mark `liked`, below it `disliked`; None writes no marks.
+
+    Raises:
+        RecllmError: the prompt is not well formed, or (relevance) its answers begin with the same token.
+    """
+    compiled = CompiledPrompt(prompt, tokenizer, like_at)
+    if prompt.task == "relevance":
+        _ = compiled.answer_ids
+    return compiled
+
+
+def _check_slots(prompt: Prompt) -> None:
+    parts = split_text(prompt.text)
+    names = tuple(part.name for part in parts if isinstance(part, Slot))
+    wanted = SLOTS[prompt.task]
+    for name in names:
+        if name not in wanted:
+            raise unknown(f"slot in the text of a {prompt.task} prompt:", name, wanted)
+    if names != wanted:
+        order = " and then ".join(f"{{{name}}}" for name in wanted)
+        raise RecllmError(f"the text of a {prompt.task} prompt must have {order}, once.")
+    if prompt.task == "next_item" and not isinstance(parts[-1], Slot):
+        raise RecllmError("the text of a next_item prompt must end with {history}.")
+
+
+def _lead(text: str) -> tuple[str, str]:
+    """Move a last space from `text` to what comes after it: byte-level vocabularies hold words with their space."""
+    return (text[:-1], " ") if text.endswith(" ") else (text, "")
+
+
+def _copies(tokenizer: Tokenizer) -> tuple[Tokenizer, Tokenizer, frozenset[int]]:
+    """Two copies of the tokenizer, for the template and (without control tokens) for content, and the control ids."""
+    spec = json.loads(tokenizer.to_str())
+    spec.update(truncation=None, padding=None, normalizer=_without_prepend(spec["normalizer"]))
+    # Taken out of the copy, not switched off by `encode_special_tokens`: that property spares the added tokens
+    # that are not marked special (Qwen's <tool_call>) and is lost when a tokenizer is pickled to a worker.
+    plain = {**spec, "added_tokens": [], "post_processor": None}
+    # The token for unknown letters is an added token too, but content rightly has it.
+    unknown_ids = {spec["model"].get("unk_id"), tokenizer.token_to_id(spec["model"].get("unk_token") or "")}
+    controls = frozenset(token["id"] for token in spec["added_tokens"]) - unknown_ids
+    return Tokenizer.from_str(json.dumps(spec)), Tokenizer.from_str(json.dumps(plain)), controls
+
+
+def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Without Llama 2's step that puts a space before every text, so also before every piece of one."""
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return None
+    if normalizer["type"] == "Sequence":
+        steps = [_without_prepend(step) for step in normalizer["normalizers"]]
+        return {**normalizer, "normalizers": [step for step in steps if step is not None]}
+    return normalizer
+
+
+def _wrapping(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text by itself: ([CLS], [SEP]) of BERT, often nothing."""
+    bare = tokenizer.encode("x", add_special_tokens=False).ids
+    full = tokenizer.encode("x", add_special_tokens=True).ids
+    before = next(place for place in range(len(full)) if full[place : place + len(bare)] == bare)
+    return full[:before], full[before + len(bare) :]

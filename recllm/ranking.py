@@ -1,0 +1,109 @@
+"""The seam: everything that scores turns queries and candidates into float32[queries, candidates], NaN for unknown."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.data import Query
+
+Scores = NDArray[np.float32]
+"""float32[queries, candidates]; NaN where the scorer knows nothing of the user or the item."""
+
+QUERY_BATCH = 256
+
+
+class ItemIndex:
+    """The candidates in a fixed order, with their rows by id."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        """Keep `ids` in the order given; a repeated id is refused."""
+        self.ids: tuple[str, ...] = tuple(ids)
+        self._row = {item: row for row, item in enumerate(self.ids)}
+        if len(self._row) != len(self.ids):
+            raise ValueError("an item id occurs twice among the candidates")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, item_id: str) -> bool:
+        return item_id in self._row
+
+    def rows(self, ids: Iterable[str]) -> NDArray[np.int64]:
+        """Rows of `ids`, int64[ids]; −1 for an id that is not here."""
+        return np.fromiter((self._row.get(item, -1) for item in ids), dtype=np.int64)
+
+    def known(self, ids: Iterable[str]) -> NDArray[np.int64]:
+        """Rows of those `ids` that are here, in their order."""
+        rows = self.rows(ids)
+        return rows[rows >= 0]
+
+
+class Scorer(Protocol):
+    """Anything that scores candidates for queries."""
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Score every candidate for every query: float32[queries, candidates], NaN for unknown."""
+        ...
+
+
+def batches(queries: Sequence[Query], size: int = QUERY_BATCH) -> Iterator[tuple[slice, Sequence[Query]]]:
+    """Cut `queries` into runs of at most `size`, each with its place."""
+    for start in range(0, len(queries), size):
+        place = slice(start, min(start + size, len(queries)))
+        yield place, queries[place]
+
+
+def mask_seen(scores: Scores, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+    """A copy of `scores` in which the items of each query's history are NaN, so that they are not ranked."""
+    masked = scores.copy()
+    for row, query in enumerate(queries):
+        masked[row, candidates.known(query.history)] = np.nan
+    return masked
+
+
+def top_k(scores: Scores, k: int) -> tuple[NDArray[np.int64], Scores]:
+    """The `k` best columns of every row, best first: int64[rows, k] and float32[rows, k].
+
+    Ties go to the earlier candidate, so that equal scores give one order everywhere. A candidate without
+    a score (NaN) is not ranked: its place holds −1 and NaN.
+    """
+    filled = np.where(np.isnan(scores), -np.inf, scores)
+    k = min(k, scores.shape[1])
+    order = np.argsort(-filled, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(filled, order, axis=1).astype(np.float32)
+    missing = np.isneginf(best)
+    return np.where(missing, -1, order), np.where(missing, np.float32(np.nan), best)
+
+
+def target_ranks(scores: Scores, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Rank of each row's target column, float64[rows], 1 is best.
+
+    A tie counts half (the expected rank under random ties), so a scorer gains nothing by constant scores.
+    A target without a score takes the last rank, behind every candidate of the row.
+    """
+    own = np.take_along_axis(scores, targets[:, None], axis=1)  # (rows, 1)
+    greater = (scores > own).sum(axis=1)
+    tied = (scores == own).sum(axis=1) - 1
+    ranks = 1.0 + greater + tied / 2.0
+    return np.where(np.isnan(own[:, 0]), float(scores.shape[1]), ranks)
+
+
+def score_pairs(scorer: Scorer, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
+    """Score one item per query, float32[queries]; rows of one query are scored together."""
+    groups: dict[Query, list[int]] = {}
+    for row, query in enumerate(queries):
+        groups.setdefault(query, []).append(row)
+    result = np.full(len(queries), np.nan, dtype=np.float32)
+    for query, rows in groups.items():
+        index = ItemIndex(dict.fromkeys(items[row] for row in rows))
+        result[rows] = scorer.score([query], index)[0, index.rows(items[row] for row in rows)]
+    return result
+
+
+def dot_scores(queries: NDArray[np.float32], items: NDArray[np.float32]) -> Scores:
+    """queries · itemsᵀ of float32[queries, width] and float32[items, width]; NaN where either row is NaN."""
+    scores: Scores = np.nan_to_num(queries) @ np.nan_to_num(items).T
+    unknown = np.isnan(queries[:, :1]) | np.isnan(items[:, 0])
+    return np.where(unknown, np.float32(np.nan), scores)

@@ -1,0 +1,252 @@
+"""The run file: data, prompt, adapter, model, training and fusion in one TOML file, and the folder it fills."""
+
+import platform
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, JsonValue
+
+from recllm.errors import RecllmError
+from recllm.files import write_json, written
+from recllm.fusion import FusionSettings
+from recllm.mf import FactorSettings
+from recllm.recipes import Settings, parse, read_toml
+
+PACKAGES = ("recllm", "torch", "transformers", "peft", "accelerate", "onnxruntime-gpu", "onnxruntime", "implicit", "numpy")
+
+
+class DataSettings(Settings):
+    """`[data]`: where interactions and items come from, and how they are split."""
+
+    name: str
+    """A fetchable name, a folder, or the name of a folder under RECLLM_DATA."""
+    interactions: str | None = None
+    """A file of its own for the interactions."""
+    items: str | None = None
+    """A file of its own for the items."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name = the file's column, for the interactions."""
+    item_columns: dict[str, str] = Field(default_factory=dict)
+    """Our name = the file's column, for the items."""
+    split: Literal["leave-last-out", "temporal", "cold-items"] = "leave-last-out"
+    """How validation and test events are chosen."""
+    min_events: int = Field(default=4, ge=3)
+    """Users with fewer events are only trained on (leave-last-out)."""
+    like_at: float = 4.0
+    """A rating of at least this is a like."""
+    cold_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of items held out of all training (cold-items)."""
+
+
+class PromptSettings(Settings):
+    """`[prompt]`: a shipped name or a path to a TOML file, one per task."""
+
+    relevance: str = "relevance"
+    """Read when the model answers whether a user will like a candidate."""
+    next_item: str = "next_item"
+    """Read when the model predicts the next item."""
+    item: str = "item"
+    """Read when an item becomes a vector."""
+
+
+class AdapterSettings(Settings):
+    """`[adapter]`: the recipe, and PEFT's own keys over it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    recipe: str = "lora"
+    """A name in adapters/ or a path; `none` trains only the projections beside the frozen model."""
+
+    def overrides(self) -> dict[str, Any]:
+        """The keys given beside `recipe`, PEFT's own."""
+        return dict(self.model_extra or {})
+
+
+class ModelSettings(Settings):
+    """`[model]`: the language model and what it does."""
+
+    name: str = "smollm2-135m-instruct"
+    """A fetchable name, a hub id or a local folder; `none` trains no language model."""
+    item_encoder: str | None = None
+    """What turns item text into vectors; the model itself when not given."""
+    task: Literal["next_item", "relevance"] = "next_item"
+    """What is trained."""
+    history: Literal["items", "text"] = "items"
+    """One token per item, or the item's words."""
+    max_history: int = Field(default=50, ge=1)
+    """How many of the last items are read."""
+    history_stride: int = Field(default=10, ge=1)
+    """A longer history starts at a multiple of this, so that its beginning can be shared."""
+    head_width: int = Field(default=256, ge=1)
+    """Width of the space in which histories and items are compared."""
+    factor_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of items that lose their factors in a step, so that cold items work."""
+
+
+class LightSettings(Settings):
+    """`[light]`: the light sequence scorer over the same item vectors."""
+
+    width: int = Field(default=256, ge=8)
+    """Hidden width."""
+    layers: int = Field(default=2, ge=1)
+    """Transformer layers."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Dropout in every layer."""
+    max_history: int = Field(default=50, ge=1)
+    """How many of the last items are read."""
+    factor_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of items that lose their factors in a step, so that cold items work."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's."""
+    per_device_train_batch_size: int = Field(default=32, ge=1)
+    """Windows in a step."""
+    num_train_epochs: int = Field(default=10, ge=0)
+    """Passes over all events; 0 trains no light scorer."""
+
+
+class TrainSettings(Settings):
+    """`[train]`: the language model's training; every other key is one of Trainer's own (TrainingArguments)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Peak learning rate of the adapter."""
+    head_learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of the projections and the bias."""
+    num_train_epochs: int = Field(default=1, ge=1)
+    """Passes over the training windows; each pass cuts them anew."""
+    max_steps: int = -1
+    """Stop after this many steps, whatever the epochs say."""
+    per_device_train_batch_size: int = Field(default=16, ge=1)
+    """Histories in a step on one device."""
+    recent_windows: bool = False
+    """Train on the last window of every user only."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto` takes bf16 where the machine multiplies it fast, else fp32."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many validations without a better one."""
+
+    def trainer_keys(self) -> dict[str, Any]:
+        """The keys that are Trainer's own."""
+        return dict(self.model_extra or {})
+
+
+class ExportSettings(Settings):
+    """`[export]`: what is shipped."""
+
+    recipes: tuple[str, ...] = ("fp32", "int8")
+    """Names in export/ or paths."""
+    gate_queries: int = Field(default=64, ge=1)
+    """How many validation histories the graphs are compared on."""
+
+
+class Run(Settings):
+    """One run file."""
+
+    name: str
+    """Names the folder under `output`."""
+    output: str = "runs"
+    """Where run folders lie."""
+    seed: int = 0
+    """The one seed; everything random is drawn from it."""
+    data: DataSettings
+    prompt: PromptSettings = PromptSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    model: ModelSettings = ModelSettings()
+    light: LightSettings = LightSettings()
+    train: TrainSettings = TrainSettings()
+    cf: FactorSettings = FactorSettings()
+    fusion: FusionSettings = FusionSettings()
+    export: ExportSettings = ExportSettings()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output) / self.name
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run file, with `key.path=value` overrides over it; a run's folder works in its file's place.
+
+    Raises:
+        RecllmError: no file, not TOML, an unknown key or a value of the wrong kind.
+    """
+    if path.is_dir():
+        path = path / "run.toml"
+    if not path.is_file():
+        raise RecllmError(f"There is no run file '{path}'. `recllm quickstart` writes one to start from.")
+    values = read_toml(path)
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        set_key(values, override)
+    return parse(Run, values, str(path))
+
+
+def set_key(values: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in nested tables; the value is read as TOML, else as a string.
+
+    Raises:
+        RecllmError: no equals sign, or a path through something that is no table.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecllmError(f"--set {override}: expected key.path=value, as in --set train.learning_rate=2e-4.")
+    *tables, key = path.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise RecllmError(f"--set {override}: '{table}' is a value, not a table.")
+    try:
+        values[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[key] = text
+
+
+def write_run(run: Run, path: Path) -> None:
+    """Write the resolved run as TOML, every default spelt out."""
+    lines: list[str] = []
+    _write_table(run.model_dump(mode="json", exclude_none=True), "", lines)
+    with written(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_table(values: dict[str, Any], prefix: str, lines: list[str]) -> None:
+    for key, value in values.items():
+        if not isinstance(value, dict):
+            lines.append(f"{key} = {_toml(value)}")
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            lines.extend(["", f"[{prefix}{key}]"])
+            _write_table(value, f"{prefix}{key}.", lines)
+
+
+def _toml(value: JsonValue) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)
+
+
+def write_environment(run: Run, fingerprints: dict[str, str], *, device: str) -> None:
+    """Write versions, seed, device and data fingerprints beside the weights."""
+    versions = {package: found for package in PACKAGES if (found := _version(package))}
+    facts = {"seed": run.seed, "data": fingerprints, "versions": versions, "device": device}
+    write_json(run.folder / "environment.json", facts | {"python": platform.python_version(), "machine": platform.platform()})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,215 @@
+"""Next-item models over item vectors: the shared loss and item projections, and the light causal transformer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recllm.vectors import ItemFeatures
+
+IGNORED = -100
+
+
+class ItemProjection(nn.Module):
+    """Project an item's text vector and factors into one vector; a missing part adds nothing of its own.
+
+    Args:
+        text_width: width of the text vectors.
+        factor_width: width of the factors; 0 for none.
+        width: width of the result.
+        scale: root mean square of the result when it is normalised; None leaves it as the sum.
+    """
+
+    def __init__(self, text_width: int, factor_width: int, width: int, scale: float | None) -> None:
+        super().__init__()
+        self.text = nn.Linear(text_width, width)
+        self.factors = nn.Linear(max(factor_width, 1), width, bias=False)
+        self.cold = nn.Parameter(torch.zeros(width))  # what stands in for the factors of an item without events
+        self.gain = None if scale is None else nn.Parameter(torch.full((width,), scale))
+
+    def forward(self, text: Tensor, factors: Tensor) -> Tensor:
+        """Project float32[items, text] and float32[items, factors], NaN rows for missing, to float32[items, width]."""
+        has_text = ~torch.isnan(text[:, :1])
+        has_factors = ~torch.isnan(factors[:, :1])
+        result = self.text(torch.where(has_text, text, 0.0))
+        result = result + torch.where(has_factors, self.factors(torch.where(has_factors, factors, 0.0)), self.cold)
+        return result if self.gain is None else functional.rms_norm(result, (result.shape[-1],), self.gain, 1e-6)
+
+
+class LightBody(nn.Module):
+    """A small pre-norm causal transformer over item tokens (SASRec, Kang & McAuley 2018, with full softmax)."""
+
+    def __init__(self, width: int, layers: int, heads: int, positions: int, dropout: float) -> None:
+        super().__init__()
+        self.position = nn.Embedding(positions, width)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.blocks = nn.ModuleList(LightBlock(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states float32[batch, length, width] of item tokens of the same shape; right padding is harmless."""
+        hidden = self.dropout(tokens + self.position(torch.arange(tokens.shape[1], device=tokens.device)))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.norm(hidden)  # type: ignore[no-any-return]
+
+
+class LightBlock(nn.Module):
+    """Causal self-attention and a feed-forward layer, each behind a layer norm with a residual around it."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.rate = heads, dropout
+        self.norm_in, self.norm_mid = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """One layer on float32[batch, length, width]."""
+        batch, length, width = hidden.shape
+        qkv = self.qkv(self.norm_in(hidden)).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, width / heads)
+        rate = self.rate if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
+        hidden = hidden + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
+        return hidden + self.dropout(self.down(functional.gelu(self.up(self.norm_mid(hidden)))))
+
+
+class NextItemModel(nn.Module):
+    """Predict the next item at the end of every item of a history, over the whole catalogue at once.
+
+    A history is a row of ids into a *table* of input vectors: first the `lead` (vectors of the words before the
+    history, or the whole vocabulary when histories are text), then one token per item. Items without a training event
+    are left out of the softmax, so that they are not learnt as negatives.
+
+    Args:
+        body: maps float32[batch, length, width] to hidden states of the same shape, causally.
+        features: the item vectors; their number of rows is the number of classes.
+        width: hidden width of the body.
+        head_width: width of the space in which histories and items are compared.
+        warm: bool[items], the items that have training events.
+        token_scale: root mean square of an item token (that of the body's own embeddings).
+        lead: gives float32[rows, width], the table's rows before the items.
+        factor_dropout: share of items that lose their factors in a training step, so that text learns to stand alone.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        features: ItemFeatures,
+        *,
+        width: int,
+        head_width: int,
+        warm: NDArray[np.bool_],
+        token_scale: float,
+        lead: Callable[[], Tensor] | None = None,
+        factor_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, token_scale)
+        self.heads = ItemProjection(features.text.shape[1], features.factors.shape[1], head_width, None)
+        self.query = nn.Linear(width, head_width)
+        self.bias = nn.Parameter(torch.zeros(len(features.index)))
+        self.lead, self.factor_dropout = lead, factor_dropout
+        # Not persistent: the vectors are saved once for all models of a run, not in every checkpoint.
+        self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)
+        self.register_buffer("item_factors", torch.from_numpy(features.factors), persistent=False)
+        self.register_buffer("warm", torch.from_numpy(warm), persistent=False)
+
+    def table(self, factors: Tensor | None = None) -> Tensor:
+        """The input vectors that ids point into: the lead's rows, then one token per item."""
+        items = self.tokens(self.text_vectors, self.item_factors if factors is None else factors)
+        return items if self.lead is None else torch.cat([self.lead().to(items.dtype), items])
+
+    def encode(self, ids: Tensor, ends: Tensor, table: Tensor) -> Tensor:
+        """Query vectors float32[batch, ends, head] at positions `ends` int64[batch, ends] of ids int64[batch, length]."""
+        hidden = self.body(functional.embedding(ids, table))
+        at = torch.gather(hidden, 1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.query(at) * self.query.out_features**-0.5  # type: ignore[no-any-return]
+
+    def forward(
+        self, ids: Tensor, ends: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: object
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of the next items.
+
+        Args:
+            ids: int64[batch, length], rows of the table.
+            ends: int64[batch, ends], where each item ends.
+            labels: int64[batch, ends], the row of the item after it, −100 where there is none to learn.
+            num_items_in_batch: the number of labels over all devices and accumulation steps, Trainer's own.
+
+        Returns:
+            `loss`, a scalar; when not training also `ranks`, float32[batch], of the last label of each row.
+        """
+        factors = self._dropped_factors()
+        queries = self.encode(ids, ends, self.table(factors))
+        chosen = labels != IGNORED
+        heads = self.heads(self.text_vectors, factors)
+        logits = (queries[chosen] @ heads.T.to(queries.dtype)).float() + self.bias
+        logits = torch.where(self.warm, logits, -torch.inf)  # type: ignore[arg-type]
+        total = functional.cross_entropy(logits, labels[chosen], reduction="sum")
+        output = {"loss": total / (chosen.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)}
+        if not self.training:
+            output["ranks"] = _last_ranks(logits.detach(), labels, chosen)
+        return output
+
+    def _dropped_factors(self) -> Tensor:
+        factors: Tensor = self.item_factors  # type: ignore[assignment]
+        if not self.training or self.factor_dropout == 0.0:
+            return factors
+        kept = torch.rand(len(factors), 1, device=factors.device) >= self.factor_dropout
+        return torch.where(kept, factors, torch.nan)
+
+
+def _last_ranks(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+    """Rank of each row's last label among the warm items, float32[batch]."""
+    own = logits.gather(1, labels[chosen][:, None])
+    ranks = torch.full(labels.shape, torch.nan, device=logits.device)
+    ranks[chosen] = 1.0 + (logits > own).sum(1).float()
+    last = chosen.float().cumsum(1).argmax(1)  # the first position where the count of labels is complete
+    return ranks.gather(1, last[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Training examples as a pure function of (seed, epoch, example), so that a resumed run sees the same ones.
+
+    Every epoch cuts each user's events into windows of at most `length` inputs with its own offset, the last window
+    always whole, and visits them in its own order. `recent` keeps only the last window of each user.
+    """
+
+    sequences: list[NDArray[np.int64]]
+    length: int
+    epochs: int
+    seed: int
+    recent: bool = False
+
+    def epoch(self, number: int) -> Iterator[NDArray[np.int64]]:
+        """The windows of one epoch in order: item rows, inputs and targets overlapping by one."""
+        random = np.random.default_rng([self.seed, number])
+        cuts = [(user, *cut) for user, events in enumerate(self.sequences) for cut in self._cuts(len(events), random)]
+        for place in random.permutation(len(cuts)):
+            user, start, stop = cuts[place]
+            yield self.sequences[user][start:stop]
+
+    def _cuts(self, events: int, random: np.random.Generator) -> Iterator[tuple[int, int]]:
+        stop, size = events, self.length
+        while stop > 1:
+            start = max(0, stop - 1 - size)
+            yield start, stop
+            if self.recent:
+                return
+            # Only the window after the last one has a drawn length: it moves all earlier cuts from epoch to epoch.
+            size = int(random.integers(1, self.length + 1)) if stop == events else self.length
+            stop = start + 1
+
+    def all(self) -> list[NDArray[np.int64]]:
+        """The windows of all epochs, one after the other."""
+        return [window for number in range(self.epochs) for window in self.epoch(number)]

@@ -1,0 +1,264 @@
+"""Readers: CSV, TSV, JSONL, Parquet, RecBole's atomic files and MovieLens' own formats, as tables with line numbers."""
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from recllm.errors import RecllmError, unknown
+
+LINE = "_line"
+BUDGET = 8 << 30
+"""Most bytes that a file may take in memory."""
+
+SUFFIXES = ("parquet", "csv", "tsv", "jsonl", "ndjson", "inter", "item", "user", "dat", "data")
+RATINGS = ["user_id", "item_id", "rating", "timestamp"]
+MOVIES = ["item_id", "title", "genres"]
+# ml-100k's u.genre; in u.item each is a column of 0 and 1.
+GENRES_100K = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
+    "Mystery Romance Sci-Fi Thriller War Western"
+).split()
+TEXT_BYTES = 32  # a text in memory: 16 for the view, about as much behind it
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file that can be read: its columns (without `LINE`), and what RecBole's header says of their types."""
+
+    path: Path
+    columns: list[str]
+    frame: pl.LazyFrame
+    """All columns and `LINE`: the line in the file, from 1, the header counted; in Parquet the row."""
+    types: dict[str, str] = field(default_factory=dict)
+
+    def read(self, columns: Iterable[str]) -> pl.DataFrame:
+        """`columns` and `LINE`, in file order.
+
+        Raises:
+            RecllmError: a row that cannot be read, or no row at all.
+        """
+        try:
+            read = self.frame.select(LINE, *columns).collect()
+        except pl.exceptions.PolarsError as error:
+            raise _broken(self.path, error) from None
+        if read.is_empty():
+            raise RecllmError(f"{self.path} has a header ({', '.join(self.columns)}) and no rows.")
+        return read
+
+
+def open_table(path: Path, budget: int = BUDGET) -> Table:
+    """Open a table by the kind of its name; rows are read later.
+
+    Raises:
+        RecllmError: no such file, an empty one, a kind that is not known, or one too large for `budget` bytes.
+    """
+    if not path.is_file():
+        raise RecllmError(f"There is no file '{path}'.")
+    size = path.stat().st_size
+    if size == 0:
+        raise RecllmError(f"{path} is empty; a header and rows are expected.")
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in SUFFIXES and path.name != "u.item":
+        raise unknown("kind of file", path.name, [f"*.{suffix}" for suffix in SUFFIXES])
+    _fits(path, size, budget)
+    try:
+        return _open(path, kind, budget)
+    except pl.exceptions.PolarsError as error:
+        raise _broken(path, error) from None
+
+
+def _open(path: Path, kind: str, budget: int) -> Table:
+    if kind == "parquet":
+        return _parquet(path, budget)
+    if kind in {"jsonl", "ndjson"}:
+        frame = pl.scan_ndjson(path, infer_schema_length=None, row_index_name=LINE, row_index_offset=1)
+        return _table(path, frame)
+    if path.name == "u.data":
+        return _headless(path, "\t", RATINGS)
+    if path.name == "u.item":
+        return _u_item(path)
+    if kind == "dat":
+        return _headless(path, "::", MOVIES if "movie" in path.name or "item" in path.name else RATINGS)
+    if kind in {"inter", "item", "user"}:
+        return _atomic(path)
+    return _table(path, _scan(path, "," if kind == "csv" else "\t", quote='"'))
+
+
+def _table(path: Path, frame: pl.LazyFrame) -> Table:
+    return Table(path, [name for name in frame.collect_schema().names() if name != LINE], frame)
+
+
+def _scan(path: Path, separator: str, quote: str | None) -> pl.LazyFrame:
+    """Scan a text file with a header, everything as text; what is not UTF-8 is read as Latin-1."""
+    source: Path | io.BytesIO = path
+    if not _is_utf8(path):
+        source = io.BytesIO(path.read_text(encoding="latin-1").encode())
+    return pl.scan_csv(
+        source,
+        separator=separator,
+        quote_char=quote,
+        infer_schema=False,
+        row_index_name=LINE,
+        row_index_offset=2,
+    )
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            while stream.read(1 << 20):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _atomic(path: Path) -> Table:
+    """RecBole: tab separated, `name:type` in the header, no quotes."""
+    frame = _scan(path, "\t", quote=None)
+    pairs = [(name, *name.partition(":")[::2]) for name in frame.collect_schema().names() if name != LINE]
+    frame = frame.rename({full: name for full, name, _ in pairs})
+    return Table(path, [name for _, name, _ in pairs], frame, {name: kind for _, name, kind in pairs})
+
+
+def _headless(path: Path, separator: str, columns: list[str]) -> Table:
+    """MovieLens' formats without a header; polars wants one byte as separator, so `::` becomes a control character."""
+    text = path.read_text(encoding="utf-8" if _is_utf8(path) else "latin-1")
+    one = "\x1f" if len(separator) > 1 else separator
+    frame = pl.scan_csv(
+        io.BytesIO(text.replace(separator, one).encode()),
+        separator=one,
+        has_header=False,
+        quote_char=None,
+        schema=dict.fromkeys(columns, pl.String),
+        row_index_name=LINE,
+        row_index_offset=1,
+    )
+    return Table(path, columns, frame)
+
+
+def _u_item(path: Path) -> Table:
+    """ml-100k's u.item; the genre flags become one text, joined as in MovieLens' later sets."""
+    plain = ["item_id", "title", "release_date", "video_release_date", "imdb_url"]
+    table = _headless(path, "|", [*plain, *GENRES_100K])
+    flags = [pl.when(pl.col(name).str.strip_chars() == "1").then(pl.lit(name)) for name in GENRES_100K]
+    genres = pl.concat_str(flags, separator="|", ignore_nulls=True).alias("genres")
+    return Table(path, [*plain, "genres"], table.frame.select(LINE, *plain, genres))
+
+
+def _parquet(path: Path, budget: int) -> Table:
+    frame = pl.scan_parquet(path)
+    rows = frame.select(pl.len()).collect().item()
+    widths = [TEXT_BYTES if kind in (pl.String, pl.Binary) else 8 for kind in frame.collect_schema().dtypes()]
+    _fits(path, max(rows * sum(widths), _row_groups(path)), budget)
+    return _table(path, frame.with_row_index(LINE, offset=1))
+
+
+def _row_groups(path: Path) -> int:
+    """Uncompressed bytes by the row groups' metadata; 0 without pyarrow, which only an extra brings."""
+    try:
+        metadata = importlib.import_module("pyarrow.parquet").read_metadata(path)
+    except ImportError:
+        return 0
+    return sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+
+
+def _fits(path: Path, size: int, budget: int) -> None:
+    if size > budget:
+        raise RecllmError(
+            f"{path} would take about {size / 2**30:.3g} GiB in memory; the limit is {budget / 2**30:.3g} GiB. "
+            f"Leave out columns and old events, or write only the users of interest into a smaller file."
+        )
+
+
+def _broken(path: Path, error: Exception) -> RecllmError:
+    """Say which line is wrong; polars itself names no line."""
+    finder = {".csv": _wide_row, ".tsv": _wide_row, ".jsonl": _bad_json, ".ndjson": _bad_json}.get(path.suffix.lower())
+    found = finder(path) if finder else None
+    return RecllmError(f"{path} cannot be read: {found or ' '.join(str(error).split())[:200]}.")
+
+
+def _wide_row(path: Path) -> str | None:
+    with path.open(encoding="latin-1", newline="") as stream:
+        rows = csv.reader(stream, delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        header = next(rows, [])
+        for row in rows:
+            if len(row) > len(header):
+                line = rows.line_num
+                return (
+                    f"line {line} has {len(row)} fields, the header has {len(header)}; a text with commas needs quotes"
+                )
+    return None
+
+
+def _bad_json(path: Path) -> str | None:
+    for number, line in _lines(path):
+        try:
+            fields = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            return f"line {number} is not JSON ({error.msg})"
+        if not isinstance(fields, dict):
+            return f"line {number} is not a JSON object"
+    return None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        yield from enumerate(stream, start=1)
+
+
+def squeezed(name: str) -> str:
+    """A column's name as the guesses are written: lower case, letters and digits only."""
+    return "".join(sign for sign in name.lower() if sign.isalnum())
+
+
+def map_columns(
+    table: Table,
+    guesses: Mapping[str, tuple[str, ...]],
+    given: Mapping[str, str] | None,
+    key: str,
+) -> dict[str, str]:
+    """Which column of the file is which of ours: what is `given`, then what its name says.
+
+    Args:
+        table: the file.
+        guesses: for each of our columns the names it goes by, best first, as `squeezed` writes them.
+        given: our column to the file's; stands above the guesses.
+        key: the run file's table, for the message (`data.columns`).
+
+    Raises:
+        RecllmError: a given column that the file has not.
+    """
+    mapping: dict[str, str] = {}
+    for role, column in (given or {}).items():
+        if column not in table.columns:
+            raise unknown(f"column for {key}.{role}: {table.path.name} has no column", column, table.columns)
+        mapping[role] = column
+    by_name: dict[str, str] = {}
+    for column in table.columns:
+        by_name.setdefault(squeezed(column), column)
+    for role, names in guesses.items():
+        free = [by_name[name] for name in names if name in by_name and by_name[name] not in mapping.values()]
+        if role not in mapping and free:
+            mapping[role] = free[0]
+    return mapping
+
+
+def demand(table: Table, mapping: Mapping[str, str], roles: Iterable[str], key: str) -> None:
+    """Check that `mapping` has all `roles`.
+
+    Raises:
+        RecllmError: one is missing; says the columns found and how to name one.
+    """
+    for role in roles:
+        if role not in mapping:
+            raise RecllmError(
+                f"{table.path} has no column for '{role}'. Its columns: {', '.join(table.columns)}. Name the right one "
+                f"in the run file's table [{key}] or with: --set {key}.{role}=NAME"
+            )

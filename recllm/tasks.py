@@ -1,0 +1,89 @@
+"""The task of a run: its data read, split and indexed, the same for training, evaluating and exporting."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.data import Dataset, read_dataset
+from recllm.errors import RecllmError
+from recllm.evaluate import warm_and_cold
+from recllm.ranking import ItemIndex
+from recllm.runs import DataSettings, Run
+from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, temporal
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a run learns from and what it is measured on.
+
+    Attributes:
+        dataset: everything that was read.
+        split: what is learnt from, and what is predicted.
+        index: every item of the catalogue; rows and columns everywhere are in this order.
+    """
+
+    dataset: Dataset
+    split: Split
+    index: ItemIndex
+
+    @cached_property
+    def item_counts(self) -> NDArray[np.int64]:
+        """Training events per item, int64[items]."""
+        counts = self.split.train.item_counts()
+        return np.array([counts.get(item, 0) for item in self.index.ids], dtype=np.int64)
+
+    @property
+    def warm(self) -> NDArray[np.bool_]:
+        """Items with training events, bool[items]."""
+        return self.item_counts > 0
+
+    def sequences(self) -> list[NDArray[np.int64]]:
+        """Item rows of every training user, oldest first."""
+        return [self.index.rows(query.history) for query in self.split.train.histories().values()]
+
+    def slices(self, examples: list[Example]) -> dict[str, NDArray[np.bool_]]:
+        """Masks of the warm and the cold rows among `examples`."""
+        return warm_and_cold(examples, self.split.train.item_counts(), self.split.cold_items)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of what was read."""
+        return {
+            "interactions": self.dataset.interactions.fingerprint(),
+            "catalog": self.dataset.catalog.fingerprint(),
+        }
+
+
+def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
+    """Read and split the data of a run, and check that nothing after the cut reaches training.
+
+    Raises:
+        RecllmError: the data cannot be read or split, or an item of a text model has no text at all.
+    """
+    settings = run.data
+    dataset = read_dataset(
+        settings.name,
+        interactions=settings.interactions,
+        items=settings.items,
+        columns=settings.columns,
+        item_columns=settings.item_columns,
+        say=say,
+    )
+    split = _split(dataset, settings, run.seed)
+    check_no_leak(split)
+    if not split.valid or not split.test:
+        raise RecllmError(
+            f"The split '{settings.split}' of '{dataset.name}' leaves {len(split.valid)} validation and {len(split.test)} "
+            f"test events. Lower data.min_events (now {settings.min_events}) or choose another data.split."
+        )
+    return Task(dataset, split, ItemIndex(dataset.catalog.ids))
+
+
+def _split(dataset: Dataset, settings: DataSettings, seed: int) -> Split:
+    if settings.split == "temporal":
+        return temporal(dataset.interactions, like_at=settings.like_at)
+    if settings.split == "cold-items":
+        return cold_items(dataset.interactions, share=settings.cold_share, seed=seed, like_at=settings.like_at)
+    return leave_last_out(dataset.interactions, min_events=settings.min_events, like_at=settings.like_at)

@@ -1,0 +1,174 @@
+"""Small models and data by construction: what every test may lean on without network or training luck."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from recllm.checks import CheckReport
+from recllm.data import Catalog, Dataset, Interactions
+
+USERS, ITEMS = 40, 24
+COLOURS = ("Red", "Blue")
+GENRES = ("Drama", "Comedy")
+CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SENTENCES = [
+    *(
+        f"{colour} film {number} ({genre})"
+        for colour, genre in zip(COLOURS, GENRES, strict=True)
+        for number in range(ITEMS)
+    ),
+    "This person chose these items, oldest first: a Drama; a Comedy.",
+    "Will this person like the next item? Answer: Yes",
+    "Will this person like the new item? Answer: No",
+    "Items one person chose in order: title, genres, text.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer of 384 tokens; 0, 1 and 2 are its control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=list(CONTROLS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_word_tokenizer() -> Tokenizer:
+    """A WordPiece tokenizer that writes [CLS] before and [SEP] after a text, as BERT's does."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = sorted({word for text in SENTENCES for word, _ in _bert_words(text)})
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    pieces = dict.fromkeys([*specials, *words, *letters, *(f"##{letter}" for letter in letters)])
+    tokenizer = Tokenizer(models.WordPiece({piece: row for row, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    """A folder with a random two-layer Llama and its tokenizer, as `from_pretrained` reads it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_lm")
+    config = LlamaConfig(
+        vocab_size=tiny_tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    _save(folder, LlamaForCausalLM, config, tiny_tokenizer)
+    names = {"bos_token": CONTROLS[1], "eos_token": CONTROLS[2], "pad_token": CONTROLS[0]}
+    _save_tokenizer_config(folder, names)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_word_tokenizer: Tokenizer) -> Path:
+    """A folder with a random two-layer BERT and its WordPiece tokenizer, as `from_pretrained` reads it."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny_encoder")
+    config = BertConfig(
+        vocab_size=tiny_word_tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=0,
+    )
+    _save(folder, BertModel, config, tiny_word_tokenizer)
+    names = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "mask_token": "[MASK]",
+    }
+    _save_tokenizer_config(folder, names)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkerboard() -> Dataset:
+    """Even users have ten even (red) items each, odd users ten odd (blue) ones, all rated 5.
+
+    A user's items follow the block's cycle (+2, from a start of the user's own), so the block says what is liked
+    and the order says what comes next: item after `i` is `(i + 2) % 24`.
+    """
+    return _checkerboard(liked=10, disliked=0)
+
+
+@pytest.fixture(scope="session")
+def rated_checkerboard() -> Dataset:
+    """The checkerboard with eight own items rated 5 and, in between, four of the other colour rated 1."""
+    return _checkerboard(liked=8, disliked=4)
+
+
+def _checkerboard(liked: int, disliked: int) -> Dataset:
+    rng = np.random.default_rng(0)
+    events = [event for user in range(USERS) for event in _events(user, liked, disliked, rng)]
+    schema = {"user_id": pl.String, "item_id": pl.String, "rating": pl.Float32, "timestamp": pl.Int64, "seq": pl.Int32}
+    items = [
+        {"item_id": str(item), "title": f"{COLOURS[item % 2]} film {item}", "genres": GENRES[item % 2]}
+        for item in range(ITEMS)
+    ]
+    catalog = Catalog(pl.DataFrame(items, schema=dict.fromkeys(items[0], pl.String)))
+    interactions = Interactions(pl.DataFrame(events, schema=schema, orient="row"))
+    return Dataset("checkerboard", interactions, catalog, "made by the tests", "CC0-1.0", CheckReport())
+
+
+def _events(
+    user: int, liked: int, disliked: int, rng: np.random.Generator
+) -> Iterator[tuple[str, str, float, int, int]]:
+    own, other = (2 * int(start) for start in rng.integers(ITEMS // 2, size=2))
+    side = user % 2
+    rows = [((own + 2 * step) % ITEMS + side, 5.0) for step in range(liked)]
+    for step in range(disliked):  # never last: the last event is a liked one
+        rows.insert(2 * step + 1, ((other + 2 * step) % ITEMS + 1 - side, 1.0))
+    for seq, (item, rating) in enumerate(rows):
+        yield f"u{user}", str(item), rating, 1_000 * user + 60 * seq, seq
+
+
+def _bert_words(text: str) -> list[tuple[str, tuple[int, int]]]:
+    return pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text.lower())
+
+
+def _save(folder: Path, model_class: type, config: object, tokenizer: Tokenizer) -> None:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _save_tokenizer_config(folder: Path, names: dict[str, str]) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

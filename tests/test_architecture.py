@@ -1,0 +1,123 @@
+"""The story runs forward: every module has its place, and imports only what is told before it."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# The order of the story; a new module gets its place here.
+# fmt: off
+TORCH_FREE = [
+    "errors", "files", "recipes", "assets", "fetch", "checks", "data", "splits", "templates", "prompts",
+    "ranking", "metrics", "evaluate", "priors", "mf", "ease", "histories", "vectors", "encoding", "fusion",
+    "runs", "bundle", "runtime", "batch", "charts", "report",
+]
+TORCH = ["sequence", "adapters", "lm", "train", "export", "quickstart"]
+# fmt: on
+ORDER = [*TORCH_FREE, *TORCH, "cli"]
+
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc", "core"}
+MODULES = sorted(path.stem for path in (ROOT / "recllm").glob("*.py") if not path.stem.startswith("__"))
+
+
+def parsed(module):
+    return ast.parse((ROOT / "recllm" / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imported(tree):
+    """Full dotted names of what `tree` imports anywhere in it, also inside functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def own(names):
+    """Modules of recllm among imported `names`."""
+    parts = [name.split(".") for name in names]
+    return {part[1] for part in parts if part[0] == "recllm" and len(part) > 1 and not part[1].startswith("__")}
+
+
+def foreign(names):
+    return {name.split(".")[0] for name in names}
+
+
+def test_imports_are_seen_wherever_they_stand():
+    code = "import torch.nn\nfrom recllm import charts\ndef f():\n    from recllm.data import Query\n    import peft"
+    names = imported(ast.parse(code))
+    assert own(names) == {"charts", "data"}
+    assert foreign(names) >= {"torch", "peft"}
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_is_told_before_it(module):
+    before = set(ORDER[: ORDER.index(module)])
+    late = own(imported(parsed(module))) - before
+    assert not late, f"recllm/{module}.py imports {sorted(late)}, told after it (the order: tests/test_architecture.py)"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module in TORCH_FREE])
+def test_what_is_left_of_the_torch_line_never_imports_torch(module):
+    tree = parsed(module)
+    required = {
+        str(call.args[0].value).split(".")[0]
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)
+        if getattr(call.func, "attr", getattr(call.func, "id", "")) in {"require", "import_module", "__import__"}
+    }
+    assert not (foreign(imported(tree)) | required) & HEAVY
+
+
+def test_the_command_line_imports_no_module_of_the_torch_line_at_its_top():
+    if "cli" not in MODULES:
+        pytest.fail("recllm/cli.py is missing")
+    top = ast.Module([node for node in parsed("cli").body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert not own(imported(top)) & set(TORCH)
+    assert not foreign(imported(top)) & HEAVY
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_the_first_line_says_what_the_file_does(module):
+    path = ROOT / "recllm" / f"{module}.py"
+    assert path.read_text(encoding="utf-8").startswith('"""'), f"{path.name} does not begin with its docstring"
+    first = (ast.get_docstring(parsed(module)) or "").split("\n")[0]
+    assert len(first) > 20
+    assert first.endswith((".", ":"))
+
+
+def test_no_module_has_a_name_that_says_nothing():
+    names = {path.stem for folder in ("recllm", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    assert not {name.removeprefix("test_") for name in names} & VAGUE
+
+
+def readme_tree():
+    """First words of the unindented lines of the README's tree: the fenced block that has a line for recllm/."""
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    tree = next((block for block in blocks if re.search(r"^recllm/\s", block, re.MULTILINE)), "")
+    return {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip() and not line[0].isspace()}
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    named = readme_tree()
+    if not (ROOT / ".git").exists():
+        assert all((ROOT / name).exists() for name in named)
+        return
+    # Also what is not committed yet, but not what git ignores (runs/, builds).
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    there = {name.split("/")[0] for name in found if (ROOT / name).exists()}
+    assert named == {name for name in there if not name.startswith(".")}
