@@ -1,6 +1,7 @@
-"""Evaluation: rank the candidates or score labelled pairs with every scorer, with paired bootstrap intervals over users."""
+"""Evaluation: rank candidates or score labelled pairs with every scorer, paired bootstrap intervals over users."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +10,8 @@ from recllm import metrics
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.ranking import ItemIndex, Scorer, Scores, batches, mask_seen, score_pairs, target_ranks, top_k
-from recllm.splits import Example
-# tables.py is taken by the file readers (colleague): put Table, Key, bootstrap_means, resampled into recllm/results.py
 from recllm.results import Key, Table, bootstrap_means, resampled
+from recllm.splits import Example
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and of all rows."""
@@ -96,39 +96,48 @@ def evaluate_ranking(
     Raises:
         RecllmError: no examples, or a target that is not among the candidates.
     """
-    targets = _targets(examples, candidates)
-    queries = [example.query for example in examples]
-    ranks = {name: np.empty(len(queries)) for name in scorers}
-    tops = {name: np.empty((len(queries), min(max(ks), len(candidates))), dtype=np.int64) for name in scorers}
-    for place, part in batches(queries):
-        for name, scorer in scorers.items():
-            scores = scorer.score(part, candidates)
-            if exclude_seen:
-                rows = np.arange(len(part))
-                masked = mask_seen(scores, part, candidates)
-                masked[rows, targets[place]] = scores[rows, targets[place]]
-                scores = masked
-            ranks[name][place] = target_ranks(scores, targets[place])
-            tops[name][place] = top_k(scores, max(ks))[0]
-        if progress:
-            progress(place.stop, len(queries))
+    ranks, tops = _rank_all(scorers, examples, candidates, max(ks), exclude_seen, progress)
     per_row = {name: _ranking_metrics(ranks[name], ks) for name in scorers}
     names = [name for name in next(iter(per_row.values()), {}) if name != "rank"]
     codes, masks = user_codes(examples), _masks(examples, slices, cold_items, item_counts)
     columns = {
         (name, metric, part): (codes[mask], per_row[name][metric][mask])
-        for name in scorers
-        for metric in names
-        for part, mask in masks.items()
+        for name, metric, (part, mask) in product(scorers, names, masks.items())
     }
     values = {key: float(figures.mean()) for key, (_, figures) in columns.items()}
-    for k in ks:
-        for name, top in tops.items():
-            for part, mask in masks.items():
-                values[name, f"Coverage@{k}", part] = metrics.coverage(top[mask, :k], len(candidates))
+    for k, (name, top), (part, mask) in product(ks, tops.items(), masks.items()):
+        values[name, f"Coverage@{k}", part] = metrics.coverage(top[mask, :k], len(candidates))
     draws = bootstrap_means(columns, int(codes.max()) + 1, resamples, seed)
     shown = (*names, *(f"Coverage@{k}" for k in ks))
     return Table(tuple(scorers), shown, _counts(codes, masks), values, draws, per_row)
+
+
+def _rank_all(
+    scorers: Mapping[str, Scorer],
+    examples: Sequence[Example],
+    candidates: ItemIndex,
+    k: int,
+    exclude_seen: bool,
+    progress: Progress | None,
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]]]:
+    """By scorer, the targets' ranks, float64[rows], and the first `k` candidates, int64[rows, k]."""
+    targets = _targets(examples, candidates)
+    queries = [example.query for example in examples]
+    ranks = {name: np.empty(len(queries)) for name in scorers}
+    tops = {name: np.empty((len(queries), min(k, len(candidates))), dtype=np.int64) for name in scorers}
+    for place, batch in batches(queries):
+        wanted, rows = targets[place], np.arange(len(batch))
+        for name, scorer in scorers.items():
+            scores = scorer.score(batch, candidates)
+            if exclude_seen:
+                own = scores[rows, wanted]
+                scores = mask_seen(scores, batch, candidates)
+                scores[rows, wanted] = own
+            ranks[name][place] = target_ranks(scores, wanted)
+            tops[name][place] = top_k(scores, k)[0]
+        if progress:
+            progress(place.stop, len(queries))
+    return ranks, tops
 
 
 def evaluate_labels(
@@ -216,22 +225,25 @@ def _counts(codes: NDArray[np.int64], masks: Masks) -> dict[str, tuple[int, int]
     return {part: (int(mask.sum()), len(np.unique(codes[mask]))) for part, mask in masks.items()}
 
 
-def _targets(examples: Sequence[Example], candidates: ItemIndex) -> NDArray[np.int64]:
+def _some(examples: Sequence[Example]) -> None:
     if not examples:
         raise RecllmError("There is no example to evaluate on. Check the split: it may leave this part empty.")
+
+
+def _targets(examples: Sequence[Example], candidates: ItemIndex) -> NDArray[np.int64]:
+    _some(examples)
     targets = candidates.rows(example.item_id for example in examples)
     missing = np.flatnonzero(targets < 0)
     if len(missing):
         raise RecllmError(
             f"{len(missing)} of {len(examples)} target items are not among the {len(candidates)} candidates, first "
-            f"'{examples[missing[0]].item_id}' (example {missing[0]}). Add them to the candidates, or leave those rows out."
+            f"'{examples[missing[0]].item_id}' (example {missing[0]}). Add them to the candidates, or drop those rows."
         )
     return targets
 
 
 def _labels(examples: Sequence[Example]) -> NDArray[np.float64]:
-    if not examples:
-        raise RecllmError("There is no example to evaluate on. Check the split: it may leave this part empty.")
+    _some(examples)
     bare = [row for row, example in enumerate(examples) if example.label is None]
     if bare:
         raise RecllmError(

@@ -1,25 +1,67 @@
-"""Fitting fusion weights: softmax cross-entropy over candidates, or logistic loss, with analytic gradients and L-BFGS."""
+"""Fitting fusion weights: standardised scores and evidence in, θ out, by L-BFGS with analytic gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from recllm.errors import require
+from recllm.ranking import Scores
 
 Array = NDArray[np.float64]
 Loss = Callable[[slice, Array, float], tuple[float, Array, float]]
-"""(rows, their scores float64[rows, candidates], intercept) → summed loss, its gradient on the scores, on the intercept."""
+"""(rows, their scores float64[rows, candidates], intercept) → summed loss, its gradient on scores and on intercept."""
 
 PLAIN = float(np.log(np.e - 1.0))
 """The θ whose softplus is 1: the plain sum."""
+FLAT = 1e-6
+"""Scores whose deviation is below this share of their size are constant: they say nothing, so z is 0."""
 BLOCK_CELLS = 1_000_000
 
 
-def softplus(x: Array) -> Array:
+@dataclass(frozen=True)
+class Evidence:
+    """Standardises log1p of an event count, clipped to the range that was seen while fitting."""
+
+    mean: float = 0.0
+    deviation: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
+
+    @classmethod
+    def of(cls, counts: ArrayLike) -> Self:
+        """Take the constants from `counts`."""
+        logs = np.log1p(np.asarray(counts, dtype=np.float64))
+        return cls(float(logs.mean()), max(float(logs.std()), 1e-3), float(logs.min()), float(logs.max()))
+
+    def __call__(self, counts: ArrayLike) -> Array:
+        """(clip(log1p n, low, high) − mean) / deviation, in the shape of `counts`."""
+        logs = np.log1p(np.asarray(counts, dtype=np.float64))
+        return (np.clip(logs, self.low, self.high) - self.mean) / self.deviation
+
+
+def moments(scores: Scores) -> tuple[Array, Array]:
+    """Mean and deviation of each row's known scores, float64[rows, 1] each; the deviation is 0 for a constant row."""
+    known = ~np.isnan(scores)
+    count = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    filled = np.where(known, scores, 0.0).astype(np.float64)
+    mean = filled.sum(axis=1, keepdims=True) / count
+    deviation = np.sqrt((np.where(known, filled - mean, 0.0) ** 2).sum(axis=1, keepdims=True) / count)
+    return mean, np.where(deviation > FLAT * np.abs(mean), deviation, 0.0)
+
+
+def standardised(scores: Scores, mean: ArrayLike, deviation: ArrayLike) -> Scores:
+    """(scores − mean) / deviation; 0 where the score is NaN or the deviation 0: float32, the shape of `scores`."""
+    deviation = np.asarray(deviation)
+    z = (scores - np.asarray(mean)) / np.where(deviation > 0, deviation, 1.0)
+    return np.where(np.isnan(z) | (deviation <= 0), 0.0, z).astype(np.float32)
+
+
+def softplus(x: ArrayLike) -> Array:
     """log(1 + eˣ), without overflow."""
-    return np.logaddexp(0.0, x)
+    return np.asarray(np.logaddexp(0.0, x), dtype=np.float64)
 
 
 def sigmoid(x: Array) -> Array:
@@ -29,21 +71,43 @@ def sigmoid(x: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Standardised scores with the evidence for each: what the weights are fitted on."""
+    """What the weights are fitted on."""
 
     z: NDArray[np.float32]
-    """float32[scorers, rows, candidates], 0 where missing or dropped."""
+    """float32[scorers, rows, candidates], standardised, 0 where missing or dropped."""
     user: Array
-    """float64[rows, 1], standardised log-count of the user's events."""
+    """float64[rows, 1], evidence of the user."""
     item: Array
-    """float64[rows, candidates], standardised log-count of the item's events."""
+    """float64[rows, candidates], evidence of the item."""
+    loss: Loss
+
+
+def sample_candidates(
+    targets: NDArray[np.int64], barred: NDArray[np.bool_], most: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The target and up to `most` other candidates of each row that are not `barred`, drawn without replacement.
+
+    Returns:
+        Columns int64[rows, 1 + most], the target first; and which of them are real, bool[rows, 1 + most].
+    """
+    most = min(most, barred.shape[1] - 1)
+    columns = np.tile(targets[:, None], (1, most + 1))
+    valid = np.zeros(columns.shape, dtype=bool)
+    valid[:, 0] = True
+    for row, target in enumerate(targets):
+        free = ~barred[row]
+        free[target] = False
+        drawn = rng.permutation(np.flatnonzero(free))[:most]
+        columns[row, 1 : 1 + len(drawn)] = drawn
+        valid[row, 1 : 1 + len(drawn)] = True
+    return columns, valid
 
 
 def drop_scorers(z: NDArray[np.float32], drop: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Blank each scorer in a row with probability `drop`, but never all of them; as dropout, without rescaling."""
+    """Blank each scorer of `z` in a row with probability `drop`, but never all of a row's."""
     keep = rng.random(z.shape[:2]) >= drop
     keep |= ~keep.any(axis=0)
-    return z * keep[:, :, None]
+    return z * keep[:, :, None].astype(np.float32)
 
 
 def cross_entropy(valid: NDArray[np.bool_]) -> Loss:
@@ -62,7 +126,7 @@ def cross_entropy(valid: NDArray[np.bool_]) -> Loss:
 
 
 def logistic(labels: Array) -> Loss:
-    """Logistic loss of `labels`, float64[rows] of 0 and 1; scores are float64[rows, 1]."""
+    """Logistic loss of `labels`, float64[rows] of 0 and 1, for scores float64[rows, 1]."""
 
     def loss(rows: slice, scores: Array, intercept: float) -> tuple[float, Array, float]:
         logit, label = scores + intercept, labels[rows, None]
@@ -72,7 +136,7 @@ def logistic(labels: Array) -> Loss:
     return loss
 
 
-def minimise(problem: Problem, loss: Loss, *, counts: bool, l2: float, iterations: int) -> Array:
+def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int) -> Array:
     """Fit θ, float64[scorers, 3]: the weight of scorer s is softplus(θ_s · [1, user, item]).
 
     Minimises the mean loss over rows plus `l2` · ‖θ − plain sum‖². Without `counts` only the first column moves.
@@ -82,39 +146,38 @@ def minimise(problem: Problem, loss: Loss, *, counts: bool, l2: float, iteration
     """
     optimise = require("scipy.optimize", "train", "Fitting the fusion")
     scorers, rows, candidates = problem.z.shape
-    start = np.zeros((scorers, 3))
-    start[:, 0] = PLAIN
+    plain = np.zeros((scorers, 3))
+    plain[:, 0] = PLAIN
     width = 3 if counts else 1
     size = max(1, BLOCK_CELLS // (scorers * candidates))
-    blocks = [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
+
+    def theta_of(values: Array) -> Array:
+        theta = plain.copy()
+        theta[:, :width] = values[:-1].reshape(scorers, width)
+        return theta
 
     def objective(values: Array) -> tuple[float, Array]:
-        theta = start.copy()
-        theta[:, :width] = values[:-1].reshape(scorers, width)
+        theta = theta_of(values)
         total, gradient, slope = 0.0, np.zeros((scorers, 3)), 0.0
-        for block in blocks:
-            part, moved, shifted = _block(problem, block, theta, values[-1], loss)
+        for start in range(0, rows, size):
+            part, moved, shifted = _block(problem, slice(start, min(start + size, rows)), theta, values[-1])
             total, gradient, slope = total + part, gradient + moved, slope + shifted
-        away = theta - start
-        gradient = gradient / rows + 2.0 * l2 * away
-        return total / rows + l2 * float((away**2).sum()), np.append(gradient[:, :width].ravel(), slope / rows)
+        gradient = gradient / rows + 2.0 * l2 * (theta - plain)
+        penalty = l2 * float(((theta - plain) ** 2).sum())
+        return total / rows + penalty, np.append(gradient[:, :width].ravel(), slope / rows)
 
-    first = np.append(start[:, :width].ravel(), 0.0)
+    first = np.append(plain[:, :width].ravel(), 0.0)
     found = optimise.minimize(objective, first, jac=True, method="L-BFGS-B", options={"maxiter": iterations})
-    theta = start.copy()
-    theta[:, :width] = found.x[:-1].reshape(scorers, width)
-    return theta
+    return theta_of(found.x)
 
 
-def _block(
-    problem: Problem, rows: slice, theta: Array, intercept: float, loss: Loss
-) -> tuple[float, Array, float]:
+def _block(problem: Problem, rows: slice, theta: Array, intercept: float) -> tuple[float, Array, float]:
     """Summed loss of some rows, its gradient on θ, float64[scorers, 3], and on the intercept."""
     user, item = problem.user[rows], problem.item[rows]
-    linear = [t[0] + t[1] * user + t[2] * item for t in theta]
+    linear = [bias + by_user * user + by_item * item for bias, by_user, by_item in theta]
     z = problem.z[:, rows].astype(np.float64)
-    scores = sum(softplus(x) * own for x, own in zip(linear, z, strict=True))
-    total, on_scores, slope = loss(rows, np.asarray(scores), intercept)
+    scores = np.sum([softplus(x) * own for x, own in zip(linear, z, strict=True)], axis=0)
+    total, on_scores, slope = problem.loss(rows, scores, intercept)
     on_linear = [on_scores * sigmoid(x) * own for x, own in zip(linear, z, strict=True)]
     gradient = [[g.sum(), (g * user).sum(), (g * item).sum()] for g in on_linear]
     return total, np.array(gradient), slope

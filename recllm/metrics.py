@@ -1,4 +1,4 @@
-"""Metrics: per-row ranking metrics from ranks, AUC and UAUC from labels; rows stay apart so that bootstraps pair them."""
+"""Metrics: per-row ranking metrics from ranks, AUC and UAUC from labels; rows stay apart so that bootstraps pair."""
 
 from collections.abc import Sequence, Set
 
@@ -40,7 +40,7 @@ def recall_at(top: NDArray[np.int64], relevant: Sequence[Set[int]]) -> Rows:
     assert len(top) == len(relevant)
     return np.array(
         [
-            len(wanted.intersection(row)) / len(wanted) if wanted else np.nan
+            len(wanted & set(row.tolist())) / len(wanted) if wanted else np.nan
             for row, wanted in zip(top, relevant, strict=True)
         ]
     )
@@ -78,7 +78,7 @@ def auc_of_levels(
 
 
 def user_aucs(users: ArrayLike, labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.int64], Rows]:
-    """AUC inside each user: the distinct users' first rows, int64[users], and float64[users], NaN with one label only."""
+    """AUC inside each user: first row of each, int64[users], and float64[users], NaN with one label."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     _, first, place = np.unique(np.asarray(users), return_index=True, return_inverse=True)
     order = np.argsort(place, kind="stable")

@@ -21,9 +21,9 @@ class FactorSettings(Settings):
 
     factors: int = Field(64, ge=1)
     """Length of a factor vector."""
-    regularization: float = Field(10.0, gt=0)
+    regularization: float = Field(30.0, gt=0)
     """λ of the ridge term."""
-    alpha: float = Field(10.0, gt=0)
+    alpha: float = Field(5.0, gt=0)
     """Confidence of one event; an item without an event has confidence 1."""
     iterations: int = Field(15, ge=1)
     """Alternations between users and items."""
@@ -65,7 +65,7 @@ def user_items_matrix(interactions: Interactions) -> tuple[ItemIndex, Any]:
 
 
 def _dot(users: NDArray[np.float32], items: NDArray[np.float32]) -> Scores:
-    """users · itemsᵀ, NaN for a row of either that is NaN."""
+    """Dot products users · itemsᵀ, NaN for a row of either that is NaN."""
     scores: Scores = np.nan_to_num(users) @ np.nan_to_num(items).T
     return np.where(np.isnan(users[:, :1]) | np.isnan(items[:, 0]), np.float32(np.nan), scores)
 
@@ -135,7 +135,7 @@ class ImplicitMF:
         return take_rows(self.item_factors, self.items, candidates)
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
-        """x · Yᵀ: float32[queries, candidates]."""
+        """Dot products x · Yᵀ: float32[queries, candidates]."""
         return _dot(self.user_factors(queries), self.candidate_factors(candidates))
 
     def save(self, folder: Path) -> None:
@@ -154,7 +154,8 @@ def _ridge(
     design: NDArray[np.float64], target: NDArray[np.float64], penalty: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """(DᵀD + diag(penalty))⁻¹ Dᵀt: float64[columns]."""
-    return np.linalg.solve(design.T @ design + np.diag(penalty), design.T @ target)
+    solved = np.linalg.solve(design.T @ design + np.diag(penalty), design.T @ target)
+    return np.asarray(solved, dtype=np.float64)
 
 
 def _groups(codes: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]:

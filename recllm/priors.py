@@ -85,8 +85,8 @@ class Popularity:
                     f"half_life_days={half_life_days} needs a timestamp on every event, and {times.null_count()} of "
                     f"{len(times)} have none. Leave half_life_days out, or give the timestamp column."
                 )
-            age = (times.max() - times).cast(pl.Float64) / (DAY * half_life_days)  # type: ignore[operator]
-            frame = frame.with_columns(weight=pl.Series(np.exp2(-age.to_numpy())))
+            seconds = times.to_numpy().astype(np.float64)
+            frame = frame.with_columns(weight=np.exp2((seconds - seconds.max()) / (DAY * half_life_days)))
         counts = dict(frame.group_by("item_id", maintain_order=True).agg(pl.col("weight").sum()).iter_rows())
         items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))
         return cls(items, np.log1p(np.array([counts.get(item, 0.0) for item in items.ids], dtype=np.float32)))
@@ -109,7 +109,7 @@ class Popularity:
 def _shrunk_means(
     interactions: Interactions, key: str, shrinkage: float
 ) -> tuple[list[str], NDArray[np.float32], float]:
-    """Ids, their means pulled towards the global mean as by `shrinkage` further ratings of that value, and that mean."""
+    """Ids, their means pulled towards the global mean as by `shrinkage` more ratings of that value, and that mean."""
     frame = interactions.frame.filter(pl.col("rating").is_not_null())
     if frame.is_empty():
         raise RecllmError(f"A mean rating per {key.removesuffix('_id')} needs ratings, and the interactions have none.")

@@ -1,11 +1,10 @@
 """Prompts: what the language model reads, compiled once from a TOML file into token pieces."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import PositiveInt
 from tokenizers import Tokenizer
@@ -14,6 +13,7 @@ from recllm.data import Catalog, Query
 from recllm.errors import RecllmError, unknown
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.templates import REST, Slot, literals, render_item, split_item, split_text
+from recllm.tokens import Tokens
 
 Task = Literal["relevance", "next_item", "item"]
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -64,7 +64,8 @@ class Prompt(Settings):
                     raise RecllmError(f"the item format '{template}' has no slot. Write at least '{{title}}'.")
             if (self.answers is None) == (self.task == "relevance"):
                 raise RecllmError(
-                    'a relevance prompt needs \'answers\' (positive first, such as [" Yes", " No"]), others take none.'
+                    "only a relevance prompt has 'answers', and it needs two, positive first: "
+                    'answers = [" Yes", " No"].'
                 )
         except RecllmError as error:
             raise RecllmError(f"{place}: {error}") from None
@@ -132,7 +133,7 @@ class CompiledPrompt:
         prompt.check()
         self.prompt = prompt
         self.like_at = like_at
-        self._whole, self._content, self._controls = _copies(tokenizer)
+        self._tokens = Tokens(tokenizer)
         self._item, self._candidate = split_item(prompt.item), split_item(prompt.candidate or prompt.item)
         self._compile_text()
 
@@ -148,14 +149,14 @@ class CompiledPrompt:
                 f"The text before {{history}} and the separator {prompt.separator!r} must both end in a space, "
                 "or neither, so that an item has the same tokens at every place."
             )
-        begin, self.end = _wrapping(self._whole)
-        opening = self._encode_template(head)
+        begin, self.end = self._tokens.begin, self._tokens.end
+        opening = self._tokens.template(head)
         # A template that writes the beginning-of-text token itself does not get it twice.
         self.start = opening if opening[: len(begin)] == begin else begin + opening
-        self._middle, self._tail = self._encode_template(middle), self._encode_template(around[-1])
-        self._separator = self._encode_template(separator)
-        self._empty = self._encode_template(head_lead + prompt.empty_history)
-        self._marks = self._encode_template(prompt.disliked), self._encode_template(prompt.liked)
+        self._middle, self._tail = self._tokens.template(middle), self._tokens.template(around[-1])
+        self._separator = self._tokens.template(separator)
+        self._empty = self._tokens.template(head_lead + prompt.empty_history)
+        self._marks = self._tokens.template(prompt.disliked), self._tokens.template(prompt.liked)
         wraps = {
             "relevance": ([], []),
             "next_item": ([], self._separator),
@@ -192,8 +193,7 @@ class CompiledPrompt:
 
     def prefix(self, query: Query, catalog: Catalog) -> list[int]:
         """Everything up to the candidate, with the last `max_history` items that `catalog` can write."""
-        records = [catalog.record(item_id) if item_id in catalog else {} for item_id in query.history]
-        return self.prefix_ids(self._item_ids(records), query.ratings)
+        return self.prefix_ids(self._history_ids(query, catalog), query.ratings)
 
     def prefix_ids(self, items: Sequence[list[int] | None], ratings: Sequence[float] | None = None) -> list[int]:
         """`prefix` from the `item_ids` of the history, oldest first; None items are left out."""
@@ -213,11 +213,11 @@ class CompiledPrompt:
             RecllmError: they are the same token, or an answer has none.
         """
         assert self.prompt.answers is not None
-        positive, negative = (self._encode_template(answer)[:1] for answer in self.prompt.answers)
+        positive, negative = (self._tokens.template(answer)[:1] for answer in self.prompt.answers)
         if not positive or not negative or positive == negative:
             raise RecllmError(
-                f"The answers {list(self.prompt.answers)} begin with the same token for this tokenizer "
-                f"({self._name()}), or one has none. Choose words that differ at their beginning."
+                f"The answers {list(self.prompt.answers)} have no first tokens that differ for this tokenizer "
+                f"({self._tokens.name}). Choose words that differ at their beginning."
             )
         return positive[0], negative[0]
 
@@ -227,8 +227,7 @@ class CompiledPrompt:
         candidate = candidate if candidate is not None else (known or list(catalog.ids))[-1]
         if candidate not in catalog:
             raise unknown("item", candidate, catalog.ids)
-        records = [catalog.record(item_id) if item_id in catalog else {} for item_id in query.history]
-        items = self._item_ids(records)
+        items = self._history_ids(query, catalog)
         if self.prompt.task == "item":
             named = [("item", self.item_ids(catalog.record(candidate)) or [])]
         elif self.prompt.task == "next_item":
@@ -241,7 +240,11 @@ class CompiledPrompt:
             named = [("start", self.start), ("history", history), ("middle", self._middle)]
             named += [("candidate", suffix[:split]), ("rest", suffix[split:])]
         tokens = [token for _, ids in named for token in ids]
-        return Preview(self._decode(tokens), tokens, [Piece(name, self._decode(ids), len(ids)) for name, ids in named])
+        pieces = [Piece(name, self._tokens.decode(ids), len(ids)) for name, ids in named]
+        return Preview(self._tokens.decode(tokens), tokens, pieces)
+
+    def _history_ids(self, query: Query, catalog: Catalog) -> list[list[int] | None]:
+        return self._item_ids(catalog.record(item_id) if item_id in catalog else {} for item_id in query.history)
 
     def _history(self, items: Sequence[list[int] | None], ratings: Sequence[float] | None) -> list[int]:
         known = [(ids, self._mark(ratings, place)) for place, ids in enumerate(items) if ids is not None]
@@ -257,33 +260,15 @@ class CompiledPrompt:
 
     def _item_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
         texts = [render_item(self._item, record) for record in records]
-        encoded = self._encode_content(texts, self._item_lead, self.prompt.max_item_tokens)
+        encoded = self._tokens.content(texts, self._item_lead, self.prompt.max_item_tokens)
         return [None if ids is None else self._before + ids + self._after for ids in encoded]
 
     def _suffix_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
         assert self.prompt.task == "relevance"
         texts = [render_item(self._candidate, record) for record in records]
         cut = self.prompt.max_candidate_tokens or self.prompt.max_item_tokens
-        encoded = self._encode_content(texts, self._candidate_lead, cut)
+        encoded = self._tokens.content(texts, self._candidate_lead, cut)
         return [None if ids is None else ids + self._tail for ids in encoded]
-
-    def _encode_content(self, texts: Sequence[str | None], lead: str, cut: int) -> list[list[int] | None]:
-        written = [lead + text for text in texts if text is not None]
-        encoded = iter(self._content.encode_batch(written, add_special_tokens=False))
-        return [None if text is None else self._uncontrolled(next(encoded).ids)[:cut] for text in texts]
-
-    def _uncontrolled(self, ids: Sequence[int]) -> list[int]:
-        """Drop what a Unigram model still finds: its vocabulary may hold `</s>` as a piece like any other."""
-        return [token for token in ids if token not in self._controls]
-
-    def _encode_template(self, text: str) -> list[int]:
-        return list(self._whole.encode(text, add_special_tokens=False).ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._whole.decode(ids, skip_special_tokens=False))
-
-    def _name(self) -> str:
-        return f"{type(self._whole.model).__name__} with {self._whole.get_vocab_size()} tokens"
 
 
 def compile_prompt(prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None) -> CompiledPrompt:
@@ -320,34 +305,3 @@ def _check_slots(prompt: Prompt) -> None:
 def _lead(text: str) -> tuple[str, str]:
     """Move a last space from `text` to what comes after it: byte-level vocabularies hold words with their space."""
     return (text[:-1], " ") if text.endswith(" ") else (text, "")
-
-
-def _copies(tokenizer: Tokenizer) -> tuple[Tokenizer, Tokenizer, frozenset[int]]:
-    """Two copies of the tokenizer, for the template and (without control tokens) for content, and the control ids."""
-    spec = json.loads(tokenizer.to_str())
-    spec.update(truncation=None, padding=None, normalizer=_without_prepend(spec["normalizer"]))
-    # Taken out of the copy, not switched off by `encode_special_tokens`: that property spares the added tokens
-    # that are not marked special (Qwen's <tool_call>) and is lost when a tokenizer is pickled to a worker.
-    plain = {**spec, "added_tokens": [], "post_processor": None}
-    # The token for unknown letters is an added token too, but content rightly has it.
-    unknown_ids = {spec["model"].get("unk_id"), tokenizer.token_to_id(spec["model"].get("unk_token") or "")}
-    controls = frozenset(token["id"] for token in spec["added_tokens"]) - unknown_ids
-    return Tokenizer.from_str(json.dumps(spec)), Tokenizer.from_str(json.dumps(plain)), controls
-
-
-def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Without Llama 2's step that puts a space before every text, so also before every piece of one."""
-    if normalizer is None or normalizer["type"] == "Prepend":
-        return None
-    if normalizer["type"] == "Sequence":
-        steps = [_without_prepend(step) for step in normalizer["normalizers"]]
-        return {**normalizer, "normalizers": [step for step in steps if step is not None]}
-    return normalizer
-
-
-def _wrapping(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text by itself: ([CLS], [SEP]) of BERT, often nothing."""
-    bare = tokenizer.encode("x", add_special_tokens=False).ids
-    full = tokenizer.encode("x", add_special_tokens=True).ids
-    before = next(place for place in range(len(full)) if full[place : place + len(bare)] == bare)
-    return full[:before], full[before + len(bare) :]

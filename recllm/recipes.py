@@ -42,7 +42,9 @@ def find_recipe(folder: str, name: str) -> Path:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
-            raise RecllmError(f"There is no file '{name}'. Give a shipped name instead: {', '.join(recipe_names(folder))}.")
+            raise RecllmError(
+                f"There is no file '{name}'. Give a shipped name instead: {', '.join(recipe_names(folder))}."
+            )
         return path
     if name not in recipe_names(folder):
         raise unknown(f"recipe in {folder}/", name, recipe_names(folder), "A path that ends in .toml works too.")

@@ -51,11 +51,15 @@ class Recommended:
 
 @dataclass(frozen=True)
 class Recommendations:
-    """A ranked list with what it was made from: the user's history, or an item's text."""
+    """A ranked list with what it was made from: the user's history, or an item's text.
+
+    `column` heads the titles: a new item's list may name the users that it suits.
+    """
 
     name: str
     context: str
     rows: Sequence[Recommended]
+    column: str = "Title"
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ WEIGHTS_NOTE = "How much a scorer counts, by how many events are known. Fitted o
 SHARES_NOTE = (
     "Each score is exactly the sum of its shares: to the right of the line they raise it, to the left they lower it."
 )
-COLD_NOTE = "Scored from their text alone."
+COLD_NOTE = "No event is known of them: only their text speaks for them."
 
 
 def _section(title: str, note: str, body: str) -> str:
@@ -238,8 +242,8 @@ def _list(part: Recommendations, scale: tuple[float, float], colours: Mapping[st
             f'<tr><td>{row.rank}</td><td class="title">{escape(row.title)}</td><td>{charts.signed(row.score)}</td>'
             f'<td class="bar">{bar}<small>{escape(shares)}</small></td></tr>'
         )
-    columns = (("Rank", ""), ("Title", "title"), ("Score", ""), ("Shares", "bar"))
-    head = "".join(f'<th scope="col" class="{style}">{name}</th>' for name, style in columns)
+    columns = (("Rank", ""), (part.column, "title"), ("Score", ""), ("Shares", "bar"))
+    head = "".join(f'<th scope="col" class="{style}">{escape(name)}</th>' for name, style in columns)
     context = f'<p class="note">{escape(part.context)}</p>' if part.context else ""
     return f"<h3>{escape(part.name)}</h3>{context}" + _table(head, rows, f"Recommendations: {part.name}")
 
@@ -275,11 +279,13 @@ svg .whisker { stroke: var(--ink); stroke-width: 1.25; fill: none; }
 svg .zero { stroke: var(--ink); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 svg .share { stroke: var(--page); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 svg.shares { height: 16px; }
+td:not(.bar) small { white-space: nowrap; }
 .scroll { overflow-x: auto; margin-top: 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--rule); vertical-align: top; }
 thead th { color: var(--muted); font-weight: 500; }
 tbody th, th:first-child, td:first-child, .title, .bar { text-align: left; }
+td:first-child { width: 3.5rem; }
 .title { min-width: 9rem; }
 .bar { width: 50%; min-width: 13rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; margin: 0; padding: 0; font-size: .9rem; }

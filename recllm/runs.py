@@ -86,6 +86,15 @@ class ModelSettings(Settings):
     """Share of items that lose their factors in a step, so that cold items work."""
 
 
+class EaseSettings(Settings):
+    """`[ease]`: item-item regression, where the catalogue is small enough for it."""
+
+    regularization: float = Field(default=200.0, gt=0)
+    """λ of the ridge term."""
+    max_items: int = Field(default=5000, ge=0)
+    """Left out for larger catalogues (its matrix is items × items, and part of the bundle); 0 leaves it out always."""
+
+
 class LightSettings(Settings):
     """`[light]`: the light sequence scorer over the same item vectors."""
 
@@ -163,6 +172,7 @@ class Run(Settings):
     light: LightSettings = LightSettings()
     train: TrainSettings = TrainSettings()
     cf: FactorSettings = FactorSettings()
+    ease: EaseSettings = EaseSettings()
     fusion: FusionSettings = FusionSettings()
     export: ExportSettings = ExportSettings()
 

@@ -46,7 +46,9 @@ class Task:
 
     def slices(self, examples: list[Example]) -> dict[str, NDArray[np.bool_]]:
         """Masks of the warm and the cold rows among `examples`."""
-        return warm_and_cold(examples, self.split.train.item_counts(), self.split.cold_items)
+        return warm_and_cold(
+            examples, item_counts=self.split.train.item_counts(), cold_items=self.split.cold_items
+        )
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of what was read."""

@@ -9,8 +9,7 @@ import polars as pl
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from recllm.checks import CheckReport
-from recllm.data import Catalog, Dataset, Interactions
+from recllm.data import Catalog, CheckReport, Dataset, Interactions
 
 USERS, ITEMS = 40, 24
 COLOURS = ("Red", "Blue")
@@ -22,6 +21,7 @@ SENTENCES = [
         for colour, genre in zip(COLOURS, GENRES, strict=True)
         for number in range(ITEMS)
     ),
+    *(f"A {colour} film; an item: {colour} film." for colour in COLOURS),
     "This person chose these items, oldest first: a Drama; a Comedy.",
     "Will this person like the next item? Answer: Yes",
     "Will this person like the new item? Answer: No",
@@ -31,7 +31,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer of 384 tokens; 0, 1 and 2 are its control tokens."""
+    """A byte-level BPE tokenizer of at most 384 tokens; 0, 1 and 2 are its control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

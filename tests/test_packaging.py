@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
         recipes = {f"recllm/share/{folder}/{path.name}" for path in (ROOT / folder).glob("*.toml")}
         assert recipes
         assert recipes <= names
-    assert {f"recllm/{path.name}" for path in (ROOT / "recllm").glob("*.py")} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "recllm").rglob("*.py")} <= names
     assert "recllm/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -79,7 +79,10 @@ def test_a_folder_that_is_named_like_a_recipe_is_no_recipe(tmp_path):
     ("values", "message"),
     [
         ({"trian": {}}, r"run\.toml: Unknown key 'trian'\. Did you mean 'train'\?"),
-        ({"train": {"learning_rat": 1}}, r"run\.toml: \[train\] Unknown key 'learning_rat'\. Did you mean 'learning_rate'\?"),
+        (
+            {"train": {"learning_rat": 1}},
+            r"run\.toml: \[train\] Unknown key 'learning_rat'\. Did you mean 'learning_rate'\?",
+        ),
         ({"extra": {"learning_rat": 1}}, r"\[extra\] Unknown key 'learning_rat'\. Did you mean 'learning_rate'\?"),
         ({"train": {"learning_rate": "fast"}}, r"key 'train\.learning_rate': .*valid number.*\(given: 'fast'\)"),
         ({"seeds": [0, "x"]}, r"key 'seeds\.1': .*valid integer"),

@@ -80,7 +80,7 @@ def full_report(name="lm"):
         ],
         weights_by_item=[WeightCurve(name, [0], [1.0])],
         users=[Recommendations(f"User {name}", f"Seen: {name}", rows)],
-        cold_items=[Recommendations("A new film", "", rows)],
+        cold_items=[Recommendations("A new film", "", rows, column="For user")],
         seconds={"train": 61.25},
         next_commands=[f"recllm recommend {name}"],
     )
@@ -97,6 +97,7 @@ def test_the_page_is_closed_and_shows_every_part():
         assert part in text
     assert "0.0700" in text
     assert "61.2 s" in text
+    assert "For user" in tags.text
     assert "recllm recommend lm" in text
 
 

@@ -4,7 +4,7 @@ import csv
 import importlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +21,20 @@ RATINGS = ["user_id", "item_id", "rating", "timestamp"]
 MOVIES = ["item_id", "title", "genres"]
 # ml-100k's u.genre; in u.item each is a column of 0 and 1.
 GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-    "Mystery Romance Sci-Fi Thriller War Western"
-).split()
+    *(
+        "unknown",
+        "Action",
+        "Adventure",
+        "Animation",
+        "Children's",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+    ),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 TEXT_BYTES = 32  # a text in memory: 16 for the view, about as much behind it
 
 
@@ -64,7 +75,7 @@ def open_table(path: Path, budget: int = BUDGET) -> Table:
     if size == 0:
         raise RecllmError(f"{path} is empty; a header and rows are expected.")
     kind = path.suffix.lower().lstrip(".")
-    if kind not in SUFFIXES and path.name != "u.item":
+    if kind not in SUFFIXES:
         raise unknown("kind of file", path.name, [f"*.{suffix}" for suffix in SUFFIXES])
     _fits(path, size, budget)
     try:
@@ -79,7 +90,7 @@ def _open(path: Path, kind: str, budget: int) -> Table:
     if kind in {"jsonl", "ndjson"}:
         frame = pl.scan_ndjson(path, infer_schema_length=None, row_index_name=LINE, row_index_offset=1)
         return _table(path, frame)
-    if path.name == "u.data":
+    if kind == "data":
         return _headless(path, "\t", RATINGS)
     if path.name == "u.item":
         return _u_item(path)
@@ -211,54 +222,3 @@ def _bad_json(path: Path) -> str | None:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding="utf-8", errors="replace") as stream:
         yield from enumerate(stream, start=1)
-
-
-def squeezed(name: str) -> str:
-    """A column's name as the guesses are written: lower case, letters and digits only."""
-    return "".join(sign for sign in name.lower() if sign.isalnum())
-
-
-def map_columns(
-    table: Table,
-    guesses: Mapping[str, tuple[str, ...]],
-    given: Mapping[str, str] | None,
-    key: str,
-) -> dict[str, str]:
-    """Which column of the file is which of ours: what is `given`, then what its name says.
-
-    Args:
-        table: the file.
-        guesses: for each of our columns the names it goes by, best first, as `squeezed` writes them.
-        given: our column to the file's; stands above the guesses.
-        key: the run file's table, for the message (`data.columns`).
-
-    Raises:
-        RecllmError: a given column that the file has not.
-    """
-    mapping: dict[str, str] = {}
-    for role, column in (given or {}).items():
-        if column not in table.columns:
-            raise unknown(f"column for {key}.{role}: {table.path.name} has no column", column, table.columns)
-        mapping[role] = column
-    by_name: dict[str, str] = {}
-    for column in table.columns:
-        by_name.setdefault(squeezed(column), column)
-    for role, names in guesses.items():
-        free = [by_name[name] for name in names if name in by_name and by_name[name] not in mapping.values()]
-        if role not in mapping and free:
-            mapping[role] = free[0]
-    return mapping
-
-
-def demand(table: Table, mapping: Mapping[str, str], roles: Iterable[str], key: str) -> None:
-    """Check that `mapping` has all `roles`.
-
-    Raises:
-        RecllmError: one is missing; says the columns found and how to name one.
-    """
-    for role in roles:
-        if role not in mapping:
-            raise RecllmError(
-                f"{table.path} has no column for '{role}'. Its columns: {', '.join(table.columns)}. Name the right one "
-                f"in the run file's table [{key}] or with: --set {key}.{role}=NAME"
-            )

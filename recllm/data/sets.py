@@ -1,4 +1,4 @@
-"""Interactions, item catalog and query: what goes in; `read_dataset` reads, normalises and checks them."""
+"""The currencies of recllm: a query, the interactions, the item catalog, and a data set of both."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recllm.checks import CheckReport
+from recllm.data.checks import CheckReport
 from recllm.errors import RecllmError, unknown
 
 FINGERPRINT_LENGTH = 16

@@ -1,0 +1,144 @@
+"""Normalise interactions: ids, ratings, time stamps, duplicates, order."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+import polars as pl
+
+from recllm.data.checks import LINES_SHOWN, Checks
+from recllm.data.tables import LINE, Table
+from recllm.data.texts import as_ids
+from recllm.data.times import as_seconds
+from recllm.errors import RecllmError
+
+Duplicates = Literal["first", "last", "keep"]
+"""Which event of one user with one item stays: the first in time, the last, or all."""
+
+TIME = "_time"  # float64 seconds: the fraction orders events that share a second
+
+
+def normalise_events(table: Table, mapping: Mapping[str, str], duplicates: Duplicates, checks: Checks) -> pl.DataFrame:
+    """Interactions as `Interactions.frame` describes them, with `LINE`; what was dropped or odd goes to `checks`.
+
+    A user's events are ordered by `seq` where the file has one, else by time, ties in file order; without both, file
+    order. Users stand in the order of their first event in time (then by id), without times in file order, so that
+    the same events give the same table in whatever order the file holds the users.
+
+    Raises:
+        RecllmError: no row is left.
+    """
+    raw = table.read(dict.fromkeys(mapping.values()))
+    columns = {role: raw[column].alias(role) for role, column in mapping.items()}
+    frame = pl.DataFrame(
+        [
+            raw[LINE],
+            as_ids(columns["user_id"]),
+            as_ids(columns["item_id"]),
+            _ratings(columns.get("rating"), raw[LINE], checks, table.path.name),
+            _times(columns.get("timestamp"), raw.height, checks, table.path.name),
+            _numbers(columns.get("seq"), "seq", raw.height),
+        ]
+    )
+    checks.facts |= {"rows_read": raw.height, "columns": dict(mapping)}
+    checks.facts["columns_left_out"] = [name for name in table.columns if name not in mapping.values()]
+    timed = frame[TIME].null_count() < frame.height
+    frame = _drop_bad(frame, timed or _has_text(columns.get("timestamp")), checks, table)
+    ordered = _ordered(frame, timed)
+    kept = _without_duplicates(ordered, duplicates, checks, table.path.name)
+    _note_facts(kept, timed, checks)
+    return kept.select(
+        LINE,
+        "user_id",
+        "item_id",
+        pl.col("rating").cast(pl.Float32),
+        pl.col(TIME).floor().cast(pl.Int64).alias("timestamp"),
+        pl.int_range(pl.len(), dtype=pl.Int32).over("_user").alias("seq"),
+    )
+
+
+def _numbers(column: pl.Series | None, name: str, height: int) -> pl.Series:
+    if column is None:
+        return pl.Series(name, [None], dtype=pl.Float64).new_from_index(0, height)
+    number = column.cast(pl.Float64, strict=False).alias(name)
+    return number.to_frame().select(pl.when(pl.col(name).is_finite()).then(pl.col(name))).to_series()
+
+
+def _ratings(column: pl.Series | None, lines: pl.Series, checks: Checks, file: str) -> pl.Series:
+    if column is not None and column.dtype == pl.String:
+        column = column.str.strip_chars().replace("", None)
+    rating = _numbers(column, "rating", len(lines))
+    if column is not None:
+        bad = lines.filter(rating.is_null() & column.is_not_null())
+        message = "ratings that are no number, taken as missing"
+        checks.add("warning", "bad_rating", message, len(bad), file=file, lines=bad.head(LINES_SHOWN))
+    return rating
+
+
+def _times(column: pl.Series | None, height: int, checks: Checks, file: str) -> pl.Series:
+    if column is None or column.null_count() == height:
+        return _numbers(None, TIME, height)
+    return as_seconds(column, checks, file).alias(TIME)
+
+
+def _has_text(column: pl.Series | None) -> bool:
+    return column is not None and column.null_count() < len(column)
+
+
+def _drop_bad(frame: pl.DataFrame, timed: bool, checks: Checks, table: Table) -> pl.DataFrame:
+    file, before = table.path.name, len(checks.findings)
+    missing = frame["user_id"].is_null() | frame["item_id"].is_null()
+    lines = frame[LINE].filter(missing)
+    checks.add(
+        "warning", "missing_id", "rows without user or item id, dropped", len(lines), file=file, lines=lines.head(5)
+    )
+    frame = frame.filter(~missing)
+    if timed:
+        lines = frame[LINE].filter(frame[TIME].is_null())
+        message = "time stamps that are unreadable, missing, negative or after 2200; rows dropped"
+        checks.add("warning", "bad_time", message, len(lines), file=file, lines=lines.head(5))
+        frame = frame.filter(frame[TIME].is_not_null())
+    if frame.is_empty():
+        why = "; ".join(finding.text() for finding in checks.findings[before:])
+        raise RecllmError(f"{table.path} has no usable row: {why}. Check the mapping of its columns ([data.columns]).")
+    return frame
+
+
+def _ordered(frame: pl.DataFrame, timed: bool) -> pl.DataFrame:
+    within = "seq" if frame["seq"].null_count() < frame.height else TIME
+    users = frame.group_by("user_id").agg(pl.col(TIME if timed else LINE).min().alias("_first"))
+    users = users.sort("_first", "user_id").select("user_id").with_row_index("_user")
+    return frame.join(users, on="user_id").sort("_user", within, LINE, nulls_last=True)
+
+
+def _without_duplicates(frame: pl.DataFrame, duplicates: Duplicates, checks: Checks, file: str) -> pl.DataFrame:
+    pair = pl.struct("_user", "item_id")  # a number and a text hash faster than two texts
+    lone = pair.is_last_distinct() if duplicates == "last" else pair.is_first_distinct()
+    kept = frame.select(lone).to_series()
+    lines = frame[LINE].filter(~kept).sort()
+    done = {"keep": "kept", "first": "only the first in time kept", "last": "only the last in time kept"}[duplicates]
+    message = f"further events of one user with one item, {done}"
+    checks.add("info", "duplicate_event", message, len(lines), file=file, lines=lines.head(LINES_SHOWN))
+    return frame if duplicates == "keep" else frame.filter(kept)
+
+
+def _note_facts(frame: pl.DataFrame, timed: bool, checks: Checks) -> None:
+    by_seq = frame["seq"].null_count() < frame.height
+    rule = "time, ties in file order" if timed else "file order"
+    facts = checks.facts
+    facts |= {"rows_kept": frame.height, "users": frame["user_id"].n_unique(), "items": frame["item_id"].n_unique()}
+    facts["order"] = f"by column '{facts['columns']['seq']}'" if by_seq else rule
+    ratings = frame["rating"].drop_nulls().to_numpy()
+    facts["ratings"] = f"{ratings.min():g} to {ratings.max():g}" if len(ratings) else "none"
+    if not timed:
+        facts["times"] = "none"
+        return
+    times = frame[TIME].to_numpy()
+    low, high = (datetime.fromtimestamp(at, UTC).date().isoformat() for at in (times.min(), times.max()))
+    facts["times"] = f"{low} to {high}"
+    step = frame.filter(pl.col("_user") == pl.col("_user").shift(-1)).height
+    gap = frame.select(pl.col(TIME).diff().over("_user")).to_series().drop_nulls()
+    facts["ties_share"] = round(float((gap == 0).sum()) / step, 4) if step else 0.0
+    if by_seq:
+        message = "events that stand before an earlier one by the order column; that column is followed"
+        checks.add("warning", "order_against_time", message, int((gap < 0).sum()))

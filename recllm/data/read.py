@@ -1,0 +1,144 @@
+"""Read a data set by name, folder or files: `read_dataset("ml-100k")`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from recllm.data.checks import LINES_SHOWN, Checks
+from recllm.data.columns import EVENT_COLUMNS, ITEM_COLUMNS, demand, map_columns
+from recllm.data.events import Duplicates, normalise_events
+from recllm.data.items import normalise_items
+from recllm.data.sets import Catalog, Dataset, Interactions
+from recllm.data.tables import BUDGET, LINE, SUFFIXES, open_table
+from recllm.errors import RecllmError, unknown
+from recllm.fetch import read_marker, resolve_data
+
+EVENT_FILES = ("interactions.*", "*.inter", "ratings.*", "u.data")
+ITEM_FILES = ("items.*", "*.item", "movies.*", "u.item")
+NOT_STATED = "not stated"
+
+
+def read_dataset(
+    data: str,
+    *,
+    interactions: str | None = None,
+    items: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    item_columns: Mapping[str, str] | None = None,
+    duplicates: Duplicates = "first",
+    budget: int = BUDGET,
+) -> Dataset:
+    """Read, normalise and check a data set.
+
+    Args:
+        data: a name (fetched, or a folder in RECLLM_DATA), a folder, or a file of interactions;
+            may be empty where `interactions` is given.
+        interactions: the file of interactions, where it is not found by its name.
+        items: the file of items, likewise; without any, the catalog holds the ids only.
+        columns: our column (user_id, item_id, rating, timestamp, seq) to the file's, where the guess is wrong.
+        item_columns: likewise for items (item_id, title, genres, release_year, or a new name for any other).
+        duplicates: which event of one user with one item stays.
+        budget: most bytes that a file may take in memory.
+
+    Raises:
+        RecllmError: an unknown name, a file that is missing, empty, broken or too large, or a column that is missing.
+    """
+    place = Path(interactions).parent if interactions and not data else resolve_data(data)
+    folder = place if place.is_dir() else place.parent
+    if interactions is not None:
+        event_file = _given(interactions, folder)
+    else:
+        event_file = place if place.is_file() else _event_file(folder)
+    item_file = _given(items, folder) if items is not None else _only(folder, ITEM_FILES)
+    checks = Checks()
+    events = _read_events(event_file, columns, duplicates, budget, checks)
+    texts = None if item_file is None else _read_items(item_file, item_columns, budget, checks)
+    catalog = _completed(events, texts, event_file.name, checks)
+    source, licence = _origin(folder)
+    name = folder.resolve().name if place.is_dir() and event_file.parent == folder else event_file.stem
+    return Dataset(name, Interactions(events.drop(LINE)), catalog, source, licence, checks.report())
+
+
+def _read_events(
+    path: Path, columns: Mapping[str, str] | None, duplicates: Duplicates, budget: int, checks: Checks
+) -> pl.DataFrame:
+    for role in columns or {}:
+        if role not in EVENT_COLUMNS:
+            raise unknown("key in data.columns", role, EVENT_COLUMNS)
+    table = open_table(path, budget)
+    mapping = map_columns(table, EVENT_COLUMNS, columns, "data.columns")
+    demand(table, mapping, ("user_id", "item_id"), "data.columns")
+    checks.facts["interactions_file"] = path.name
+    return normalise_events(table, mapping, duplicates, checks)
+
+
+def _read_items(path: Path, columns: Mapping[str, str] | None, budget: int, checks: Checks) -> pl.DataFrame:
+    table = open_table(path, budget)
+    mapping = map_columns(table, ITEM_COLUMNS, columns, "data.item_columns")
+    demand(table, mapping, ("item_id",), "data.item_columns")
+    checks.facts["items_file"] = path.name
+    return normalise_items(table, mapping, checks)
+
+
+def _completed(events: pl.DataFrame, items: pl.DataFrame | None, file: str, checks: Checks) -> Catalog:
+    """The catalog of `items` and, without text, of what only `events` know."""
+    if items is None:
+        items = pl.DataFrame(schema={"item_id": pl.String, "title": pl.String})
+    unlisted = events.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
+    ids = unlisted["item_id"].unique(maintain_order=True)
+    message = f"events whose item is in no row of the items ({len(ids):,} items), kept without text"
+    lines = unlisted[LINE].sort().head(LINES_SHOWN)
+    checks.add("warning", "item_not_listed", message, unlisted.height, file=file, lines=lines)
+    idle = int((~items["item_id"].is_in(events["item_id"].unique().implode())).sum())
+    checks.add("info", "item_without_event", "items without any event", idle)
+    frame = pl.concat([items, ids.to_frame()], how="diagonal")
+    checks.facts["catalog_items"] = frame.height
+    return Catalog(frame)
+
+
+def _given(file: str, folder: Path) -> Path:
+    return Path(file) if Path(file).is_file() or not (folder / file).is_file() else folder / file
+
+
+def _event_file(folder: Path) -> Path:
+    found = _only(folder, EVENT_FILES)
+    if found is None:
+        names = sorted(path.name for path in folder.iterdir())
+        raise RecllmError(
+            f"'{folder}' has no file of interactions ({', '.join(EVENT_FILES)}; {', '.join(SUFFIXES)}). It holds: "
+            f"{', '.join(names[:12]) or 'nothing'}. Name the file: --set data.interactions=FILE"
+        )
+    return found
+
+
+def _only(folder: Path, patterns: tuple[str, ...]) -> Path | None:
+    """The file that fits the first pattern that fits any.
+
+    Raises:
+        RecllmError: several fit.
+    """
+    for pattern in patterns:
+        found = sorted(path for path in folder.glob(pattern) if path.suffix.lower().lstrip(".") in SUFFIXES)
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise RecllmError(
+                f"'{folder}' has several files that fit '{pattern}': {names}. Name one: --set data.interactions=FILE "
+                f"(or data.items=FILE)."
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _origin(folder: Path) -> tuple[str, str]:
+    """Source and licence, by the folder's SOURCE.md (`- origin: …`, `- licence: …`) or what `fetch` noted."""
+    marker = read_marker(folder)
+    stated = {"origin": marker.get("source"), "licence": marker.get("licence")}
+    note = folder / "SOURCE.md"
+    if note.is_file():
+        for line in note.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, found, value = line.removeprefix("- ").partition(":")
+            if line.startswith("- ") and found and key in stated:
+                stated[key] = stated[key] or value.strip()
+    return stated["origin"] or NOT_STATED, stated["licence"] or NOT_STATED

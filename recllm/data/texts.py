@@ -1,0 +1,33 @@
+"""Columns of any type as text: ids and item text."""
+
+import polars as pl
+
+PLACEHOLDERS = ("unknown", "unkonwn", "nan", "NaN", "null", "NULL", "n/a", "N/A", "(no genres listed)")
+"""Texts that say that there is none; the second is RecBole's spelling."""
+
+NUMBER_WITHOUT_FRACTION = r"^(-?\d+)\.0+$"
+
+
+def as_ids(column: pl.Series) -> pl.Series:
+    """Ids as stripped text, null where empty; numbers that became floats (by a missing one) lose their `.0`."""
+    text = pl.col(column.name).cast(pl.String).str.strip_chars()
+    if column.dtype.is_float():
+        text = text.str.replace(NUMBER_WITHOUT_FRACTION, "${1}").replace("NaN", None)
+    return column.to_frame().select(text.replace("", None)).to_series()
+
+
+def as_text(column: pl.Series) -> pl.Series | None:
+    """Item text: white space squeezed, numbers short, lists joined with commas; None for a type that is no text."""
+    frame, text = column.to_frame(), pl.col(column.name)
+    kind = column.dtype
+    if kind.is_float():
+        text = text.round(4)
+    elif isinstance(kind, pl.List):
+        if isinstance(kind.inner, pl.List):  # Amazon's categories: a list of paths
+            text = text.list.eval(pl.element().explode())
+        text = text.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
+    elif kind.is_nested() or kind.is_temporal() or kind == pl.Binary:
+        return None
+    text = text.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars()
+    text = text.str.replace(NUMBER_WITHOUT_FRACTION, "${1}")
+    return frame.select(text.replace("", None)).to_series()

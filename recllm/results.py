@@ -1,0 +1,132 @@
+"""Results: figures of several scorers on the same rows, with paired bootstrap intervals over users."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.errors import unknown
+
+Interval = tuple[float, float, float]
+"""A figure with the lower and upper end of its 95 % interval (NaN where none is drawn)."""
+Key = tuple[str, str, str]
+"""Scorer, metric, slice."""
+
+PERCENTILES = (2.5, 97.5)
+DRAW_BLOCK = 64
+CELL = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Figures of several scorers on the same rows, with the bootstrap draws that pair them."""
+
+    scorers: tuple[str, ...]
+    metrics: tuple[str, ...]
+    counts: dict[str, tuple[int, int]]
+    """Rows and users of every slice."""
+    values: dict[Key, float]
+    draws: dict[Key, NDArray[np.float64]]
+    """float64[resamples] beside `values`, the same resamples for every scorer; a metric without interval has none."""
+    per_row: dict[str, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
+    """float64[rows] by scorer and metric, beside them "rank" (for labelled pairs only "score")."""
+
+    def interval(self, scorer: str, metric: str, part: str = "all") -> Interval:
+        """The figure in a slice and its 95 % percentile interval.
+
+        Raises:
+            RecllmError: an unknown scorer, metric or slice.
+        """
+        key = self._key(scorer, metric, part)
+        return (self.values[key], *_ends(self.draws.get(key)))
+
+    def difference(self, a: str, b: str, metric: str, part: str = "all") -> Interval:
+        """`a` less `b` on the same rows, with the 95 % interval of the paired bootstrap.
+
+        Raises:
+            RecllmError: an unknown scorer, metric or slice.
+        """
+        left, right = self._key(a, metric, part), self._key(b, metric, part)
+        drawn = self.draws[left] - self.draws[right] if left in self.draws else None
+        return (self.values[left] - self.values[right], *_ends(drawn))
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row per slice and scorer: slice, rows, users, scorer, and each metric's (figure, low, high)."""
+        return [
+            {"slice": part, "rows": rows, "users": users, "scorer": scorer}
+            | {metric: self.interval(scorer, metric, part) for metric in self.metrics}
+            for part, (rows, users) in self.counts.items()
+            for scorer in self.scorers
+        ]
+
+    def to_dict(self) -> dict[str, object]:
+        """The rows with None in place of NaN, so that JSON takes them."""
+        rows = [{key: _plain(value) for key, value in row.items()} for row in self.rows()]
+        return {"metrics": list(self.metrics), "rows": rows}
+
+    def lines(self) -> list[str]:
+        """The table as text, one line per slice and scorer."""
+        width = max(map(len, (*self.scorers, "scorer")))
+        head = "  ".join(["scorer".ljust(width), *(metric.ljust(CELL) for metric in self.metrics)]).rstrip()
+        lines = []
+        for part, (rows, users) in self.counts.items():
+            lines += [f"{part}: {rows} rows, {users} users", head]
+            for scorer in self.scorers:
+                cells = [_cell(self.interval(scorer, metric, part)).ljust(CELL) for metric in self.metrics]
+                lines.append("  ".join([scorer.ljust(width), *cells]).rstrip())
+        return lines
+
+    def _key(self, scorer: str, metric: str, part: str) -> Key:
+        if scorer not in self.scorers:
+            raise unknown("scorer", scorer, self.scorers)
+        if metric not in self.metrics:
+            raise unknown("metric", metric, self.metrics)
+        if part not in self.counts:
+            raise unknown("slice", part, self.counts)
+        return scorer, metric, part
+
+
+def _ends(draws: NDArray[np.float64] | None) -> tuple[float, float]:
+    if draws is None or np.isnan(draws).all():
+        return float("nan"), float("nan")
+    low, high = np.nanpercentile(draws, PERCENTILES)
+    return float(low), float(high)
+
+
+def _plain(value: object) -> object:
+    return [None if np.isnan(number) else number for number in value] if isinstance(value, tuple) else value
+
+
+def _cell(interval: Interval) -> str:
+    value, low, high = interval
+    return f"{value:.4f}" + ("" if np.isnan(low) else f" {low:.3f}…{high:.3f}")
+
+
+def resampled(users: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each user is drawn in each resample, float64[block, users] block by block; a pure function of seed."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, DRAW_BLOCK):
+        drawn = (rng.integers(users, size=users) for _ in range(min(DRAW_BLOCK, resamples - start)))
+        yield np.stack([np.bincount(sample, minlength=users) for sample in drawn]).astype(np.float64)
+
+
+def bootstrap_means(
+    columns: Mapping[Key, tuple[NDArray[np.int64], NDArray[np.float64]]], users: int, resamples: int, seed: int
+) -> dict[Key, NDArray[np.float64]]:
+    """Draw the mean of every column: users are drawn with replacement, with all their rows (Efron 1979).
+
+    Args:
+        columns: by key, the user of every row, int64[rows], and its figure, float64[rows].
+        users: number of users over all columns.
+        resamples: number of draws.
+        seed: the same seed draws the same users, so that columns are paired.
+
+    Returns:
+        float64[resamples] by key; NaN where no row of a column was drawn.
+    """
+    sums = np.stack([np.bincount(owner, weights=figures, minlength=users) for owner, figures in columns.values()], 1)
+    counts = np.stack([np.bincount(owner, minlength=users) for owner, _ in columns.values()], 1).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a small slice is missing from a resample
+        means = np.concatenate([(block @ sums) / (block @ counts) for block in resampled(users, resamples, seed)])
+    return dict(zip(columns, means.T, strict=True))

@@ -1,0 +1,333 @@
+"""Train everything that a run file names: `recllm train RUN.toml`, or `accelerate launch -m recllm.train RUN.toml`."""
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+
+from recllm.errors import RecllmError
+
+
+from recllm.fusion import Fusion
+from recllm.histories import HistoryFormat
+from recllm.loop import (
+    Examples,
+    NextItemCollator,
+    check_trainer_keys,
+    fit,
+    precision_keys,
+    ranking_metrics,
+    save_trained,
+)
+from recllm.ranking import Scorer, Scores
+from recllm.runs import Run, load_run, write_environment, write_run
+from recllm.sequence import NextItemModel, Windows
+from recllm.splits import Example
+from recllm.tasks import Task, prepare
+from recllm.trained import (
+    Collaborative,
+    adapter_recipe,
+    collaborative,
+    language_model,
+    light_model,
+    load_language,
+    load_light,
+    save_stage,
+    sequence_scorer,
+    stage_done,
+)
+
+Say = Callable[[str], None]
+VALIDATION_WINDOWS = 256
+"""Validation histories that choose the language model's checkpoint; the fusion sees all of them."""
+
+
+class Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+
+
+def train_run(
+    run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = print, clock: Clock | None = None
+) -> Task:
+    """Fit and train every scorer of a run and the fusion; everything lies in the run's folder afterwards.
+
+    Args:
+        run: the run.
+        resume: keep the stages that are done and go on from the last checkpoint.
+        overwrite: delete what the folder holds.
+        say: gets one line per stage, on the first process only.
+        clock: takes the seconds of each stage.
+
+    Raises:
+        RecllmError: a mistake in the run file or in the data, or a folder that is not empty without `resume`.
+    """
+    clock = clock or Clock()
+    check_trainer_keys(run.train.trainer_keys())
+    adapter_recipe(run)
+    state = PartialState()
+    say = say if state.is_main_process else _silent
+    with state.main_process_first():
+        if state.is_main_process:
+            _open_folder(run, resume=resume, overwrite=overwrite)
+    with clock.stage("data"):
+        task = prepare(run, say)
+        if state.is_main_process:
+            write_run(run, run.folder / "run.toml")
+            write_environment(run, task.fingerprints(), device=_device())
+        _describe(task, say)
+    with clock.stage("factors and vectors"), state.main_process_first():
+        parts = collaborative(run, task, say)
+    with clock.stage("light"):
+        train_light(run, task, parts, resume=resume, say=say)
+    with clock.stage("language model"):
+        if run.model.name != "none":
+            train_language(run, task, parts, resume=resume, say=say)
+    if state.is_main_process:
+        with clock.stage("scores and fusion"):
+            fit_fusion(run, task, parts, say)
+    state.wait_for_everyone()
+    return task
+
+
+def _open_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
+    if overwrite and run.folder.is_dir():
+        shutil.rmtree(run.folder)
+    if run.folder.is_dir() and any(run.folder.iterdir()) and not resume:
+        raise RecllmError(
+            f"{run.folder} is not empty. Go on with it by --resume, start anew by --overwrite, "
+            "or give the run another name (--set name=…)."
+        )
+    run.folder.mkdir(parents=True, exist_ok=True)
+
+
+def _describe(task: Task, say: Say) -> None:
+    say(
+        f"{task.dataset.name}: {len(task.split.train):,} training events, {len(task.split.valid):,} validation and "
+        f"{len(task.split.test):,} test rows, {len(task.index):,} items ({int((~task.warm).sum()):,} without events)"
+    )
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def train_light(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+    """Train the light sequence scorer, unless it is done or the run has none."""
+    settings, folder = run.light, run.folder / "light"
+    if settings.num_train_epochs == 0 or stage_done(folder):
+        return
+    model, history = light_model(run, task, parts.features)
+    windows = Windows(task.sequences(), settings.max_history, settings.num_train_epochs, run.seed)
+    say(f"Training the light sequence scorer, {settings.num_train_epochs} epochs")
+    arguments = {
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "warmup_steps": 0.05,
+        "seed": run.seed,
+    }
+    _train_next_item(run, task, model, history, windows, arguments, scorer="light", resume=resume)
+
+
+def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+    """Fine-tune the language model for the next item, unless it is done."""
+    settings, folder = run.train, run.folder / "lm"
+    if stage_done(folder):
+        return
+    model, history, _ = language_model(run, task, parts.features, say)
+    windows = Windows(
+        _readable(task.sequences(), history), history.limit, settings.num_train_epochs, run.seed, settings.recent_windows
+    )
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {trained:,} parameters train")
+    arguments = {
+        "learning_rate": settings.head_learning_rate,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "max_steps": settings.max_steps,
+        "warmup_steps": 0.05,
+        "seed": run.seed,
+        **precision_keys(settings.precision),
+        **settings.trainer_keys(),
+    }
+    _train_next_item(run, task, model, history, windows, arguments, scorer="lm", resume=resume)
+
+
+def _readable(sequences: list[NDArray[np.int64]], history: HistoryFormat) -> list[NDArray[np.int64]]:
+    if history.texts is None:
+        return sequences
+    return [row[[history.texts[item] is not None for item in row]] for row in sequences]
+
+
+def _train_next_item(
+    run: Run,
+    task: Task,
+    model: NextItemModel,
+    history: HistoryFormat,
+    windows: Windows,
+    arguments: dict[str, Any],
+    *,
+    scorer: str,
+    resume: bool,
+) -> None:
+    examples = Examples(windows.all())
+    processes, batch = PartialState().num_processes, arguments["per_device_train_batch_size"]
+    accumulation = arguments.get("gradient_accumulation_steps", 1)
+    steps = math.ceil(len(examples) / (batch * processes * accumulation))
+    if arguments.get("max_steps", -1) > 0:
+        steps = min(steps, arguments["max_steps"])
+    arguments = {"eval_steps": max(1, math.ceil(steps / min(windows.epochs, 10)))} | arguments
+    folder = run.folder / scorer
+    fit(
+        model,
+        examples,
+        Examples(_validation_windows(task, history, run.seed, None if scorer == "light" else VALIDATION_WINDOWS)),
+        collator=NextItemCollator(history),
+        valid_collator=NextItemCollator(history, last_only=True),
+        arguments=arguments,
+        folder=run.folder,
+        scorer=scorer,
+        compute_metrics=ranking_metrics,
+        adapter_learning_rate=None if scorer == "light" else run.train.learning_rate,
+        patience=None if scorer == "light" else run.train.early_stopping_patience,
+        resume=resume,
+    )
+    if PartialState().is_main_process:
+        save_trained(model, folder / "model.safetensors")
+        save_stage(folder, {"steps": steps, "windows": len(examples)})
+        shutil.rmtree(run.folder / "checkpoints" / scorer, ignore_errors=True)
+    PartialState().wait_for_everyone()
+
+
+def _validation_windows(task: Task, history: HistoryFormat, seed: int, limit: int | None) -> list[NDArray[np.int64]]:
+    rows = [
+        np.append(history.window(task.index.known(example.query.history)), task.index.rows([example.item_id]))
+        for example in task.split.valid
+    ]
+    rows = [row for row in rows if len(row) > 1 and task.warm[row[-1]]]
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [rows[place] for place in np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]
+
+
+def run_scorers(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, Scorer]:
+    """Every scorer of a trained run by name, the language model merged."""
+    scorers = parts.scorers()
+    if (light := load_light(run, task, parts.features)) is not None:
+        scorers["light"] = sequence_scorer(*light, task)
+    if (language := load_language(run, task, parts.features)) is not None:
+        scorers["lm"] = sequence_scorer(*language, task)
+    return scorers
+
+
+def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, dict[str, Scores]]:
+    """Scores of validation and test by every scorer, computed once and kept in the run's folder.
+
+    Validation and test go in together: a user's validation history is the beginning of the test history, and a causal
+    model reads both in one pass.
+    """
+    queries = [example.query for example in [*task.split.valid, *task.split.test]]
+    cut, result = len(task.split.valid), {"valid": {}, "test": {}}  # type: tuple[int, dict[str, dict[str, Scores]]]
+    for name, scorer in run_scorers(run, task, parts, say).items():
+        path = run.folder / "scores" / f"{name}.npy"
+        if not path.is_file():
+            say(f"Scoring validation and test with '{name}'")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part.npy")
+            np.save(part, scorer.score(queries, task.index))
+            part.replace(path)
+        scores = np.load(path, mmap_mode="r")
+        result["valid"][name], result["test"][name] = scores[:cut], scores[cut:]
+    return result
+
+
+def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
+    """Fit the fusion on validation: with every scorer, and again without the language model for the table."""
+    if (run.folder / "fusion.json").is_file():
+        return
+    scores = known_scores(run, task, parts, say)["valid"]
+    say("Fitting the fusion on validation")
+    if "lm" in scores:
+        _fit(run, task, {name: value for name, value in scores.items() if name != "lm"}).save(
+            run.folder / "fusion-without-lm.json"
+        )
+    _fit(run, task, scores).save(run.folder / "fusion.json")
+
+
+def _fit(run: Run, task: Task, scores: dict[str, Scores]) -> Fusion:
+    examples = task.split.valid
+    return Fusion.fit_ranking(
+        scores,
+        task.index.rows(example.item_id for example in examples),
+        history_counts(task, examples),
+        task.item_counts,
+        seen_mask(task, examples),
+        settings=run.fusion,
+        seed=run.seed,
+    )
+
+
+def history_counts(task: Task, examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Known items of each history, int64[rows]."""
+    return np.array([len(task.index.known(example.query.history)) for example in examples], dtype=np.int64)
+
+
+def seen_mask(task: Task, examples: Sequence[Example]) -> NDArray[np.bool_]:
+    """Items of each history, bool[rows, items]."""
+    mask = np.zeros((len(examples), len(task.index)), dtype=bool)
+    for row, example in enumerate(examples):
+        mask[row, task.index.known(example.query.history)] = True
+    return mask
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m recllm.train RUN.toml [--set key=value …] [--resume | --overwrite]`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="accelerate launch -m recllm.train", description=__doc__)
+    parser.add_argument("run", type=Path, help="run file, or the folder of a run to go on with")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file")
+    parser.add_argument("--resume", action="store_true", help="keep what is done and go on")
+    parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
+    given = parser.parse_args(arguments)
+    try:
+        train_run(load_run(given.run, given.set), resume=given.resume, overwrite=given.overwrite, say=_print)
+    except RecllmError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
+

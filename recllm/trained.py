@@ -1,0 +1,210 @@
+"""The scorers of a run: fitted or trained once, kept in the run's folder, loaded again for the next stage."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+from recllm.adapters import AdapterRecipe, load_adapter, merge
+from recllm.ease import EASE
+from recllm.encoding import Encode, SequenceScorer
+from recllm.files import read_json, write_json
+from recllm.histories import HistoryFormat, item_token_history, text_history
+from recllm.lm import BaseModel, LanguageBody, item_vectors, load_base, model_folder, next_item_model
+from recllm.loop import fast_bf16, load_trained
+from recllm.mf import ImplicitMF
+from recllm.priors import Popularity, TextSimilarity
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.ranking import Scorer
+from recllm.runs import Run
+from recllm.sequence import LightBody, NextItemModel
+from recllm.tasks import Task
+from recllm.vectors import ItemFeatures, RawVectors, Standard, item_features
+
+Say = Callable[[str], None]
+VECTORS = "vectors.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Collaborative:
+    """The scorers that are fitted in closed form or by alternation, and the vectors that the sequence models read."""
+
+    popularity: Popularity
+    mf: ImplicitMF
+    ease: EASE | None
+    text: TextSimilarity
+    vectors: RawVectors
+    features: ItemFeatures
+    text_standard: Standard
+    factor_standard: Standard
+
+    def scorers(self) -> dict[str, Scorer]:
+        """By name, in the order of the tables."""
+        result: dict[str, Scorer] = {"popularity": self.popularity, "mf": self.mf}
+        if self.ease is not None:
+            result["ease"] = self.ease
+        return result | {"text": self.text}
+
+
+def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
+    """Fit priors, factorization and item vectors, or load them where the run's folder has them."""
+    folder = run.folder / "cf"
+    if not (run.folder / VECTORS).is_file():
+        say("Fitting popularity and matrix factorization")
+        train = task.split.train
+        Popularity.fit(train, task.index.ids).save(folder)
+        ImplicitMF.fit(train, run.cf, seed=run.seed).save(folder)
+        if len(task.index) <= run.ease.max_items:
+            EASE.fit(train, regularization=run.ease.regularization).save(folder)
+        encode_catalog(run, task, say).save(run.folder / VECTORS)  # last: its presence says that the stage is done
+    return load_collaborative(run, task)
+
+
+def load_collaborative(run: Run, task: Task) -> Collaborative:
+    """Load what `collaborative` fitted."""
+    folder = run.folder / "cf"
+    vectors, mf = RawVectors.load(run.folder / VECTORS), ImplicitMF.load(folder)
+    features, text_standard, factor_standard = item_features(
+        task.index, vectors, RawVectors(mf.items.ids, mf.item_factors)
+    )
+    ease = EASE.load(folder) if (folder / "ease.json").is_file() else None
+    # Centred vectors: raw ones of a language model all point one way, and their cosines say little.
+    text = TextSimilarity(task.index, features.text)
+    return Collaborative(
+        Popularity.load(folder), mf, ease, text, vectors, features, text_standard, factor_standard
+    )
+
+
+def encoder_name(run: Run) -> str:
+    """The model that turns item text into vectors."""
+    return run.model.item_encoder or run.model.name
+
+
+def encode_catalog(run: Run, task: Task, say: Say) -> RawVectors:
+    """Vectors of all items by their text."""
+    base = load_base(model_folder(encoder_name(run), say))
+    prompt = load_prompt(run.prompt.item, task="item")
+    prompt.check_against(task.dataset.catalog)
+    compiled = compile_prompt(prompt, base.tokenizer)
+    token_ids = compiled.encode_items(task.dataset.catalog)
+    say(f"Encoding the text of {len(task.index):,} items with {encoder_name(run)}")
+    return item_vectors(base, compiled, task.index.ids, token_ids)
+
+
+def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat]:
+    """The light sequence model, untrained."""
+    settings = run.light
+    torch.manual_seed(run.seed)
+    body = LightBody(settings.width, settings.layers, settings.heads, settings.max_history, settings.dropout)
+    model = NextItemModel(
+        body,
+        features,
+        width=settings.width,
+        head_width=settings.width,
+        warm=task.warm,
+        token_scale=1.0,
+        factor_dropout=settings.factor_dropout,
+    )
+    return model, HistoryFormat((), (), settings.max_history, 1)
+
+
+def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
+    """How the language model reads a history."""
+    prompt = load_prompt(run.prompt.next_item, task="next_item")
+    prompt.check_against(task.dataset.catalog)
+    compiled = compile_prompt(prompt, base.tokenizer)
+    limit, stride = run.model.max_history, run.model.history_stride
+    if run.model.history == "items":
+        return item_token_history(compiled.start, limit, stride)
+    return text_history(compiled.start, compiled.encode_items(task.dataset.catalog), limit, stride)
+
+
+def adapter_recipe(run: Run) -> AdapterRecipe | None:
+    """The run's adapter, or None for a frozen model without one."""
+    return None if run.adapter.recipe == "none" else load_adapter(run.adapter)
+
+
+def language_model(
+    run: Run, task: Task, features: ItemFeatures, say: Say
+) -> tuple[NextItemModel, HistoryFormat, BaseModel]:
+    """The next-item language model with its adapter, untrained."""
+    recipe = adapter_recipe(run)
+    base = load_base(model_folder(run.model.name, say), recipe)
+    history = language_history(run, task, base)
+    torch.manual_seed(run.seed)
+    return next_item_model(base, recipe, features, task.warm, history, run.model), history, base
+
+
+def load_light(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat] | None:
+    """The trained light model, or None where the run has none."""
+    path = run.folder / "light" / "model.safetensors"
+    if not path.is_file():
+        return None
+    model, history = light_model(run, task, features)
+    load_trained(model, path)
+    return model.eval(), history
+
+
+def load_language(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat] | None:
+    """The trained language model with its adapter merged, or None where the run has none."""
+    path = run.folder / "lm" / "model.safetensors"
+    if not path.is_file():
+        return None
+    model, history, _ = language_model(run, task, features, lambda _: None)
+    load_trained(model, path)
+    return merged(model).eval(), history
+
+
+def merged(model: NextItemModel) -> NextItemModel:
+    """The same model with its adapter folded into the base weights."""
+    assert isinstance(model.body, LanguageBody)
+    model.body.model = merge(model.body.model)
+    return model
+
+
+def torch_encode(model: NextItemModel) -> Encode:
+    """Read ids with a torch model; its table of input vectors is made once. bf16 where the machine is fast at it."""
+    with torch.inference_mode():
+        table = model.eval().table()
+    device = table.device
+
+    @torch.inference_mode()
+    def encode(ids: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16() and heavy):
+            vectors = model.encode(torch.from_numpy(ids).to(device), torch.from_numpy(ends).to(device), table)
+        return vectors.float().cpu().numpy()  # type: ignore[no-any-return]
+
+    heavy = isinstance(model.body, LanguageBody)
+    return encode
+
+
+@torch.inference_mode()
+def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Item vectors float32[items, head] (NaN for an item with neither text nor factors) and bias float32[items]."""
+    heads = model.heads(model.text_vectors, model.item_factors)
+    unknown = torch.isnan(model.text_vectors[:, 0]) & torch.isnan(model.item_factors[:, 0])  # type: ignore[index]
+    heads = torch.where(unknown[:, None], torch.nan, heads)
+    return heads.float().cpu().numpy(), model.bias.detach().float().cpu().numpy()
+
+
+def sequence_scorer(
+    model: NextItemModel, history: HistoryFormat, task: Task, progress: Callable[[int], None] = lambda _: None
+) -> SequenceScorer:
+    """A trained next-item model as a scorer."""
+    return SequenceScorer(torch_encode(model), history, task.index, *item_heads(model), progress)
+
+
+def save_stage(folder: Path, facts: dict[str, object]) -> None:
+    """Mark a stage as done."""
+    write_json(folder / "done.json", facts)
+
+
+def stage_done(folder: Path) -> bool:
+    """Whether a stage was finished."""
+    return (folder / "done.json").is_file() and isinstance(read_json(folder / "done.json"), dict)
+
+

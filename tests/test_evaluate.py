@@ -1,0 +1,197 @@
+"""Evaluation: ranks against naive loops, masking, slices, paired intervals, labels and their errors."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.evaluate import KnownScores, evaluate_labels, evaluate_ranking, warm_and_cold
+from recllm.ranking import ItemIndex
+from recllm.splits import Example
+
+ITEMS = ItemIndex(f"i{n}" for n in range(30))
+ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = np.random.default_rng(0)
+    made = []
+    for row in range(ROWS):
+        drawn = [f"i{n}" for n in rng.permutation(30)[:6]]
+        made.append(Example(Query(tuple(drawn[:5]), f"u{row}"), drawn[5], float(row % 2)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def known(examples):
+    rng = np.random.default_rng(1)
+    queries = [example.query for example in examples]
+    noise = rng.normal(size=(ROWS, 30)).astype(np.float32)
+    better = noise.copy()
+    better[np.arange(ROWS), ITEMS.rows(example.item_id for example in examples)] += 0.5
+    return {"noise": KnownScores(queries, ITEMS, noise), "better": KnownScores(queries, ITEMS, better)}
+
+
+def test_ranking_equals_a_naive_loop(examples, known):
+    table = evaluate_ranking({"noise": known["noise"]}, examples, ITEMS, resamples=20)
+    hits, gains, tops = [], [], set()
+    for row, example in enumerate(examples):
+        free = [n for n in range(30) if ITEMS.ids[n] not in example.query.history]
+        order = sorted(free, key=lambda n: -known["noise"].scores[row, n])
+        rank = order.index(ITEMS.ids.index(example.item_id)) + 1
+        hits.append(rank <= 10)
+        gains.append(1 / np.log2(1 + rank) if rank <= 10 else 0.0)
+        tops.update(order[:10])
+    assert table.interval("noise", "HitRate@10")[0] == pytest.approx(np.mean(hits))
+    assert table.interval("noise", "NDCG@10")[0] == pytest.approx(np.mean(gains))
+    assert table.interval("noise", "Coverage@10")[0] == len(tops) / 30
+    assert table.per_row["noise"]["NDCG@10"] == pytest.approx(gains)
+
+
+def test_seen_items_are_masked_but_never_the_target():
+    query = Query(("i0", "i1"), "u")
+    scores = np.zeros((1, 30), np.float32)
+    scores[0, :3] = 3.0, 2.0, 1.0
+    scorers = {"s": KnownScores([query], ITEMS, scores)}
+    again = [Example(query, "i1")]
+    assert evaluate_ranking(scorers, again, ITEMS, resamples=5).interval("s", "MRR")[0] == 1.0
+    assert evaluate_ranking(scorers, again, ITEMS, exclude_seen=False, resamples=5).interval("s", "MRR")[0] == 0.5
+    assert evaluate_ranking(scorers, [Example(query, "i2")], ITEMS, resamples=5).interval("s", "MRR")[0] == 1.0
+
+
+def test_intervals_hold_the_figure_and_a_pair_is_tighter_than_its_parts(examples, known):
+    table = evaluate_ranking(known, examples, ITEMS, ks=(5, 10), seed=1)
+    value, low, high = table.interval("better", "NDCG@10")
+    assert low < value < high
+    gain, from_, to = table.difference("better", "noise", "NDCG@10")
+    assert 0 < from_ < gain < to
+    assert to - from_ < high - low
+    assert gain == pytest.approx(value - table.interval("noise", "NDCG@10")[0])
+    assert table.difference("noise", "noise", "MRR") == (0.0, 0.0, 0.0)
+
+
+def test_interval_width_agrees_with_theory(examples, known):
+    value, low, high = evaluate_ranking(known, examples, ITEMS).interval("noise", "HitRate@10")
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(value * (1 - value) / ROWS), rel=0.2)
+
+
+def test_rows_of_one_user_are_drawn_together(examples, known):
+    one = [Example(Query(e.query.history, "same"), e.item_id) for e in examples[:20]]
+    scorer = KnownScores([e.query for e in one], ITEMS, known["noise"].scores[:20])
+    value, low, high = evaluate_ranking({"s": scorer}, one, ITEMS, resamples=50).interval("s", "MRR")
+    assert value == pytest.approx(low) == pytest.approx(high)  # one user: nothing varies
+
+
+def test_same_seed_same_table_and_another_seed_another_interval(examples, known):
+    def of(seed):
+        return evaluate_ranking(known, examples, ITEMS, seed=seed, resamples=100).to_dict()
+
+    assert of(1) == of(1)
+    assert of(1) != of(2)
+
+
+def test_slices_tell_warm_from_cold():
+    rows = [Example(Query(("i0",), "a"), "i1"), Example(Query(("i0",), "b"), "i9"), Example(Query((), "c"), "i1")]
+    slices = warm_and_cold(rows, cold_items={"i9"})
+    assert {name: mask.tolist() for name, mask in slices.items()} == {
+        "warm": [True, False, False],
+        "cold item": [False, True, False],
+        "no history": [False, False, True],
+    }
+    assert warm_and_cold(rows, item_counts={"i1": 3})["cold item"].tolist() == [False, True, False]
+    assert warm_and_cold(rows[:1]) == {}
+    scorer = KnownScores([e.query for e in rows], ITEMS, np.tile(-np.arange(30, dtype=np.float32), (3, 1)))
+    table = evaluate_ranking({"s": scorer}, rows, ITEMS, cold_items={"i9"}, resamples=10)
+    assert table.counts == {"all": (3, 3), "warm": (1, 1), "cold item": (1, 1), "no history": (1, 1)}
+    assert table.interval("s", "HitRate@10", "cold item")[0] == 1.0
+    assert table.interval("s", "MRR", "no history")[0] == 0.5
+    own = evaluate_ranking({"s": scorer}, rows, ITEMS, slices={"first": np.array([True, False, False])}, resamples=10)
+    assert own.counts == {"all": (3, 3), "first": (1, 1)}
+
+
+def test_known_scores_are_nan_for_what_was_not_scored(known, examples):
+    found = known["noise"].score([examples[3].query, Query(("x",))], ItemIndex(["i2", "zz"]))
+    assert found[0, 0] == known["noise"].scores[3, 2]
+    assert np.isnan(found).tolist() == [[False, True], [True, True]]
+
+
+def test_tables_are_json_and_text(examples, known):
+    table = evaluate_ranking(known, examples, ITEMS, resamples=10)
+    assert json.loads(json.dumps(table.to_dict(), allow_nan=False))["rows"][0]["scorer"] == "noise"
+    lines = table.lines()
+    assert lines[0] == "all: 300 rows, 300 users"
+    assert "NDCG@10" in lines[1]
+    assert lines[2].startswith("noise")
+
+
+def test_progress_reaches_the_end(examples, known):
+    calls = []
+    evaluate_ranking(known, examples, ITEMS, resamples=1, progress=lambda done, of: calls.append((done, of)))
+    assert calls == [(256, 300), (300, 300)]
+
+
+def test_mistakes_are_named(examples, known):
+    with pytest.raises(RecllmError, match="1 of 1 target items are not among the 30 candidates, first 'zz'"):
+        evaluate_ranking(known, [Example(Query(()), "zz")], ITEMS)
+    with pytest.raises(RecllmError, match="no example to evaluate on"):
+        evaluate_ranking(known, [], ITEMS)
+    with pytest.raises(RecllmError, match="AUC needs labels, and 1 of 1"):
+        evaluate_labels(known, [Example(Query(()), "i1")])
+    table = evaluate_ranking(known, examples, ITEMS, resamples=1)
+    with pytest.raises(RecllmError, match="Did you mean 'NDCG@10'"):
+        table.interval("noise", "NDCG@1O")
+    with pytest.raises(RecllmError, match="Unknown scorer 'nose'"):
+        table.difference("better", "nose", "MRR")
+    with pytest.raises(RecllmError, match="Unknown slice 'cold'"):
+        table.interval("noise", "MRR", "cold")
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    rng = np.random.default_rng(5)
+    return [
+        Example(Query(("i0",), f"u{rng.integers(40)}"), f"i{rng.integers(30)}", float(rng.integers(2)))
+        for _ in range(400)
+    ]
+
+
+class Hinted:
+    """A little of the label and much noise, by item; NaN for the items in `silent`."""
+
+    def __init__(self, examples, silent=()):
+        self.silent = silent
+        means = {item: [e.label for e in examples if e.item_id == item] for item in ITEMS.ids}
+        self.means = {item: np.mean(labels) if labels else 0.5 for item, labels in means.items()}
+
+    def score(self, queries, candidates):
+        row = [np.nan if item in self.silent else self.means[item] for item in candidates.ids]
+        return np.tile(np.array(row, np.float32), (len(queries), 1))
+
+
+def test_labels_equal_scikit_learn(labelled):
+    scorer = Hinted(labelled)
+    table = evaluate_labels({"hint": scorer}, labelled, resamples=100)
+    truth = [e.label for e in labelled]
+    scores = [scorer.means[e.item_id] for e in labelled]
+    value, low, high = table.interval("hint", "AUC")
+    assert value == pytest.approx(roc_auc_score(truth, np.float32(scores)))
+    assert low < value < high
+    assert table.interval("hint", "scored")[0] == 1.0
+    value, low, high = table.interval("hint", "UAUC")
+    assert low < value < high
+    assert table.difference("hint", "hint", "AUC") == (0.0, 0.0, 0.0)
+
+
+def test_rows_without_score_count_as_the_mean(labelled):
+    silent = {f"i{n}" for n in range(15)}
+    table = evaluate_labels({"half": Hinted(labelled, silent), "none": Hinted(labelled, set(ITEMS.ids))}, labelled)
+    gone = np.array([e.item_id in silent for e in labelled])
+    scores = table.per_row["half"]["score"]
+    assert table.interval("half", "scored")[0] == pytest.approx(1 - gone.mean())
+    assert scores[gone] == pytest.approx(scores[~gone].mean())
+    assert table.interval("none", "AUC")[0] == 0.5
+    assert table.interval("none", "scored")[0] == 0.0

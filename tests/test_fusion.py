@@ -1,0 +1,275 @@
+"""Fusion: exact shares, NaN semantics, gradients, fitting that finds what is there, choosing by validation."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.optimize import check_grad
+
+from recllm import fitting
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.evaluate import KnownScores
+from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, logistic, sample_candidates
+from recllm.fusion import BACKUP, FusedScorer, Fusion, FusionSettings, evidence
+from recllm.metrics import auc, ndcg
+from recllm.ranking import ItemIndex, target_ranks
+
+NAN = np.float32(np.nan)
+QUERIES, ITEMS = 200, 60
+QUICK = FusionSettings(negatives=40, iterations=40)
+
+
+def made(seed=0, strength=(2.0, 1.0, 0.0)):
+    """Scores that are noise plus `strength` on the target; counts that mean nothing."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(ITEMS, size=QUERIES)
+    scores = {}
+    for place, plus in enumerate(strength):
+        own = rng.normal(size=(QUERIES, ITEMS)).astype(np.float32)
+        own[np.arange(QUERIES), targets] += plus
+        scores["abc"[place]] = own * 10 ** (2 * place) + 7  # scale and offset must not matter
+    return scores, targets, rng.integers(3, 50, size=QUERIES), rng.integers(0, 200, size=ITEMS)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return Fusion.fit_ranking(*made(), settings=QUICK, seed=1)
+
+
+def figure(fused, targets):
+    return ndcg(target_ranks(fused, targets), 10).mean()
+
+
+def test_score_is_exactly_the_sum_of_its_shares(fitted):
+    scores, _, n_user, n_item = made(1)
+    scores["b"][:, :5] = np.nan
+    fused, shares = fitted.fuse(scores, n_user, n_item)
+    total = np.zeros_like(fused)
+    for share in shares.values():
+        assert share.dtype == np.float32
+        total += share
+    assert fused.dtype == np.float32
+    assert np.array_equal(fused, total)
+    assert not shares["b"][:, :5].any()
+
+
+def test_share_is_weight_times_standardised_score(fitted):
+    scores, _, n_user, n_item = made(1)
+    _, shares = fitted.fuse(scores, n_user, n_item)
+    weights = fitted.weights(n_user[:, None], n_item[None, :])
+    for name, own in scores.items():
+        z = (own - own.mean(axis=1, keepdims=True)) / own.std(axis=1, keepdims=True)
+        assert shares[name] == pytest.approx(weights[name] * z, rel=1e-3, abs=1e-4)
+
+
+def test_weights_find_the_better_scorer_and_beat_the_parts(fitted):
+    weights = {name: float(value) for name, value in fitted.weights(10, 20).items()}
+    assert weights["a"] > weights["b"] > weights["c"]
+    scores, targets, n_user, n_item = made(9)
+    fused = figure(fitted.fuse(scores, n_user, n_item)[0], targets)
+    assert fused > max(figure(own, targets) for own in scores.values())
+
+
+def test_on_validation_no_part_ranks_above_the_fusion(fitted):
+    scores, targets, n_user, n_item = made()
+    own = figure(fitted.fuse(scores, n_user, n_item)[0], targets)
+    assert fitted.candidates[fitted.chosen] == pytest.approx(own)
+    assert own == max(fitted.candidates.values())
+    for name, part in scores.items():
+        assert fitted.candidates[f"only {name}"] == pytest.approx(figure(part, targets))
+
+
+def test_useless_company_leaves_one_scorer_alone_with_backup():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(ITEMS, size=QUERIES)
+    perfect = rng.normal(size=(QUERIES, ITEMS)).astype(np.float32)
+    perfect[np.arange(QUERIES), targets] = 9.0
+    wrong = rng.normal(size=(QUERIES, ITEMS)).astype(np.float32)
+    wrong[np.arange(QUERIES), targets] = -40.0
+    settings = FusionSettings(l2=100.0)  # held at the plain sum, which the wrong one spoils
+    counts = np.ones(QUERIES, dtype=np.int64), np.ones(ITEMS, dtype=np.int64)
+    fusion = Fusion.fit_ranking({"wrong": wrong, "perfect": perfect}, targets, *counts, settings=settings)
+    assert fusion.chosen == "only perfect"
+    assert fusion.gates == (BACKUP, 1.0)
+    fused, _ = fusion.fuse({"wrong": wrong, "perfect": perfect}, *counts)
+    assert np.array_equal(fused.argmax(1), targets)
+    silent = np.full_like(perfect, np.nan)  # where the chosen one is silent, the other ranks
+    fused, _ = fusion.fuse({"wrong": wrong, "perfect": silent}, *counts)
+    assert np.array_equal(fused.argsort(1), wrong.argsort(1))
+
+
+def test_ties_are_decided_in_the_stated_order():
+    same = made()[0]["a"]
+    _, targets, n_user, n_item = made()
+    n_user[:], n_item[:] = 5, 5  # no evidence to weigh by, and two copies: every candidate ranks the same
+    fusion = Fusion.fit_ranking({"x": same, "y": same}, targets, n_user, n_item, settings=QUICK)
+    assert len(set(fusion.candidates.values())) == 1
+    assert fusion.chosen == "by counts"
+
+
+def test_weights_follow_the_evidence():
+    rng = np.random.default_rng(3)
+    targets = rng.integers(ITEMS, size=600)
+    n_user = np.where(np.arange(600) % 2, 100, 2)
+    scores = {name: rng.normal(size=(600, ITEMS)).astype(np.float32) for name in ("cf", "text")}
+    rows = np.arange(600)
+    scores["cf"][rows, targets] += np.where(n_user == 100, 3.0, 0.0)  # knows users with a long history
+    scores["text"][rows, targets] += np.where(n_user == 100, 0.0, 3.0)  # knows the others
+    fusion = Fusion.fit_ranking(scores, targets, n_user, np.full(ITEMS, 9))
+    assert fusion.chosen == "by counts"
+    few, many = fusion.weights(2, 9), fusion.weights(100, 9)
+    assert many["cf"] > 3 * few["cf"]
+    assert few["text"] > 3 * many["text"]
+    assert fusion.weights(10**6, 9) == many  # beyond the evidence of the fit nothing changes
+    assert fusion.candidates["by counts"] > fusion.candidates["without counts"] + 0.05
+
+
+def test_nan_constant_and_absent_scorers():
+    fusion = Fusion.plain(["pop", "cf", "text"])
+    scores = {
+        "pop": np.array([[1, 2, 3, NAN], [1, 2, 3, NAN]], np.float32),
+        "cf": np.array([[NAN] * 4, [5, 5, 5, NAN]], np.float32),  # an empty history; constant scores
+    }
+    fused, shares = fusion.fuse(scores, np.array([0, 4]), np.ones(4, dtype=np.int64))
+    assert np.isnan(fused).tolist() == [[False, False, False, True]] * 2
+    assert (np.diff(fused[:, :3]) > 0).all()  # popularity leads
+    assert not shares["cf"].any()
+    assert not shares["text"].any()
+    assert shares["text"].shape == (2, 4)
+    with pytest.raises(RecllmError, match=r"Unknown scorer of the fusion 'txt'\. Did you mean 'text'"):
+        fusion.fuse({"txt": scores["pop"]}, np.array([0, 4]), np.ones(4, dtype=np.int64))
+    with pytest.raises(RecllmError, match="at least one of: pop, cf, text"):
+        fusion.fuse({}, np.array([0, 4]), np.ones(4, dtype=np.int64))
+
+
+def test_without_a_scorer_equals_its_absence(fitted):
+    scores, _, n_user, n_item = made(2)
+    rest = {name: own for name, own in scores.items() if name != "a"}
+    fewer = fitted.without("a")
+    assert fewer.names == ("b", "c")
+    assert np.array_equal(fewer.fuse(rest, n_user, n_item)[0], fitted.fuse(rest, n_user, n_item)[0])
+    with pytest.raises(RecllmError, match="Unknown scorer of the fusion 'z'"):
+        fitted.without("z")
+
+
+def test_seen_candidates_are_not_ranked_while_fitting():
+    scores, targets, n_user, n_item = made()
+    seen = np.zeros((QUERIES, ITEMS), dtype=bool)
+    seen[:, :20] = True
+    fusion = Fusion.fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    masked = np.where(seen, np.nan, scores["b"])
+    masked[np.arange(QUERIES), targets] = scores["b"][np.arange(QUERIES), targets]
+    assert fusion.candidates["only b"] == pytest.approx(figure(masked, targets))
+    columns, valid = sample_candidates(targets, seen, 50, np.random.default_rng(0))
+    assert np.array_equal(columns[:, 0], targets)
+    others = np.where(valid, columns, ITEMS)[:, 1:]
+    assert (others >= 20).all()
+    for row, target in zip(others, targets, strict=True):
+        drawn = row[row < ITEMS].tolist()
+        assert target not in drawn
+        assert len(set(drawn)) == len(drawn) >= 39
+
+
+def test_queries_without_a_target_are_left_out():
+    scores, targets, n_user, n_item = made()
+    targets[:150] = -1
+    fusion = Fusion.fit_ranking(scores, targets, n_user, n_item, settings=QUICK)
+    kept = {name: own[150:] for name, own in scores.items()}
+    again = Fusion.fit_ranking(kept, targets[150:], n_user[150:], n_item, settings=QUICK)
+    assert fusion.candidates["only a"] == pytest.approx(again.candidates["only a"])
+    with pytest.raises(RecllmError, match="one validation query with a target"):
+        Fusion.fit_ranking(scores, np.full(QUERIES, -1), n_user, n_item)
+
+
+def test_same_seed_same_fusion(fitted):
+    again = Fusion.fit_ranking(*made(), settings=QUICK, seed=1)
+    other = Fusion.fit_ranking(*made(), settings=QUICK, seed=2)
+    assert np.array_equal(again.theta, fitted.theta)
+    assert not np.array_equal(other.theta, fitted.theta)
+
+
+@pytest.mark.parametrize("kind", ["ranking", "labels"])
+def test_gradient_equals_finite_differences(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    columns = 6 if kind == "ranking" else 1
+    valid = rng.random((20, columns)) < 0.8
+    valid[:, 0] = True
+    loss = cross_entropy(valid) if kind == "ranking" else logistic(rng.integers(2, size=20).astype(np.float64))
+    z = rng.normal(size=(3, 20, columns)).astype(np.float32)
+    problem = Problem(z, rng.normal(size=(20, 1)), rng.normal(size=(20, columns)), loss)
+    monkeypatch.setattr(fitting, "BLOCK_CELLS", 100)  # several blocks
+
+    class Check:
+        @staticmethod
+        def minimize(objective, first, **kwargs):
+            at = first + rng.normal(size=first.shape)
+            error = check_grad(lambda x: objective(x)[0], lambda x: objective(x)[1], at)
+            assert error < 1e-5
+            return type("Found", (), {"x": at})
+
+    monkeypatch.setattr(fitting, "require", lambda *_: Check)
+    assert fitting.minimise(problem, counts=True, l2=0.1, iterations=1).shape == (3, 3)
+
+
+def test_dropping_never_leaves_a_row_empty():
+    kept = drop_scorers(np.ones((2, 5000, 1), np.float32), 0.5, np.random.default_rng(0))
+    assert kept.any(axis=0).all()
+    assert kept.mean() == pytest.approx(0.5 + 0.25, abs=0.03)  # a row that lost both keeps both
+
+
+def test_labels_are_fused_over_all_rows():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=800)
+    scores = {
+        name: (rng.normal(size=800) * 5 + strength * 5 * labels + 3).astype(np.float32)
+        for name, strength in (("item", 1.0), ("user", 1.0), ("noise", 0.0))
+    }
+    scores["user"][:50] = np.nan
+    n_user, n_item = rng.integers(0, 30, size=800), rng.integers(0, 30, size=800)
+    fusion = Fusion.fit_labels(scores, labels, n_user, n_item)
+    assert fusion.standardise == "global"
+    assert fusion.candidates[fusion.chosen] == max(fusion.candidates.values())
+    assert fusion.candidates[fusion.chosen] > auc(labels, scores["item"]) + 0.03
+    weights = fusion.weights(10, 10)
+    assert min(weights["item"], weights["user"]) > 3 * weights["noise"]
+    pairs = {name: own[:, None] for name, own in scores.items()}
+    fused, _ = fusion.fuse(pairs, n_user, n_item[:, None])
+    one, _ = fusion.fuse({name: own[7:8] for name, own in pairs.items()}, n_user[7:8], n_item[7:8])
+    assert fused.shape == (800, 1)
+    assert one[0, 0] == fused[7, 0]  # a row's score does not depend on its neighbours
+    with pytest.raises(RecllmError, match="both labels"):
+        Fusion.fit_labels(scores, np.ones(800), n_user, n_item)
+
+
+def test_saved_fusion_is_json_and_fuses_the_same(fitted, tmp_path):
+    fitted.save(tmp_path / "fusion.json")
+    again = Fusion.load(tmp_path / "fusion.json")
+    scores, _, n_user, n_item = made(4)
+    assert np.array_equal(again.fuse(scores, n_user, n_item)[0], fitted.fuse(scores, n_user, n_item)[0])
+    assert (again.chosen, again.candidates) == (fitted.chosen, fitted.candidates)
+    facts = json.loads((tmp_path / "fusion.json").read_text())
+    assert set(facts) >= {"names", "theta", "gates", "standardise", "means", "deviations", "user", "item", "candidates"}
+    with pytest.raises(RecllmError, match="cannot be read"):
+        Fusion.load(tmp_path / "none.json")
+
+
+def test_fused_scorer_counts_known_evidence():
+    counts = {"i0": 3, "i1": 1}
+    queries, candidates = [Query(("i0", "zz", "i1")), Query(())], ItemIndex(["i1", "zz"])
+    n_user, n_item = evidence(queries, candidates, counts)
+    assert n_user.tolist() == [2, 0]
+    assert n_item.tolist() == [1, 0]
+    part = KnownScores(queries, candidates, np.array([[1, 2], [3, NAN]], np.float32))
+    scorer = FusedScorer({"a": part}, Fusion.plain(["a", "b"]), counts)
+    scores, shares = scorer.explain(queries, candidates)
+    assert scores.tolist()[0] == pytest.approx([-1, 1])
+    assert np.array_equal(scores, scorer.score(queries, candidates), equal_nan=True)
+    assert list(shares) == ["a", "b"]
+
+
+def test_evidence_is_standardised_and_clipped():
+    known = Evidence.of([0, 10, 100])
+    assert known([0, 10, 100]).mean() == pytest.approx(0, abs=1e-9)
+    assert known([0, 10, 100]).std() == pytest.approx(1)
+    assert known(10**9) == known(100)

@@ -1,0 +1,90 @@
+"""Priors: their formulas by hand, NaN for unknown, and saving."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from recllm.data import Interactions, Query
+from recllm.errors import RecllmError
+from recllm.priors import DAY, ItemMean, Popularity, TextSimilarity, UserMean, write_arrays
+from recllm.ranking import ItemIndex
+
+SCHEMA = {"user_id": pl.String, "item_id": pl.String, "rating": pl.Float32, "timestamp": pl.Int64, "seq": pl.Int32}
+NOBODY = Query(())
+
+
+def events(rows):
+    return Interactions(pl.DataFrame(rows, schema=SCHEMA, orient="row"))
+
+
+@pytest.fixture(scope="module")
+def train():
+    rows = [("u", "a", 5.0, 0, 0), ("u", "b", 1.0, DAY, 1), ("v", "a", 4.0, DAY, 0), ("w", "a", None, 2 * DAY, 0)]
+    return events(rows)
+
+
+def test_popularity_counts_events_and_tells_zero_from_unknown(train):
+    scores = Popularity.fit(train, ["a", "b", "new"]).score([NOBODY, NOBODY], ItemIndex(["new", "a", "zz"]))
+    assert scores[0, :2] == pytest.approx([0.0, np.log1p(3)])
+    assert np.isnan(scores[:, 2]).all()
+    assert np.array_equal(scores[0], scores[1], equal_nan=True)
+
+
+def test_popularity_halves_old_events(train):
+    scores = Popularity.fit(train, half_life_days=1.0).score([NOBODY], ItemIndex(["a", "b"]))
+    assert scores[0] == pytest.approx(np.log1p([0.25 + 0.5 + 1.0, 0.5]))
+    with pytest.raises(RecllmError, match=r"half_life_days=1\.0 needs a timestamp on every event, and 1 of 1 have none"):
+        Popularity.fit(events([("u", "a", None, None, 0)]), half_life_days=1.0)
+
+
+def test_item_mean_is_shrunk_to_the_global_mean(train):
+    scores = ItemMean.fit(train, shrinkage=2.0).score([NOBODY], ItemIndex(["b", "a", "zz"]))
+    middle = 10 / 3
+    assert scores[0, :2] == pytest.approx([(1 + 2 * middle) / 3, (9 + 2 * middle) / 4])
+    assert np.isnan(scores[0, 2])
+    with pytest.raises(RecllmError, match="mean rating per item needs ratings"):
+        ItemMean.fit(events([("u", "a", None, None, 0)]))
+
+
+def test_user_mean_takes_the_query_then_train_then_nothing(train):
+    prior = UserMean.fit(train, shrinkage=2.0)
+    queries = [Query(("a",), "u", (2.0,)), Query(("a",), "u"), Query(("a",), "w"), Query(("a",)), Query((), None, ())]
+    scores = prior.score(queries, ItemIndex(["a", "zz"]))
+    middle = 10 / 3
+    assert scores[:2, 0] == pytest.approx([(2 + 2 * middle) / 3, (6 + 2 * middle) / 4])
+    assert np.isnan(scores[2:]).all()
+    assert np.array_equal(scores[:, 0], scores[:, 1], equal_nan=True)
+
+
+def test_text_similarity_is_a_cosine():
+    vectors = np.array([[2, 0], [0, 3], [1, 1], [0, 0]], np.float32)
+    scorer = TextSimilarity(ItemIndex(["x", "y", "xy", "blank"]), vectors)
+    queries = [Query(("x",)), Query(("x", "y", "blank", "zz")), Query(()), Query(("blank",))]
+    scores = scorer.score(queries, ItemIndex(["x", "y", "xy", "blank", "zz"]))
+    half = np.sqrt(0.5)
+    assert scores[0, :3] == pytest.approx([1, 0, half], abs=1e-6)
+    assert scores[1, :3] == pytest.approx([half, half, 1], abs=1e-6)
+    assert np.isnan(scores[2:]).all()
+    assert np.isnan(scores[:, 3:]).all()
+    with pytest.raises(ValueError, match="1 items, but vectors for 4"):
+        TextSimilarity(ItemIndex(["x"]), vectors)
+
+
+def test_saved_priors_score_the_same(train, tmp_path):
+    candidates = ItemIndex(["b", "a", "zz"])
+    queries = [Query(("a",), "u"), Query(("b", "a"), "v", (1.0, 2.0))]
+    vectors = TextSimilarity(ItemIndex(["a", "b"]), np.eye(2, dtype=np.float32))
+    for prior in (Popularity.fit(train), ItemMean.fit(train), UserMean.fit(train), vectors):
+        prior.save(tmp_path)
+        again = type(prior).load(tmp_path).score(queries, candidates)
+        assert np.array_equal(again, prior.score(queries, candidates), equal_nan=True)
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in {".json", ".safetensors"}]
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path):
+    with pytest.raises(RecllmError, match=r"popularity\.json cannot be read: .* Fit the scorer again"):
+        Popularity.load(tmp_path)
+    write_arrays(tmp_path, "popularity", {"log_counts": np.zeros(1, np.float32)}, {"ids": ["a"]})
+    (tmp_path / "popularity.safetensors").write_bytes(b"junk")
+    with pytest.raises(RecllmError, match=r"popularity\.safetensors cannot be read"):
+        Popularity.load(tmp_path)

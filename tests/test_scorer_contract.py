@@ -1,0 +1,111 @@
+"""One contract for everything that scores: shape, dtype, NaN for unknown, and no influence between rows or columns."""
+
+import numpy as np
+import pytest
+
+from recllm.data import Query
+from recllm.ease import EASE
+from recllm.evaluate import KnownScores
+from recllm.fusion import FusedScorer, Fusion
+from recllm.mf import ExplicitMF, FactorSettings, ImplicitMF
+from recllm.priors import ItemMean, Popularity, TextSimilarity, UserMean
+from recllm.ranking import ItemIndex
+
+
+def text_similarity(dataset, train):
+    vectors = np.random.default_rng(0).normal(size=(len(dataset.catalog), 6)).astype(np.float32)
+    return TextSimilarity(ItemIndex(dataset.catalog.ids), vectors)
+
+
+def known_scores(dataset, train):
+    queries = [*train.histories().values(), Query(())]
+    scores = np.random.default_rng(0).normal(size=(len(queries), len(dataset.catalog))).astype(np.float32)
+    scores[-1] = np.nan
+    return KnownScores(queries, ItemIndex(dataset.catalog.ids), scores)
+
+
+def fused(dataset, train):
+    scorers = {
+        "popularity": Popularity.fit(train, dataset.catalog.ids),
+        "mf": implicit_mf(dataset, train),
+        "text": text_similarity(dataset, train),
+    }
+    return FusedScorer(scorers, Fusion.plain([*scorers, "absent"]), train.item_counts())
+
+
+def implicit_mf(dataset, train):
+    return ImplicitMF.fit(train, FactorSettings(factors=4, iterations=3), seed=1, threads=1)
+
+
+# (name, factory(dataset, its train interactions) -> Scorer, whether an empty history without ratings is unknown to it)
+SCORERS = [
+    ("popularity", lambda dataset, train: Popularity.fit(train, dataset.catalog.ids), False),
+    ("item mean", lambda dataset, train: ItemMean.fit(train), False),
+    ("user mean", lambda dataset, train: UserMean.fit(train), True),
+    ("text similarity", text_similarity, True),
+    ("implicit mf", implicit_mf, True),
+    ("explicit mf", lambda dataset, train: ExplicitMF.fit(train, seed=1), True),
+    ("ease", lambda dataset, train: EASE.fit(train), True),
+    ("known scores", known_scores, True),
+    ("fused", fused, False),
+]
+ANY_ITEM = {"user mean"}
+"""Scorers that judge the user alone, so that an unknown item is as good as any."""
+
+
+@pytest.fixture(scope="module", params=SCORERS, ids=lambda entry: entry[0])
+def entry(request, rated_checkerboard):
+    name, factory, needs_history = request.param
+    train = rated_checkerboard.interactions
+
+    def build():
+        return factory(rated_checkerboard, train)
+
+    return name, build, build(), needs_history
+
+
+@pytest.fixture(scope="module")
+def queries(rated_checkerboard):
+    return [*list(rated_checkerboard.interactions.histories().values())[:6], Query(())]
+
+
+@pytest.fixture(scope="module")
+def candidates(rated_checkerboard):
+    return ItemIndex([*rated_checkerboard.catalog.ids, "never seen"])
+
+
+def equal(a, b):
+    """Equal up to float32 rounding (a matrix product of another shape sums in another order), NaN in the same places."""
+    return a == pytest.approx(b, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def test_shape_and_dtype(entry, queries, candidates):
+    scores = entry[2].score(queries, candidates)
+    assert scores.shape == (len(queries), len(candidates))
+    assert scores.dtype == np.float32
+    assert not np.isinf(scores).any()
+    assert not np.isnan(scores[:-1, :-1]).any()
+
+
+def test_unknown_is_nan(entry, queries, candidates):
+    name, _, scorer, needs_history = entry
+    scores = scorer.score(queries, candidates)
+    assert np.isnan(scores[-1]).all() if needs_history else not np.isnan(scores[-1, :-1]).any()
+    if name not in ANY_ITEM:
+        assert np.isnan(scores[:, -1]).all()
+
+
+def test_permuted_candidates_permute_scores(entry, queries, candidates):
+    order = np.random.default_rng(0).permutation(len(candidates))
+    permuted = entry[2].score(queries, ItemIndex(candidates.ids[place] for place in order))
+    assert equal(permuted, entry[2].score(queries, candidates)[:, order])
+
+
+def test_a_batch_equals_its_rows_one_by_one(entry, queries, candidates):
+    single = np.concatenate([entry[2].score([query], candidates) for query in queries])
+    assert equal(single, entry[2].score(queries, candidates))
+
+
+def test_same_seed_same_result(entry, queries, candidates):
+    _, build, scorer, _ = entry
+    assert np.array_equal(build().score(queries, candidates), scorer.score(queries, candidates), equal_nan=True)
