@@ -48,7 +48,7 @@ class FusionSettings(Settings):
     """The most sampled candidates beside each target."""
     l2: float = Field(1e-3, ge=0)
     """Pull of the weights towards the plain sum."""
-    drop: float = Field(0.15, ge=0, lt=1)
+    drop: float = Field(0.1, ge=0, lt=1)
     """Probability that a scorer is left out of a row while fitting."""
     iterations: int = Field(100, ge=1)
     """The most steps of L-BFGS."""

@@ -31,6 +31,8 @@ class DataSettings(Settings):
     """Our name = the file's column, for the interactions."""
     item_columns: dict[str, str] = Field(default_factory=dict)
     """Our name = the file's column, for the items."""
+    duplicates: Literal["first", "last", "keep"] = "first"
+    """Which of several events of one user with one item stays."""
     split: Literal["leave-last-out", "temporal", "cold-items"] = "leave-last-out"
     """How validation and test events are chosen."""
     min_events: int = Field(default=4, ge=3)

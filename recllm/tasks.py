@@ -71,7 +71,7 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
         items=settings.items,
         columns=settings.columns,
         item_columns=settings.item_columns,
-        say=say,
+        duplicates=settings.duplicates,
     )
     split = _split(dataset, settings, run.seed)
     check_no_leak(split)

@@ -75,7 +75,7 @@ def candidates(rated_checkerboard):
 
 
 def equal(a, b):
-    """Equal up to float32 rounding (a matrix product of another shape sums in another order), NaN in the same places."""
+    """Equal up to float32 rounding (another shape of matrix product sums in another order), NaN in the same places."""
     return a == pytest.approx(b, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
