@@ -11,7 +11,7 @@ from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
 from recllm.mf import user_items_matrix
 from recllm.priors import read_arrays, take_rows, write_arrays
-from recllm.ranking import ItemIndex, Scores
+from recllm.ranking import ItemIndex, Scores, dot_scores
 
 EASE_ITEMS = 20_000
 """The most items EASE takes: its item-item matrix is dense."""
@@ -45,14 +45,23 @@ class EASE:
         np.fill_diagonal(weights, 0.0)
         return cls(items, weights.astype(np.float32))
 
+    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Which items the history has, float32[queries, items]; NaN for no known history."""
+        vectors = np.zeros((len(queries), len(self.items)), dtype=np.float32)
+        for row, query in enumerate(queries):
+            known = self.items.known(query.history)
+            vectors[row, known] = 1.0
+            if not len(known):
+                vectors[row] = np.nan
+        return vectors
+
+    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+        """The candidates' columns of the weights, float32[candidates, items]; NaN for an unknown item."""
+        return take_rows(self.weights.T, self.items, candidates)
+
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Sum of the history's rows: float32[queries, candidates]; NaN for an unknown item or no known history."""
-        sums = np.full((len(queries), len(self.items)), np.nan, dtype=np.float32)
-        for row, query in enumerate(queries):
-            known = np.unique(self.items.known(query.history))
-            if len(known):
-                sums[row] = self.weights[known].sum(axis=0)
-        return take_rows(sums.T, self.items, candidates).T
+        return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
 
     def save(self, folder: Path) -> None:
         """Write `ease.safetensors` (weights) and `ease.json` (ids)."""

@@ -44,7 +44,7 @@ class FusionSettings(Settings):
 
     queries: int = Field(2000, ge=1)
     """The most validation queries to fit on (all of them are used to choose)."""
-    negatives: int = Field(1000, ge=1)
+    negatives: int = Field(200, ge=1)
     """The most sampled candidates beside each target."""
     l2: float = Field(1e-3, ge=0)
     """Pull of the weights towards the plain sum."""

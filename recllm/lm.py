@@ -79,7 +79,9 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except Exception as error:  # the hub raises many kinds, for a user they are one
         reason = str(error).splitlines()[0]
-        raise RecllmError(f"The model '{name}' cannot be had from the hub: {reason}. A local folder works too.") from error
+        raise RecllmError(
+            f"The model '{name}' cannot be had from the hub: {reason}. A local folder works too."
+        ) from error
 
 
 def _convert_gguf(path: Path, target: Path) -> None:
@@ -163,7 +165,10 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def item_vectors(
-    base: BaseModel, prompt: CompiledPrompt, ids: Sequence[str], token_ids: Sequence[list[int] | None],
+    base: BaseModel,
+    prompt: CompiledPrompt,
+    ids: Sequence[str],
+    token_ids: Sequence[list[int] | None],
     progress: Callable[[int], None] = lambda _: None,
 ) -> RawVectors:
     """Vectors of items by their text, kept in the cache by the content of model, prompt and text."""

@@ -273,4 +273,3 @@ def load_trained(model: nn.Module, path: Path) -> None:
         odd = sorted(set(weights) ^ expected)[0]
         raise RecllmError(f"{path} does not fit this run: '{odd}' is in one of them only. Was the run file changed?")
     model.load_state_dict(weights, strict=False)
-

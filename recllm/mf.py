@@ -12,7 +12,7 @@ from pydantic import Field
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError, require
 from recllm.priors import read_arrays, take_rows, write_arrays
-from recllm.ranking import ItemIndex, Scores, batches
+from recllm.ranking import ItemIndex, Scores, batches, dot_scores
 from recllm.recipes import Settings
 
 
@@ -62,12 +62,6 @@ def user_items_matrix(interactions: Interactions) -> tuple[ItemIndex, Any]:
     items, columns = _codes(interactions.frame, "item_id")
     ones = np.ones(len(rows), dtype=np.float32)
     return ItemIndex(items), sparse.csr_matrix((ones, (rows, columns)), shape=(len(users), len(items)))
-
-
-def _dot(users: NDArray[np.float32], items: NDArray[np.float32]) -> Scores:
-    """Dot products users · itemsᵀ, NaN for a row of either that is NaN."""
-    scores: Scores = np.nan_to_num(users) @ np.nan_to_num(items).T
-    return np.where(np.isnan(users[:, :1]) | np.isnan(items[:, 0]), np.float32(np.nan), scores)
 
 
 class ImplicitMF:
@@ -130,13 +124,17 @@ class ImplicitMF:
             result[place] = np.where(empty[:, None], np.nan, solved)
         return result
 
-    def candidate_factors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """The same as `user_factors`."""
+        return self.user_factors(queries)
+
+    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
         """Item factors in the order of `candidates`, float32[candidates, factors]; NaN without train events."""
         return take_rows(self.item_factors, self.items, candidates)
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Dot products x · Yᵀ: float32[queries, candidates]."""
-        return _dot(self.user_factors(queries), self.candidate_factors(candidates))
+        return dot_scores(self.user_factors(queries), self.item_vectors(candidates))
 
     def save(self, folder: Path) -> None:
         """Write `mf.safetensors` (item_factors) and `mf.json` (ids, settings)."""
@@ -219,7 +217,7 @@ class ExplicitMF:
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """μ + b_user + b_item + p·q: float32[queries, candidates]."""
         users, items = self.user_factors(queries), take_rows(self.item_factors, self.items, candidates)
-        scores: Scores = _dot(users[:, :-1], items[:, :-1]) + users[:, -1:] + items[:, -1] + np.float32(self.mean)
+        scores: Scores = dot_scores(users[:, :-1], items[:, :-1]) + users[:, -1:] + items[:, -1] + np.float32(self.mean)
         return scores
 
     def save(self, folder: Path) -> None:

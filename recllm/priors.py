@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
-from recllm.ranking import ItemIndex, Scores
+from recllm.ranking import ItemIndex, Scores, dot_scores
 
 DAY = 86_400.0
 
@@ -91,9 +91,17 @@ class Popularity:
         items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))
         return cls(items, np.log1p(np.array([counts.get(item, 0.0) for item in items.ids], dtype=np.float32)))
 
+    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Ones, float32[queries, 1]: every user is known well enough for popularity."""
+        return np.ones((len(queries), 1), dtype=np.float32)
+
+    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+        """Log-popularity, float32[candidates, 1]; NaN for an id never seen."""
+        return take_rows(self.log_counts[:, None], self.items, candidates)
+
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """The same log-popularity for every query: float32[queries, candidates]."""
-        return np.tile(take_rows(self.log_counts, self.items, candidates), (len(queries), 1))
+        return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
 
     def save(self, folder: Path) -> None:
         """Write `popularity.safetensors` and `popularity.json`."""
@@ -209,10 +217,15 @@ class TextSimilarity:
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Cosines: float32[queries, candidates]."""
-        users = np.stack([self._mean(query) for query in queries])
-        vectors = take_rows(self.vectors, self.items, candidates)
-        scores: Scores = np.nan_to_num(users) @ np.nan_to_num(vectors).T
-        return np.where(np.isnan(users[:, :1]) | np.isnan(vectors[:, 0]), np.float32(np.nan), scores)
+        return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
+
+    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Mean vectors of the histories at length 1: float32[queries, width]; NaN without a vector in the history."""
+        return np.stack([self._mean(query) for query in queries])
+
+    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+        """Vectors at length 1: float32[candidates, width]; NaN for an item without one."""
+        return take_rows(self.vectors, self.items, candidates)
 
     def _mean(self, query: Query) -> NDArray[np.float32]:
         own = self.vectors[self.items.known(query.history)]

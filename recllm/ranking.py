@@ -48,6 +48,18 @@ class Scorer(Protocol):
         ...
 
 
+class VectorScorer(Scorer, Protocol):
+    """A scorer that is a dot product, so that it can go into the whole-catalogue graph."""
+
+    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """What the user side gives: float32[queries, width]; a NaN row where nothing is known of the user."""
+        ...
+
+    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+        """What the item side gives: float32[candidates, width]; a NaN row for an unknown item."""
+        ...
+
+
 def batches(queries: Sequence[Query], size: int = QUERY_BATCH) -> Iterator[tuple[slice, Sequence[Query]]]:
     """Cut `queries` into runs of at most `size`, each with its place."""
     for start in range(0, len(queries), size):

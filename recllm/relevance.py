@@ -185,7 +185,9 @@ def answer_output(base: BaseModel, whole: nn.Module | None) -> nn.Linear | None:
         return None
     output = whole.get_output_embeddings() if whole is not None else None  # type: ignore[operator]
     if output is None:
-        raise RecllmError(f"{base.folder} has no output matrix, so it has no answer words. Use a causal language model.")
+        raise RecllmError(
+            f"{base.folder} has no output matrix, so it has no answer words. Use a causal language model."
+        )
     return output  # type: ignore[no-any-return]
 
 

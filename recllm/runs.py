@@ -15,7 +15,17 @@ from recllm.fusion import FusionSettings
 from recllm.mf import FactorSettings
 from recllm.recipes import Settings, parse, read_toml
 
-PACKAGES = ("recllm", "torch", "transformers", "peft", "accelerate", "onnxruntime-gpu", "onnxruntime", "implicit", "numpy")
+PACKAGES = (
+    "recllm",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "implicit",
+    "numpy",
+)
 
 
 class DataSettings(Settings):
@@ -254,7 +264,9 @@ def write_environment(run: Run, fingerprints: dict[str, str], *, device: str) ->
     """Write versions, seed, device and data fingerprints beside the weights."""
     versions = {package: found for package in PACKAGES if (found := _version(package))}
     facts = {"seed": run.seed, "data": fingerprints, "versions": versions, "device": device}
-    write_json(run.folder / "environment.json", facts | {"python": platform.python_version(), "machine": platform.platform()})
+    write_json(
+        run.folder / "environment.json", facts | {"python": platform.python_version(), "machine": platform.platform()}
+    )
 
 
 def _version(package: str) -> str | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from recllm.data import Dataset, read_dataset
 from recllm.errors import RecllmError
 from recllm.evaluate import warm_and_cold
+from recllm.fetch import resolve_data
 from recllm.ranking import ItemIndex
 from recllm.runs import DataSettings, Run
 from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, temporal
@@ -46,9 +47,7 @@ class Task:
 
     def slices(self, examples: list[Example]) -> dict[str, NDArray[np.bool_]]:
         """Masks of the warm and the cold rows among `examples`."""
-        return warm_and_cold(
-            examples, item_counts=self.split.train.item_counts(), cold_items=self.split.cold_items
-        )
+        return warm_and_cold(examples, item_counts=self.split.train.item_counts(), cold_items=self.split.cold_items)
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of what was read."""
@@ -65,6 +64,8 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
         RecllmError: the data cannot be read or split, or an item of a text model has no text at all.
     """
     settings = run.data
+    if settings.name:
+        resolve_data(settings.name, say)
     dataset = read_dataset(
         settings.name,
         interactions=settings.interactions,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from recllm.errors import RecllmError
 
 
-from recllm.fusion import Fusion
+from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat
 from recllm.loop import (
     Examples,
@@ -162,7 +162,11 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
         return
     model, history, _ = language_model(run, task, parts.features, say)
     windows = Windows(
-        _readable(task.sequences(), history), history.limit, settings.num_train_epochs, run.seed, settings.recent_windows
+        _readable(task.sequences(), history),
+        history.limit,
+        settings.num_train_epochs,
+        run.seed,
+        settings.recent_windows,
     )
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {trained:,} parameters train")
@@ -235,7 +239,7 @@ def _validation_windows(task: Task, history: HistoryFormat, seed: int, limit: in
     return [rows[place] for place in np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]
 
 
-def run_scorers(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, Scorer]:
+def run_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scorer]:
     """Every scorer of a trained run by name, the language model merged."""
     scorers = parts.scorers()
     if (light := load_light(run, task, parts.features)) is not None:
@@ -253,7 +257,7 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     """
     queries = [example.query for example in [*task.split.valid, *task.split.test]]
     cut, result = len(task.split.valid), {"valid": {}, "test": {}}  # type: tuple[int, dict[str, dict[str, Scores]]]
-    for name, scorer in run_scorers(run, task, parts, say).items():
+    for name, scorer in run_scorers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
         if not path.is_file():
             say(f"Scoring validation and test with '{name}'")
@@ -281,20 +285,16 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
 
 def _fit(run: Run, task: Task, scores: dict[str, Scores]) -> Fusion:
     examples = task.split.valid
+    n_user, n_item = evidence([example.query for example in examples], task.index, task.split.train.item_counts())
     return Fusion.fit_ranking(
         scores,
         task.index.rows(example.item_id for example in examples),
-        history_counts(task, examples),
-        task.item_counts,
+        n_user,
+        n_item,
         seen_mask(task, examples),
         settings=run.fusion,
         seed=run.seed,
     )
-
-
-def history_counts(task: Task, examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Known items of each history, int64[rows]."""
-    return np.array([len(task.index.known(example.query.history)) for example in examples], dtype=np.int64)
 
 
 def seen_mask(task: Task, examples: Sequence[Example]) -> NDArray[np.bool_]:
@@ -311,7 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="accelerate launch -m recllm.train", description=__doc__)
     parser.add_argument("run", type=Path, help="run file, or the folder of a run to go on with")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
+    )
     parser.add_argument("--resume", action="store_true", help="keep what is done and go on")
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
     given = parser.parse_args(arguments)
@@ -330,4 +332,3 @@ def _print(line: str) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()
-

@@ -74,9 +74,7 @@ def load_collaborative(run: Run, task: Task) -> Collaborative:
     ease = EASE.load(folder) if (folder / "ease.json").is_file() else None
     # Centred vectors: raw ones of a language model all point one way, and their cosines say little.
     text = TextSimilarity(task.index, features.text)
-    return Collaborative(
-        Popularity.load(folder), mf, ease, text, vectors, features, text_standard, factor_standard
-    )
+    return Collaborative(Popularity.load(folder), mf, ease, text, vectors, features, text_standard, factor_standard)
 
 
 def encoder_name(run: Run) -> str:
@@ -206,5 +204,3 @@ def save_stage(folder: Path, facts: dict[str, object]) -> None:
 def stage_done(folder: Path) -> bool:
     """Whether a stage was finished."""
     return (folder / "done.json").is_file() and isinstance(read_json(folder / "done.json"), dict)
-
-

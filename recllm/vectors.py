@@ -83,4 +83,3 @@ def item_features(index: ItemIndex, text: RawVectors, factors: RawVectors) -> tu
     text_standard, factor_standard = Standard.fit(text_rows), Standard.fit(factor_rows)
     features = ItemFeatures(index, text_standard(text_rows), factor_standard(factor_rows))
     return features, text_standard, factor_standard
-

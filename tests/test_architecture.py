@@ -18,7 +18,7 @@ TORCH_FREE = [
     "ranking", "metrics", "results", "evaluate", "priors", "mf", "ease", "histories", "vectors", "encoding",
     "fitting", "fusion", "runs", "tasks", "bundle", "runtime", "batch", "charts", "report",
 ]
-TORCH = ["sequence", "adapters", "lm", "loop", "relevance", "trained", "train", "export", "quickstart"]
+TORCH = ["sequence", "adapters", "lm", "loop", "relevance", "trained", "train", "outcome", "graphs", "quantise", "export", "quickstart"]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]
 

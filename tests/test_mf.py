@@ -88,7 +88,7 @@ def test_unknown_is_nan_and_never_junk(implicit_mf, explicit_mf):
         assert np.isnan(scores).tolist() == [[True] * 3, [True] * 3, [False, True, False]]
         assert np.isnan(model.user_factors(queries)).all(axis=1).tolist() == [True, True, False]
     assert np.isnan(explicit_mf.score([Query(("0",))], ItemIndex(["0"]))).all()  # no ratings
-    assert np.isnan(implicit_mf.candidate_factors(ItemIndex(["zz", "0"]))).all(axis=1).tolist() == [True, False]
+    assert np.isnan(implicit_mf.item_vectors(ItemIndex(["zz", "0"]))).all(axis=1).tolist() == [True, False]
 
 
 def test_an_unknown_item_in_the_history_changes_nothing(implicit_mf):

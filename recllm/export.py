@@ -1,0 +1,419 @@
+"""Export a trained run: merge the adapter, write ONNX graphs, quantise, compare with torch, seal the bundle."""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from recllm.bundle import new_bundle, write_catalog
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.files import write_json
+from recllm.fusion import Fusion
+from recllm.graphs import catalogue_graph
+from recllm.histories import HistoryFormat
+from recllm.lm import BaseModel, load_base, mean_pool, model_folder
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.quantise import quantise
+from recllm.ranking import Scorer
+from recllm.recipes import Settings, find_recipe, parse, read_toml
+from recllm.runs import Run
+from recllm.runtime import TableScorer, open_session
+from recllm.sequence import NextItemModel
+from recllm.tasks import Task
+from recllm.trained import (
+    Collaborative,
+    encoder_name,
+    item_heads,
+    load_collaborative,
+    load_language,
+    load_light,
+    sequence_scorer,
+)
+
+Say = Callable[[str], None]
+ENCODER_TEXTS = 64
+"""Item texts on which the item encoder's graph is compared."""
+
+
+class Tolerance(Settings):
+    """How far a graph's scores may lie from torch's before its recipe fails."""
+
+    max_difference: float | None = None
+    """Largest difference of a score; not asked where the weights are rounded."""
+    rank_correlation: float
+    """Least mean Spearman correlation over the candidates of a history."""
+    top10_overlap: float
+    """Least mean share of torch's ten best that stay among the ten best."""
+
+
+class CausalQuantisation(Settings):
+    """Keys of ONNX Runtime's MatMulNBitsQuantizer for causal models."""
+
+    bits: int = 8
+    block_size: int = 32
+    accuracy_level: int = 0
+
+
+class ExportRecipe(Settings):
+    """One file of export/."""
+
+    precision: Literal["fp32", "fp16", "int8"]
+    opset: int
+    tolerance: Tolerance
+    causal: CausalQuantisation = CausalQuantisation()
+
+
+def load_recipe(name: str) -> ExportRecipe:
+    """Read an export recipe.
+
+    Raises:
+        RecllmError: an unknown recipe or key.
+    """
+    path = find_recipe("export", name)
+    return parse(ExportRecipe, read_toml(path), str(path))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of one recipe.
+
+    Attributes:
+        recipe: its name.
+        folder: the bundle, or None where the recipe failed its gate.
+        parity: per graph the measured fidelity.
+        failures: what broke the tolerance, in words.
+    """
+
+    recipe: str
+    folder: Path | None
+    parity: dict[str, dict[str, float]]
+    failures: list[str]
+
+
+class SequenceGraph(nn.Module):
+    """The part of a next-item model that runs per history."""
+
+    def __init__(self, model: NextItemModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, ends: Tensor, table: Tensor) -> Tensor:
+        """Query vectors float32[batch, ends, head]."""
+        return self.model.encode(ids, ends, table)
+
+
+class ItemGraph(nn.Module):
+    """The part of a next-item model that runs once per new item."""
+
+    def __init__(self, model: NextItemModel) -> None:
+        super().__init__()
+        self.tokens, self.heads = model.tokens, model.heads
+
+    def forward(self, text: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Item tokens float32[items, width] and item vectors float32[items, head]."""
+        return self.tokens(text, factors), self.heads(text, factors)
+
+
+class EncoderGraph(nn.Module):
+    """Text of items to vectors."""
+
+    def __init__(self, base: BaseModel) -> None:
+        super().__init__()
+        self.model = base.model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Mean-pooled hidden states float32[texts, width]."""
+        return mean_pool(self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask)
+
+
+def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: Say = print) -> list[Exported]:
+    """Write one bundle per recipe that keeps its tolerance, as `bundle-NAME` in the run's folder.
+
+    A recipe that fails its gate is reported and leaves no bundle; the others go on.
+
+    Raises:
+        RecllmError: the run is not trained, or an unknown recipe.
+    """
+    loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
+    if not (run.folder / "fusion.json").is_file():
+        raise RecllmError(f"{run.folder} has no fitted fusion. Train the run first: recllm train {run.folder}/run.toml")
+    parts = load_collaborative(run, task)
+    models = {"light": load_light(run, task, parts.features), "lm": load_language(run, task, parts.features)}
+    sequences = {name: found for name, found in models.items() if found is not None}
+    base = load_base(model_folder(encoder_name(run)))
+    results = []
+    graphs = run.folder / "graphs"
+    for opset in sorted({recipe.opset for recipe in loaded.values()}):
+        say(f"Writing the ONNX graphs in fp32, opset {opset}")
+        _write_graphs(graphs / str(opset), sequences, base, opset)
+    reference = {name: sequence_scorer(*found, task) for name, found in sequences.items()}
+    for name, recipe in loaded.items():
+        say(f"Bundle '{name}': quantising and comparing with torch")
+        results.append(_export(run, task, parts, sequences, base, reference, name, recipe, graphs / str(recipe.opset)))
+    shutil.rmtree(graphs)
+    return results
+
+
+def _export(
+    run: Run,
+    task: Task,
+    parts: Collaborative,
+    sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
+    base: BaseModel,
+    reference: dict[str, Any],
+    name: str,
+    recipe: ExportRecipe,
+    graphs: Path,
+) -> Exported:
+    folder = run.folder / f"bundle-{Path(name).stem}"
+    result = Exported(name, folder, {}, [])
+    facts = _facts(run, task, name, sequences)
+    try:
+        with new_bundle(folder, facts) as part:
+            for path in graphs.glob("*.onnx"):
+                causal = path.stem in sequences or (path.stem == "encoder" and base.causal)
+                quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump() if causal else None)
+            _write_content(part, run, task, parts, sequences, base)
+            result.parity.update(_parity(part, run, task, sequences, base, reference))
+            result.failures.extend(_failures(result.parity, recipe.tolerance))
+            write_json(part / "parity.json", {"tolerance": recipe.tolerance.model_dump(), "measured": result.parity})
+            if result.failures:
+                raise _GateError
+    except _GateError:
+        return Exported(name, None, result.parity, result.failures)
+    return result
+
+
+class _GateError(Exception):
+    """The recipe's tolerance is broken: nothing is written."""
+
+
+def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[str, Any]:
+    kinds = {"popularity": "popularity", "mf": "mf", "ease": "ease", "text": "text"}
+    names = Fusion.load(run.folder / "fusion.json").names
+    return {
+        "name": run.name,
+        "recipe": Path(name).stem,
+        "scorers": {scorer: "sequence" if scorer in sequences else kinds[scorer] for scorer in names},
+        "model": run.model.name,
+        "item_encoder": encoder_name(run),
+        "data": {
+            "name": task.dataset.name,
+            "source": task.dataset.source,
+            "licence": task.dataset.licence,
+            "fingerprints": task.fingerprints(),
+        },
+    }
+
+
+def _write_content(
+    folder: Path,
+    run: Run,
+    task: Task,
+    parts: Collaborative,
+    sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
+    base: BaseModel,
+) -> None:
+    shutil.copytree(run.folder / "cf", folder / "cf")
+    parts.text.save(folder / "cf")
+    shutil.copy(run.folder / "fusion.json", folder)
+    shutil.copy(find_recipe("prompts", run.prompt.item), folder / "item.toml")
+    base.tokenizer.save(str(folder / "tokenizer.json"))
+    write_catalog(folder, task.dataset.catalog)
+    arrays: dict[str, NDArray[Any]] = {
+        "item_counts": task.item_counts,
+        "text.mean": parts.text_standard.mean,
+        "text.scale": np.array(parts.text_standard.scale, dtype=np.float32),
+    }
+    for name, (model, history) in sequences.items():
+        write_json(folder / f"{name}.json", history.to_dict())
+        arrays[f"{name}.heads"], arrays[f"{name}.bias"] = item_heads(model)
+        with torch.inference_mode():
+            arrays[f"{name}.table"] = model.table().float().cpu().numpy()
+    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / "vectors.safetensors")
+    fusion = Fusion.load(run.folder / "fusion.json")
+    scorers: dict[str, Any] = parts.scorers()
+    widths = {
+        scorer: arrays[f"{scorer}.heads"].shape[1] + 1
+        if scorer in sequences
+        else scorers[scorer].query_vectors([Query(())]).shape[1]
+        for scorer in fusion.names
+    }
+    catalogue_graph(fusion, widths, folder / "catalogue.onnx")
+
+
+def _write_graphs(
+    folder: Path, sequences: dict[str, tuple[NextItemModel, HistoryFormat]], base: BaseModel, opset: int
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    batch, length = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("length", min=2, max=32768)
+    ends, rows = torch.export.Dim("ends", min=1, max=32768), torch.export.Dim("rows", min=2)
+    for name, (model, _) in sequences.items():
+        width = model.tokens.text.out_features
+        example = (torch.zeros(2, 7, dtype=torch.long), torch.tensor([[3, 5, 6], [2, 1, 0]]), torch.randn(11, width))
+        shapes = ({0: batch, 1: length}, {0: batch, 1: ends}, {0: rows})
+        write_graph(
+            SequenceGraph(model),
+            example,
+            folder / f"{name}.onnx",
+            ("ids", "ends", "table"),
+            ("vectors",),
+            shapes,
+            opset,
+        )
+        items = torch.export.Dim("items", min=1)
+        features = torch.randn(3, model.tokens.text.in_features), torch.randn(3, model.item_factors.shape[1])
+        write_graph(
+            ItemGraph(model),
+            features,
+            folder / f"{name}-items.onnx",
+            ("text", "factors"),
+            ("tokens", "heads"),
+            ({0: items}, {0: items}),
+            opset,
+        )
+    texts = torch.zeros(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    shapes = ({0: batch, 1: length}, {0: batch, 1: length})
+    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("ids", "mask"), ("vectors",), shapes, opset)
+
+
+def write_graph(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    path: Path,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    shapes: tuple[dict[int, Any], ...],
+    opset: int,
+) -> None:
+    """Export a module by the exporter's dynamo route, weights inside the file."""
+    with _quiet(), torch.inference_mode(False), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval().cpu(),
+            tuple(value.clone() for value in example),
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(path), external_data=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on its own insides; its errors are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _parity(
+    folder: Path,
+    run: Run,
+    task: Task,
+    sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
+    base: BaseModel,
+    reference: dict[str, Scorer],
+) -> dict[str, dict[str, float]]:
+    """Fidelity of each graph on validation histories, and of the item encoder on item texts."""
+    random = np.random.default_rng(run.seed)
+    places = np.sort(random.permutation(len(task.split.valid))[: run.export.gate_queries])
+    queries = [task.split.valid[place].query for place in places]
+    result = {}
+    for name, (model, history) in sequences.items():
+        with torch.inference_mode():
+            table = model.table().float().cpu().numpy()
+        graph = TableScorer(open_session(folder / f"{name}.onnx"), table, history, task.index, *item_heads(model))
+        result[name] = fidelity(reference[name].score(queries, task.index), graph.score(queries, task.index))
+    result["encoder"] = _encoder_parity(folder, run, task, base, random)
+    return result
+
+
+def _encoder_parity(
+    folder: Path, run: Run, task: Task, base: BaseModel, random: np.random.Generator
+) -> dict[str, float]:
+    """Fidelity of the similarities among item texts."""
+    prompt = compile_prompt(load_prompt(run.prompt.item, task="item"), base.tokenizer)
+    token_ids = [ids for ids in prompt.encode_items(task.dataset.catalog) if ids is not None]
+    chosen = [token_ids[place] for place in random.permutation(len(token_ids))[:ENCODER_TEXTS]]
+    session, module = open_session(folder / "encoder.onnx"), EncoderGraph(base)
+    ours, theirs = [], []
+    for ids in chosen:
+        tokens = np.array([ids], dtype=np.int64)
+        mask = np.ones_like(tokens)
+        theirs.append(session.run(None, {"ids": tokens, "mask": mask})[0][0])
+        with torch.inference_mode():
+            ours.append(module(torch.from_numpy(tokens), torch.from_numpy(mask))[0].numpy())
+    return fidelity(_similarities(np.stack(ours)), _similarities(np.stack(theirs)))
+
+
+def _similarities(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    centred = vectors - vectors.mean(axis=0)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
+    return unit @ unit.T  # type: ignore[no-any-return]
+
+
+def fidelity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, float]:
+    """How well `found` keeps the order of `expected`, float32[rows, columns]: means over the rows.
+
+    Returns:
+        max_difference, rank_correlation (Spearman) and top10_overlap.
+    """
+    known = ~np.isnan(expected)
+    assert (known == ~np.isnan(found)).all()
+    columns = known.any(axis=0)
+    rows = known[:, columns].all(axis=1)
+    left, right = expected[rows][:, columns], found[rows][:, columns]
+    ranks = [_ranks(side) for side in (left, right)]
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]
+    k = min(10, left.shape[1])
+    tops = [np.argsort(-side, axis=1, kind="stable")[:, :k] for side in (left, right)]
+    overlaps = [len(set(a) & set(b)) / k for a, b in zip(*tops, strict=True)]
+    return {
+        "max_difference": float(np.abs(left - right).max()),
+        "rank_correlation": float(np.mean(correlations)),
+        "top10_overlap": float(np.mean(overlaps)),
+    }
+
+
+def _ranks(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1, kind="stable").astype(np.float64)
+
+
+def _failures(parity: dict[str, dict[str, float]], tolerance: Tolerance) -> list[str]:
+    found = []
+    for graph, measured in parity.items():
+        if tolerance.max_difference is not None and measured["max_difference"] > tolerance.max_difference:
+            found.append(
+                f"{graph}: a score differs by {measured['max_difference']:.2g}, allowed {tolerance.max_difference}"
+            )
+        for key, least in (
+            ("rank_correlation", tolerance.rank_correlation),
+            ("top10_overlap", tolerance.top10_overlap),
+        ):
+            if not measured[key] >= least:
+                found.append(f"{graph}: {key} is {measured[key]:.4f}, at least {least} is asked")
+    return found

@@ -1,0 +1,317 @@
+"""Recommend from a bundle with ONNX Runtime and numpy alone: `recllm.load(folder).recommend(histories, k=10)`."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from recllm.bundle import read_catalog, read_manifest
+from recllm.data import Catalog, Query
+from recllm.ease import EASE
+from recllm.encoding import Encode, SequenceScorer
+from recllm.errors import RecllmError, require, unknown
+from recllm.files import read_json
+from recllm.fusion import Fusion, evidence
+from recllm.histories import HistoryFormat, padded
+from recllm.mf import ImplicitMF
+from recllm.priors import Popularity, TextSimilarity
+from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
+from recllm.ranking import ItemIndex, Scores, VectorScorer
+from recllm.vectors import Standard
+
+USERS_IN_BATCH = 64
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """The best items of every history.
+
+    Attributes:
+        ids: per row the item ids, best first; shorter than k where fewer items are left.
+        scores: float32[rows, k], fused; NaN behind the last item.
+        shares: by scorer, float32[rows, k]; they sum to `scores`.
+    """
+
+    ids: list[list[str]]
+    scores: NDArray[np.float32]
+    shares: dict[str, NDArray[np.float32]]
+
+
+def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:  # noqa: ANN401  onnxruntime is untyped
+    """Open a graph on exactly the provider asked for.
+
+    Args:
+        path: the graph.
+        provider: cpu, cuda or tensorrt.
+        threads: inside one operator; 0 leaves it to ONNX Runtime.
+
+    Raises:
+        RecllmError: ONNX Runtime is missing, or has not got the provider, or would fall back to another one.
+    """
+    ort = require("onnxruntime", "gpu", "Running a bundle")
+    if provider not in PROVIDERS:
+        raise unknown("provider", provider, PROVIDERS)
+    wanted = PROVIDERS[provider]
+    if wanted not in ort.get_available_providers():
+        raise RecllmError(
+            f"The provider '{provider}' is not in this ONNX Runtime (it has {', '.join(ort.get_available_providers())}). "
+            'For cuda install "recllm[gpu]" and remove the package onnxruntime, or ask for the provider cpu.'
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # warnings about unused initialisers say nothing to a user
+    session = ort.InferenceSession(str(path), options, providers=[wanted])
+    if session.get_providers()[0] != wanted:
+        # ONNX Runtime falls back to the CPU without a word when the provider's libraries cannot be loaded.
+        raise RecllmError(
+            f"ONNX Runtime could not load the libraries of '{provider}' and would have run on the CPU. "
+            "Install CUDA and cuDNN for this onnxruntime-gpu, or ask for the provider cpu."
+        )
+    return session
+
+
+class TableScorer(SequenceScorer):
+    """A sequence scorer whose model is a graph; the table of input vectors goes in, so that items can be added."""
+
+    def __init__(
+        self,
+        graph: Any,  # noqa: ANN401  onnxruntime is untyped
+        table: NDArray[np.float32],
+        history: HistoryFormat,
+        index: ItemIndex,
+        heads: NDArray[np.float32],
+        bias: NDArray[np.float32],
+    ) -> None:
+        super().__init__(onnx_encode(graph, table), history, index, heads, bias)
+        self.graph, self.table = graph, table
+
+    def grown(self, index: ItemIndex, tokens: NDArray[np.float32], heads: NDArray[np.float32]) -> "TableScorer":
+        """The same with new items at the end of `index`; their bias is 0, as for every item without events."""
+        bias = np.concatenate([self.items[:, -1], np.zeros(len(heads), dtype=np.float32)])
+        table, heads = np.concatenate([self.table, tokens]), np.concatenate([self.items[:, :-1], heads])
+        return TableScorer(self.graph, table, self.history, index, heads, bias)
+
+
+def onnx_encode(session: Any, table: NDArray[np.float32]) -> Encode:  # noqa: ANN401  onnxruntime is untyped
+    """Read ids into query vectors with a sequence graph and its table of input vectors."""
+
+    def encode(ids: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
+        (vectors,) = session.run(None, {"ids": ids, "ends": ends, "table": table})
+        return np.asarray(vectors, dtype=np.float32)
+
+    return encode
+
+
+@dataclass(frozen=True, eq=False)
+class ItemEncoder:
+    """Text of an item to its vector, by the bundle's encoder graph."""
+
+    session: Any
+    prompt: CompiledPrompt
+    standard: Standard
+
+    def __call__(self, records: Sequence[Mapping[str, str]]) -> NDArray[np.float32]:
+        """Standardised vectors float32[records, width]; a NaN row for a record without text."""
+        result = np.full((len(records), len(self.standard.mean)), np.nan, dtype=np.float32)
+        for row, record in enumerate(records):
+            ids = self.prompt.item_ids(record)
+            if ids is not None:
+                tokens = padded([ids])
+                (vector,) = self.session.run(None, {"ids": tokens, "mask": np.ones_like(tokens)})
+                result[row] = self.standard(vector[0])
+        return result
+
+
+class Recommender:
+    """A loaded bundle."""
+
+    def __init__(
+        self,
+        *,
+        catalog: Catalog,
+        scorers: Mapping[str, VectorScorer],
+        fusion: Fusion,
+        item_counts: Mapping[str, int],
+        catalogue: Any,  # noqa: ANN401  onnxruntime is untyped
+        item_encoder: ItemEncoder | None,
+        item_graphs: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+    ) -> None:
+        self.catalog, self.scorers, self.fusion = catalog, dict(scorers), fusion
+        self.item_counts, self.manifest = dict(item_counts), manifest
+        self._catalogue, self._item_encoder, self._item_graphs = catalogue, item_encoder, item_graphs
+        self.index = ItemIndex(catalog.ids)
+        self._items = {f"{name}_items": scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
+        self._n_item = evidence([], self.index, self.item_counts)[1]
+
+    def recommend(
+        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True
+    ) -> Recommendations:
+        """The `k` best items after every history, over the whole catalogue.
+
+        Args:
+            histories: item ids, oldest first; an unknown id is passed over, an empty history gets what leads without one.
+            k: how many.
+            exclude_seen: leave the history's own items out.
+
+        Raises:
+            RecllmError: k is not between 1 and the number of items.
+        """
+        if not 1 <= k <= len(self.index):
+            raise RecllmError(
+                f"k={k} is not possible: the catalogue has {len(self.index):,} items. Take 1 to that many."
+            )
+        queries = [Query(tuple(history)) for history in histories]
+        ids: list[list[str]] = []
+        scores = np.full((len(queries), k), np.nan, dtype=np.float32)
+        shares = {name: np.full((len(queries), k), np.nan, dtype=np.float32) for name in self.scorers}
+        for start in range(0, len(queries), USERS_IN_BATCH):
+            part = queries[start : start + USERS_IN_BATCH]
+            rows, best, parts = self._top(part, k, exclude_seen)
+            place = slice(start, start + len(part))
+            scores[place] = best
+            for at, name in enumerate(self.scorers):
+                shares[name][place] = parts[:, at]
+            ids.extend([self.index.ids[row] for row in line if row >= 0] for line in rows)
+        return Recommendations(ids, scores, shares)
+
+    def _top(self, queries: Sequence[Query], k: int, exclude_seen: bool) -> tuple[Any, Any, Any]:
+        seen = [self.index.known(query.history).tolist() if exclude_seen else [] for query in queries]
+        feeds = {f"{name}_queries": scorer.query_vectors(queries) for name, scorer in self.scorers.items()}
+        counts = {
+            "n_user": evidence(queries, ItemIndex(()), self.item_counts)[0],
+            "n_item": self._n_item,
+            "seen": padded([[*row, -1] for row in seen], -1),
+            "k": np.array([k], dtype=np.int64),
+        }
+        return tuple(self._catalogue.run(None, feeds | self._items | counts))  # type: ignore[return-value]
+
+    def score(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> tuple[Scores, dict[str, Scores]]:
+        """Fused scores of given items, float32[histories, items], standardised over the whole catalogue; and the shares.
+
+        Raises:
+            RecllmError: an item that the catalogue has not.
+        """
+        rows = self.index.rows(items)
+        if (rows < 0).any():
+            raise unknown("item", items[int(np.argmin(rows))], self.index.ids)
+        queries = [Query(tuple(history)) for history in histories]
+        scores = {name: scorer.score(queries, self.index) for name, scorer in self.scorers.items()}
+        fused, shares = self.fusion.fuse(scores, *evidence(queries, self.index, self.item_counts))
+        return fused[:, rows], {name: share[:, rows] for name, share in shares.items()}
+
+    def with_items(self, records: Sequence[Mapping[str, str]]) -> "Recommender":
+        """The same recommender with new items, known by their text alone; nothing is trained.
+
+        Args:
+            records: per item `item_id`, `title` and any text column of the catalogue.
+
+        Raises:
+            RecllmError: a known id, an unknown column, or a bundle without an encoder.
+        """
+        if self._item_encoder is None:
+            raise RecllmError("This bundle has no item encoder, so it cannot take new items. Export it again.")
+        catalog = self.catalog.with_items(records)
+        index = ItemIndex(catalog.ids)
+        new = [catalog.record(item_id) for item_id in catalog.ids[len(self.index) :]]
+        text = self._item_encoder(new)
+        scorers = {
+            name: _grown(scorer, index, text, self._item_graphs.get(name)) for name, scorer in self.scorers.items()
+        }
+        return Recommender(
+            catalog=catalog,
+            scorers=scorers,
+            fusion=self.fusion,
+            item_counts=self.item_counts,
+            catalogue=self._catalogue,
+            item_encoder=self._item_encoder,
+            item_graphs=self._item_graphs,
+            manifest=self.manifest,
+        )
+
+
+def _grown(scorer: VectorScorer, index: ItemIndex, text: NDArray[np.float32], graph: Any) -> VectorScorer:  # noqa: ANN401
+    """A scorer that knows the new items at the end of `index` by their text; one that reads no text stays as it is."""
+    if isinstance(scorer, Popularity):
+        old = scorer.item_vectors(ItemIndex(index.ids[: len(index) - len(text)]))[:, 0]
+        return Popularity(index, np.concatenate([old, np.zeros(len(text), dtype=np.float32)]))
+    if isinstance(scorer, TextSimilarity):
+        return TextSimilarity(index, np.concatenate([scorer.vectors, text]))
+    if not isinstance(scorer, TableScorer) or scorer.history.texts is not None:
+        return scorer
+    factors = np.full((len(text), graph.get_inputs()[1].shape[1]), np.nan, dtype=np.float32)
+    return scorer.grown(index, *graph.run(None, {"text": text, "factors": factors}))
+
+
+def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0) -> Recommender:
+    """Load a bundle; neither torch nor transformers is imported.
+
+    Args:
+        folder: the bundle.
+        provider: cpu, cuda or tensorrt; never another one than asked for.
+        threads: inside one operator; 0 leaves it to ONNX Runtime.
+
+    Raises:
+        RecllmError: not a bundle, damaged, or the provider is not there.
+    """
+    place = Path(folder)
+    manifest = read_manifest(place)
+    catalog = read_catalog(place)
+    arrays = load_file(place / "vectors.safetensors")
+    index = ItemIndex(catalog.ids)
+
+    def session(name: str) -> Any:  # noqa: ANN401  onnxruntime is untyped
+        return open_session(place / name, provider, threads)
+
+    scorers = {
+        name: _load_scorer(place, name, kind, index, arrays, session) for name, kind in manifest["scorers"].items()
+    }
+    encoder = None
+    if (place / "encoder.onnx").is_file():
+        prompt = compile_prompt(
+            load_prompt(str(place / "item.toml")), Tokenizer.from_file(str(place / "tokenizer.json"))
+        )
+        encoder = ItemEncoder(
+            session("encoder.onnx"), prompt, Standard(arrays["text.mean"], float(arrays["text.scale"]))
+        )
+    return Recommender(
+        catalog=catalog,
+        scorers=scorers,
+        fusion=Fusion.load(place / "fusion.json"),
+        item_counts=dict(zip(catalog.ids, arrays["item_counts"].tolist(), strict=True)),
+        catalogue=session("catalogue.onnx"),
+        item_encoder=encoder,
+        item_graphs={
+            name: session(f"{name}-items.onnx") for name in scorers if (place / f"{name}-items.onnx").is_file()
+        },
+        manifest=manifest,
+    )
+
+
+def _load_scorer(
+    folder: Path,
+    name: str,
+    kind: str,
+    index: ItemIndex,
+    arrays: Mapping[str, NDArray[Any]],
+    session: Callable[[str], Any],
+) -> VectorScorer:
+    simple: dict[str, Any] = {"popularity": Popularity, "mf": ImplicitMF, "ease": EASE, "text": TextSimilarity}
+    if kind in simple:
+        return simple[kind].load(folder / "cf")  # type: ignore[no-any-return]
+    if kind != "sequence":
+        raise unknown("kind of scorer in the bundle", kind, [*simple, "sequence"])
+    history = HistoryFormat.from_dict(read_json(folder / f"{name}.json"))
+    graph = session(f"{name}.onnx")
+    return TableScorer(graph, arrays[f"{name}.table"], history, index, arrays[f"{name}.heads"], arrays[f"{name}.bias"])
