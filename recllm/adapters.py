@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import peft
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,7 +18,7 @@ class AdapterRecipe(Settings):
 
     tuner: str
     """PEFT's name of the method, in lower case."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     """PEFT's own keys."""
     quantization: dict[str, Any] | None = None
     """transformers' BitsAndBytesConfig keys for the base model."""
@@ -54,7 +55,7 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> peft.PeftModel:
 
 def merge(model: nn.Module) -> nn.Module:
     """Fold the adapter's weights into the base model's; a model without an adapter comes back as it is."""
-    return model.merge_and_unload() if isinstance(model, peft.PeftModel) else model  # type: ignore[no-any-return]
+    return model.merge_and_unload() if isinstance(model, peft.PeftModel) else model
 
 
 def _config_class(tuner: str) -> type[peft.PeftConfig]:

@@ -60,7 +60,7 @@ class SequenceScorer:
         return result
 
     def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
-        """Item vectors with their bias in the order of `candidates`, float32[candidates, width + 1]; NaN for unknown."""
+        """Item vectors with bias in the order of `candidates`: float32[candidates, width + 1], NaN for unknown."""
         if candidates is self.index or candidates.ids == self.index.ids:
             return self.items
         rows = self.index.rows(candidates.ids)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -274,7 +273,7 @@ def _write_graphs(
             opset,
         )
         items = torch.export.Dim("items", min=1)
-        features = torch.randn(3, model.tokens.text.in_features), torch.randn(3, model.item_factors.shape[1])
+        features = torch.randn(3, model.tokens.text.in_features), torch.randn(3, model.tokens.factors.in_features)
         write_graph(
             ItemGraph(model),
             features,
@@ -285,8 +284,8 @@ def _write_graphs(
             opset,
         )
     texts = torch.zeros(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
-    shapes = ({0: batch, 1: length}, {0: batch, 1: length})
-    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("ids", "mask"), ("vectors",), shapes, opset)
+    pair = ({0: batch, 1: length}, {0: batch, 1: length})
+    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("ids", "mask"), ("vectors",), pair, opset)
 
 
 def write_graph(
@@ -373,7 +372,7 @@ def _encoder_parity(
 def _similarities(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     centred = vectors - vectors.mean(axis=0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
-    return unit @ unit.T  # type: ignore[no-any-return]
+    return unit @ unit.T
 
 
 def fidelity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, float]:

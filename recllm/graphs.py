@@ -42,7 +42,8 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
 
     Inputs, per scorer s: `s_queries` float32[users, width], `s_items` float32[items, width], NaN rows for unknown; and
     `n_user` int64[users], `n_item` int64[items], `seen` int64[users, seen] (item rows, −1 for none), `k` int64[1].
-    Outputs: `rows` int64[users, k] (−1 behind the last), `scores` float32[users, k], `shares` float32[users, scorers, k].
+    Outputs: `rows` int64[users, k] (−1 behind the last), `scores` float32[users, k], and
+    `shares` float32[users, scorers, k].
 
     Args:
         fusion: standardising per query.
@@ -101,7 +102,7 @@ def _standardised(build: Builder, scores: str, known: str) -> str:
     floor = build.add("Mul", build.add("Abs", mean), build.constant(FLAT))
     varies = build.add("Greater", deviation, floor)
     divisor = build.add("Where", varies, deviation, build.constant(1.0))
-    return build.add("Where", varies, build.add("Div", centred, divisor), zero)  # type: ignore[no-any-return]
+    return build.add("Where", varies, build.add("Div", centred, divisor), zero)
 
 
 def _evidence(build: Builder, counts: str, evidence: Evidence, *, axis: int) -> str:
@@ -110,7 +111,7 @@ def _evidence(build: Builder, counts: str, evidence: Evidence, *, axis: int) -> 
     clipped = build.add("Clip", logs, build.constant(evidence.low), build.constant(evidence.high))
     centred = build.add("Sub", clipped, build.constant(evidence.mean))
     scaled = build.add("Div", centred, build.constant(evidence.deviation))
-    return build.add("Unsqueeze", scaled, build.constant([axis], np.int64))  # type: ignore[no-any-return]
+    return build.add("Unsqueeze", scaled, build.constant([axis], np.int64))
 
 
 def _weight(build: Builder, gate: float, theta: NDArray[np.float64], user: str, item: str) -> str:
@@ -118,7 +119,7 @@ def _weight(build: Builder, gate: float, theta: NDArray[np.float64], user: str, 
     bias, by_user, by_item = (build.constant(value) for value in theta)
     sides = build.add("Add", build.add("Mul", user, by_user), build.add("Mul", item, by_item))
     weight = build.add("Softplus", build.add("Add", sides, bias))
-    return build.add("Mul", weight, build.constant(gate))  # type: ignore[no-any-return]
+    return build.add("Mul", weight, build.constant(gate))
 
 
 def _seen(build: Builder, like: str) -> str:
@@ -133,7 +134,7 @@ def _seen(build: Builder, like: str) -> str:
     )
     marked = build.add("ScatterElements", empty, column, ones, axis=1)
     bounds = [build.constant([0], np.int64), items, build.constant([1], np.int64)]
-    return build.add("Greater", build.add("Slice", marked, *bounds), build.constant(0.5))  # type: ignore[no-any-return]
+    return build.add("Greater", build.add("Slice", marked, *bounds), build.constant(0.5))
 
 
 def _write(build: Builder, widths: Mapping[str, int], path: Path) -> None:

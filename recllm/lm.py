@@ -155,7 +155,7 @@ def _pooled(base: BaseModel, batch: list[list[int]]) -> NDArray[np.float32]:
     lengths = torch.tensor([len(row) for row in batch], device=device)
     mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
     hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-    return mean_pool(hidden, mask).cpu().numpy()  # type: ignore[no-any-return]
+    return mean_pool(hidden, mask).cpu().numpy()
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -190,7 +190,10 @@ class LanguageBody(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states float32[batch, length, width]; right padding needs no mask, for attention only looks back."""
-        return self.model(inputs_embeds=tokens, use_cache=False).last_hidden_state.float()  # type: ignore[no-any-return]
+        # A row for every history: ONNX's RotaryEmbedding (opset 23) does not broadcast the one row that is the default.
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        hidden = self.model(inputs_embeds=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden.float()
 
 
 def next_item_model(
@@ -229,4 +232,4 @@ def next_item_model(
 def _embed(embedding: nn.Module, ids: Tensor) -> Tensor:
     # Through the module, not its weight: some families scale their embeddings on the way out.
     weight: Tensor = embedding.weight  # type: ignore[assignment]
-    return embedding(ids.to(weight.device)).detach()  # type: ignore[no-any-return]
+    return embedding(ids.to(weight.device)).detach()

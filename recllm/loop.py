@@ -57,7 +57,7 @@ class NextItemCollator:
     """Only the last item is a label (validation)."""
 
     def __call__(self, windows: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
-        """Item rows, oldest first, the last one only a label, to int64 tensors as `NextItemModel.forward` takes them."""
+        """Item rows, oldest first, the last only a label, to int64 tensors as `NextItemModel.forward` takes them."""
         paths = [self.history.ids(window[:-1]) for window in windows]
         labels = [window[1:].tolist() for window in windows]
         if self.last_only:
@@ -76,15 +76,17 @@ class OrderedTrainer(Trainer):
     adapter_learning_rate: float | None = None
     """For parameters of the body; None takes the one rate for all."""
     valid_collator: Callable[[Any], dict[str, Tensor]]
+    data_collator: Callable[[Any], dict[str, Tensor]]
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        examples: Examples = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(examples)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+    def get_eval_dataloader(self, eval_dataset: Dataset[Any] | None = None) -> DataLoader[Any]:
         """Validation examples have a collator of their own."""
         training, self.data_collator = self.data_collator, self.valid_collator
         try:
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[no-any-return]
+            return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = training
 
@@ -178,7 +180,7 @@ def precision_keys(precision: str) -> dict[str, bool]:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in `folder`, or None."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-any-return]
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def fit(

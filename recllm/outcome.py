@@ -1,7 +1,6 @@
 """The outcome of a run: every scorer and the fusion on the test rows, with and without the language model."""
 
 import json
-
 from pathlib import Path
 
 import numpy as np

@@ -115,7 +115,7 @@ def score_pairs(scorer: Scorer, queries: Sequence[Query], items: Sequence[str]) 
 
 
 def dot_scores(queries: NDArray[np.float32], items: NDArray[np.float32]) -> Scores:
-    """queries · itemsᵀ of float32[queries, width] and float32[items, width]; NaN where either row is NaN."""
+    """Queries · itemsᵀ of float32[queries, width] and float32[items, width]; NaN where either row is NaN."""
     scores: Scores = np.nan_to_num(queries) @ np.nan_to_num(items).T
     unknown = np.isnan(queries[:, :1]) | np.isnan(items[:, 0])
     return np.where(unknown, np.float32(np.nan), scores)

@@ -46,15 +46,15 @@ class AnswerDifference(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """float[…, width] to float32[…]."""
-        return hidden.float() @ self.direction  # type: ignore[operator,no-any-return]
+        return hidden.float() @ self.direction  # type: ignore[operator]
 
 
 class RelevanceModel(nn.Module):
     """A language model that answers one question about a history and a candidate.
 
     A causal model answers at the last position of the prompt with the difference of its answer words' logits, without
-    any new parameter, so that zero-shot, few-shot and tuned are the same code. An encoder has no answer words: it pools the pair and
-    learns one direction, so it must be tuned first.
+    any new parameter, so that zero-shot, few-shot and tuned are the same code. An encoder has no answer words: it
+    pools the pair and learns one direction, so it must be tuned first.
     """
 
     def __init__(self, base: BaseModel, body: nn.Module, output: nn.Linear | None, answers: tuple[int, int]) -> None:
@@ -80,7 +80,7 @@ class RelevanceModel(nn.Module):
         else:
             hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
             result = self.difference(mean_pool(hidden.float(), mask))[:, 0]
-        return result  # type: ignore[no-any-return]
+        return result
 
 
 @dataclass
@@ -149,7 +149,7 @@ class RelevanceScorer:
         return result
 
     def _read_prefix(self, ids: Tensor) -> DynamicCache:
-        return self.model.body(input_ids=ids, use_cache=True).past_key_values  # type: ignore[no-any-return]
+        return self.model.body(input_ids=ids, use_cache=True).past_key_values
 
     def _suffixes(self, cache: DynamicCache, prefix_length: int, batch: list[list[int]]) -> Tensor:
         shared = copy.deepcopy(cache)  # the model appends to the cache it is given
@@ -167,7 +167,7 @@ class RelevanceScorer:
             past_key_values=shared,
             use_cache=True,
         ).last_hidden_state
-        return self.model.difference(hidden[torch.arange(len(batch), device=device), lengths - 1])  # type: ignore[no-any-return]
+        return self.model.difference(hidden[torch.arange(len(batch), device=device), lengths - 1])
 
     def _pairs(self, prefix: list[int], batch: list[list[int]], device: torch.device) -> Tensor:
         rows = [prefix + suffix + self.prompt.end for suffix in batch]
@@ -188,7 +188,7 @@ def answer_output(base: BaseModel, whole: nn.Module | None) -> nn.Linear | None:
         raise RecllmError(
             f"{base.folder} has no output matrix, so it has no answer words. Use a causal language model."
         )
-    return output  # type: ignore[no-any-return]
+    return output
 
 
 def relevance_examples(

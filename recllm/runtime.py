@@ -64,8 +64,9 @@ def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:  #
         raise unknown("provider", provider, PROVIDERS)
     wanted = PROVIDERS[provider]
     if wanted not in ort.get_available_providers():
+        there = ", ".join(ort.get_available_providers())
         raise RecllmError(
-            f"The provider '{provider}' is not in this ONNX Runtime (it has {', '.join(ort.get_available_providers())}). "
+            f"The provider '{provider}' is not in this ONNX Runtime (it has {there}). "
             'For cuda install "recllm[gpu]" and remove the package onnxruntime, or ask for the provider cpu.'
         )
     options = ort.SessionOptions()
@@ -161,7 +162,7 @@ class Recommender:
         """The `k` best items after every history, over the whole catalogue.
 
         Args:
-            histories: item ids, oldest first; an unknown id is passed over, an empty history gets what leads without one.
+            histories: item ids, oldest first; unknown ids are passed over; an empty history gets what leads without one.
             k: how many.
             exclude_seen: leave the history's own items out.
 
@@ -195,10 +196,10 @@ class Recommender:
             "seen": padded([[*row, -1] for row in seen], -1),
             "k": np.array([k], dtype=np.int64),
         }
-        return tuple(self._catalogue.run(None, feeds | self._items | counts))  # type: ignore[return-value]
+        return tuple(self._catalogue.run(None, feeds | self._items | counts))
 
     def score(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> tuple[Scores, dict[str, Scores]]:
-        """Fused scores of given items, float32[histories, items], standardised over the whole catalogue; and the shares.
+        """Fused scores of `items`, float32[histories, items], standardised over the whole catalogue, and their shares.
 
         Raises:
             RecllmError: an item that the catalogue has not.
@@ -309,7 +310,7 @@ def _load_scorer(
 ) -> VectorScorer:
     simple: dict[str, Any] = {"popularity": Popularity, "mf": ImplicitMF, "ease": EASE, "text": TextSimilarity}
     if kind in simple:
-        return simple[kind].load(folder / "cf")  # type: ignore[no-any-return]
+        return simple[kind].load(folder / "cf")
     if kind != "sequence":
         raise unknown("kind of scorer in the bundle", kind, [*simple, "sequence"])
     history = HistoryFormat.from_dict(read_json(folder / f"{name}.json"))

@@ -56,7 +56,8 @@ class LightBody(nn.Module):
         hidden = self.dropout(tokens + self.position(torch.arange(tokens.shape[1], device=tokens.device)))
         for block in self.blocks:
             hidden = block(hidden)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+        result: Tensor = self.norm(hidden)
+        return result
 
 
 class LightBlock(nn.Module):
@@ -129,10 +130,10 @@ class NextItemModel(nn.Module):
         return items if self.lead is None else torch.cat([self.lead().to(items.dtype), items])
 
     def encode(self, ids: Tensor, ends: Tensor, table: Tensor) -> Tensor:
-        """Query vectors float32[batch, ends, head] at positions `ends` int64[batch, ends] of ids int64[batch, length]."""
+        """Query vectors float32[batch, ends, head] at `ends`, int64[batch, ends], of `ids`, int64[batch, length]."""
         hidden = self.body(functional.embedding(ids, table))
         at = torch.gather(hidden, 1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.query(at) * self.query.out_features**-0.5  # type: ignore[no-any-return]
+        return self.query(at) * self.query.out_features**-0.5
 
     def forward(
         self, ids: Tensor, ends: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: object

@@ -78,8 +78,9 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
     check_no_leak(split)
     if not split.valid or not split.test:
         raise RecllmError(
-            f"The split '{settings.split}' of '{dataset.name}' leaves {len(split.valid)} validation and {len(split.test)} "
-            f"test events. Lower data.min_events (now {settings.min_events}) or choose another data.split."
+            f"The split '{settings.split}' of '{dataset.name}' leaves {len(split.valid)} validation and "
+            f"{len(split.test)} test events. Lower data.min_events (now {settings.min_events}) or "
+            "choose another data.split."
         )
     return Task(dataset, split, ItemIndex(dataset.catalog.ids))
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 
 from recllm.errors import RecllmError
-
-
 from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat
 from recllm.loop import (
@@ -46,6 +45,7 @@ from recllm.trained import (
     sequence_scorer,
     stage_done,
 )
+from recllm.vectors import ItemFeatures
 
 Say = Callable[[str], None]
 VALIDATION_WINDOWS = 256
@@ -112,7 +112,7 @@ def train_run(
 
 
 def _open_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
-    if overwrite and run.folder.is_dir():
+    if overwrite and (run.folder / "run.toml").is_file():  # never delete what is no run
         shutil.rmtree(run.folder)
     if run.folder.is_dir() and any(run.folder.iterdir()) and not resume:
         raise RecllmError(
@@ -239,14 +239,28 @@ def _validation_windows(task: Task, history: HistoryFormat, seed: int, limit: in
     return [rows[place] for place in np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]
 
 
-def run_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scorer]:
-    """Every scorer of a trained run by name, the language model merged."""
-    scorers = parts.scorers()
-    if (light := load_light(run, task, parts.features)) is not None:
-        scorers["light"] = sequence_scorer(*light, task)
-    if (language := load_language(run, task, parts.features)) is not None:
-        scorers["lm"] = sequence_scorer(*language, task)
-    return scorers
+def scorer_makers(run: Run, task: Task, parts: Collaborative) -> dict[str, Callable[[], Scorer]]:
+    """What makes every scorer of a trained run, by name; a model is loaded only when its scores are needed."""
+    makers: dict[str, Callable[[], Scorer]] = {name: partial(_same, scorer) for name, scorer in parts.scorers().items()}
+    for name, load in (("light", load_light), ("lm", load_language)):
+        if stage_done(run.folder / name):
+            makers[name] = partial(_sequence, load, run, task, parts)
+    return makers
+
+
+def _same(scorer: Scorer) -> Scorer:
+    return scorer
+
+
+def _sequence(
+    load: Callable[[Run, Task, ItemFeatures], tuple[NextItemModel, HistoryFormat] | None],
+    run: Run,
+    task: Task,
+    parts: Collaborative,
+) -> Scorer:
+    found = load(run, task, parts.features)
+    assert found is not None
+    return sequence_scorer(*found, task)
 
 
 def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, dict[str, Scores]]:
@@ -256,14 +270,15 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     model reads both in one pass.
     """
     queries = [example.query for example in [*task.split.valid, *task.split.test]]
-    cut, result = len(task.split.valid), {"valid": {}, "test": {}}  # type: tuple[int, dict[str, dict[str, Scores]]]
-    for name, scorer in run_scorers(run, task, parts).items():
+    cut = len(task.split.valid)
+    result: dict[str, dict[str, Scores]] = {"valid": {}, "test": {}}
+    for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
         if not path.is_file():
             say(f"Scoring validation and test with '{name}'")
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part.npy")
-            np.save(part, scorer.score(queries, task.index))
+            np.save(part, make().score(queries, task.index))
             part.replace(path)
         scores = np.load(path, mmap_mode="r")
         result["valid"][name], result["test"][name] = scores[:cut], scores[cut:]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-
 from recllm.adapters import AdapterRecipe, load_adapter, merge
 from recllm.ease import EASE
 from recllm.encoding import Encode, SequenceScorer
@@ -174,7 +173,7 @@ def torch_encode(model: NextItemModel) -> Encode:
     def encode(ids: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16() and heavy):
             vectors = model.encode(torch.from_numpy(ids).to(device), torch.from_numpy(ends).to(device), table)
-        return vectors.float().cpu().numpy()  # type: ignore[no-any-return]
+        return vectors.float().cpu().numpy()
 
     heavy = isinstance(model.body, LanguageBody)
     return encode

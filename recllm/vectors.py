@@ -67,9 +67,9 @@ class RawVectors:
 
     def save(self, path: Path) -> None:
         """Write `path` (safetensors) and the ids beside it."""
+        write_json(path.with_suffix(".ids.json"), list(self.ids))  # first: whoever finds the vectors reads both
         with written(path) as temporary:
             save_file({"vectors": np.ascontiguousarray(self.values)}, temporary)
-        write_json(path.with_suffix(".ids.json"), list(self.ids))
 
     @classmethod
     def load(cls, path: Path) -> "RawVectors":

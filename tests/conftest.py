@@ -28,6 +28,34 @@ SENTENCES = [
     "Items one person chose in order: title, genres, text.",
 ]
 
+TINY_RUN = """
+name = "tiny"
+output = "{output}"
+[data]
+name = "{data}"
+[model]
+name = "{model}"
+max_history = 12
+head_width = 16
+[light]
+width = 16
+layers = 1
+heads = 2
+num_train_epochs = 2
+max_history = 12
+[adapter]
+r = 4
+[cf]
+factors = 4
+iterations = 3
+[train]
+num_train_epochs = 1
+precision = "fp32"
+[export]
+recipes = ["fp32"]
+gate_queries = 8
+"""
+
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
@@ -129,6 +157,47 @@ def checkerboard() -> Dataset:
 def rated_checkerboard() -> Dataset:
     """The checkerboard with eight own items rated 5 and, in between, four of the other colour rated 1."""
     return _checkerboard(liked=8, disliked=4)
+
+
+@pytest.fixture(scope="session")
+def checkerboard_folder(tmp_path_factory: pytest.TempPathFactory, checkerboard: Dataset) -> Path:
+    """The checkerboard as files that `read_dataset` reads: interactions.csv and items.csv."""
+    folder = tmp_path_factory.mktemp("data") / "checkerboard"
+    folder.mkdir()
+    checkerboard.interactions.frame.write_csv(folder / "interactions.csv")
+    checkerboard.catalog.frame.write_csv(folder / "items.csv")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, checkerboard_folder: Path, tiny_lm_folder: Path) -> Path:
+    """The folder of a run trained on the checkerboard: every scorer, the language model for one epoch. Read only."""
+    from recllm.runs import load_run
+    from recllm.train import train_run
+
+    place = tmp_path_factory.mktemp("run")
+    file = place / "tiny.toml"
+    file.write_text(
+        TINY_RUN.format(output=place.as_posix(), data=checkerboard_folder.as_posix(), model=tiny_lm_folder.as_posix()),
+        encoding="utf-8",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLLM_CACHE", str(place / "cache"))
+        train_run(load_run(file), say=lambda _: None)
+    return place / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path) -> Path:
+    """The bundle of `tiny_run` in fp32. Read only."""
+    from recllm.export import export_run
+    from recllm.runs import load_run
+    from recllm.tasks import prepare
+
+    run = load_run(tiny_run)
+    (exported,) = export_run(run, prepare(run), ["fp32"], say=lambda _: None)
+    assert exported.folder is not None, exported.failures
+    return exported.folder
 
 
 def _checkerboard(liked: int, disliked: int) -> Dataset:

@@ -1,0 +1,201 @@
+"""Next-item models: they look back only, cold items are no negatives, windows are a pure function of the seed."""
+
+import numpy as np
+import pytest
+import torch
+
+from recllm.histories import HistoryFormat
+from recllm.loop import NextItemCollator
+from recllm.ranking import ItemIndex
+from recllm.sequence import IGNORED, ItemProjection, LightBody, NextItemModel, Windows
+from recllm.splits import leave_last_out
+from recllm.vectors import ItemFeatures
+
+ITEMS, POSITIONS = 24, 8
+
+
+def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, factors=None):
+    """A light model over random item vectors."""
+    random = np.random.default_rng(0)
+    text = random.normal(size=(ITEMS, 6)).astype(np.float32) if text is None else text
+    factors = random.normal(size=(ITEMS, 4)).astype(np.float32) if factors is None else factors
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return NextItemModel(
+            LightBody(width, layers=2, heads=2, positions=POSITIONS, dropout=dropout),
+            ItemFeatures(ItemIndex(map(str, range(ITEMS))), text, factors),
+            width=width,
+            head_width=width,
+            warm=np.ones(ITEMS, dtype=bool) if warm is None else warm,
+            token_scale=1.0,
+            factor_dropout=factor_dropout,
+        )
+
+
+def batch(*windows, history=None):
+    history = history or HistoryFormat((), (), POSITIONS, 1)
+    return NextItemCollator(history)([np.array(window) for window in windows])
+
+
+def query_vectors(model, rows):
+    ids = torch.tensor([rows])
+    with torch.inference_mode():
+        return model.eval().encode(ids, torch.arange(len(rows))[None], model.table())[0].numpy()
+
+
+def test_a_later_item_does_not_change_an_earlier_position():
+    model = light()
+    one, other = query_vectors(model, [3, 1, 4, 1]), query_vectors(model, [3, 1, 20, 21])
+    assert other[:2] == pytest.approx(one[:2], abs=1e-6)
+    assert np.abs(other[2:] - one[2:]).max() > 1e-3
+
+
+def test_right_padding_is_harmless():
+    model = light().eval()
+    short, long = [3, 1, 4], [3, 1, 4, 1, 5, 9, 2]
+    alone, together = batch(short), batch(short, long)
+    with torch.inference_mode():
+        table = model.table()
+        expected = model.encode(alone["ids"], alone["ends"], table)[0]
+        found = model.encode(together["ids"], together["ends"], table)[0, : len(expected)]
+        losses = [float(model(**batch(window))["loss"]) for window in (short, long)]
+        joint = float(model(**together)["loss"])
+    assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-6)
+    labels = [len(short) - 1, len(long) - 1]
+    assert joint == pytest.approx(np.average(losses, weights=labels), rel=1e-5)
+
+
+def test_the_loss_is_the_mean_cross_entropy_over_warm_items():
+    warm = np.arange(ITEMS) % 3 != 0
+    model, window = light(warm).eval(), [1, 2, 4, 5]
+    queries = query_vectors(model, window[:-1])
+    with torch.inference_mode():
+        heads = model.heads(model.text_vectors, model.item_factors).numpy()
+        loss = float(model(**batch(window))["loss"])
+    logits = (queries @ heads.T)[:, warm]
+    places = np.cumsum(warm)[window[1:]] - 1
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    expected = -np.log(odds[np.arange(3), places] / odds.sum(axis=1)).mean()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_is_divided_by_trainers_own_count():
+    model = light().eval()
+    given = batch([1, 2, 3, 4])
+    assert float(model(**given, num_items_in_batch=30)["loss"]) == pytest.approx(float(model(**given)["loss"]) / 10)
+
+
+def test_a_cold_item_is_no_negative():
+    warm = np.ones(ITEMS, dtype=bool)
+    warm[[7, 11]] = False
+    vectors = np.random.default_rng(0).normal(size=(ITEMS, 6)).astype(np.float32)
+    moved = vectors.copy()
+    moved[[7, 11]] *= -30.0
+    losses, gradients = [], []
+    for text in (vectors, moved):
+        model = light(warm, text=text)
+        loss = model(**batch([1, 2, 3, 4, 5]))["loss"]
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append(model.heads.text.weight.grad.clone())
+        assert model.bias.grad[[7, 11]].tolist() == [0.0, 0.0]
+        assert (model.bias.grad[warm] != 0).all()
+    assert losses[0] == losses[1]
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_ranks_of_the_last_labels_while_validating():
+    model = light().eval()
+    with torch.no_grad():
+        model.bias[:] = torch.linspace(50, -50, ITEMS)  # item 0 first, item 23 last, whatever the history says
+    given = batch([5, 6, 2], [9, 0], [1, 2, 3, 23])
+    assert model(**given)["ranks"].tolist() == [3.0, 1.0, 24.0]
+    given["labels"][2] = torch.tensor([4, IGNORED, IGNORED])  # the label that is there, not the last place
+    assert model(**given)["ranks"].tolist() == [3.0, 1.0, 5.0]
+    assert "ranks" not in model.train()(**given)
+
+
+def test_missing_parts_of_an_item_are_not_missing_numbers():
+    projection = ItemProjection(6, 4, 16, scale=0.5)
+    text, factors = torch.randn(4, 6), torch.randn(4, 4)
+    text[1:3], factors[2:] = torch.nan, torch.nan
+    found = projection(text, factors)
+    assert torch.isfinite(found).all()
+    assert found.square().mean(1).sqrt().detach().numpy() == pytest.approx([0.5] * 4, rel=1e-3)
+    found.sum().backward()
+    assert all(torch.isfinite(value.grad).all() for value in projection.parameters())
+
+
+def test_factors_are_dropped_in_training_only():
+    model = light(factor_dropout=0.5)
+    given = batch([1, 2, 3])
+    torch.manual_seed(1)
+    drawn = {float(model(**given)["loss"]) for _ in range(4)}
+    assert len(drawn) == 4
+    model.eval()
+    assert float(model(**given)["loss"]) == float(model(**given)["loss"])
+
+
+def test_the_item_vectors_are_not_in_the_state_that_is_saved():
+    assert not {"text_vectors", "item_factors", "warm"} & set(light().state_dict())
+
+
+SEQUENCES = [np.arange(count) + 100 * count for count in (0, 1, 2, 5, 9, 30)]
+
+
+def test_windows_are_a_pure_function_of_seed_and_epoch():
+    def epoch(seed, number):
+        return [window.tolist() for window in Windows(SEQUENCES, 4, epochs=3, seed=seed).epoch(number)]
+
+    assert epoch(1, 2) == epoch(1, 2)
+    assert epoch(1, 2) != epoch(1, 1)
+    assert epoch(1, 2) != epoch(2, 2)
+    every = Windows(SEQUENCES, 4, epochs=3, seed=1).all()
+    assert [window.tolist() for window in every] == [window for number in range(3) for window in epoch(1, number)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_event_but_a_users_first_is_a_target_once_an_epoch(seed):
+    windows = list(Windows(SEQUENCES, 4, epochs=1, seed=seed).epoch(0))
+    assert all(2 <= len(window) <= 5 for window in windows)
+    assert sorted(target for window in windows for target in window[1:]) == sorted(
+        event for events in SEQUENCES for event in events[1:]
+    )
+    for events in SEQUENCES:
+        last = events[-5:].tolist()
+        assert len(events) < 2 or last in [window.tolist() for window in windows]
+
+
+def test_cuts_move_from_epoch_to_epoch():
+    starts = [
+        {int(window[0]) for window in Windows(SEQUENCES[-1:], 4, epochs=9, seed=0).epoch(number)} for number in range(9)
+    ]
+    assert len(set(map(frozenset, starts))) > 1
+
+
+def test_recent_keeps_each_users_last_window_only():
+    windows = Windows(SEQUENCES, 4, epochs=1, seed=0, recent=True).epoch(0)
+    assert sorted(window.tolist() for window in windows) == sorted(
+        events[-5:].tolist() for events in SEQUENCES if len(events) > 1
+    )
+
+
+def test_the_light_model_learns_what_comes_next(checkerboard):
+    split = leave_last_out(checkerboard.interactions)
+    index = ItemIndex(checkerboard.catalog.ids)
+    sequences = [index.rows(query.history) for query in split.train.histories().values()]
+    model = light(width=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for number in range(15):
+        windows = list(Windows(sequences, POSITIONS, epochs=15, seed=0).epoch(number))
+        for start in range(0, len(windows), 10):
+            optimizer.zero_grad()
+            model(**batch(*windows[start : start + 10]))["loss"].backward()
+            optimizer.step()
+    history = HistoryFormat((), (), POSITIONS, 1)
+    valid = [
+        [*history.window(index.rows(example.query.history)), index.rows([example.item_id])[0]]
+        for example in split.valid
+    ]
+    ranks = model.eval()(**NextItemCollator(history, last_only=True)([np.array(row) for row in valid]))["ranks"]
+    assert (ranks == 1).float().mean() >= 0.95
