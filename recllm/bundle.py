@@ -1,7 +1,7 @@
 """The bundle: one folder with graphs, vectors, weights, prompt and catalogue, every file known by its sha256."""
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,31 +47,46 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     if not path.is_file():
         what = "is not a bundle (it has no manifest.json)" if folder.is_dir() else "is not there"
         raise RecllmError(f"'{folder}' {what}. Make a bundle from a trained run with: recllm export runs/NAME")
+    damaged = f"{path} is damaged ({{}}). Export the bundle again."
     try:
         manifest: dict[str, Any] = read_json(path)
-        files = manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecllmError(f"{path} is damaged ({error}). Export the bundle again.") from None
-    if manifest.get("format") != FORMAT:
+        version = manifest.get("format")
+    except (ValueError, AttributeError) as error:
+        raise RecllmError(damaged.format(error)) from None
+    if version != FORMAT:
         raise RecllmError(
-            f"'{folder}' has bundle format {manifest.get('format')}, this recllm {__version__} reads format {FORMAT}. "
-            "Export the bundle again, or install the recllm that made it "
-            f"({manifest.get('recllm', 'unknown')})."
+            f"'{folder}' has bundle format {version}, this recllm {__version__} reads format {FORMAT}. "
+            f"Export the bundle again, or install the recllm that made it ({manifest.get('recllm', 'unknown')})."
         )
+    try:
+        files = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecllmError(damaged.format(f"its list of files: {error!r}")) from None
     if verify:
-        for name, facts in files.items():
-            _check_file(folder, name, facts)
+        for name, (size, sha256) in files.items():
+            _check_file(folder, name, size, sha256)
+        _check_nothing_else(folder, files)
     return manifest
 
 
-def _check_file(folder: Path, name: str, facts: dict[str, Any]) -> None:
+def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise RecllmError(f"'{folder}' names the file '{name}' outside of itself; such a bundle is not opened.")
     if not path.is_file():
         raise RecllmError(f"'{folder}' lacks the file '{name}'. Copy the bundle again, whole.")
-    if path.stat().st_size != facts["bytes"] or sha256_of(path) != facts["sha256"]:
+    if path.stat().st_size != size or sha256_of(path) != sha256:
         raise RecllmError(f"'{path}' is damaged: its sha256 is not the manifest's. Copy or export the bundle again.")
+
+
+def _check_nothing_else(folder: Path, files: Collection[str]) -> None:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # Hidden files come with copying and version control, and nothing of ours reads them.
+        if path.is_file() and name not in files and name != MANIFEST and not path.name.startswith("."):
+            raise RecllmError(
+                f"'{folder}' has the file '{name}', which its manifest does not name. Remove it, or export again."
+            )
 
 
 def write_catalog(folder: Path, catalog: Catalog) -> None:

@@ -38,6 +38,24 @@ class KnownScores:
         return found
 
 
+class KnownPairs:
+    """Scores of labelled pairs that were computed before, as a scorer."""
+
+    def __init__(self, queries: Sequence[Query], items: Sequence[str], scores: NDArray[np.float32]) -> None:
+        """Keep `scores`, float32[pairs]."""
+        self._scores = dict(zip(zip(queries, items, strict=True), scores.tolist(), strict=True))
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Look up: float32[queries, candidates], NaN for a pair that was not scored."""
+        rows = [[self._scores.get((query, item), np.nan) for item in candidates.ids] for query in queries]
+        return np.array(rows, dtype=np.float32).reshape(len(queries), len(candidates))
+
+    def score_pairs(self, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
+        """Look up one item per query: float32[queries]."""
+        found = (self._scores.get(pair, np.nan) for pair in zip(queries, items, strict=True))
+        return np.fromiter(found, dtype=np.float32)
+
+
 def warm_and_cold(
     examples: Sequence[Example], *, item_counts: Mapping[str, int] | None = None, cold_items: Collection[str] = ()
 ) -> dict[str, NDArray[np.bool_]]:

@@ -1,5 +1,6 @@
 """Export a trained run: merge the adapter, write ONNX graphs, quantise, compare with torch, seal the bundle."""
 
+import copy
 import logging
 import shutil
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from recllm.bundle import new_bundle, write_catalog
@@ -22,7 +24,7 @@ from recllm.files import write_json
 from recllm.fusion import Fusion
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
-from recllm.lm import BaseModel, load_base, mean_pool, model_folder
+from recllm.lm import BaseModel, LanguageBody, load_base, mean_pool, model_folder
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.quantise import quantise
 from recllm.ranking import Scorer
@@ -42,6 +44,9 @@ from recllm.trained import (
 )
 
 Say = Callable[[str], None]
+Exporter = Literal["dynamo", "torchscript"]
+TORCHSCRIPT_OPSET = 20
+"""The last one that torchscript writes."""
 ENCODER_TEXTS = 64
 """Item texts on which the item encoder's graph is compared."""
 
@@ -69,6 +74,8 @@ class ExportRecipe(Settings):
     """One file of export/."""
 
     precision: Literal["fp32", "fp16", "int8"]
+    exporter: Exporter = "dynamo"
+    """torch's exporter: dynamo gives half the nodes, torchscript a tenth of the export time."""
     opset: int
     tolerance: Tolerance
     causal: CausalQuantisation = CausalQuantisation()
@@ -82,6 +89,13 @@ def load_recipe(name: str) -> ExportRecipe:
     """
     path = find_recipe("export", name)
     return parse(ExportRecipe, read_toml(path), str(path))
+
+
+def _recipe(run: Run, name: str) -> ExportRecipe:
+    recipe = load_recipe(name)
+    if run.export.exporter != "torchscript":
+        return recipe
+    return recipe.model_copy(update={"exporter": "torchscript", "opset": min(recipe.opset, TORCHSCRIPT_OPSET)})
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,21 @@ class SequenceGraph(nn.Module):
         return self.model.encode(ids, ends, table)
 
 
+class MaskedBody(nn.Module):
+    """A language model with its causal mask spelt out, which torchscript cannot trace out of transformers."""
+
+    def __init__(self, body: LanguageBody) -> None:
+        super().__init__()
+        self.model = body.model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """What `LanguageBody` gives."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        mask = steps[:, None, :, None] >= steps[:, None, None, :]
+        hidden = self.model(inputs_embeds=tokens, attention_mask=mask, position_ids=steps, use_cache=False)
+        return hidden.last_hidden_state.float()
+
+
 class ItemGraph(nn.Module):
     """The part of a next-item model that runs once per new item."""
 
@@ -130,11 +159,15 @@ class EncoderGraph(nn.Module):
 
     def __init__(self, base: BaseModel) -> None:
         super().__init__()
-        self.model = base.model
+        self.model, self.causal = base.model, base.causal
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Mean-pooled hidden states float32[texts, width]."""
-        return mean_pool(self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask)
+        given = {}
+        if self.causal:  # a row of positions for every text, for the reason that LanguageBody states
+            given = {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)}
+        hidden = self.model(input_ids=ids, attention_mask=mask, **given).last_hidden_state
+        return mean_pool(hidden.float(), mask)
 
 
 def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: Say = print) -> list[Exported]:
@@ -145,7 +178,7 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     Raises:
         RecllmError: the run is not trained, or an unknown recipe.
     """
-    loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
+    loaded = {name: _recipe(run, name) for name in recipes or run.export.recipes}
     if not (run.folder / "fusion.json").is_file():
         raise RecllmError(f"{run.folder} has no fitted fusion. Train the run first: recllm train {run.folder}/run.toml")
     parts = load_collaborative(run, task)
@@ -154,13 +187,17 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     base = load_base(model_folder(encoder_name(run)))
     results = []
     graphs = run.folder / "graphs"
-    for opset in sorted({recipe.opset for recipe in loaded.values()}):
-        say(f"Writing the ONNX graphs in fp32, opset {opset}")
-        _write_graphs(graphs / str(opset), sequences, base, opset)
+    for exporter, opset in sorted({(recipe.exporter, recipe.opset) for recipe in loaded.values()}):
+        say(f"Writing the ONNX graphs in fp32, opset {opset}, by {exporter}")
+        _write_graphs(graphs / f"{exporter}-{opset}", sequences, base, exporter, opset)
     reference = {name: sequence_scorer(*found, task) for name, found in sequences.items()}
     for name, recipe in loaded.items():
         say(f"Bundle '{name}': quantising and comparing with torch")
-        results.append(_export(run, task, parts, sequences, base, reference, name, recipe, graphs / str(recipe.opset)))
+        results.append(
+            _export(
+                run, task, parts, sequences, base, reference, name, recipe, graphs / f"{recipe.exporter}-{recipe.opset}"
+            )
+        )
     shutil.rmtree(graphs)
     return results
 
@@ -254,60 +291,75 @@ def _write_content(
 
 
 def _write_graphs(
-    folder: Path, sequences: dict[str, tuple[NextItemModel, HistoryFormat]], base: BaseModel, opset: int
+    folder: Path,
+    sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
+    base: BaseModel,
+    exporter: Exporter,
+    opset: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    batch, length = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("length", min=2, max=32768)
-    ends, rows = torch.export.Dim("ends", min=1, max=32768), torch.export.Dim("rows", min=2)
     for name, (model, _) in sequences.items():
-        width = model.tokens.text.out_features
-        example = (torch.zeros(2, 7, dtype=torch.long), torch.tensor([[3, 5, 6], [2, 1, 0]]), torch.randn(11, width))
-        shapes = ({0: batch, 1: length}, {0: batch, 1: ends}, {0: rows})
-        write_graph(
-            SequenceGraph(model),
-            example,
-            folder / f"{name}.onnx",
-            ("ids", "ends", "table"),
-            ("vectors",),
-            shapes,
-            opset,
+        width, text = model.tokens.text.out_features, model.tokens.text.in_features
+        graph = SequenceGraph(model)
+        if exporter == "torchscript" and isinstance(model.body, LanguageBody):
+            graph = SequenceGraph(_with_explicit_mask(model))
+        example = {
+            "ids": (torch.zeros(2, 7, dtype=torch.long), ("batch", "length")),
+            "ends": (torch.tensor([[3, 5, 6], [2, 1, 0]]), ("batch", "ends")),
+            "table": (torch.randn(11, width), ("rows",)),
+        }
+        write_graph(graph, example, folder / f"{name}.onnx", ("vectors",), exporter, opset)
+        items = {
+            "text": (torch.randn(3, text), ("items",)),
+            "factors": (torch.randn(3, model.tokens.factors.in_features), ("items",)),
+        }
+        write_graph(ItemGraph(model), items, folder / f"{name}-items.onnx", ("tokens", "heads"), exporter, opset)
+    texts = {name: (torch.ones(2, 7, dtype=torch.long), ("batch", "length")) for name in ("ids", "mask")}
+    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("vectors",), exporter, opset)
+
+
+def _with_explicit_mask(model: NextItemModel) -> NextItemModel:
+    assert isinstance(model.body, LanguageBody)
+    kinds = set(getattr(model.body.model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise RecllmError(
+            f"The exporter 'torchscript' knows full attention only, and this model has {', '.join(sorted(kinds))}. "
+            "Use --set export.exporter=dynamo."
         )
-        items = torch.export.Dim("items", min=1)
-        features = torch.randn(3, model.tokens.text.in_features), torch.randn(3, model.tokens.factors.in_features)
-        write_graph(
-            ItemGraph(model),
-            features,
-            folder / f"{name}-items.onnx",
-            ("text", "factors"),
-            ("tokens", "heads"),
-            ({0: items}, {0: items}),
-            opset,
-        )
-    texts = torch.zeros(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
-    pair = ({0: batch, 1: length}, {0: batch, 1: length})
-    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("ids", "mask"), ("vectors",), pair, opset)
+    masked = copy.copy(model)
+    masked._modules = dict(model._modules) | {"body": MaskedBody(model.body)}
+    return masked
 
 
 def write_graph(
     module: nn.Module,
-    example: tuple[Tensor, ...],
+    example: dict[str, tuple[Tensor, tuple[str, ...]]],
     path: Path,
-    inputs: tuple[str, ...],
     outputs: tuple[str, ...],
-    shapes: tuple[dict[int, Any], ...],
+    exporter: Exporter,
     opset: int,
 ) -> None:
-    """Export a module by the exporter's dynamo route, weights inside the file."""
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    """Export a module with the weights inside the file.
+
+    Args:
+        module: what is exported.
+        example: per input a value and the names of its first dimensions, those that vary.
+        path: where the graph is written.
+        outputs: names of the results.
+        exporter: dynamo or torchscript.
+        opset: the ONNX version of the operators.
+    """
+    values = tuple(value.clone() for value, _ in example.values())
+    named = {name: dict(enumerate(names)) for name, (_, names) in example.items()}
+    keys: dict[str, Any] = {"opset_version": opset, "input_names": list(example), "output_names": list(outputs)}
+    with _quiet(), torch.no_grad():
+        if exporter == "torchscript":
+            torch.onnx.export(module.eval().cpu(), values, str(path), dynamo=False, dynamic_axes=named, **keys)
+            return
+        dimensions = {name: torch.export.Dim(name, min=1) for names in named.values() for name in names.values()}
+        shapes = tuple({place: dimensions[name] for place, name in names.items()} for names in named.values())
         program = torch.onnx.export(
-            module.eval().cpu(),
-            tuple(value.clone() for value in example),
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_shapes=shapes,
-            verbose=False,
+            module.eval().cpu(), values, dynamo=True, dynamic_shapes=shapes, verbose=False, **keys
         )
         assert program is not None
         program.save(str(path), external_data=False)
@@ -378,34 +430,44 @@ def _similarities(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def fidelity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, float]:
     """How well `found` keeps the order of `expected`, float32[rows, columns]: means over the rows.
 
+    Each row is compared on the columns that `expected` scores; a row without any is left out.
+
     Returns:
-        max_difference, rank_correlation (Spearman) and top10_overlap.
+        max_difference (infinite where only one side is a number), rank_correlation (Spearman, ties share their mean
+        rank) and top10_overlap; NaN where there is nothing to compare.
     """
     known = ~np.isnan(expected)
-    assert (known == ~np.isnan(found)).all()
-    columns = known.any(axis=0)
-    rows = known[:, columns].all(axis=1)
-    left, right = expected[rows][:, columns], found[rows][:, columns]
-    ranks = [_ranks(side) for side in (left, right)]
-    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]
-    k = min(10, left.shape[1])
-    tops = [np.argsort(-side, axis=1, kind="stable")[:, :k] for side in (left, right)]
-    overlaps = [len(set(a) & set(b)) / k for a, b in zip(*tops, strict=True)]
+    pairs = [(left[here], right[here]) for left, right, here in zip(expected, found, known, strict=True) if here.any()]
+    same = np.array_equal(known, ~np.isnan(found))
+    if not pairs:
+        return {"max_difference": 0.0 if same else np.inf, "rank_correlation": np.nan, "top10_overlap": np.nan}
+    filled = [(left, np.where(np.isnan(right), -np.inf, right)) for left, right in pairs]
     return {
-        "max_difference": float(np.abs(left - right).max()),
-        "rank_correlation": float(np.mean(correlations)),
-        "top10_overlap": float(np.mean(overlaps)),
+        "max_difference": max(float(np.abs(left - right).max()) for left, right in filled) if same else np.inf,
+        "rank_correlation": float(np.mean([_rank_correlation(*pair) for pair in filled])),
+        "top10_overlap": float(np.mean([_top_overlap(*pair, min(10, len(pair[0]))) for pair in filled])),
     }
 
 
-def _ranks(scores: NDArray[np.float32]) -> NDArray[np.float64]:
-    return np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1, kind="stable").astype(np.float64)
+def _rank_correlation(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
+    ranks = rankdata(np.stack([left, right]), axis=1)
+    constant = ranks.std(axis=1) == 0
+    if constant.any():
+        return float(constant.all())
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _top_overlap(left: NDArray[np.float32], right: NDArray[np.float32], k: int) -> float:
+    best, kept = (set(np.argsort(-side, kind="stable")[:k].tolist()) for side in (left, right))
+    return len(best & kept) / k
 
 
 def _failures(parity: dict[str, dict[str, float]], tolerance: Tolerance) -> list[str]:
     found = []
     for graph, measured in parity.items():
-        if tolerance.max_difference is not None and measured["max_difference"] > tolerance.max_difference:
+        if not np.isfinite(measured["max_difference"]):
+            found.append(f"{graph}: some of its scores are no numbers")
+        elif tolerance.max_difference is not None and measured["max_difference"] > tolerance.max_difference:
             found.append(
                 f"{graph}: a score differs by {measured['max_difference']:.2g}, allowed {tolerance.max_difference}"
             )

@@ -21,7 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from recllm.adapters import AdapterRecipe, attach
 from recllm.errors import RecllmError
@@ -45,12 +45,14 @@ class BaseModel:
         tokenizer: the fast tokenizer, for compiling prompts.
         causal: attention looks back only.
         folder: the local folder it came from.
+        output: the output matrix of a causal model, whose rows are the answer words; None for an encoder.
     """
 
     model: PreTrainedModel
     tokenizer: Tokenizer
     causal: bool
     folder: Path
+    output: nn.Linear | None = None
 
 
 def model_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
@@ -97,10 +99,16 @@ def _convert_gguf(path: Path, target: Path) -> None:
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether a model of this configuration looks back only."""
-    names = config.architectures or []
-    if names:
-        return any(name.endswith("ForCausalLM") for name in names)
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
+        return True
+    # A checkpoint without its head: every kind that could fill in blanks has a causal variant too, and is none itself.
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def not_causal(name: str) -> RecllmError:
+    """Build the error for an encoder where the next item has to be predicted."""
+    return RecllmError(f"'{name}' is an encoder; next_item needs a causal model. Use it as model.item_encoder instead.")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -125,7 +133,8 @@ def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
     model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
     body = model.get_decoder() if causal else model
     body.requires_grad_(False).eval()
-    return BaseModel(body, load_tokenizer(folder), causal, folder)
+    output = model.get_output_embeddings() if causal else None
+    return BaseModel(body, load_tokenizer(folder), causal, folder, output)
 
 
 @torch.inference_mode()
@@ -190,9 +199,15 @@ class LanguageBody(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states float32[batch, length, width]; right padding needs no mask, for attention only looks back."""
-        # A row for every history: ONNX's RotaryEmbedding (opset 23) does not broadcast the one row that is the default.
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        hidden = self.model(inputs_embeds=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        given: dict[str, Tensor] = {}
+        if torch.compiler.is_exporting():
+            # A row for every history: ONNX's RotaryEmbedding (opset 23) does not broadcast the one row that is the
+            # default; shape[0], because len() would fix the batch. The mask keeps transformers from looking for packed
+            # sequences in these positions.
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+            given = {"attention_mask": mask, "position_ids": positions}
+        hidden = self.model(inputs_embeds=tokens, use_cache=False, **given).last_hidden_state
         return hidden.float()
 
 
@@ -210,9 +225,7 @@ def next_item_model(
         RecllmError: the base model is an encoder, whose hidden states see the items that they should predict.
     """
     if not base.causal:
-        raise RecllmError(
-            f"'{settings.name}' is an encoder; next_item needs a causal model. Use it as model.item_encoder instead."
-        )
+        raise not_causal(settings.name)
     embedding = base.model.get_input_embeddings()
     scale = float(embedding.weight.float().pow(2).mean().sqrt())
     lead_ids = torch.tensor(history.vocabulary, dtype=torch.long)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from recllm.sequence import IGNORED
 
 WEIGHTS = "model.safetensors"
 METRIC = "eval_ndcg@10"
+CHANGED = "Was the run file changed?"
 
 
 class Examples(Dataset[Any]):
@@ -79,7 +81,7 @@ class OrderedTrainer(Trainer):
     data_collator: Callable[[Any], dict[str, Tensor]]
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        examples: Examples = self.train_dataset if train_dataset is None else train_dataset
+        examples: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(examples)
 
     def get_eval_dataloader(self, eval_dataset: Dataset[Any] | None = None) -> DataLoader[Any]:
@@ -178,6 +180,14 @@ def precision_keys(precision: str) -> dict[str, bool]:
     return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
 
 
+def steps_of(examples: int, arguments: dict[str, Any]) -> int:
+    """Steps over `examples` with Trainer's keys, on all processes together."""
+    batch = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
+    steps = math.ceil(examples / (batch * PartialState().num_processes))
+    most = arguments.get("max_steps", -1)
+    return min(steps, most) if most > 0 else steps
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in `folder`, or None."""
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -238,7 +248,7 @@ def fit(
     options.setdefault("save_steps", options.get("eval_steps", 500))
     trainer = OrderedTrainer(
         model=model,
-        args=TrainingArguments(**options),
+        args=_training_arguments(options),
         data_collator=collator,
         train_dataset=train,
         eval_dataset=valid,
@@ -248,6 +258,13 @@ def fit(
     )
     trainer.adapter_learning_rate, trainer.valid_collator = adapter_learning_rate, valid_collator
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
+
+
+def _training_arguments(options: dict[str, Any]) -> TrainingArguments:
+    try:
+        return TrainingArguments(**options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecllmError(f"Trainer refuses the keys in [train]: {error}") from error
 
 
 def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -267,11 +284,14 @@ def load_trained(model: nn.Module, path: Path) -> None:
     """Read what `save_trained` wrote into the same parameters.
 
     Raises:
-        RecllmError: the file has other parameters than the model trains.
+        RecllmError: the file has other parameters than the model trains, or others' shapes.
     """
     weights = load_file(path)
-    expected = {name for name, value in model.named_parameters() if value.requires_grad}
-    if set(weights) != expected:
-        odd = sorted(set(weights) ^ expected)[0]
-        raise RecllmError(f"{path} does not fit this run: '{odd}' is in one of them only. Was the run file changed?")
+    expected = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for name in sorted(set(weights) | set(expected)):
+        if name not in weights or name not in expected:
+            raise RecllmError(f"{path} does not fit this run: '{name}' is in one of them only. {CHANGED}")
+        if weights[name].shape != expected[name].shape:
+            shapes = f"{list(weights[name].shape)} and not {list(expected[name].shape)}"
+            raise RecllmError(f"{path} does not fit this run: '{name}' has the shape {shapes}. {CHANGED}")
     model.load_state_dict(weights, strict=False)

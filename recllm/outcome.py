@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recllm.evaluate import KnownScores, evaluate_ranking
-from recllm.files import write_json
-from recllm.fusion import Fusion, evidence
+from recllm.files import read_json, write_json
+from recllm.fusion import Fusion
+from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scores
 from recllm.results import Table
 from recllm.runs import Run
@@ -16,47 +16,34 @@ from recllm.tasks import Task
 FUSION, WITHOUT_LM = "fusion", "fusion without lm"
 
 
-def fused_scores(fusion: Fusion, scores: dict[str, Scores], task: Task, part: str) -> Scores:
-    """Fused scores of the validation or test rows: float32[rows, items]."""
-    examples = task.split.valid if part == "valid" else task.split.test
-    queries = [example.query for example in examples]
-    n_user, n_item = evidence(queries, task.index, task.split.train.item_counts())
-    given = {name: np.asarray(scores[name]) for name in fusion.names}
-    return fusion.fuse(given, n_user, n_item)[0]
-
-
 def evaluate_run(
     run: Run, task: Task, scores: dict[str, Scores], *, part: str = "test", ks: tuple[int, ...] = (10,)
 ) -> Table:
-    """Rank the whole catalogue for every row of `part`, by every scorer and by the fusions.
+    """Measure every scorer and the fusions on the rows of `part`, by the protocol of the run.
 
     Args:
         run: a trained run.
         task: its data.
-        scores: float32[rows, items] of that part by scorer.
+        scores: of that part by scorer, as `known_scores` gives them.
         part: "valid" or "test".
-        ks: the lengths of the top.
+        ks: the lengths of the top, where the whole catalogue is ranked.
     """
-    examples = task.split.valid if part == "valid" else task.split.test
-    queries = [example.query for example in examples]
+    protocol = evaluation_protocol(run, task)
+    examples = protocol.examples(part)
     every = {name: np.asarray(value) for name, value in scores.items()}
-    for name, file in ((WITHOUT_LM, "fusion-without-lm.json"), (FUSION, "fusion.json")):
+    without = protocol.language
+    files = {f"{FUSION} without {without}": f"fusion-without-{without}.json", FUSION: "fusion.json"}
+    for name, file in files.items():
         if (run.folder / file).is_file():
-            every[name] = fused_scores(Fusion.load(run.folder / file), scores, task, part)
-    return evaluate_ranking(
-        {name: KnownScores(queries, task.index, value) for name, value in every.items()},
-        examples,
-        task.index,
-        ks=ks,
-        slices=task.slices(examples),
-        seed=run.seed,
-    )
+            every[name] = protocol.fuse(Fusion.load(run.folder / file), scores, examples)
+    return protocol.table(every, examples, ks)
 
 
 def save_evaluation(run: Run, tables: dict[str, Table]) -> Path:
-    """Keep the tables beside the weights."""
+    """Keep the tables beside the weights, with those of other parts that are there."""
     path = run.folder / "evaluation.json"
-    write_json(path, {part: table.to_dict() for part, table in tables.items()})
+    before = read_json(path) if path.is_file() else {}
+    write_json(path, before | {part: table.to_dict() for part, table in tables.items()})
     return path
 
 

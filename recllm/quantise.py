@@ -57,6 +57,8 @@ def _dynamic(source: Path, target: Path) -> None:
     level = root.level
     root.setLevel(logging.ERROR)  # it advises pre-processing that the exporter has done already
     try:
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
+        # Named, because left to itself it also rewrites opset 23's Attention into one that cannot be loaded.
+        operators = ["MatMul", "Gemm", "Gather"]
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=operators)
     finally:
         root.setLevel(level)

@@ -60,7 +60,7 @@ def quickstart_run(output: Path, steps: int, seed: int) -> Run:
             "recent_windows": True,
             "num_train_epochs": max(1, math.ceil(steps * 16 / 900)),
         },
-        "export": {"recipes": ["int8"], "gate_queries": 32},
+        "export": {"recipes": ["int8"], "exporter": "torchscript", "gate_queries": 32},
     }
     return parse(Run, values, "quickstart")
 

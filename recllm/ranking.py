@@ -1,7 +1,7 @@
 """The seam: everything that scores turns queries and candidates into float32[queries, candidates], NaN for unknown."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,15 @@ class VectorScorer(Scorer, Protocol):
         ...
 
 
+@runtime_checkable
+class PairScorer(Protocol):
+    """A scorer that has a better way for pairs than to score every candidate for every query."""
+
+    def score_pairs(self, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
+        """Score one item per query: float32[queries], NaN for unknown."""
+        ...
+
+
 def batches(queries: Sequence[Query], size: int = QUERY_BATCH) -> Iterator[tuple[slice, Sequence[Query]]]:
     """Cut `queries` into runs of at most `size`, each with its place."""
     for start in range(0, len(queries), size):
@@ -103,14 +112,24 @@ def target_ranks(scores: Scores, targets: NDArray[np.int64]) -> NDArray[np.float
 
 
 def score_pairs(scorer: Scorer, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
-    """Score one item per query, float32[queries]; rows of one query are scored together."""
+    """Score one item per query, float32[queries], by the scorer's own `score_pairs` where it has one.
+
+    Otherwise a batch of queries is scored with all items of the batch: a few dot products too many cost less than a
+    call per query.
+    """
+    if isinstance(scorer, PairScorer):
+        return scorer.score_pairs(queries, items)
     groups: dict[Query, list[int]] = {}
     for row, query in enumerate(queries):
         groups.setdefault(query, []).append(row)
     result = np.full(len(queries), np.nan, dtype=np.float32)
-    for query, rows in groups.items():
+    owned = list(groups.values())
+    for place, batch in batches(list(groups)):
+        members = owned[place]
+        rows = np.concatenate(members)
         index = ItemIndex(dict.fromkeys(items[row] for row in rows))
-        result[rows] = scorer.score([query], index)[0, index.rows(items[row] for row in rows)]
+        lines = np.repeat(np.arange(len(batch)), [len(own) for own in members])
+        result[rows] = scorer.score(batch, index)[lines, index.rows(items[row] for row in rows)]
     return result
 
 

@@ -1,8 +1,10 @@
 """Relevance: will this user like this candidate? Two rows of the output matrix at one position, one prefix per user."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,12 +16,18 @@ from transformers import DynamicCache
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
 from recllm.histories import padded
-from recllm.lm import BaseModel, mean_pool
-from recllm.loop import Examples
-from recllm.prompts import CompiledPrompt
+from recllm.lm import BaseModel, load_base, mean_pool, model_folder
+from recllm.loop import fast_bf16
+from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
 
 SUFFIXES_IN_BATCH = 16
+PAIR_TOKENS = 4096
+"""Tokens of whole prompts that are read at once."""
+ANY_LENGTH = 1 << 20
+"""Longest prompt of a model that states no limit."""
+SHARED_FROM = 4
+"""Items of one history from which reading the history once is faster than whole prompts."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,10 @@ class RelevanceModel(nn.Module):
     def __init__(self, base: BaseModel, body: nn.Module, output: nn.Linear | None, answers: tuple[int, int]) -> None:
         super().__init__()
         self.body, self.causal = body, base.causal
-        width = base.model.config.hidden_size
-        self.difference = nn.Linear(width, 1) if output is None else AnswerDifference(output, answers)
+        config = base.model.config
+        # RoBERTa's relatives count positions from 2.
+        self.max_tokens = getattr(config, "max_position_embeddings", ANY_LENGTH) - (0 if base.causal else 2)
+        self.difference = nn.Linear(config.hidden_size, 1) if output is None else AnswerDifference(output, answers)
 
     def forward(
         self, ids: Tensor, lengths: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: object
@@ -76,11 +86,64 @@ class RelevanceModel(nn.Module):
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         if self.causal:
             hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
-            result = self.difference(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
-        else:
-            hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
-            result = self.difference(mean_pool(hidden.float(), mask))[:, 0]
-        return result
+            return self.answer(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+        hidden = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.answer(mean_pool(hidden.float(), mask))[:, 0]
+
+    def answer(self, hidden: Tensor) -> Tensor:
+        """Scores of hidden states, in float32 whatever the precision around: bf16 would tie what should be ranked."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.difference(hidden.float())
+
+
+@dataclass(frozen=True, eq=False)
+class PairPrompts:
+    """Prompts of (query, item) pairs, the same for training and scoring; every item is tokenised once.
+
+    Attributes:
+        prompt: the compiled relevance prompt.
+        catalog: the items that can be written.
+        model: knows how long a prompt may be; the oldest items of a history that does not fit are left out.
+    """
+
+    prompt: CompiledPrompt
+    catalog: Catalog
+    model: RelevanceModel
+
+    @cached_property
+    def _items(self) -> dict[str, list[int] | None]:
+        return dict(zip(self.catalog.ids, self.prompt.encode_items(self.catalog), strict=True))
+
+    @cached_property
+    def candidates(self) -> dict[str, list[int]]:
+        """What stands behind the prefix, by the id of every item that has text."""
+        end = [] if self.model.causal else self.prompt.end
+        suffixes = zip(self.catalog.ids, self.prompt.encode_suffixes(self.catalog), strict=True)
+        return {item: ids + end for item, ids in suffixes if ids is not None}
+
+    @cached_property
+    def _room(self) -> int:
+        # One bound for all candidates, so that they share one prefix.
+        return self.model.max_tokens - max(map(len, self.candidates.values()), default=0)
+
+    def knows(self, query: Query) -> bool:
+        """Whether an item of the history can be written."""
+        return any(self._items.get(item) is not None for item in query.history)
+
+    def prefix(self, query: Query) -> list[int]:
+        """Everything up to the candidate."""
+        kept = [place for place, item in enumerate(query.history) if self._items.get(item) is not None]
+        kept = kept[-self.prompt.prompt.max_history :]
+        while True:
+            ratings = None if query.ratings is None else [query.ratings[place] for place in kept]
+            ids = self.prompt.prefix_ids([self._items[query.history[place]] for place in kept], ratings)
+            if len(ids) <= self._room or not kept:
+                return ids
+            kept = kept[1:]
+
+    def whole(self, query: Query, item_id: str) -> list[int]:
+        """The whole prompt of an item that is among the candidates."""
+        return self.prefix(query) + self.candidates[item_id]
 
 
 @dataclass
@@ -93,6 +156,7 @@ class RelevanceScorer:
         catalog: the items that can be written.
         calibrated: take off the score of the same candidate after an empty history (content-free calibration, Zhao et
             al. 2021). A causal model only.
+        bf16: read in bf16.
         progress: gets the number of queries done.
     """
 
@@ -100,6 +164,7 @@ class RelevanceScorer:
     prompt: CompiledPrompt
     catalog: Catalog
     calibrated: bool = True
+    bf16: bool = False
     progress: Callable[[int], None] = lambda _: None
     _empty: dict[str, float] = field(default_factory=dict, repr=False)
 
@@ -108,33 +173,83 @@ class RelevanceScorer:
 
         A history without a known item is NaN: what the model says of it is the calibration itself.
         """
-        rows = [row for row, item in enumerate(candidates.ids) if item in self.catalog]
-        texts = [self.prompt.suffix(self.catalog.record(candidates.ids[row])) for row in rows]
-        known = [(row, text) for row, text in zip(rows, texts, strict=True) if text is not None]
+        columns = [row for row, item in enumerate(candidates.ids) if item in self.prompts.candidates]
         result = np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
-        if not known:
+        if not columns:
             return result
-        columns, suffixes = [row for row, _ in known], [text for _, text in known]
-        empty = self._calibration([candidates.ids[row] for row in columns], suffixes)
-        was_training = self.model.training
-        self.model.eval()
-        for row, query in enumerate(queries):
-            if any(item in self.catalog for item in query.history):
-                result[row, columns] = self._after(self.prompt.prefix(query, self.catalog), suffixes) - empty
-            self.progress(1)
-        self.model.train(was_training)
+        suffixes = [self.prompts.candidates[candidates.ids[row]] for row in columns]
+        empty = self._calibration([candidates.ids[row] for row in columns])
+        with self._reading():
+            for row, query in enumerate(queries):
+                if self.prompts.knows(query):
+                    result[row, columns] = self._after(self.prompts.prefix(query), suffixes) - empty
+                self.progress(1)
         return result
 
-    def _calibration(self, items: list[str], suffixes: list[list[int]]) -> NDArray[np.float32]:
+    def score_pairs(self, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
+        """Score one item per query: float32[queries], NaN as above.
+
+        A history that comes with several items is read once; other pairs are whole prompts, in length order.
+        """
+        rows: dict[Query, list[int]] = {}
+        for row, (query, item) in enumerate(zip(queries, items, strict=True)):
+            if item in self.prompts.candidates:
+                rows.setdefault(query, []).append(row)
+        result = np.full(len(queries), np.nan, dtype=np.float32)
+        single: list[int] = []
+        for query, own in rows.items():
+            if self.model.causal and len(own) >= SHARED_FROM:
+                index = ItemIndex(dict.fromkeys(items[row] for row in own))
+                result[own] = self.score([query], index)[0, index.rows(items[row] for row in own)]
+            elif self.prompts.knows(query):
+                single += own
+        if single:
+            empty = self._calibration([items[row] for row in single])
+            with self._reading():
+                result[single] = self._whole([(queries[row], items[row]) for row in single]) - empty
+        return result
+
+    @cached_property
+    def prompts(self) -> PairPrompts:
+        """What the model reads."""
+        return PairPrompts(self.prompt, self.catalog, self.model)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        was_training, device = self.model.training, next(self.model.parameters()).device
+        self.model.eval()
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            yield
+        self.model.train(was_training)
+
+    def _whole(self, pairs: Sequence[tuple[Query, str]]) -> NDArray[np.float32]:
+        """Scores float32[pairs] of whole prompts, read in batches of one length as nearly as may be."""
+        written = [self.prompts.whole(query, item) for query, item in pairs]
+        order = sorted(range(len(written)), key=lambda place: len(written[place]))
+        result = np.zeros(len(written), dtype=np.float32)
+        device, start = next(self.model.parameters()).device, 0
+        while start < len(order):
+            # As many as fit by the first, which is the shortest: the next ones are hardly longer.
+            places = order[start : start + max(1, PAIR_TOKENS // len(written[order[start]]))]
+            batch = [written[place] for place in places]
+            lengths = torch.tensor([len(ids) for ids in batch], device=device)
+            scores = self.model.logits(torch.from_numpy(padded(batch)).to(device), lengths)
+            result[places] = scores.float().cpu().numpy()
+            start += len(places)
+            self.progress(len(places))
+        return result
+
+    def _calibration(self, items: Sequence[str]) -> NDArray[np.float32]:
         if not self.calibrated or not self.model.causal:
             return np.zeros(len(items), dtype=np.float32)
-        missing = [place for place, item in enumerate(items) if item not in self._empty]
+        missing = [item for item in dict.fromkeys(items) if item not in self._empty]
         if missing:
-            scores = self._after(self.prompt.empty_prefix, [suffixes[place] for place in missing])
-            self._empty.update({items[place]: float(score) for place, score in zip(missing, scores, strict=True)})
+            suffixes = [self.prompts.candidates[item] for item in missing]
+            with self._reading():
+                scores = self._after(self.prompt.empty_prefix, suffixes)
+            self._empty.update(zip(missing, scores.tolist(), strict=True))
         return np.array([self._empty[item] for item in items], dtype=np.float32)
 
-    @torch.inference_mode()
     def _after(self, prefix: list[int], suffixes: list[list[int]]) -> NDArray[np.float32]:
         """Scores float32[suffixes] of suffixes that follow one prefix."""
         order = sorted(range(len(suffixes)), key=lambda place: len(suffixes[place]))
@@ -167,37 +282,52 @@ class RelevanceScorer:
             past_key_values=shared,
             use_cache=True,
         ).last_hidden_state
-        return self.model.difference(hidden[torch.arange(len(batch), device=device), lengths - 1])
+        return self.model.answer(hidden[torch.arange(len(batch), device=device), lengths - 1])
 
     def _pairs(self, prefix: list[int], batch: list[list[int]], device: torch.device) -> Tensor:
-        rows = [prefix + suffix + self.prompt.end for suffix in batch]
+        rows = [prefix + suffix for suffix in batch]
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return self.model.logits(torch.from_numpy(padded(rows)).to(device), lengths)
 
 
-def answer_output(base: BaseModel, whole: nn.Module | None) -> nn.Linear | None:
+def answer_output(base: BaseModel) -> nn.Linear | None:
     """The output matrix of a causal model; None for an encoder.
 
     Raises:
         RecllmError: a causal model without an output matrix.
     """
-    if not base.causal:
-        return None
-    output = whole.get_output_embeddings() if whole is not None else None  # type: ignore[operator]
-    if output is None:
+    if base.causal and base.output is None:
         raise RecllmError(
             f"{base.folder} has no output matrix, so it has no answer words. Use a causal language model."
         )
-    return output
+    return base.output
 
 
-def relevance_examples(
-    rows: Sequence[tuple[Query, str, float]], prompt: CompiledPrompt, catalog: Catalog, causal: bool
-) -> Examples:
-    """Prompt ids and labels of (query, item, label) rows; rows whose item has no text are left out."""
-    result = []
-    for query, item, label in rows:
-        suffix = prompt.suffix(catalog.record(item)) if item in catalog else None
-        if suffix is not None:
-            result.append((prompt.prefix(query, catalog) + suffix + ([] if causal else prompt.end), label))
-    return Examples(result)
+def zero_shot_scorer(
+    model_name: str, prompt_name: str, catalog: Catalog, say: Callable[[str], None] = lambda _: None
+) -> RelevanceScorer:
+    """An untrained language model as a scorer of items that have only text.
+
+    Args:
+        model_name: a fetchable name, a hub id or a local folder of a causal model.
+        prompt_name: a relevance prompt, shipped or by path.
+        catalog: the items of the histories and the candidates.
+        say: gets lines about what is fetched or converted.
+
+    Raises:
+        RecllmError: the model is an encoder or cannot be had, or the prompt is for another task or names a column that
+            is not there.
+    """
+    prompt = load_prompt(prompt_name, task="relevance")
+    prompt.check_against(catalog)
+    base = load_base(model_folder(model_name, say))
+    if not base.causal:
+        raise RecllmError(
+            f"'{model_name}' is an encoder: it has no answer words, so it cannot judge before it is trained. Score "
+            "zero-shot with a causal model (smollm2-135m-instruct, a hub id or a folder), or train an encoder as "
+            "model.item_encoder, whose text similarity scores new items."
+        )
+    compiled = compile_prompt(prompt, base.tokenizer)
+    model = RelevanceModel(base, base.model, answer_output(base), compiled.answer_ids)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return RelevanceScorer(model, compiled, catalog, bf16=fast_bf16())

@@ -162,17 +162,14 @@ class Recommender:
         """The `k` best items after every history, over the whole catalogue.
 
         Args:
-            histories: item ids, oldest first; unknown ids are passed over; an empty history gets what leads without one.
+            histories: item ids, oldest first; unknown ids are passed over, an empty history gets what leads without it.
             k: how many.
             exclude_seen: leave the history's own items out.
 
         Raises:
             RecllmError: k is not between 1 and the number of items.
         """
-        if not 1 <= k <= len(self.index):
-            raise RecllmError(
-                f"k={k} is not possible: the catalogue has {len(self.index):,} items. Take 1 to that many."
-            )
+        self.check_k(k)
         queries = [Query(tuple(history)) for history in histories]
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)
@@ -186,6 +183,17 @@ class Recommender:
                 shares[name][place] = parts[:, at]
             ids.extend([self.index.ids[row] for row in line if row >= 0] for line in rows)
         return Recommendations(ids, scores, shares)
+
+    def check_k(self, k: int) -> None:
+        """Check that so many items can be recommended.
+
+        Raises:
+            RecllmError: k is not between 1 and the number of items.
+        """
+        if not 1 <= k <= len(self.index):
+            raise RecllmError(
+                f"k={k} is not possible: the catalogue has {len(self.index):,} items. Take 1 to that many."
+            )
 
     def _top(self, queries: Sequence[Query], k: int, exclude_seen: bool) -> tuple[Any, Any, Any]:
         seen = [self.index.known(query.history).tolist() if exclude_seen else [] for query in queries]
@@ -284,7 +292,7 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
             load_prompt(str(place / "item.toml")), Tokenizer.from_file(str(place / "tokenizer.json"))
         )
         encoder = ItemEncoder(
-            session("encoder.onnx"), prompt, Standard(arrays["text.mean"], float(arrays["text.scale"]))
+            session("encoder.onnx"), prompt, Standard(arrays["text.mean"], arrays["text.scale"].item())
         )
     return Recommender(
         catalog=catalog,

@@ -33,6 +33,8 @@ class Split:
     cold_items: frozenset[str] = frozenset()
     cuts: tuple[int, int] | None = None
     """First second of validation and of test in a temporal split."""
+    train_rows: list[Example] | None = None
+    """The train rows of a given split, each with a history of its own; None where they are made from `train`."""
 
 
 def leave_last_out(interactions: Interactions, min_events: int = MIN_EVENTS, like_at: float = LIKE_AT) -> Split:
@@ -202,10 +204,24 @@ def _subset(interactions: Interactions, kept: pl.Series) -> Interactions:
     return Interactions(interactions.frame.filter(kept))
 
 
+def like_threshold(interactions: Interactions, like_at: float = LIKE_AT) -> float:
+    """The rating from which an event counts as liked: 1 where all ratings are 0 or 1, else `like_at`."""
+    rating = interactions.frame["rating"].drop_nulls()
+    return 1.0 if rating.is_in([0.0, 1.0]).all() else like_at
+
+
+def liked_events(interactions: Interactions, like_at: float = LIKE_AT) -> Interactions:
+    """The events that are liked or have no rating."""
+    rating = pl.col("rating")
+    return _subset(
+        interactions,
+        interactions.frame.select(rating.is_null() | (rating >= like_threshold(interactions, like_at))).to_series(),
+    )
+
+
 def _labelled(interactions: Interactions, like_at: float) -> pl.DataFrame:
     """The frame with `_label`: 1.0, 0.0, or null without a rating."""
-    rating = interactions.frame["rating"].drop_nulls()
-    liked = pl.col("rating") > 0 if rating.is_in([0.0, 1.0]).all() else pl.col("rating") >= like_at
+    liked = pl.col("rating") >= like_threshold(interactions, like_at)
     return interactions.frame.with_columns(_label=liked.cast(pl.Float64))
 
 

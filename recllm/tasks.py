@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from recllm.data import Dataset, read_dataset
 from recllm.errors import RecllmError
 from recllm.evaluate import warm_and_cold
 from recllm.fetch import resolve_data
+from recllm.given import given_split
 from recllm.ranking import ItemIndex
 from recllm.runs import DataSettings, Run
 from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, temporal
@@ -74,7 +76,8 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
         item_columns=settings.item_columns,
         duplicates=settings.duplicates,
     )
-    split = _split(dataset, settings, run.seed)
+    dataset.catalog.demand_text(f"'{dataset.name}'")
+    split = given_split(_folder(settings)) if settings.split == "given" else _split(dataset, settings, run.seed)
     check_no_leak(split)
     if not split.valid or not split.test:
         raise RecllmError(
@@ -83,6 +86,11 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
             "choose another data.split."
         )
     return Task(dataset, split, ItemIndex(dataset.catalog.ids))
+
+
+def _folder(settings: DataSettings) -> Path:
+    place = resolve_data(settings.name) if settings.name else Path(settings.interactions or "")
+    return place if place.is_dir() else place.parent
 
 
 def _split(dataset: Dataset, settings: DataSettings, seed: int) -> Split:

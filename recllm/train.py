@@ -17,8 +17,8 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 
 from recllm.errors import RecllmError
-from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat
+from recllm.judging import load_relevance, rating_scorers, train_relevance
 from recllm.loop import (
     Examples,
     NextItemCollator,
@@ -27,15 +27,16 @@ from recllm.loop import (
     precision_keys,
     ranking_metrics,
     save_trained,
+    steps_of,
 )
+from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer, Scores
 from recllm.runs import Run, load_run, write_environment, write_run
 from recllm.sequence import NextItemModel, Windows
-from recllm.splits import Example
 from recllm.tasks import Task, prepare
 from recllm.trained import (
     Collaborative,
-    adapter_recipe,
+    check_names,
     collaborative,
     language_model,
     light_model,
@@ -85,9 +86,10 @@ def train_run(
     """
     clock = clock or Clock()
     check_trainer_keys(run.train.trainer_keys())
-    adapter_recipe(run)
     state = PartialState()
     say = say if state.is_main_process else _silent
+    with state.main_process_first():
+        check_names(run, say)
     with state.main_process_first():
         if state.is_main_process:
             _open_folder(run, resume=resume, overwrite=overwrite)
@@ -95,7 +97,7 @@ def train_run(
         task = prepare(run, say)
         if state.is_main_process:
             write_run(run, run.folder / "run.toml")
-            write_environment(run, task.fingerprints(), device=_device())
+            write_environment(run, task.fingerprints(), device=_device(), processes=state.num_processes)
         _describe(task, say)
     with clock.stage("factors and vectors"), state.main_process_first():
         parts = collaborative(run, task, say)
@@ -103,7 +105,8 @@ def train_run(
         train_light(run, task, parts, resume=resume, say=say)
     with clock.stage("language model"):
         if run.model.name != "none":
-            train_language(run, task, parts, resume=resume, say=say)
+            train = train_relevance if run.model.task == "relevance" else train_language
+            train(run, task, parts, resume=resume, say=say)
     if state.is_main_process:
         with clock.stage("scores and fusion"):
             fit_fusion(run, task, parts, say)
@@ -161,6 +164,8 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
     if stage_done(folder):
         return
     model, history, _ = language_model(run, task, parts.features, say)
+    if run.model.heads_from_light and (light := load_light(run, task, parts.features)) is not None:
+        _start_from(model, light[0], say)
     windows = Windows(
         _readable(task.sequences(), history),
         history.limit,
@@ -182,6 +187,15 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
     _train_next_item(run, task, model, history, windows, arguments, scorer="lm", resume=resume)
 
 
+def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
+    """Copy the light model's item side, so that the language model has only histories left to learn."""
+    if model.query.out_features != light.query.out_features:
+        say("The heads start anew: model.head_width is not light.width")
+        return
+    model.heads.load_state_dict(light.heads.state_dict())
+    model.bias.data.copy_(light.bias.data)
+
+
 def _readable(sequences: list[NDArray[np.int64]], history: HistoryFormat) -> list[NDArray[np.int64]]:
     if history.texts is None:
         return sequences
@@ -200,11 +214,7 @@ def _train_next_item(
     resume: bool,
 ) -> None:
     examples = Examples(windows.all())
-    processes, batch = PartialState().num_processes, arguments["per_device_train_batch_size"]
-    accumulation = arguments.get("gradient_accumulation_steps", 1)
-    steps = math.ceil(len(examples) / (batch * processes * accumulation))
-    if arguments.get("max_steps", -1) > 0:
-        steps = min(steps, arguments["max_steps"])
+    steps = steps_of(len(examples), arguments)
     arguments = {"eval_steps": max(1, math.ceil(steps / min(windows.epochs, 10)))} | arguments
     folder = run.folder / scorer
     fit(
@@ -241,10 +251,14 @@ def _validation_windows(task: Task, history: HistoryFormat, seed: int, limit: in
 
 def scorer_makers(run: Run, task: Task, parts: Collaborative) -> dict[str, Callable[[], Scorer]]:
     """What makes every scorer of a trained run, by name; a model is loaded only when its scores are needed."""
-    makers: dict[str, Callable[[], Scorer]] = {name: partial(_same, scorer) for name, scorer in parts.scorers().items()}
-    for name, load in (("light", load_light), ("lm", load_language)):
-        if stage_done(run.folder / name):
-            makers[name] = partial(_sequence, load, run, task, parts)
+    judged = run.model.task == "relevance"
+    fitted = rating_scorers(run, task, parts) if judged else parts.scorers()
+    makers: dict[str, Callable[[], Scorer]] = {name: partial(_same, scorer) for name, scorer in fitted.items()}
+    if stage_done(run.folder / "light"):
+        makers["light"] = partial(_sequence, load_light, run, task, parts)
+    if stage_done(run.folder / "lm"):
+        language = partial(load_relevance, run, task) if judged else partial(_sequence, load_language, run, task, parts)
+        makers[evaluation_protocol(run, task).language] = language
     return makers
 
 
@@ -269,8 +283,8 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     Validation and test go in together: a user's validation history is the beginning of the test history, and a causal
     model reads both in one pass.
     """
-    queries = [example.query for example in [*task.split.valid, *task.split.test]]
-    cut = len(task.split.valid)
+    protocol = evaluation_protocol(run, task)
+    valid, test = protocol.examples("valid"), protocol.examples("test")
     result: dict[str, dict[str, Scores]] = {"valid": {}, "test": {}}
     for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
@@ -278,10 +292,10 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
             say(f"Scoring validation and test with '{name}'")
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part.npy")
-            np.save(part, make().score(queries, task.index))
+            np.save(part, protocol.score(make(), [*valid, *test]))
             part.replace(path)
         scores = np.load(path, mmap_mode="r")
-        result["valid"][name], result["test"][name] = scores[:cut], scores[cut:]
+        result["valid"][name], result["test"][name] = scores[: len(valid)], scores[len(valid) :]
     return result
 
 
@@ -291,33 +305,12 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
         return
     scores = known_scores(run, task, parts, say)["valid"]
     say("Fitting the fusion on validation")
-    if "lm" in scores:
-        _fit(run, task, {name: value for name, value in scores.items() if name != "lm"}).save(
-            run.folder / "fusion-without-lm.json"
-        )
-    _fit(run, task, scores).save(run.folder / "fusion.json")
-
-
-def _fit(run: Run, task: Task, scores: dict[str, Scores]) -> Fusion:
-    examples = task.split.valid
-    n_user, n_item = evidence([example.query for example in examples], task.index, task.split.train.item_counts())
-    return Fusion.fit_ranking(
-        scores,
-        task.index.rows(example.item_id for example in examples),
-        n_user,
-        n_item,
-        seen_mask(task, examples),
-        settings=run.fusion,
-        seed=run.seed,
-    )
-
-
-def seen_mask(task: Task, examples: Sequence[Example]) -> NDArray[np.bool_]:
-    """Items of each history, bool[rows, items]."""
-    mask = np.zeros((len(examples), len(task.index)), dtype=bool)
-    for row, example in enumerate(examples):
-        mask[row, task.index.known(example.query.history)] = True
-    return mask
+    protocol = evaluation_protocol(run, task)
+    examples, language = protocol.examples("valid"), protocol.language
+    if language in scores:
+        others = {name: value for name, value in scores.items() if name != language}
+        protocol.fit(others, examples).save(run.folder / f"fusion-without-{language}.json")
+    protocol.fit(scores, examples).save(run.folder / "fusion.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

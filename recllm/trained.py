@@ -7,18 +7,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AutoConfig
 
 from recllm.adapters import AdapterRecipe, load_adapter, merge
 from recllm.ease import EASE
 from recllm.encoding import Encode, SequenceScorer
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
-from recllm.lm import BaseModel, LanguageBody, item_vectors, load_base, model_folder, next_item_model
+from recllm.lm import (
+    BaseModel,
+    LanguageBody,
+    is_causal,
+    item_vectors,
+    load_base,
+    model_folder,
+    next_item_model,
+    not_causal,
+)
 from recllm.loop import fast_bf16, load_trained
 from recllm.mf import ImplicitMF
 from recllm.priors import Popularity, TextSimilarity
 from recllm.prompts import compile_prompt, load_prompt
+from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
+from recllm.recipes import find_recipe
 from recllm.runs import Run
 from recllm.sequence import LightBody, NextItemModel
 from recllm.tasks import Task
@@ -56,9 +68,10 @@ def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
         say("Fitting popularity and matrix factorization")
         train = task.split.train
         Popularity.fit(train, task.index.ids).save(folder)
-        ImplicitMF.fit(train, run.cf, seed=run.seed).save(folder)
+        positives = evaluation_protocol(run, task).positives()
+        ImplicitMF.fit(positives, run.cf, seed=run.seed).save(folder)
         if len(task.index) <= run.ease.max_items:
-            EASE.fit(train, regularization=run.ease.regularization).save(folder)
+            EASE.fit(positives, regularization=run.ease.regularization).save(folder)
         encode_catalog(run, task, say).save(run.folder / VECTORS)  # last: its presence says that the stage is done
     return load_collaborative(run, task)
 
@@ -118,6 +131,25 @@ def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
     if run.model.history == "items":
         return item_token_history(compiled.start, limit, stride)
     return text_history(compiled.start, compiled.encode_items(task.dataset.catalog), limit, stride)
+
+
+def check_names(run: Run, say: Say) -> None:
+    """Read the prompts and recipes that a run names and fetch its models, so that a mistake is told before any work.
+
+    Raises:
+        RecllmError: an unknown name or key, or an encoder where a causal model is needed.
+    """
+    adapter_recipe(run)
+    load_prompt(run.prompt.item, task="item")
+    load_prompt(run.prompt.next_item, task="next_item")
+    load_prompt(run.prompt.relevance, task="relevance")
+    for recipe in run.export.recipes:
+        find_recipe("export", recipe)
+    model_folder(encoder_name(run), say)
+    if run.model.name != "none" and run.model.task == "next_item":
+        folder = model_folder(run.model.name, say)
+        if not is_causal(AutoConfig.from_pretrained(folder)):
+            raise not_causal(run.model.name)
 
 
 def adapter_recipe(run: Run) -> AdapterRecipe | None:

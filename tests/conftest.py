@@ -41,7 +41,9 @@ head_width = 16
 width = 16
 layers = 1
 heads = 2
-num_train_epochs = 2
+num_train_epochs = 20
+learning_rate = 5e-3
+per_device_train_batch_size = 8
 max_history = 12
 [adapter]
 r = 4
@@ -49,7 +51,9 @@ r = 4
 factors = 4
 iterations = 3
 [train]
-num_train_epochs = 1
+num_train_epochs = 12
+learning_rate = 5e-3
+head_learning_rate = 1e-2
 precision = "fp32"
 [export]
 recipes = ["fp32"]
@@ -171,7 +175,7 @@ def checkerboard_folder(tmp_path_factory: pytest.TempPathFactory, checkerboard: 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, checkerboard_folder: Path, tiny_lm_folder: Path) -> Path:
-    """The folder of a run trained on the checkerboard: every scorer, the language model for one epoch. Read only."""
+    """The folder of a run trained on the checkerboard: every scorer, each that can knows the cycle. Read only."""
     from recllm.runs import load_run
     from recllm.train import train_run
 

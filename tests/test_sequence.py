@@ -58,8 +58,8 @@ def test_right_padding_is_harmless():
         table = model.table()
         expected = model.encode(alone["ids"], alone["ends"], table)[0]
         found = model.encode(together["ids"], together["ends"], table)[0, : len(expected)]
-        losses = [float(model(**batch(window))["loss"]) for window in (short, long)]
-        joint = float(model(**together)["loss"])
+        losses = [model(**batch(window))["loss"].item() for window in (short, long)]
+        joint = model(**together)["loss"].item()
     assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-6)
     labels = [len(short) - 1, len(long) - 1]
     assert joint == pytest.approx(np.average(losses, weights=labels), rel=1e-5)
@@ -71,7 +71,7 @@ def test_the_loss_is_the_mean_cross_entropy_over_warm_items():
     queries = query_vectors(model, window[:-1])
     with torch.inference_mode():
         heads = model.heads(model.text_vectors, model.item_factors).numpy()
-        loss = float(model(**batch(window))["loss"])
+        loss = model(**batch(window))["loss"].item()
     logits = (queries @ heads.T)[:, warm]
     places = np.cumsum(warm)[window[1:]] - 1
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_cross_entropy_over_warm_items():
 def test_the_loss_is_divided_by_trainers_own_count():
     model = light().eval()
     given = batch([1, 2, 3, 4])
-    assert float(model(**given, num_items_in_batch=30)["loss"]) == pytest.approx(float(model(**given)["loss"]) / 10)
+    assert model(**given, num_items_in_batch=30)["loss"].item() == pytest.approx(model(**given)["loss"].item() / 10)
 
 
 def test_a_cold_item_is_no_negative():
@@ -96,7 +96,7 @@ def test_a_cold_item_is_no_negative():
         model = light(warm, text=text)
         loss = model(**batch([1, 2, 3, 4, 5]))["loss"]
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         gradients.append(model.heads.text.weight.grad.clone())
         assert model.bias.grad[[7, 11]].tolist() == [0.0, 0.0]
         assert (model.bias.grad[warm] != 0).all()
@@ -130,10 +130,10 @@ def test_factors_are_dropped_in_training_only():
     model = light(factor_dropout=0.5)
     given = batch([1, 2, 3])
     torch.manual_seed(1)
-    drawn = {float(model(**given)["loss"]) for _ in range(4)}
+    drawn = {model(**given)["loss"].item() for _ in range(4)}
     assert len(drawn) == 4
     model.eval()
-    assert float(model(**given)["loss"]) == float(model(**given)["loss"])
+    assert model(**given)["loss"].item() == model(**given)["loss"].item()
 
 
 def test_the_item_vectors_are_not_in_the_state_that_is_saved():

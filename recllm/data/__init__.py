@@ -1,7 +1,7 @@
 """Interactions and item catalog: read from files, normalised, checked; the query that is asked of them."""
 
 from recllm.data.checks import CheckReport, Finding
-from recllm.data.read import read_dataset
+from recllm.data.read import read_dataset, read_items
 from recllm.data.sets import Catalog, Dataset, Interactions, Query
 
-__all__ = ["Catalog", "CheckReport", "Dataset", "Finding", "Interactions", "Query", "read_dataset"]
+__all__ = ["Catalog", "CheckReport", "Dataset", "Finding", "Interactions", "Query", "read_dataset", "read_items"]

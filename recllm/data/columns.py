@@ -87,7 +87,8 @@ def demand(table: Table, mapping: Mapping[str, str], roles: Iterable[str], key: 
     """
     for role in roles:
         if role not in mapping:
+            option = "--item-column" if key.endswith("item_columns") else "--column"
             raise RecllmError(
                 f"{table.path} has no column for '{role}'. Its columns: {', '.join(table.columns)}. Name the right one "
-                f"in the run file's table [{key}] or with: --set {key}.{role}=NAME"
+                f"in the run file's table [{key}], with --set {key}.{role}=NAME, or (recllm data) {option} {role}=NAME"
             )

@@ -60,6 +60,22 @@ def read_dataset(
     return Dataset(name, Interactions(events.drop(LINE)), catalog, source, licence, checks.report())
 
 
+def read_items(path: Path, *, columns: Mapping[str, str] | None = None, budget: int = BUDGET) -> Catalog:
+    """Read a file of items alone.
+
+    Args:
+        path: any kind of file that a data set's items may be.
+        columns: our column to the file's, where the guess is wrong.
+        budget: most bytes that the file may take in memory.
+
+    Raises:
+        RecllmError: a file that is missing, empty, broken or too large, a column that is missing, or no text at all.
+    """
+    catalog = Catalog(_read_items(path, columns, budget, Checks()))
+    catalog.demand_text(str(path))
+    return catalog
+
+
 def _read_events(
     path: Path, columns: Mapping[str, str] | None, duplicates: Duplicates, budget: int, checks: Checks
 ) -> pl.DataFrame:

@@ -102,6 +102,18 @@ class Catalog:
         fields: dict[str, Any] = self.frame.row(self._rows[item_id], named=True)
         return {name: value for name, value in fields.items() if value}
 
+    def demand_text(self, place: str) -> None:
+        """Check that some item has text; `place` begins the message.
+
+        Raises:
+            RecllmError: none has.
+        """
+        if self.frame.select(pl.all_horizontal(pl.col(self.text_columns).is_null()).all()).item():
+            raise RecllmError(
+                f"{place} has no items with text, and recllm reads items by their text. Name a file with a column "
+                "'title' (or any text): --items FILE, or items = \"FILE\" under [data] in a run file."
+            )
+
     def fingerprint(self) -> str:
         """First 16 hex digits of the sha256 over columns, rows and their order."""
         digest = hashlib.sha256()

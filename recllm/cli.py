@@ -1,0 +1,292 @@
+"""The command line: `recllm --help`. What a command does is in recllm.commands, imported when it is called."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from recllm import __version__
+from recllm.errors import RecllmError
+
+MISTAKE, INTERRUPTED = 2, 130
+"""Exit codes: a user's mistake, Ctrl-C."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands; a user's mistake becomes one message without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  typer carries a copy of click or depends on it, by its version
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except RecllmError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(MISTAKE) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def example(*lines: str) -> str:
+    r"""The end of a command's help; `\b` keeps the lines as they are."""
+    return "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  {line}" for line in lines)])
+
+
+# Without markup typer does not import rich, which alone takes longer than the rest of --help.
+app = typer.Typer(
+    name="recllm",
+    cls=Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=example("recllm quickstart", "recllm recommend runs/quickstart/bundle-int8 --history '50 181 172'"),
+)
+data = typer.Typer(rich_markup_mode=None, no_args_is_help=True, epilog=example("recllm data check ml-100k"))
+app.add_typer(data, name="data", help="Look at a data set before anything is trained on it.")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"recllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """A recommender from logs and item text, by a small language model and matrix factorization."""
+
+
+DataName = Annotated[str, typer.Argument(metavar="DATA", help="A name, a folder, or a file of interactions.")]
+Interactions = Annotated[str | None, typer.Option(help="The file of interactions, where its name does not tell.")]
+Items = Annotated[str | None, typer.Option(help="The file of items, where its name does not tell.")]
+Column = Annotated[
+    list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Which column of the interactions is ours. Repeatable.")
+]
+ItemColumn = Annotated[
+    list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Likewise for the items. Repeatable.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The folder of a trained run.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file, as train.max_steps=100."),
+]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this .parquet, .jsonl or .csv.")]
+Log = Annotated[
+    Path | None, typer.Option("--interactions", metavar="FILE", help="The log with the histories of rows without one.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Provider = Annotated[str, typer.Option(help="cpu, cuda or tensorrt; never another one than asked for.")]
+TextModel = Annotated[str, typer.Option(metavar="NAME", help="A fetchable name, a hub id or a local folder.")]
+PromptName = Annotated[str, typer.Option(metavar="NAME", help="A shipped prompt, or a path to a TOML file.")]
+
+
+@app.command(epilog=example("recllm fetch ml-100k smollm2-135m-instruct", "recllm fetch"))
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Models and data sets.")] = None,
+) -> None:
+    """Put models and data sets into the cache, by name; without a name, list what is known."""
+    from recllm import commands
+
+    commands.fetch_names(names or [])
+
+
+@data.command(epilog=example("recllm data check ml-100k", "recllm data check log.csv --column item_id=sku"))
+def check(
+    name: DataName,
+    interactions: Interactions = None,
+    items: Items = None,
+    column: Column = None,
+    item_column: ItemColumn = None,
+) -> None:
+    """Say what is read from a data set, what is dropped and why, with line numbers."""
+    from recllm import commands
+
+    commands.check_data(name, interactions, items, column or [], item_column or [])
+
+
+@data.command(epilog=example("recllm data preview ml-100k --prompt relevance --user 1 --item 50"))
+def preview(
+    name: DataName,
+    prompt: PromptName = "relevance",
+    model: TextModel = "smollm2-135m-instruct",
+    user: Annotated[
+        str | None, typer.Option(metavar="ID", help="Whose history; the first user's if not given.")
+    ] = None,
+    item: Annotated[
+        str | None, typer.Option(metavar="ID", help="The candidate; the last of the history if none.")
+    ] = None,
+    interactions: Interactions = None,
+    items: Items = None,
+    column: Column = None,
+    item_column: ItemColumn = None,
+) -> None:
+    """Show a prompt as the model will read it, with token counts; no model is loaded."""
+    from recllm import commands
+
+    dataset = commands.read_data(name, interactions, items, column or [], item_column or [])
+    commands.preview_prompt(dataset, prompt, model, user, item)
+
+
+@app.command(
+    epilog=example(
+        "recllm train films.toml --set train.learning_rate=2e-4",
+        "recllm train films.toml --resume",
+        "recllm train films.toml -- --multi_gpu --num_processes 2",
+    )
+)
+def train(
+    run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file, or the folder of a run.")],
+    launcher: Annotated[
+        list[str] | None, typer.Argument(metavar="-- FLAGS", help="Flags of `accelerate launch`.")
+    ] = None,
+    override: Override = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is done and go on.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit and train everything that a run file names."""
+    from recllm import commands
+
+    if launcher:
+        raise typer.Exit(commands.launch_training(run, override or [], launcher, resume=resume, overwrite=overwrite))
+    commands.train_here(run, override or [], resume=resume, overwrite=overwrite)
+
+
+@app.command(epilog=example("recllm evaluate runs/films"))
+def evaluate(
+    folder: RunFolder,
+    part: Annotated[str, typer.Option(help="test or valid.")] = "test",
+) -> None:
+    """Measure every scorer of a trained run and their fusion, and keep the table as evaluation.json."""
+    from recllm import commands
+
+    commands.evaluate_folder(folder, part)
+
+
+@app.command(epilog=example("recllm export runs/films", "recllm export runs/films --recipe fp32 --recipe int8"))
+def export(
+    folder: RunFolder,
+    recipe: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A recipe of export/, or a path. Repeatable.")
+    ] = None,
+) -> None:
+    """Write one ONNX bundle per recipe, each compared with torch before it is kept."""
+    from recllm import commands
+
+    raise typer.Exit(commands.export_folder(folder, recipe or []))
+
+
+@app.command(
+    epilog=example(
+        "recllm recommend runs/films/bundle-int8 --history '50 181' -k 5",
+        "recllm recommend runs/films/bundle-int8 users.jsonl --out recommendations.parquet",
+        "recllm recommend runs/films/bundle-int8 ids.csv --interactions log.csv --out recommendations.csv",
+    )
+)
+def recommend(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")],
+    source: Annotated[
+        Path | None, typer.Argument(metavar="INPUT", help="Rows with 'history' or 'user_id': Parquet, JSONL or CSV.")
+    ] = None,
+    out: Out = None,
+    history: Annotated[str | None, typer.Option(metavar="'ID ID'", help="One history, oldest first.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    provider: Provider = "cpu",
+    threads: Annotated[int, typer.Option(help="Inside one operator; 0 leaves it to ONNX Runtime.")] = 0,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Also items of the history itself.")] = False,
+    interactions: Log = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Recommend from a bundle: file in, file out, or one history to the screen. Needs no torch."""
+    from recllm import commands
+
+    if (source is None) == (history is None):
+        raise RecllmError("Give either a file of rows and --out FILE, or one history: --history 'ID ID'.")
+    if history is not None:
+        commands.recommend_history(bundle, history, k, provider, threads, include_seen=include_seen)
+        return
+    if source is None or out is None:
+        raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
+    job = commands.batch_job(source, out, interactions, overwrite=overwrite)
+    commands.recommend_rows(bundle, job, k, provider, threads, include_seen=include_seen)
+
+
+@app.command(
+    epilog=example(
+        "recllm score --items new.csv --history-items items.csv --users users.jsonl --out scores.parquet",
+        "recllm score --bundle runs/films/bundle-int8 --users candidates.jsonl --out scores.parquet",
+    )
+)
+def score(
+    users: Annotated[Path, typer.Option(metavar="FILE", help="Rows with 'history' (with --bundle also 'candidates').")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write to this .parquet, .jsonl or .csv.")],
+    items: Annotated[Path | None, typer.Option(metavar="FILE", help="The items to score, known by their text.")] = None,
+    history_items: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The items of the histories; those of --items if not given.")
+    ] = None,
+    model: TextModel = "smollm2-135m-instruct",
+    prompt: PromptName = "cold_item",
+    bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="Score by this bundle instead.")] = None,
+    provider: Provider = "cpu",
+    interactions: Log = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score items for users, zero-shot: by their text and an untrained language model, or by a bundle."""
+    from recllm import commands
+
+    if (items is None) == (bundle is None):
+        raise RecllmError("Give either --items FILE (zero-shot, by text alone) or --bundle BUNDLE.")
+    job = commands.batch_job(users, out, interactions, overwrite=overwrite)
+    if bundle is not None:
+        commands.score_candidates(bundle, job, provider)
+    elif items is not None:
+        commands.score_zero_shot(items, history_items, job, model, prompt)
+
+
+@app.command(epilog=example("recllm quickstart", "recllm quickstart --json --out runs/demo --seed 1"))
+def quickstart(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The run's folder.")] = Path("runs/quickstart"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of the language model.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier call finished.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End standard output with one JSON line; all else goes to standard error.")
+    ] = False,
+) -> None:
+    """The whole road on ml-100k: train, fuse, evaluate, export, recommend, report."""
+    from recllm import commands
+
+    commands.run_quickstart(out, steps, seed, resume=resume, as_json=as_json)
+
+
+@app.command(
+    epilog=example("recllm bench quality", "recllm bench speed -- --help"),
+    context_settings={"ignore_unknown_options": True},
+)
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A file of benchmarks/.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Passed on.")] = None,
+) -> None:
+    """Run a benchmark of the checkout; it ends with one line of JSON."""
+    from recllm import commands
+
+    raise typer.Exit(commands.run_benchmark(name, arguments or []))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning in every process that is forked
+    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="recllm")
+
+
+if __name__ == "__main__":
+    main()

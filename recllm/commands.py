@@ -1,0 +1,299 @@
+"""What the commands do. Torch is imported inside those that train, export or read text with a language model."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import typer
+from tokenizers import Tokenizer
+
+from recllm.assets import ASSETS
+from recllm.batch import Job, Summary, recommend_file, score_file, score_items_file
+from recllm.data import Catalog, Dataset, Interactions, Query, read_dataset, read_items
+from recllm.errors import RecllmError, require, unknown
+from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.query_rows import split_ids
+from recllm.ranking import ItemIndex
+from recllm.results import Table
+from recllm.runs import load_run
+from recllm.runtime import load
+
+TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
+EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
+PARTS = ("test", "valid")
+
+say = typer.echo
+tell = partial(typer.echo, err=True)
+"""For what is not the answer: progress and counts go to standard error."""
+
+
+def needs(purpose: str, modules: Sequence[str]) -> None:
+    """Check that the training extra is installed, without importing it.
+
+    Raises:
+        RecllmError: a module is missing; says what brings it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            require(module, "train", purpose)
+
+
+def fetch_names(names: Sequence[str]) -> None:
+    """Fetch, or list what is known."""
+    for name in names:
+        if name not in ASSETS:
+            raise unknown("model or data set", name, ASSETS)
+    for name in names:
+        say(str(fetch(name, tell)))
+    if not names:
+        for asset in ASSETS.values():
+            there = "in the cache" if (cache_folder() / asset.kind / asset.name).is_dir() else "not fetched"
+            say(f"{asset.name:24}{asset.kind:8}{there:14}{asset.licence}")
+
+
+def mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
+    """`ours=theirs` options as a dictionary.
+
+    Raises:
+        RecllmError: a pair without an equals sign.
+    """
+    parts = [pair.partition("=") for pair in pairs]
+    for (ours, equals, theirs), pair in zip(parts, pairs, strict=True):
+        if not (ours and equals and theirs):
+            raise RecllmError(f"{option} {pair}: expected OURS=THEIRS, as in {option} item_id=sku.")
+    return {ours: theirs for ours, _, theirs in parts}
+
+
+def read_data(
+    name: str, interactions: str | None, items: str | None, columns: Sequence[str], item_columns: Sequence[str]
+) -> Dataset:
+    """Read a data set as the options say; it is fetched where it is known by name only."""
+    given, item_given = mapping(columns, "--column"), mapping(item_columns, "--item-column")
+    resolve_data(name, tell)
+    return read_dataset(name, interactions=interactions, items=items, columns=given, item_columns=item_given)
+
+
+def check_data(
+    name: str, interactions: str | None, items: str | None, columns: Sequence[str], item_columns: Sequence[str]
+) -> None:
+    """Print what was read, dropped and why."""
+    dataset = read_data(name, interactions, items, columns, item_columns)
+    for line in [f"source: {dataset.source}", f"licence: {dataset.licence}", *dataset.report.lines()]:
+        say(line)
+
+
+def model_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model; torch is needed only where the model has to be converted or downloaded first."""
+    folder = resolve_model(name, tell)
+    if isinstance(folder, Path):
+        for place in (folder, folder / "converted"):
+            if (place / "tokenizer.json").is_file():
+                return Tokenizer.from_file(str(place / "tokenizer.json"))
+    needs(f"Converting the model '{name}'", TRAINING)
+    from recllm.lm import load_tokenizer, model_folder
+
+    return load_tokenizer(model_folder(name, tell))
+
+
+def preview_prompt(dataset: Dataset, prompt_name: str, model: str, user: str | None, item: str | None) -> None:
+    """Print a rendered prompt and the tokens of its pieces."""
+    dataset.catalog.demand_text(f"'{dataset.name}'")
+    prompt = load_prompt(prompt_name)
+    prompt.check_against(dataset.catalog)
+    histories = dataset.interactions.histories()
+    if user is not None and user not in histories:
+        raise unknown("user", user, histories)
+    query = histories[user] if user is not None else next(iter(histories.values()))
+    shown = compile_prompt(prompt, model_tokenizer(model)).preview(query, dataset.catalog, item)
+    say(shown.text)
+    say("")
+    for piece in shown.pieces:
+        say(f"{piece.n_tokens:6}  {piece.name:12}{piece.text!r:.90}")
+    say(f"{len(shown.tokens):6}  tokens in all, as {model} counts")
+
+
+def train_here(path: Path, overrides: Sequence[str], *, resume: bool, overwrite: bool) -> None:
+    """Train in this process."""
+    run = load_run(path, overrides)
+    needs("Training", TRAINING)
+    from recllm.train import train_run
+
+    train_run(run, resume=resume, overwrite=overwrite, say=say)
+    say(f"Trained. Next: recllm evaluate {run.folder}, or recllm export {run.folder}")
+
+
+def launch_training(
+    path: Path, overrides: Sequence[str], flags: Sequence[str], *, resume: bool, overwrite: bool
+) -> int:
+    """Train through `accelerate launch`; its exit code."""
+    if not flags[0].startswith("-"):
+        raise RecllmError(
+            f"Unexpected argument '{flags[0]}'. Flags of accelerate launch stand behind --, one run at a time."
+        )
+    load_run(path, overrides)  # a mistake in the run file is told once, not by every process
+    needs("Training", TRAINING)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "recllm.train", str(path)]
+    command += [part for override in overrides for part in ("--set", override)]
+    command += ["--resume"] * resume + ["--overwrite"] * overwrite
+    return subprocess.run(command, check=False).returncode
+
+
+def evaluate_folder(folder: Path, part: str) -> None:
+    """Measure a trained run and print the table."""
+    if part not in PARTS:
+        raise unknown("part", part, PARTS)
+    run = load_run(folder)
+    needs("Evaluating a run", TRAINING)
+    from recllm.outcome import evaluate_run, save_evaluation
+    from recllm.tasks import prepare
+    from recllm.train import known_scores
+    from recllm.trained import load_collaborative
+
+    trained(run.folder)
+    task = prepare(run, tell)
+    scores = known_scores(run, task, load_collaborative(run, task), tell)
+    table = evaluate_run(run, task, scores[part], part=part)
+    for line in [*table.lines(), *difference_lines(table)]:
+        say(line)
+    say(f"Kept in {save_evaluation(run, {part: table})}")
+
+
+def trained(folder: Path) -> None:
+    """Check that a run is trained to its end.
+
+    Raises:
+        RecllmError: it is not.
+    """
+    if not (folder / "fusion.json").is_file():
+        raise RecllmError(f"{folder} has no fitted fusion. Train the run to its end: recllm train {folder} --resume")
+
+
+def difference_lines(table: Table) -> list[str]:
+    """How far the fusion is ahead of every other scorer, on the same rows."""
+    metric = next((name for name in ("NDCG@10", "AUC") if name in table.metrics), table.metrics[0])
+    if "fusion" not in table.scorers:
+        return []
+    lines = [f"fusion less … in {metric} (95 % interval, paired bootstrap over users)"]
+    for name in table.scorers:
+        if name != "fusion":
+            value, low, high = table.difference("fusion", name, metric)
+            lines.append(f"  {name:20} {value:+.4f}  {low:+.4f} … {high:+.4f}")
+    return lines
+
+
+def export_folder(folder: Path, recipes: Sequence[str]) -> int:
+    """Export a trained run and print each graph's fidelity; 1 where no recipe kept its tolerance."""
+    run = load_run(folder)
+    needs("Exporting", EXPORTING)
+    from recllm.export import export_run, load_recipe
+    from recllm.tasks import prepare
+
+    for name in recipes:
+        load_recipe(name)
+    trained(run.folder)
+    results = export_run(run, prepare(run, tell), list(recipes) or None, tell)
+    for result in results:
+        for graph, measured in result.parity.items():
+            say(f"{result.recipe:8} {graph:10}" + "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
+        for failure in result.failures:
+            say(f"{result.recipe}: left out. {failure}")
+        if result.folder is not None:
+            say(f"{result.recipe}: {result.folder}")
+    return 0 if any(result.folder is not None for result in results) else 1
+
+
+def batch_job(source: Path, target: Path, interactions: Path | None, *, overwrite: bool) -> Job:
+    """The files of a batch job; histories are read where a log is given."""
+    histories = None if interactions is None else log_histories(interactions)
+    return Job(source, target, histories, overwrite, tell)
+
+
+def log_histories(path: Path) -> dict[str, Query]:
+    """Histories of all users of a log."""
+    interactions: Interactions = read_dataset("", interactions=str(path)).interactions
+    return interactions.histories()
+
+
+def recommend_rows(bundle: Path, job: Job, k: int, provider: str, threads: int, *, include_seen: bool) -> None:
+    """Recommend for every row of a file."""
+    job.check()
+    recommender = load(bundle, provider=provider, threads=threads)
+    _report(recommend_file(recommender, job, k=k, exclude_seen=not include_seen), job)
+
+
+def recommend_history(bundle: Path, history: str, k: int, provider: str, threads: int, *, include_seen: bool) -> None:
+    """Print the best items after one history, with the share of each scorer."""
+    recommender = load(bundle, provider=provider, threads=threads)
+    items = [str(item) for item in split_ids(history)]
+    strange = [item for item in items if item not in recommender.index]
+    if strange:
+        tell(f"Not in the catalogue, passed over: {', '.join(strange)}")
+    found = recommender.recommend([items], k, exclude_seen=not include_seen)
+    say(
+        "  ".join(
+            [f"{'rank':>4}", f"{'item':10}", f"{'title':40}", f"{'score':>7}", *(f"{n:>10}" for n in found.shares)]
+        )
+    )
+    for rank, item in enumerate(found.ids[0]):
+        title = recommender.catalog.record(item).get("title", "")
+        shares = [f"{share[0, rank]:10.3f}" for share in found.shares.values()]
+        say("  ".join([f"{rank + 1:4}", f"{item:10.10}", f"{title:40.40}", f"{found.scores[0, rank]:7.3f}", *shares]))
+
+
+def score_candidates(bundle: Path, job: Job, provider: str) -> None:
+    """Score the candidates that rows name, by a bundle."""
+    job.check()
+    _report(score_file(load(bundle, provider=provider), job), job)
+
+
+def score_zero_shot(items: Path, history_items: Path | None, job: Job, model: str, prompt: str) -> None:
+    """Score every item of a file for every row by an untrained language model."""
+    job.check()
+    new = read_items(items)
+    known = new if history_items is None else read_items(history_items)
+    needs("Scoring with a language model", TRAINING)
+    from recllm.relevance import zero_shot_scorer
+
+    # An item that is in both files keeps the text of the file that it is scored from.
+    both = pl.concat([new.frame, known.frame], how="diagonal").unique("item_id", keep="first", maintain_order=True)
+    catalog = Catalog(both)
+    scorer = zero_shot_scorer(model, prompt, catalog, tell)
+    # Every row costs a pass per item: few rows at once keep the progress lines coming.
+    _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(catalog.ids), job.by(4)), job)
+
+
+def _report(summary: Summary, job: Job) -> None:
+    for line in summary.lines(job.target):
+        say(line)
+
+
+def run_quickstart(out: Path, steps: int | None, seed: int, *, resume: bool, as_json: bool) -> None:
+    """Run the demo; with `as_json` standard output has nothing but the result."""
+    needs("The quickstart", (*TRAINING, *EXPORTING))
+    from recllm.quickstart import quickstart
+
+    given: dict[str, Any] = {} if steps is None else {"steps": steps}
+    result = quickstart(out, seed=seed, resume=resume, say=tell if as_json else say, **given)
+    if as_json:
+        say(json.dumps(result, ensure_ascii=False))
+
+
+def run_benchmark(name: str, arguments: Sequence[str]) -> int:
+    """Run a file of the checkout's benchmarks; its exit code."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not folder.is_dir() or not (folder.parent / "pyproject.toml").is_file():
+        raise RecllmError(
+            "The benchmarks are not in the installed package, only in a checkout of recllm. Get the sources, "
+            "`make install`, and run it there."
+        )
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    if name not in names:
+        raise unknown("benchmark", name, names)
+    return subprocess.run([sys.executable, str(folder / f"{name}.py"), *arguments], check=False).returncode

@@ -1,0 +1,215 @@
+"""Judging: train a language model to say whether a user will like an item; beside it the scorers of ratings."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import EvalPrediction
+
+from recllm.adapters import attach, merge
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.files import read_json
+from recllm.lm import load_base, model_folder
+from recllm.loop import Examples, fast_bf16, fit, load_trained, precision_keys, save_trained, steps_of
+from recllm.metrics import auc
+from recllm.mf import ExplicitMF
+from recllm.pairs import Made, labelled_rows, training_pairs
+from recllm.priors import ItemMean, UserMean
+from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
+from recllm.ranking import ItemIndex, Scorer, Scores
+from recllm.relevance import (
+    PairPrompts,
+    RelevanceCollator,
+    RelevanceModel,
+    RelevanceScorer,
+    answer_output,
+)
+from recllm.runs import Run
+from recllm.splits import Example, like_threshold
+from recllm.tasks import Task
+from recllm.trained import Collaborative, Say, adapter_recipe, save_stage, stage_done
+
+VALIDATION_ROWS = 1024
+"""Validation rows that choose the checkpoint; the fusion sees all of them."""
+EVALUATIONS = 10
+"""The most validations in a run of one epoch."""
+
+
+@dataclass(frozen=True)
+class AskedAbout:
+    """A scorer that is asked about another query than the one given, as one that has only what the user liked."""
+
+    scorer: Scorer
+    instead: Callable[[Query], Query]
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Scores of the other queries: float32[queries, candidates]."""
+        return self.scorer.score([self.instead(query) for query in queries], candidates)
+
+
+def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scorer]:
+    """The fitted scorers of a run that judges pairs, with those of ratings where there are any.
+
+    What was fitted on liked events is asked about the liked part of a history; explicit factors are folded in from the
+    query's own ratings, and for a query without any from the user's training ratings.
+    """
+    threshold = like_threshold(task.split.train, run.data.like_at)
+
+    def liked(query: Query) -> Query:
+        if query.ratings is None:
+            return query
+        places = [place for place, rating in enumerate(query.ratings) if rating >= threshold]
+        ratings = tuple(query.ratings[place] for place in places)
+        return Query(tuple(query.history[place] for place in places), query.user_id, ratings)
+
+    scorers: dict[str, Scorer] = {
+        name: scorer if name == "popularity" else AskedAbout(scorer, liked) for name, scorer in parts.scorers().items()
+    }
+    if not task.split.train.frame["rating"].count():
+        return scorers
+    folder, train = run.folder / "cf", task.split.train
+    if not (folder / "explicit_mf.json").is_file():
+        ItemMean.fit(train).save(folder)
+        UserMean.fit(train).save(folder)
+        ExplicitMF.fit(train, seed=run.seed).save(folder)
+    known = train.histories()
+
+    def rated(query: Query) -> Query:
+        return query if query.ratings is not None else known.get(query.user_id or "", query)
+
+    means: dict[str, Scorer] = {"item_mean": ItemMean.load(folder), "user_mean": UserMean.load(folder)}
+    return scorers | means | {"explicit": AskedAbout(ExplicitMF.load(folder), rated)}
+
+
+def relevance_model(run: Run, task: Task, say: Say) -> tuple[RelevanceModel, CompiledPrompt]:
+    """The relevance model with its adapter, untrained, and its prompt.
+
+    Raises:
+        RecllmError: the model or the prompt cannot be had, or the prompt names a column that is not there.
+    """
+    recipe = adapter_recipe(run)
+    base = load_base(model_folder(run.model.name, say), recipe)
+    prompt = load_prompt(run.prompt.relevance, task="relevance")
+    prompt.check_against(task.dataset.catalog)
+    prompt = prompt.model_copy(update={"max_history": min(prompt.max_history, run.model.max_history)})
+    compiled = compile_prompt(prompt, base.tokenizer, like_threshold(task.split.train, run.data.like_at))
+    torch.manual_seed(run.seed)
+    body = base.model if recipe is None else attach(base.model, recipe)
+    return RelevanceModel(base, body, answer_output(base), compiled.answer_ids), compiled
+
+
+def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+    """Fine-tune the language model to judge pairs, unless it is done.
+
+    A causal model without an adapter has nothing to train and is kept as it is, for zero-shot scores.
+
+    Raises:
+        RecllmError: no row to train on, or no validation row with a history and text.
+    """
+    folder = run.folder / "lm"
+    if stage_done(folder):
+        return
+    model, prompt = relevance_model(run, task, say)
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {trained:,} parameters train")
+    rows = _fit(run, task, model, PairPrompts(prompt, task.dataset.catalog, model), resume=resume) if trained else 0
+    if PartialState().is_main_process:
+        save_trained(model, folder / "model.safetensors")
+        save_stage(folder, {"rows": rows, "trained": trained})
+        shutil.rmtree(run.folder / "checkpoints" / "relevance", ignore_errors=True)
+    PartialState().wait_for_everyone()
+
+
+def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, resume: bool) -> int:
+    settings = run.train
+    rows = training_pairs(
+        task,
+        items=prompts.candidates,
+        like_at=run.data.like_at,
+        max_history=run.model.max_history,
+        limit=run.model.relevance_rows,
+        epochs=settings.num_train_epochs,
+        seed=run.seed,
+    )
+    arguments = {
+        "learning_rate": settings.head_learning_rate,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "max_steps": settings.max_steps,
+        "warmup_steps": 0.05,
+        "seed": run.seed,
+        **precision_keys(settings.precision),
+        **settings.trainer_keys(),
+    }
+    examples = written(rows, prompts)
+    every = max(1, -(-steps_of(len(examples), arguments) // max(EVALUATIONS, settings.num_train_epochs)))
+    fit(
+        model,
+        examples,
+        written(validation_rows(run, task, prompts), prompts),
+        collator=RelevanceCollator(),
+        valid_collator=RelevanceCollator(),
+        arguments={"eval_steps": every} | arguments,
+        folder=run.folder,
+        scorer="relevance",
+        compute_metrics=auc_metric,
+        metric="eval_auc",
+        adapter_learning_rate=settings.learning_rate,
+        patience=settings.early_stopping_patience,
+        resume=resume,
+    )
+    return len(examples)
+
+
+def written(rows: Sequence[Example], prompts: PairPrompts) -> Examples:
+    """Prompt ids and label of every row, written when they are asked for."""
+
+    def write(place: int) -> tuple[list[int], float]:
+        row = rows[place]
+        assert row.label is not None
+        return prompts.whole(row.query, row.item_id), row.label
+
+    return Examples(Made(len(rows), write))
+
+
+def validation_rows(run: Run, task: Task, prompts: PairPrompts) -> list[Example]:
+    """Labelled validation rows that the model can judge, at most `VALIDATION_ROWS` of them, the same for one seed.
+
+    Raises:
+        RecllmError: they do not have both labels.
+    """
+    rows = [
+        row
+        for row in labelled_rows(task, "valid", run.seed)
+        if prompts.knows(row.query) and row.item_id in prompts.candidates
+    ]
+    if {row.label for row in rows} != {0.0, 1.0}:
+        raise RecllmError(
+            f"The checkpoint is chosen by AUC on validation, and its {len(rows)} rows that have a history and text do "
+            "not have both labels. Set data.like_at, or choose another data.split."
+        )
+    kept = np.sort(np.random.default_rng(run.seed).permutation(len(rows))[:VALIDATION_ROWS])
+    return [rows[place] for place in kept]
+
+
+def auc_metric(prediction: EvalPrediction) -> dict[str, float]:
+    """AUC of the logits."""
+    return {"auc": auc(np.asarray(prediction.label_ids)[:, 0], np.asarray(prediction.predictions).reshape(-1))}
+
+
+def load_relevance(run: Run, task: Task, progress: Callable[[int], None] = lambda _: None) -> RelevanceScorer:
+    """The trained relevance scorer of a run, its adapter merged.
+
+    Content-free calibration is for a model that was not trained: a trained one has learnt its answers' offset, and
+    the item's own merit besides, which calibration would take off again.
+    """
+    folder = run.folder / "lm"
+    model, prompt = relevance_model(run, task, lambda _: None)
+    load_trained(model, folder / "model.safetensors")
+    model.body = merge(model.body)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    calibrated = read_json(folder / "done.json")["trained"] == 0
+    return RelevanceScorer(model, prompt, task.dataset.catalog, calibrated, fast_bf16(), progress)

@@ -1,0 +1,155 @@
+"""Labelled pairs: (query, item, label) rows to train relevance on and to measure it by, with sampled negatives."""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import TypeVar, overload
+
+import numpy as np
+
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.splits import Example, like_threshold
+from recllm.tasks import Task
+
+T = TypeVar("T")
+DRAWS = 100
+"""Draws of a negative before all that is left is listed."""
+
+
+class Made(Sequence[T]):
+    """A sequence whose entries are made when they are asked for: all prompts at once would not fit into memory."""
+
+    def __init__(self, rows: int, make: Callable[[int], T]) -> None:
+        """Keep `make`, which gives the entry of a row 0 … `rows` − 1."""
+        self.rows, self.make = rows, make
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @overload
+    def __getitem__(self, row: int) -> T: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, row: int | slice) -> T | Sequence[T]:
+        """One entry, or several."""
+        places = range(self.rows)[row]
+        return self.make(places) if isinstance(places, int) else [self.make(place) for place in places]
+
+
+def earlier_events(task: Task, *, like_at: float, max_history: int) -> Sequence[Example]:
+    """Every training event that has an earlier one, its history the last `max_history` events before it."""
+    queries, threshold = list(task.split.train.histories().values()), like_threshold(task.split.train, like_at)
+    places = [(user, place) for user, query in enumerate(queries) for place in range(1, len(query.history))]
+
+    def make(row: int) -> Example:
+        user, place = places[row]
+        query, first = queries[user], max(0, place - max_history)
+        ratings = None if query.ratings is None else query.ratings[first:place]
+        label = None if query.ratings is None else float(query.ratings[place] >= threshold)
+        return Example(Query(query.history[first:place], query.user_id, ratings), query.history[place], label)
+
+    return Made(len(places), make)
+
+
+def training_pairs(
+    task: Task, *, items: Container[str], like_at: float, max_history: int, limit: int, epochs: int, seed: int
+) -> Sequence[Example]:
+    """The rows that relevance is trained on, in the order in which they are seen, all epochs one after the other.
+
+    With labels of both kinds they are the labelled events; where all are positive (no ratings), every event is
+    followed by a warm item that the user has not, sampled uniformly. A row is a pure function of seed, epoch and event.
+
+    Args:
+        task: the data.
+        items: what may stand as a candidate.
+        like_at: a rating of at least this is liked.
+        max_history: how many of the last items a history keeps.
+        limit: the most rows of an epoch; which ones, each epoch draws anew.
+        epochs: passes.
+        seed: of order and samples.
+
+    Raises:
+        RecllmError: no training event has a history, or a user has every item.
+    """
+    given = task.split.train_rows
+    base = earlier_events(task, like_at=like_at, max_history=max_history) if given is None else given
+    labels = {
+        row: example.label for row, example in enumerate(base) if example.query.history and example.item_id in items
+    }
+    judged = 0.0 in labels.values()
+    rows = np.array([row for row, label in labels.items() if label is not None or not judged], dtype=np.int64)
+    if not len(rows):
+        raise RecllmError(
+            "Relevance needs training events with a history whose item has text, and there is none. Check the split "
+            "(data.split) and the columns that the prompt writes."
+        )
+    count = limit if judged else max(1, limit // 2)
+    order = [
+        (epoch, int(row))
+        for epoch in range(epochs)
+        for row in np.random.default_rng((seed, epoch)).permutation(rows)[:count]
+    ]
+    if judged:
+        return Made(len(order), lambda place: base[order[place][1]])
+    negatives = Negatives(task, task.split.train.histories(), items)
+
+    def make(place: int) -> Example:
+        epoch, row = order[place // 2]
+        return negatives.pair(base[row], (seed, epoch, row))[place % 2]
+
+    return Made(2 * len(order), make)
+
+
+def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:
+    """The rows of "valid" or "test" that have a label; where all are positive, each is followed by a sampled negative.
+
+    Such a negative is an item the user has no event with in any part of the data, and cold where the target is cold.
+
+    Raises:
+        RecllmError: a user has every item.
+    """
+    examples = task.split.valid if part == "valid" else task.split.test
+    if any(example.label == 0 for example in examples):
+        return [example for example in examples if example.label is not None]
+    negatives = Negatives(task, task.dataset.interactions.histories(), frozenset(task.index.ids))
+    return [row for place, example in enumerate(examples) for row in negatives.pair(example, (seed, place))]
+
+
+class Negatives:
+    """Items that a user has not, sampled uniformly: warm ones for a warm target, cold ones for a cold target."""
+
+    def __init__(self, task: Task, known: Mapping[str, Query], items: Container[str]) -> None:
+        """Keep those of `items` that are warm or held out as cold in `task`, and what each user is known to have."""
+        self.cold = task.split.cold_items
+        warm = {item for item, is_warm in zip(task.index.ids, task.warm, strict=True) if is_warm}
+        self.pools = {
+            is_cold: [item for item in task.index.ids if item in kind and item in items]
+            for is_cold, kind in ((False, warm), (True, self.cold))
+        }
+        self.items = {user: frozenset(query.history) for user, query in known.items()}
+
+    def pair(self, example: Example, key: Sequence[int]) -> tuple[Example, Example]:
+        """The example as a positive, and its query with a sampled item as a negative; the same for the same `key`.
+
+        Raises:
+            RecllmError: the user has every item.
+        """
+        item = self._sample(example, np.random.default_rng(key))
+        return Example(example.query, example.item_id, 1.0), Example(example.query, item, 0.0)
+
+    def _sample(self, example: Example, rng: np.random.Generator) -> str:
+        user = example.query.user_id
+        known = self.items.get(user, frozenset()) if user is not None else frozenset()
+        own, pool = known.union(example.query.history, [example.item_id]), self.pools[example.item_id in self.cold]
+        for _ in range(DRAWS if pool else 0):
+            item = pool[int(rng.integers(len(pool)))]
+            if item not in own:
+                return item
+        left = [item for item in pool if item not in own]
+        if not left:
+            raise RecllmError(
+                f"User '{user}' has an event with every item, so there is no negative to sample. Give ratings or "
+                "labels (data.columns), or leave that user out."
+            )
+        return left[int(rng.integers(len(left)))]

@@ -1,0 +1,89 @@
+"""Adapters: misspelt keys are named before a model loads, merging changes nothing, the base stays frozen."""
+
+import copy
+
+import pytest
+import torch
+
+from recllm.adapters import AdapterRecipe, attach, load_adapter, merge
+from recllm.errors import RecllmError
+from recllm.lm import load_base
+from recllm.runs import AdapterSettings
+
+IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
+
+
+def recipe(**keys):
+    # Weights drawn, not zero: an adapter that does nothing would merge into anything.
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    return AdapterRecipe(tuner="lora", config=config | keys)
+
+
+def hidden(model):
+    with torch.inference_mode():
+        return model.eval()(input_ids=IDS).last_hidden_state
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "rslora", "qlora"])
+def test_shipped_recipes_are_peft_configurations(name):
+    found = load_adapter(AdapterSettings(recipe=name))
+    assert found.tuner == "lora"
+    assert (found.quantization is not None) is (name == "qlora")
+
+
+def test_keys_of_the_run_file_go_over_the_recipes():
+    found = load_adapter(AdapterSettings.model_validate({"recipe": "lora", "r": 3, "use_rslora": True}))
+    assert (found.config["r"], found.config["use_rslora"]) == (3, True)
+    assert found.config["target_modules"] == "all-linear"
+
+
+def test_a_misspelt_key_is_refused_with_the_nearest_right_one():
+    with pytest.raises(RecllmError, match="key of the adapter 'lora' 'lora_alhpa'. Did you mean 'lora_alpha'?"):
+        load_adapter(AdapterSettings.model_validate({"recipe": "lora", "lora_alhpa": 8}))
+
+
+def test_an_unknown_tuner_is_refused_with_the_nearest_right_one(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('tuner = "lorra"\n[config]\nr = 4\n', encoding="utf-8")
+    with pytest.raises(RecllmError, match="Unknown tuner 'lorra'. Did you mean 'lora'?"):
+        load_adapter(AdapterSettings(recipe=str(path)))
+
+
+def test_an_unknown_recipe_names_the_choices():
+    with pytest.raises(RecllmError, match="'loar'. Did you mean 'lora'"):
+        load_adapter(AdapterSettings(recipe="loar"))
+
+
+def test_what_peft_refuses_is_one_message(tiny_lm_folder):
+    with pytest.raises(RecllmError, match="PEFT refuses the adapter 'lora' for this model"):
+        attach(load_base(tiny_lm_folder).model, recipe(target_modules=["no_such_layer"]))
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
+def test_merging_changes_no_hidden_state_and_does_so_twice(tiny_lm_folder, keys):
+    bare = hidden(load_base(tiny_lm_folder).model)
+    adapted = attach(load_base(tiny_lm_folder).model, recipe(**keys))
+    weights = copy.deepcopy(adapted.state_dict())
+    before = hidden(adapted)
+    assert (before - bare).abs().max() > 1e-3
+    first = hidden(merge(adapted))
+    fresh = attach(load_base(tiny_lm_folder).model, recipe(**keys))
+    fresh.load_state_dict(weights)
+    second = hidden(merge(fresh))
+    assert torch.allclose(first, before, atol=1e-5)
+    assert torch.equal(first, second)
+
+
+def test_a_merged_model_has_no_adapter_left(tiny_lm_folder):
+    merged = merge(attach(load_base(tiny_lm_folder).model, recipe()))
+    bare = load_base(tiny_lm_folder).model
+    assert set(merged.state_dict()) == set(bare.state_dict())
+    assert merge(bare) is bare
+
+
+def test_only_the_adapter_trains(tiny_lm_folder):
+    adapted = attach(load_base(tiny_lm_folder).model, recipe())
+    assert {name.split(".")[-3] for name, value in adapted.named_parameters() if value.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }

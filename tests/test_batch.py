@@ -1,0 +1,252 @@
+"""Batch: every format in and out gives the same answers, chunks join, bad rows are set aside with the reason."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+import recllm
+from recllm import batch
+from recllm.batch import Job, recommend_file, score_file, score_items_file
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.query_rows import BadRow, count_rows, read_rows
+from recllm.ranking import ItemIndex
+
+HISTORIES = {"a": ["0", "2", "4"], "b": ["1", "3"], "c": ["10", "12", "14", "16"], "d": []}
+
+
+@pytest.fixture(scope="module")
+def recommender(tiny_bundle):
+    return recllm.load(tiny_bundle)
+
+
+def write(path, histories, **more):
+    """The same rows in the format of the suffix."""
+    rows = [{"user_id": user, "history": items, **more} for user, items in histories.items()]
+    if path.suffix == ".parquet":
+        pl.DataFrame(rows, schema_overrides={"history": pl.List(pl.String)}).write_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        lines = [f"{row['user_id']},{' '.join(row['history'])}" for row in rows]
+        path.write_text("\n".join(["user_id,history", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path):
+    if path.suffix == ".parquet":
+        return pl.read_parquet(path)
+    if path.suffix == ".jsonl":
+        return pl.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return pl.read_csv(path, schema_overrides={"user_id": pl.String, "item_id": pl.String})
+
+
+@pytest.mark.parametrize("given", [".parquet", ".jsonl", ".csv"])
+@pytest.mark.parametrize("asked", [".parquet", ".jsonl", ".csv"])
+def test_every_format_holds_what_the_recommender_says(given, asked, tmp_path, recommender):
+    source, target = write(tmp_path / f"in{given}", HISTORIES), tmp_path / f"out{asked}"
+    summary = recommend_file(recommender, Job(source, target), k=3)
+    found = read(target)
+    expected = recommender.recommend(list(HISTORIES.values()), k=3)
+    shares = [f"share_{name}" for name in recommender.scorers]
+    assert found.columns == ["user_id", "rank", "item_id", "score", *shares]
+    assert found["user_id"].to_list() == [user for user in HISTORIES for _ in range(3)]
+    assert found["rank"].to_list() == [1, 2, 3] * len(HISTORIES)
+    assert found["item_id"].to_list() == [item for ids in expected.ids for item in ids]
+    np.testing.assert_allclose(found["score"], expected.scores.ravel(), rtol=1e-5)
+    np.testing.assert_allclose(found.select(pl.sum_horizontal(shares)).to_series(), found["score"], atol=1e-3)
+    assert (summary.answered, summary.written, summary.rejected, summary.unknown) == (4, 12, 0, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, target.name])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_chunks_join_to_what_one_chunk_gives(suffix, tmp_path, recommender):
+    many = {f"u{user}": [str(item) for item in range(user % 5)] for user in range(23)}
+    source = write(tmp_path / "in.parquet", many)
+    whole, parts = tmp_path / f"whole{suffix}", tmp_path / f"parts{suffix}"
+    recommend_file(recommender, Job(source, whole), k=2)
+    recommend_file(recommender, Job(source, parts, chunk=4), k=2)
+    assert_frame_equal(read(whole), read(parts), abs_tol=1e-5)
+    assert read(parts)["user_id"].unique(maintain_order=True).to_list() == list(many)
+
+
+def test_seen_items_are_left_out_unless_asked_for(tmp_path, recommender):
+    source = write(tmp_path / "in.jsonl", {"a": ["0", "2", "4"]})
+    recommend_file(recommender, Job(source, tmp_path / "new.csv"), k=21)
+    recommend_file(recommender, Job(source, tmp_path / "all.csv"), k=24, exclude_seen=False)
+    new, every = read(tmp_path / "new.csv"), read(tmp_path / "all.csv")
+    assert set(every["item_id"]) - set(new["item_id"]) == {"0", "2", "4"}
+
+
+def test_a_list_shorter_than_k_has_no_empty_lines(tmp_path, recommender):
+    source = write(tmp_path / "in.jsonl", {"a": [str(item) for item in range(20)], "b": ["0"]})
+    recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=24)
+    found = read(tmp_path / "out.csv")
+    assert found.filter(user_id="a").height == 4
+    assert found.filter(user_id="b").height == 23
+    assert found["score"].null_count() == 0
+
+
+BAD = [
+    ("not json", "not JSON"),
+    ("[1, 2]", "not a JSON object"),
+    ('{"name": "x"}', "neither 'history' nor 'user_id'"),
+    ('{"user_id": "u1"}', "no 'history'"),
+    ('{"history": 7}', "'history' is 7, not a list"),
+    ('{"history": ["0", null]}', "None is no id"),
+    ('{"history": [["0"]]}', "is no id"),
+    ('{"history": "[1, "}', "Expecting value"),
+]
+
+
+def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path, recommender):
+    good = '{"history": [0, 2.0, "4"]}'
+    lines = [good, *(text for text, _ in BAD), "", good]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    source.write_text("\n".join(lines), encoding="utf-8")
+    summary = recommend_file(recommender, Job(source, target, chunk=3), k=1)
+    rejects = [json.loads(line) for line in summary.rejects.read_text(encoding="utf-8").splitlines()]
+    assert summary.rejects == tmp_path / "out.csv.rejects.jsonl"
+    assert [row["line"] for row in rejects] == list(range(2, 2 + len(BAD)))
+    for row, (_, reason) in zip(rejects, BAD, strict=True):
+        assert reason in row["reason"]
+    assert rejects[4]["row"] == {"history": 7}
+    # Numbers are ids too, and a row without a user is named by its line.
+    expected = recommender.recommend([["0", "2", "4"]], k=1).ids[0][0]
+    assert read(target)["item_id"].to_list() == [expected, expected]
+    assert read(target)["user_id"].to_list() == ["line 1", f"line {len(lines)}"]
+    assert (summary.answered, summary.rejected) == (2, len(BAD))
+    assert any("8 rows could not be answered" in line for line in summary.lines(target))
+
+
+def test_a_csv_row_of_the_wrong_length_is_set_aside(tmp_path, recommender):
+    source = tmp_path / "in.csv"
+    source.write_text('user_id,history\na,0,2\nb,0|2\nc,0 2\nd,"[""0"", 2]"\n', encoding="utf-8")
+    summary = recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=1)
+    (rejected,) = summary.rejects.read_text(encoding="utf-8").splitlines()
+    assert json.loads(rejected)["line"] == 2
+    assert "3 fields, the header has 2" in rejected
+    assert read(tmp_path / "out.csv")["item_id"].n_unique() == 1
+
+
+def test_rows_without_a_good_one_leave_nothing_but_the_rejects(tmp_path, recommender):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text('{"user_id": "x"}\n', encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"No row .* could be answered: line 1: unknown user 'x'"):
+        recommend_file(recommender, Job(source, target, histories={}), k=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.parquet.rejects.jsonl"]
+
+
+def test_rejects_of_an_earlier_job_do_not_stay(tmp_path, recommender):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    source.write_text('{"history": ["0"]}\nnope\n', encoding="utf-8")
+    assert recommend_file(recommender, Job(source, target), k=1).rejects.is_file()
+    source.write_text('{"history": ["0"]}\n', encoding="utf-8")
+    assert recommend_file(recommender, Job(source, target, overwrite=True), k=1).rejects is None
+    assert not (tmp_path / "out.csv.rejects.jsonl").exists()
+
+
+def test_histories_of_a_log_stand_in_for_missing_ones(tmp_path, recommender):
+    log = {"u1": Query(("0", "2"), "u1"), "7": Query(("1",), "7")}
+    source = tmp_path / "in.csv"
+    source.write_text("user_id,history\nu1,\n7,\nu1,1\n", encoding="utf-8")
+    recommend_file(recommender, Job(source, tmp_path / "out.csv", histories=log), k=1)
+    expected = recommender.recommend([["0", "2"], ["1"], ["1"]], k=1).ids
+    assert read(tmp_path / "out.csv")["item_id"].to_list() == [ids[0] for ids in expected]
+
+
+def test_unknown_items_are_passed_over_and_counted(tmp_path, recommender):
+    source = write(tmp_path / "in.jsonl", {"a": ["0", "x", "2", "y"]})
+    summary = recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=1)
+    assert summary.unknown == 2
+    assert read(tmp_path / "out.csv")["item_id"].to_list() == recommender.recommend([["0", "2"]], k=1).ids[0]
+
+
+def test_a_file_that_exists_stays_unless_it_may_be_replaced(tmp_path, recommender):
+    source, target = write(tmp_path / "in.jsonl", HISTORIES), tmp_path / "out.csv"
+    target.write_text("mine", encoding="utf-8")
+    with pytest.raises(RecllmError, match="exists already"):
+        recommend_file(recommender, Job(source, target), k=1)
+    assert target.read_text(encoding="utf-8") == "mine"
+    recommend_file(recommender, Job(source, target, overwrite=True), k=1)
+    assert read(target).height == len(HISTORIES)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_job_that_breaks_leaves_nothing(suffix, tmp_path, recommender, monkeypatch):
+    source, target = write(tmp_path / "in.jsonl", HISTORIES), tmp_path / f"out{suffix}"
+    answers = iter([recommender.recommend([["0"]], k=1)])
+
+    def once(histories, k, **_):
+        return next(answers)
+
+    monkeypatch.setattr(recommender, "recommend", once)
+    with pytest.raises(StopIteration):
+        recommend_file(recommender, Job(source, target, chunk=1), k=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_candidates_of_each_row_get_their_scores(tmp_path, recommender):
+    source = tmp_path / "in.jsonl"
+    rows = [
+        {"user_id": "a", "history": ["0", "2"], "candidates": ["4", "5"]},
+        {"user_id": "b", "history": ["1"], "candidates": ["5", "x", 9]},
+        {"user_id": "c", "history": ["1"]},
+        {"user_id": "d", "history": ["1"], "candidates": ["x"]},
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    summary = score_file(recommender, Job(source, tmp_path / "out.parquet"))
+    found = read(tmp_path / "out.parquet")
+    assert found.select("user_id", "item_id").rows() == [("a", "4"), ("a", "5"), ("b", "5"), ("b", "9")]
+    expected = recommender.score([["0", "2"], ["1"]], ["4", "5", "9"])[0]
+    np.testing.assert_allclose(found["score"], expected[[0, 0, 1, 1], [0, 1, 1, 2]], rtol=1e-5)
+    assert (summary.rejected, summary.unknown) == (2, 1)
+
+
+class Lengths:
+    """Scores by the history's length; knows nothing of an empty one."""
+
+    def score(self, queries, candidates):
+        rows = [len(query.history) or np.nan for query in queries]
+        return np.array(rows, dtype=np.float32)[:, None] + np.arange(len(candidates), dtype=np.float32)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_any_scorer_scores_all_items_and_unknown_is_null(suffix, tmp_path):
+    source, target = write(tmp_path / "in.jsonl", {"a": ["0", "1"], "b": []}), tmp_path / f"out{suffix}"
+    score_items_file(Lengths(), ItemIndex(["n1", "n2"]), ItemIndex(["0", "1"]), Job(source, target))
+    assert read(target).rows() == [("a", "n1", 2.0), ("a", "n2", 3.0), ("b", "n1", None), ("b", "n2", None)]
+
+
+def test_progress_says_how_many_how_fast_and_how_long(tmp_path, recommender, monkeypatch):
+    monkeypatch.setattr(batch, "EVERY", 0.0)
+    source, lines = write(tmp_path / "in.csv", HISTORIES), []
+    recommend_file(recommender, Job(source, tmp_path / "out.csv", say=lines.append, chunk=2), k=1)
+    assert len(lines) == 2
+    assert lines[0].startswith("2 of 4 users, ")
+    assert lines[0].endswith(" s left")
+    assert "users/s" in lines[0]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_rows_are_counted_before_they_are_read(suffix, tmp_path):
+    assert count_rows(write(tmp_path / f"in{suffix}", HISTORIES)) == len(HISTORIES)
+
+
+def test_parquet_rows_come_in_order_from_many_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr("recllm.query_rows.PARQUET_ROWS", 16)
+    frame = pl.DataFrame({"history": [[row, row + 1] for row in range(200)], "text": ["x"] * 200})
+    frame.write_parquet(tmp_path / "in.parquet", row_group_size=24)
+    rows = list(read_rows(tmp_path / "in.parquet"))
+    assert [row.history for row in rows] == [(str(row), str(row + 1)) for row in range(200)]
+    assert [row.line for row in rows] == list(range(1, 201))
+    assert not any(isinstance(row, BadRow) for row in rows)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "in.parquet").write_bytes(b"user_id,history\n")
+    with pytest.raises(RecllmError, match="is not a Parquet file that can be read"):
+        read_rows(tmp_path / "in.parquet")

@@ -1,0 +1,112 @@
+"""The bundle on disk: sealed with checksums, refused when anything is missing, damaged, newer or outside."""
+
+import json
+
+import polars as pl
+import pytest
+
+import recllm
+from recllm.bundle import FORMAT, new_bundle, read_catalog, read_manifest, write_catalog
+from recllm.data import Catalog
+from recllm.errors import RecllmError
+from recllm.files import read_json, sha256_of, write_json
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with new_bundle(tmp_path / "bundle", {"name": "films", "scorers": {}}) as part:
+        (part / "weights.bin").write_bytes(b"12345")
+        (part / "cf").mkdir()
+        (part / "cf" / "facts.json").write_text("{}", encoding="utf-8")
+    return tmp_path / "bundle"
+
+
+def changed(folder, **facts):
+    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | facts)
+
+
+def test_the_manifest_knows_every_file(folder):
+    manifest = read_manifest(folder)
+    assert manifest["name"] == "films"
+    assert (manifest["format"], manifest["recllm"]) == (FORMAT, recllm.__version__)
+    assert set(manifest["files"]) == {"weights.bin", "cf/facts.json"}
+    assert manifest["files"]["weights.bin"] == {"bytes": 5, "sha256": sha256_of(folder / "weights.bin")}
+
+
+@pytest.mark.parametrize("content", [b"12346", b"1234", b"123456", b""], ids=["one bit", "short", "long", "empty"])
+def test_a_damaged_file_is_named(folder, content):
+    (folder / "weights.bin").write_bytes(content)
+    with pytest.raises(RecllmError, match=r"weights\.bin' is damaged: its sha256 is not the manifest's\. Copy or export"):
+        read_manifest(folder)
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "cf" / "facts.json").unlink()
+    with pytest.raises(RecllmError, match=r"lacks the file 'cf/facts\.json'\. Copy the bundle again, whole"):
+        read_manifest(folder)
+
+
+def test_an_added_file_is_named(folder):
+    (folder / "cf" / "more.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"has the file 'cf/more\.json', which its manifest does not name"):
+        read_manifest(folder)
+
+
+def test_a_newer_format_says_which_recllm_made_it(folder):
+    changed(folder, format=FORMAT + 1, recllm="9.9.9")
+    with pytest.raises(RecllmError, match=rf"has bundle format {FORMAT + 1}, this recllm .* reads format {FORMAT}.*9\.9\.9"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "cf/../../secret.txt", "/etc/hostname"])
+def test_a_path_outside_is_not_opened(folder, name):
+    secret = folder.parent / "secret.txt"
+    secret.write_bytes(b"12345")
+    changed(folder, files={name: {"bytes": 5, "sha256": sha256_of(secret)}})
+    with pytest.raises(RecllmError, match="outside of itself; such a bundle is not opened"):
+        read_manifest(folder)
+
+
+def test_a_link_to_the_outside_is_not_opened(folder):
+    secret = folder.parent / "secret.txt"
+    secret.write_bytes(b"12345")
+    (folder / "weights.bin").unlink()
+    (folder / "weights.bin").symlink_to(secret)
+    with pytest.raises(RecllmError, match="outside of itself"):
+        read_manifest(folder)
+
+
+def test_what_is_no_bundle(tmp_path):
+    with pytest.raises(RecllmError, match=r"is not a bundle \(it has no manifest\.json\)\. Make .* recllm export"):
+        read_manifest(tmp_path)
+    with pytest.raises(RecllmError, match="'.*nowhere' is not there"):
+        read_manifest(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', '{"format": 1}', '{"format": 1, "files": []}', '{"format": 1, "files": {"weights.bin": 3}}'])
+def test_a_broken_manifest(folder, text):
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"manifest\.json is damaged .* Export the bundle again"):
+        read_manifest(folder)
+
+
+def test_a_bundle_that_failed_is_not_there_and_an_older_one_stays(folder):
+    before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    with pytest.raises(RuntimeError, match="gate"), new_bundle(folder, {}) as part:
+        (part / "new.bin").write_bytes(b"x")
+        raise RuntimeError("gate")
+    assert read_manifest(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
+
+
+def test_a_new_bundle_takes_the_place_of_the_old_one(folder):
+    with new_bundle(folder, {"name": "new"}) as part:
+        (part / "new.bin").write_bytes(b"x")
+    assert set(read_manifest(folder)["files"]) == {"new.bin"}
+    assert not (folder / "weights.bin").exists()
+
+
+def test_the_catalogue_comes_back(tmp_path):
+    frame = pl.DataFrame({"item_id": ["1", "2"], "title": ["Red", None], "genres": ["", "Drama"]})
+    write_catalog(tmp_path, Catalog(frame))
+    assert read_catalog(tmp_path).fingerprint() == Catalog(frame).fingerprint()

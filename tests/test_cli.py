@@ -1,0 +1,235 @@
+"""The command line: light to start, every command with an example, and each road walked on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import typer
+
+import recllm
+from recllm import commands
+from recllm.cli import app, main
+
+HEAVY = ("torch", "transformers", "polars", "numpy", "pydantic", "tokenizers", "rich", "onnxruntime")
+
+
+def recllm_says(capsys, *arguments, code=0):
+    """Standard output and error of `recllm ARGUMENTS`."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    assert stop.value.code == code, shown.err
+    return shown.out, shown.err
+
+
+def imported_by(code):
+    script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('loaded', *sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    modules = {name.split(".")[0] for name in found.stdout.rsplit("loaded", 1)[1].split()}
+    return modules & set(HEAVY), found.stdout
+
+
+def test_help_imports_nothing_heavy():
+    heavy, shown = imported_by("from recllm.cli import main; main(['--help'])")
+    assert "quickstart" in shown
+    assert not heavy
+
+
+def test_importing_recllm_imports_nothing_heavy():
+    assert not imported_by("import recllm; recllm.load")[0]
+    # The probe sees what is imported.
+    assert "numpy" in imported_by("import recllm.ranking")[0]
+
+
+def paths(group=None, path=()):
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        yield (*path, name)
+        if hasattr(command, "commands"):
+            yield from paths(command, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(paths()), ids=" ".join)
+def test_every_command_explains_itself_with_an_example(path, capsys):
+    out, _ = recllm_says(capsys, *path, "--help")
+    assert "Example" in out
+    examples = [line.strip() for line in out[out.index("Example") :].splitlines()[1:] if line.strip()]
+    assert examples
+    assert all(line.startswith(f"recllm {' '.join(path)}") for line in examples)
+
+
+def test_the_version(capsys):
+    assert recllm_says(capsys, "--version")[0] == f"recllm {recllm.__version__}\n"
+
+
+def test_interrupting_ends_with_130(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "fetch_names", interrupted)
+    assert recllm_says(capsys, "fetch", "ml-100k", code=130)[1] == "Interrupted\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def broken(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(commands, "fetch_names", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["fetch", "ml-100k"])
+
+
+def test_fetch_without_a_name_lists_what_is_known(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path))
+    out, _ = recllm_says(capsys, "fetch")
+    assert "ml-100k" in out
+    assert "not fetched" in out
+    assert "GroupLens research licence" in out
+
+
+def test_check_says_what_was_read(capsys, checkerboard_folder):
+    out, _ = recllm_says(capsys, "data", "check", checkerboard_folder)
+    assert "rows read: 400" in out
+    assert "licence: not stated" in out
+
+
+def test_columns_are_mapped(capsys, tmp_path):
+    (tmp_path / "log.csv").write_text("who,what\na,1\nb,2\n", encoding="utf-8")
+    (tmp_path / "shop.csv").write_text("sku,words\n1,Red\n2,Blue\n", encoding="utf-8")
+    given = ("--column", "user_id=who", "--column", "item_id=what", "--items", tmp_path / "shop.csv")
+    out, _ = recllm_says(capsys, "data", "check", tmp_path / "log.csv", *given, "--item-column", "title=words")
+    assert "rows kept: 2" in out
+    assert "title = words" in out
+
+
+def test_preview_shows_the_prompt_and_counts_its_tokens(capsys, checkerboard_folder, tiny_lm_folder):
+    out, _ = recllm_says(
+        capsys, *("data", "preview", checkerboard_folder, "--model", tiny_lm_folder), "--user", "u1", "--item", "3"
+    )
+    assert "Next item: Blue film 3" in out
+    counted = [int(line.split()[0]) for line in out.splitlines() if line[:6].strip().isdigit()]
+    *pieces, whole = counted
+    assert sum(pieces) == whole > 0
+
+
+def test_train_hands_flags_to_the_launcher(capsys, tmp_path, monkeypatch):
+    run = tmp_path / "run.toml"
+    run.write_text('[data]\nname = "x"\n', encoding="utf-8")
+    ran = []
+
+    def launched(command, check):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(commands.subprocess, "run", launched)
+    recllm_says(capsys, "train", run, "--set", "seed=3", "--resume", "--", "--num_processes", "2", "--use_cpu", code=7)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--use_cpu"]
+    assert ran == [[*launcher, "-m", "recllm.train", str(run), "--set", "seed=3", "--resume"]]
+
+
+def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, tmp_path):
+    before = (tiny_run / "evaluation.json").exists()
+    out, _ = recllm_says(capsys, "evaluate", tiny_run)
+    lines = out.splitlines()
+    assert any(line.startswith("fusion less … in NDCG@10") for line in lines)
+    differences = [line.split()[0] for line in lines[lines.index(next(x for x in lines if "fusion less" in x)) + 1 :]]
+    assert {"popularity", "mf", "lm", "light"} <= set(differences)
+    kept = json.loads((tiny_run / "evaluation.json").read_text(encoding="utf-8"))
+    assert "test" in kept
+    if not before:
+        (tiny_run / "evaluation.json").unlink()
+
+
+def test_export_prints_parity_and_fails_only_when_every_recipe_does(capsys, tiny_run, monkeypatch):
+    from recllm.export import Exported
+
+    parity = {"lm": {"max_difference": 0.5, "rank_correlation": 0.25, "top10_overlap": 0.1}}
+    failed = Exported("int8", None, parity, ["lm: rank_correlation is 0.2500, at least 0.98 is asked"])
+    kept = Exported("fp32", Path("bundle-fp32"), {}, [])
+    monkeypatch.setattr("recllm.export.export_run", lambda *_: [failed])
+    out, _ = recllm_says(capsys, "export", tiny_run, "--recipe", "int8", code=1)
+    assert "int8     lm        max_difference 0.5  rank_correlation 0.25" in out
+    assert "int8: left out. lm: rank_correlation is 0.2500" in out
+    monkeypatch.setattr("recllm.export.export_run", lambda *_: [failed, kept])
+    assert "fp32: bundle-fp32" in recllm_says(capsys, "export", tiny_run)[0]
+
+
+def test_one_history_prints_titles_and_shares(capsys, tiny_bundle):
+    out, err = recllm_says(capsys, "recommend", tiny_bundle, "--history", "0 2 99", "-k", "3")
+    head, *rows = out.splitlines()
+    expected = recllm.load(tiny_bundle).recommend([["0", "2"]], k=3)
+    assert head.split()[:4] == ["rank", "item", "title", "score"]
+    assert head.split()[4:] == list(expected.shares)
+    assert [row.split()[1] for row in rows] == expected.ids[0]
+    assert all(" film " in row for row in rows)
+    assert "passed over: 99" in err
+
+
+def test_recommend_reads_and_writes_files(capsys, tiny_bundle, tmp_path, checkerboard_folder):
+    (tmp_path / "ids.csv").write_text("user_id\nu0\nu1\n", encoding="utf-8")
+    log = ("--interactions", checkerboard_folder / "interactions.csv")
+    out, _ = recllm_says(
+        capsys, "recommend", tiny_bundle, tmp_path / "ids.csv", "--out", tmp_path / "out.parquet", "-k", "2", *log
+    )
+    assert "4 lines for 2 users" in out
+    found = pl.read_parquet(tmp_path / "out.parquet")
+    assert found["user_id"].to_list() == ["u0", "u0", "u1", "u1"]
+
+
+def test_score_by_a_bundle(capsys, tiny_bundle, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"history": ["0"], "candidates": ["2", "3"]}\n', encoding="utf-8")
+    recllm_says(
+        capsys, *("score", "--bundle", tiny_bundle, "--users", tmp_path / "in.jsonl"), "--out", tmp_path / "o.jsonl"
+    )
+    found = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["item_id"] for row in found] == ["2", "3"]
+
+
+def test_new_items_are_scored_zero_shot(capsys, tmp_path, tiny_lm_folder, checkerboard_folder):
+    (tmp_path / "new.csv").write_text(
+        "item_id,title,plot\nn1,Red film 30,A Drama\nn2,Blue film 31,\n", encoding="utf-8"
+    )
+    (tmp_path / "users.jsonl").write_text('{"history": ["0", "2"]}\n{"history": ["zz"]}\n', encoding="utf-8")
+    given = ("--items", tmp_path / "new.csv", "--history-items", checkerboard_folder / "items.csv")
+    where = ("--users", tmp_path / "users.jsonl", "--out", tmp_path / "out.csv", "--model", tiny_lm_folder)
+    out, _ = recllm_says(capsys, "score", *given, *where)
+    found = pl.read_csv(tmp_path / "out.csv")
+    assert found["item_id"].to_list() == ["n1", "n2", "n1", "n2"]
+    # A history of unknown items is not judged: what the model says of it is the calibration itself.
+    assert found["score"].is_null().to_list() == [False, False, True, True]
+    assert found["score"][0] != found["score"][1]
+    assert "1 item ids are not in the catalogue" in out
+
+
+def test_quickstart_ends_with_one_line_of_json(capsys, tmp_path, monkeypatch):
+    asked = {}
+
+    def walked(out, *, seed, resume, say, **more):
+        asked.update(out=out, seed=seed, resume=resume, **more)
+        say("1/5 Training")
+        return {"bars": {}, "seconds": {"total": 1.0}}
+
+    monkeypatch.setattr("recllm.quickstart.quickstart", walked)
+    out, err = recllm_says(capsys, "quickstart", "--json", "--out", tmp_path, "--seed", "4", "--steps", "2")
+    assert json.loads(out) == {"bars": {}, "seconds": {"total": 1.0}}
+    assert err == "1/5 Training\n"
+    assert asked == {"out": tmp_path, "seed": 4, "steps": 2, "resume": False}
+    assert recllm_says(capsys, "quickstart", "--out", tmp_path) == ("1/5 Training\n", "")
+
+
+def test_bench_runs_the_file_and_passes_its_exit_code_on(capsys, monkeypatch):
+    ran = []
+
+    def run(command, check):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    recllm_says(capsys, "bench", "speed", "--users", "5", code=3)
+    ((program, file, *rest),) = ran
+    assert program == sys.executable
+    assert Path(file).name == "speed.py"
+    assert rest == ["--users", "5"]

@@ -1,0 +1,264 @@
+"""Export: graphs equal torch, a recipe that breaks its tolerance leaves nothing behind and the others go on."""
+
+import shutil
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+import recllm
+from recllm import export
+from recllm.bundle import read_manifest
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.export import Tolerance, export_run, fidelity, load_recipe
+from recllm.files import read_json
+from recllm.fusion import FusedScorer, Fusion
+from recllm.lm import load_base, mean_pool
+from recllm.quantise import quantise
+from recllm.ranking import mask_seen, top_k
+from recllm.runs import load_run
+from recllm.tasks import prepare
+from recllm.trained import load_collaborative, load_language, load_light, sequence_scorer
+
+IMPOSSIBLE = """
+precision = "fp16"
+opset = 23
+[tolerance]
+max_difference = 0.0
+rank_correlation = 1.1
+top10_overlap = 0.5
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_run):
+    """The run, its task and its collaborative parts."""
+    run = load_run(tiny_run)
+    task = prepare(run)
+    return run, task, load_collaborative(run, task)
+
+
+@pytest.fixture(scope="module")
+def models(loaded):
+    run, task, parts = loaded
+    found = {"light": load_light(run, task, parts.features), "lm": load_language(run, task, parts.features)}
+    return {name: (model.eval(), history) for name, (model, history) in found.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(loaded, tiny_run, tiny_bundle, tmp_path_factory):
+    """What becomes of all recipes at once; the fp32 graphs are the bundle's, which saves writing them again."""
+    place = tmp_path_factory.mktemp("export")
+    shutil.copytree(tiny_run, place / "tiny", ignore=shutil.ignore_patterns("bundle-*"))
+    impossible = place / "impossible.toml"
+    impossible.write_text(IMPOSSIBLE, encoding="utf-8")
+
+    def copied(folder, *_):
+        folder.mkdir(parents=True)
+        for path in tiny_bundle.glob("*.onnx"):
+            if path.name != "catalogue.onnx":
+                shutil.copy(path, folder)
+
+    run, said = load_run(place / "tiny", [f"output={place}"]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_write_graphs", copied)
+        results = export_run(run, loaded[1], [str(impossible), "fp16", "int8"], say=said.append)
+    return run, {result.recipe: result for result in results}, str(impossible), said
+
+
+def session(path):
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", ["light", "lm"])
+@pytest.mark.parametrize(("rows", "length", "ends"), [(1, 2, 1), (1, 7, 3), (5, 9, 9), (3, 12, 1)])
+def test_the_history_graph_equals_torch(name, rows, length, ends, models, tiny_bundle):
+    random, (model, _) = np.random.default_rng([rows, length]), models[name]
+    with torch.inference_mode():
+        table = model.table()
+        ids, places = random.integers(len(table), size=(rows, length)), random.integers(length, size=(rows, ends))
+        expected = model.encode(torch.from_numpy(ids), torch.from_numpy(places), table).numpy()
+    feeds = {"ids": ids, "ends": places, "table": table.numpy()}
+    (found,) = session(tiny_bundle / f"{name}.onnx").run(None, feeds)
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["light", "lm"])
+def test_the_item_graph_equals_torch_with_parts_missing(name, models, tiny_bundle):
+    model, _ = models[name]
+    text, factors = model.text_vectors.numpy().copy(), model.item_factors.numpy().copy()
+    text[2], factors[3] = np.nan, np.nan
+    with torch.inference_mode():
+        given = torch.from_numpy(text), torch.from_numpy(factors)
+        expected = model.tokens(*given).numpy(), model.heads(*given).numpy()
+    graph = session(tiny_bundle / f"{name}-items.onnx")
+    for rows in (1, len(text)):
+        found = graph.run(["tokens", "heads"], {"text": text[:rows], "factors": factors[:rows]})
+        for side, wanted in zip(found, expected, strict=True):
+            assert side == pytest.approx(wanted[:rows], abs=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[4], [9, 2, 5]])
+def test_the_encoder_graph_equals_torch(lengths, tiny_bundle, tiny_lm_folder):
+    random, base = np.random.default_rng(0), load_base(tiny_lm_folder)
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    ids = random.integers(3, 60, size=mask.shape) * mask
+    (found,) = session(tiny_bundle / "encoder.onnx").run(None, {"ids": ids, "mask": mask})
+    for row, length in enumerate(lengths):
+        with torch.inference_mode():
+            hidden = base.model(input_ids=torch.from_numpy(ids[row : row + 1, :length])).last_hidden_state
+            expected = mean_pool(hidden, torch.ones(1, length, dtype=torch.long))[0].numpy()
+        assert found[row] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_bundle_gives_the_torch_scorers_top_10_for_200_users(loaded, models, tiny_run, tiny_bundle):
+    _, task, parts = loaded
+    random, catalog = np.random.default_rng(0), task.index.ids
+    histories = [tuple(random.choice(catalog, size=random.integers(0, 14), replace=False)) for _ in range(200)]
+    queries = [Query(tuple(map(str, history))) for history in histories]
+    scorers = parts.scorers() | {name: sequence_scorer(*found, task) for name, found in models.items()}
+    fused = FusedScorer(scorers, Fusion.load(tiny_run / "fusion.json"), task.split.train.item_counts())
+    scores = mask_seen(fused.score(queries, task.index), queries, task.index)
+    _, best = top_k(scores, 10)
+    found = recllm.load(tiny_bundle).recommend(histories, k=10)
+    for row, items in enumerate(found.ids):
+        own = scores[row, task.index.rows(items)]
+        # Place by place the score that torch gives; another order only where scores are this close.
+        assert own == pytest.approx(best[row], abs=1e-4)
+        assert found.scores[row] == pytest.approx(own, abs=1e-4)
+
+
+def test_every_recipe_is_reported_and_one_that_fails_is_left_out(exported):
+    run, results, impossible, said = exported
+    assert list(results) == [impossible, "fp16", "int8"]
+    failed = results[impossible]
+    assert failed.folder is None
+    assert any("rank_correlation is" in line and "at least 1.1 is asked" in line for line in failed.failures)
+    assert any("a score differs by" in line and "allowed 0.0" in line for line in failed.failures)
+    kept = {result.folder.name for result in results.values() if result.folder is not None}
+    assert {path.name for path in run.folder.glob("*bundle*")} == kept
+    assert not (run.folder / "graphs").exists()
+    assert len(said) >= len(results)
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8"])
+def test_smaller_recipes_are_gated_and_load(name, exported):
+    run, results, _, _ = exported
+    result = results[name]
+    assert set(result.parity) == {"light", "lm", "encoder"}
+    assert all(0 <= measured["top10_overlap"] <= 1 for measured in result.parity.values())
+    assert (result.folder is None) == bool(result.failures)
+    if result.folder is not None:
+        assert read_manifest(result.folder)["recipe"] == name
+        assert read_json(result.folder / "parity.json")["measured"] == result.parity
+        assert len(recllm.load(result.folder).recommend([["0", "2"]], k=3).ids[0]) == 3
+
+
+def test_half_precision_keeps_the_order_of_the_tiny_models(exported):
+    _, results, _, _ = exported
+    assert results["fp16"].failures == []
+    assert all(measured["rank_correlation"] > 0.998 for measured in results["fp16"].parity.values())
+
+
+@pytest.mark.parametrize(("precision", "causal"), [("fp16", None), ("int8", {"bits": 8, "block_size": 32, "accuracy_level": 0}), ("int8", None)])
+def test_a_quantised_graph_differs_a_little_and_not_much(precision, causal, models, tiny_bundle, tmp_path):
+    model, _ = models["lm"]
+    target = tmp_path / "lm.onnx"
+    quantise(tiny_bundle / "lm.onnx", target, precision, causal)
+    assert target.read_bytes() != (tiny_bundle / "lm.onnx").read_bytes()
+    feeds = {"ids": np.array([[0, 9, 11, 13]]), "ends": np.array([[3]]), "table": model.table().detach().numpy()}
+    whole, small = (session(path).run(None, feeds)[0][0, 0] for path in (tiny_bundle / "lm.onnx", target))
+    assert np.abs(whole - small).max() > 0
+    assert np.corrcoef(whole, small)[0, 1] > 0.95
+
+
+def test_the_manifest_says_what_is_inside(tiny_bundle, loaded):
+    manifest, task = read_manifest(tiny_bundle), loaded[1]
+    assert manifest["recipe"] == "fp32"
+    assert manifest["scorers"]["lm"] == manifest["scorers"]["light"] == "sequence"
+    assert tuple(manifest["scorers"]) == Fusion.load(tiny_bundle / "fusion.json").names
+    assert manifest["data"]["fingerprints"] == task.fingerprints()
+    parity = read_json(tiny_bundle / "parity.json")
+    assert parity["tolerance"] == load_recipe("fp32").tolerance.model_dump()
+    assert all(measured["max_difference"] <= 1e-3 for measured in parity["measured"].values())
+
+
+def test_an_untrained_run_says_how_to_train_it(loaded, tmp_path):
+    run = loaded[0].model_copy(update={"output": str(tmp_path)})
+    with pytest.raises(RecllmError, match="has no fitted fusion. Train the run first: recllm train"):
+        export_run(run, loaded[1], say=lambda _: None)
+
+
+def test_an_unknown_recipe_is_named_before_anything_loads(loaded):
+    with pytest.raises(RecllmError, match="'int9'. Did you mean 'int8'"):
+        export_run(loaded[0], loaded[1], ["fp32", "int9"], say=lambda _: None)
+
+
+def scores(*rows):
+    return np.array(rows, dtype=np.float32)
+
+
+def test_fidelity_of_equal_scores():
+    given = np.random.default_rng(0).normal(size=(5, 30)).astype(np.float32)
+    assert fidelity(given, given) == pytest.approx({"max_difference": 0.0, "rank_correlation": 1.0, "top10_overlap": 1})
+
+
+def test_fidelity_by_hand():
+    """Twelve columns; in one row of two the order is turned round, so of its ten best eight stay."""
+    up = np.arange(12)
+    found = fidelity(scores(up, up), scores(up + 0.5, up[::-1]))
+    assert found == pytest.approx({"max_difference": 11.0, "rank_correlation": 0.0, "top10_overlap": 0.9})
+
+
+def test_fidelity_leaves_out_what_nobody_scores():
+    nan = np.nan
+    found = fidelity(scores([1, 2, nan, 4], [nan] * 4), scores([1, 4, nan, 2], [nan] * 4))
+    assert found == pytest.approx({"max_difference": 2.0, "rank_correlation": 0.5, "top10_overlap": 1.0})
+
+
+def test_fidelity_of_rows_that_know_different_items():
+    nan = np.nan
+    found = fidelity(scores([1, 2, 3, nan], [nan, 5, 6, 7]), scores([1, 2, 3, nan], [nan, 7, 6, 5]))
+    assert found == pytest.approx({"max_difference": 2.0, "rank_correlation": 0.0, "top10_overlap": 1.0})
+
+
+def test_a_score_that_is_lost_or_no_number_fails_the_gate():
+    """A quantised graph that overflows gives NaN; that is a failure to report, not a crash."""
+    given = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32)
+    broken = given.copy()
+    broken[1, 3] = np.nan
+    tolerance = Tolerance(rank_correlation=0.1, top10_overlap=0.1)
+    for pair in ((given, broken), (broken, given), (given, np.full_like(given, np.inf))):
+        (said,) = [line for line in export._failures({"lm": fidelity(*pair)}, tolerance) if "no numbers" in line]
+        assert said == "lm: some of its scores are no numbers"
+
+
+def test_nothing_to_compare_proves_nothing():
+    measured = fidelity(scores([np.nan] * 3), scores([np.nan] * 3))
+    assert len(export._failures({"lm": measured}, Tolerance(rank_correlation=0.1, top10_overlap=0.1))) == 2
+
+
+def test_fidelity_does_not_take_ties_for_an_order():
+    """All scores equal is no order at all, whatever the columns' places say."""
+    given = np.arange(12, dtype=np.float32)[None]
+    assert fidelity(given, np.zeros_like(given))["rank_correlation"] == 0.0
+    assert fidelity(np.ones_like(given), np.zeros_like(given))["rank_correlation"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ({"max_difference": 0.2}, "lm: a score differs by 0.2, allowed 0.1"),
+        ({"rank_correlation": 0.8}, r"lm: rank_correlation is 0.8000, at least 0.9 is asked"),
+        ({"rank_correlation": float("nan")}, "lm: rank_correlation is nan"),
+        ({"top10_overlap": 0.5}, r"lm: top10_overlap is 0.5000, at least 0.9 is asked"),
+    ],
+)
+def test_what_breaks_a_tolerance_is_said(measured, words):
+    fine = {"max_difference": 0.0, "rank_correlation": 1.0, "top10_overlap": 1.0}
+    tolerance = Tolerance(max_difference=0.1, rank_correlation=0.9, top10_overlap=0.9)
+    assert export._failures({"lm": fine}, tolerance) == []
+    (said,) = export._failures({"lm": fine | measured}, tolerance)
+    assert words in said

@@ -1,0 +1,121 @@
+"""The catalogue graph: the same items, scores and shares as the fusion in numpy, for any weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from recllm.fitting import Evidence
+from recllm.fusion import BACKUP, Fusion
+from recllm.graphs import catalogue_graph
+from recllm.ranking import dot_scores, top_k
+
+USERS, ITEMS = 6, 30
+WIDTHS = {"a": 3, "b": 1, "c": 5}
+
+
+def fusion(seed=0, gates=(1.0, 1.0, 1.0)):
+    theta = np.random.default_rng(seed).normal(size=(3, 3))
+    return Fusion(tuple(WIDTHS), theta, gates, user=Evidence.of([0, 3, 9]), item=Evidence.of([1, 5, 50]))
+
+
+def vectors(seed=0):
+    random = np.random.default_rng([seed, 1])
+    rows = {"queries": USERS, "items": ITEMS}
+    return {
+        f"{name}_{side}": random.normal(size=(count, width)).astype(np.float32)
+        for name, width in WIDTHS.items()
+        for side, count in rows.items()
+    }
+
+
+def counts(seed=0):
+    random = np.random.default_rng([seed, 2])
+    return random.integers(0, 30, USERS), random.integers(0, 80, ITEMS)
+
+
+def run(tmp_path, given, feeds, n_user, n_item, seen, k):
+    catalogue_graph(given, WIDTHS, tmp_path / "catalogue.onnx")
+    session = ort.InferenceSession(tmp_path / "catalogue.onnx", providers=["CPUExecutionProvider"])
+    facts = {"n_user": n_user, "n_item": n_item, "seen": seen, "k": np.array([k])}
+    return session.run(["rows", "scores", "shares"], feeds | facts)
+
+
+def expected(given, feeds, n_user, n_item, seen, k):
+    scores = {name: dot_scores(feeds[f"{name}_queries"], feeds[f"{name}_items"]) for name in WIDTHS}
+    fused, shares = given.fuse(scores, n_user, n_item)
+    for row, columns in enumerate(seen):
+        fused[row, columns[columns >= 0]] = np.nan
+    rows, best = top_k(fused, k)
+    return rows, best, np.stack([np.take_along_axis(share, np.maximum(rows, 0), 1) for share in shares.values()], 1)
+
+
+def agree(found, wanted):
+    rows, scores, shares = wanted
+    assert np.array_equal(found[0], rows)
+    assert found[1] == pytest.approx(scores, abs=2e-5, nan_ok=True)
+    there = np.broadcast_to((rows >= 0)[:, None], shares.shape)
+    assert found[2][there] == pytest.approx(shares[there], abs=2e-5)
+    assert found[2].sum(axis=1)[rows >= 0] == pytest.approx(scores[rows >= 0], abs=2e-5)
+
+
+NONE_SEEN = np.full((USERS, 1), -1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_the_fusion_for_any_weights(seed, tmp_path):
+    random = np.random.default_rng([seed, 3])
+    feeds = vectors(seed)
+    feeds["a_queries"][1] = feeds["c_queries"][4] = np.nan
+    feeds["a_items"][random.permutation(ITEMS)[:5]] = np.nan
+    feeds["c_items"][random.permutation(ITEMS)[:9]] = np.nan
+    seen = np.where(random.random((USERS, 7)) < 0.7, random.integers(0, ITEMS, (USERS, 7)), -1)
+    given = (fusion(seed), feeds, *counts(seed), seen, 10)
+    agree(run(tmp_path, *given), expected(*given))
+
+
+def test_items_that_nobody_knows_and_seen_ones_are_left_out(tmp_path):
+    feeds = vectors()
+    for name in WIDTHS:
+        feeds[f"{name}_items"][[4, 5]] = np.nan
+        feeds[f"{name}_queries"][2] = np.nan
+    seen = np.array([[0, ITEMS - 1], [-1, -1], [-1, 3], [7, 7], [4, -1], [-1, 0]])
+    given = (fusion(), feeds, *counts(), seen, ITEMS)
+    found = run(tmp_path, *given)
+    agree(found, expected(*given))
+    missing = (found[0] < 0).sum(axis=1)
+    assert missing.tolist() == [4, 2, ITEMS, 3, 2, 3]
+    assert {0, ITEMS - 1, 4, 5}.isdisjoint(found[0][0])
+
+
+def test_ties_go_to_the_earlier_item(tmp_path):
+    feeds = {name: np.ones_like(value) for name, value in vectors().items()}
+    for name in WIDTHS:
+        feeds[f"{name}_items"][10:20] = 2.0
+    flat = replace(fusion(), theta=np.zeros((3, 3)))  # no evidence: all of a kind have the same score
+    found = run(tmp_path, flat, feeds, *counts(), NONE_SEEN, 15)
+    assert (found[0] == [*range(10, 20), *range(5)]).all()
+
+
+def test_a_constant_scorer_says_nothing(tmp_path):
+    feeds = vectors()
+    feeds["b_items"][:] = 3.3
+    given = (fusion(), feeds, *counts(), NONE_SEEN, ITEMS)
+    found = run(tmp_path, *given)
+    agree(found, expected(*given))
+    assert not found[2][:, 1].any()
+
+
+def test_a_single_chosen_scorer_leaves_the_others_as_backup(tmp_path):
+    feeds = vectors()
+    feeds["a_queries"][0] = np.nan
+    given = (fusion(gates=(1.0, BACKUP, BACKUP)), feeds, *counts(), NONE_SEEN, 8)
+    found = run(tmp_path, *given)
+    agree(found, expected(*given))
+    assert (found[0][0] >= 0).all()
+
+
+def test_counts_outside_what_was_fitted_are_clipped(tmp_path):
+    given = (fusion(), vectors(), np.full(USERS, 10**6), np.zeros(ITEMS, dtype=np.int64), NONE_SEEN, 5)
+    agree(run(tmp_path, *given), expected(*given))

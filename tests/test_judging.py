@@ -1,0 +1,242 @@
+"""Judging: a language model learns who likes what, on labelled pairs, beside the scorers of ratings."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.files import read_json
+from recllm.judging import AskedAbout, load_relevance, rating_scorers
+from recllm.outcome import FUSION, evaluate_run
+from recllm.ranking import ItemIndex
+from recllm.runs import Run
+from recllm.tasks import prepare
+from recllm.train import known_scores, train_run
+from recllm.trained import load_collaborative
+
+WITHOUT = "fusion without relevance"
+
+
+@pytest.fixture(scope="module")
+def given_folder(rated_checkerboard, tmp_path_factory):
+    """Everybody likes red (even) items and no blue ones; items 20 to 23 are in the test rows only.
+
+    So who reads their text knows them, and who learns by id does not.
+    """
+    folder, rng = tmp_path_factory.mktemp("board"), np.random.default_rng(0)
+    parts, events = {"train": [], "valid": [], "test": []}, []
+    for user in range(40):
+        rows = [(str(item), int(item % 2 == 0)) for item in rng.permutation(20)[:10]]
+        events += [(f"u{user}", item, float(label), seq) for seq, (item, label) in enumerate(rows)]
+        for place in range(1, 10):
+            parts["train" if place < 8 else "valid"].append(_row(user, rows[:place], *rows[place]))
+        parts["test"] += [_row(user, rows, str(item), int(item % 2 == 0)) for item in (20, 21, 22, 23)]
+    schema = ["user_id", "item_id", "rating", "seq"]
+    pl.DataFrame(events, schema=schema, orient="row").write_parquet(folder / "interactions.parquet")
+    rated_checkerboard.catalog.frame.write_parquet(folder / "items.parquet")
+    for part, made in parts.items():
+        pl.DataFrame(made).write_parquet(folder / f"{part}.parquet")
+    return folder
+
+
+def _row(user, known, item, label):
+    history, labels = ([entry[place] for entry in known] for place in (0, 1))
+    return {"user_id": f"u{user}", "target": item, "label": label, "history": history, "history_label": labels}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def settings(data, model, output, encoder, **train):
+    return Run.model_validate(
+        {
+            "name": "judge",
+            "output": str(output),
+            "data": {"name": str(data), "split": "given"},
+            "model": {"name": str(model), "item_encoder": str(encoder), "task": "relevance", "max_history": 2},
+            "adapter": {"lora_dropout": 0.0},
+            "light": {"num_train_epochs": 0},
+            "cf": {"factors": 4},
+            "train": {
+                "learning_rate": 1e-2,
+                "head_learning_rate": 1e-2,
+                "num_train_epochs": 3,
+                "eval_steps": 20,
+                **train,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module", params=["tiny_lm_folder", "tiny_encoder_folder"])
+def trained(request, given_folder, tiny_encoder_folder, cache, tmp_path_factory):
+    model = request.getfixturevalue(request.param)
+    run = settings(given_folder, model, tmp_path_factory.mktemp("runs"), tiny_encoder_folder)
+    return run, train_run(run, say=lambda _: None)
+
+
+def tables(run, task, say=lambda _: None):
+    scores = known_scores(run, task, load_collaborative(run, task), say)
+    return {part: evaluate_run(run, task, scores[part], part=part) for part in ("valid", "test")}
+
+
+def test_it_learns_what_is_liked_of_items_without_events_too(trained):
+    run, task = trained
+    table = tables(run, task)["test"]
+    assert set(table.scorers) >= {"popularity", "item_mean", "user_mean", "mf", "explicit", "text", "relevance", FUSION}
+    assert table.interval("relevance", "AUC")[0] > 0.95
+    assert table.interval("item_mean", "scored")[0] == 0.0
+    assert table.interval(FUSION, "AUC")[0] > table.interval(WITHOUT, "AUC")[0]
+    assert table.counts == {"all": (160, 40), "cold item": (160, 40)}
+    assert table.interval("relevance", "scored")[0] == 1.0
+
+
+def test_the_run_folder_has_it_all(trained):
+    run, _ = trained
+    files = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
+    assert files >= {
+        "lm/model.safetensors",
+        "fusion.json",
+        "fusion-without-relevance.json",
+        "scores/relevance.npy",
+        "cf/explicit_mf.json",
+        "cf/item_mean.json",
+        "metrics.jsonl",
+    }
+    assert not (run.folder / "checkpoints" / "relevance").exists()
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["scorer"] for line in lines} == {"relevance"}
+    assert any("eval_auc" in line for line in lines)
+    relevance = np.load(run.folder / "scores" / "relevance.npy")
+    assert relevance.shape == (80 + 160,)
+    assert "relevance" not in json.loads((run.folder / "fusion-without-relevance.json").read_text())["names"]
+
+
+def test_a_finished_run_is_only_read_again(trained):
+    run, task = trained
+    before = tables(run, task)["test"].interval("relevance", "AUC")
+    weights = (run.folder / "lm" / "model.safetensors").stat().st_mtime_ns
+    said = []
+    train_run(run, resume=True, say=said.append)
+    assert (run.folder / "lm" / "model.safetensors").stat().st_mtime_ns == weights
+    assert not any("Fine-tuning" in line or "Scoring" in line for line in said)
+    assert tables(run, task)["test"].interval("relevance", "AUC") == before
+
+
+def test_the_loaded_scorer_gives_the_kept_scores(trained):
+    run, task = trained
+    scorer = load_relevance(run, task)
+    assert not scorer.calibrated
+    rows = task.split.test[:9]
+    found = scorer.score_pairs([row.query for row in rows], [row.item_id for row in rows])
+    kept = np.load(run.folder / "scores" / "relevance.npy")[len(task.split.valid) :][:9]
+    assert found == pytest.approx(kept, abs=1e-4)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path, monkeypatch
+):
+    from safetensors.numpy import load_file
+
+    from recllm import loop
+
+    keys = {"eval_steps": 5, "max_steps": 15}
+    whole = settings(given_folder, tiny_lm_folder, tmp_path / "whole", tiny_encoder_folder, **keys)
+    train_run(whole, say=lambda _: None)
+    cut = settings(given_folder, tiny_lm_folder, tmp_path / "cut", tiny_encoder_folder, **keys)
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.MetricsFile, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(cut, say=lambda _: None)
+    monkeypatch.undo()
+    assert (cut.folder / "checkpoints" / "relevance" / "checkpoint-5").is_dir()
+    train_run(cut, resume=True, say=lambda _: None)
+    expected, found = (load_file(run.folder / "lm" / "model.safetensors") for run in (whole, cut))
+    assert set(found) == set(expected)
+    assert all(found[name] == pytest.approx(value, abs=1e-5) for name, value in expected.items())
+
+
+def test_without_an_adapter_a_causal_model_answers_zero_shot(
+    given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path
+):
+    run = settings(given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder)
+    run = run.model_copy(update={"adapter": run.adapter.model_validate({"recipe": "none"})})
+    task = train_run(run, say=lambda _: None)
+    assert load_relevance(run, task).calibrated
+    assert not (run.folder / "metrics.jsonl").exists()
+    assert "relevance" in tables(run, task)["test"].scorers
+
+
+def test_validation_of_one_label_says_so(given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path):
+    folder = tmp_path / "board"
+    folder.mkdir()
+    for path in given_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    valid = pl.read_parquet(folder / "valid.parquet").with_columns(label=pl.lit(0))
+    valid.write_parquet(folder / "valid.parquet")
+    run = settings(folder, tiny_lm_folder, tmp_path, tiny_encoder_folder)
+    with pytest.raises(RecllmError, match="its 80 rows that have a history and text do not have both labels"):
+        train_run(run, say=lambda _: None)
+
+
+def test_without_ratings_negatives_are_sampled(checkerboard, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path):
+    folder = tmp_path / "board"
+    folder.mkdir()
+    checkerboard.interactions.frame.drop("rating").write_parquet(folder / "interactions.parquet")
+    checkerboard.catalog.frame.write_parquet(folder / "items.parquet")
+    run = settings(folder, tiny_lm_folder, tmp_path, tiny_encoder_folder, max_steps=2)
+    run = run.model_copy(update={"data": run.data.model_copy(update={"split": "leave-last-out"})})
+    task = train_run(run, say=lambda _: None)
+    table = tables(run, task)["test"]
+    assert table.counts["all"] == (80, 40)
+    assert set(table.scorers) == {"popularity", "mf", "ease", "text", "relevance", WITHOUT, FUSION}
+    assert table.interval("mf", "AUC")[0] > 0.85  # the halves of the board
+    assert read_json(run.folder / "lm" / "done.json")["rows"] == 3 * 2 * (40 * 7)
+
+
+class HistoryLength:
+    def score(self, queries, candidates):
+        return np.array([[len(query.history)] * len(candidates) for query in queries], np.float32)
+
+
+def test_a_scorer_can_be_asked_about_another_query():
+    scorer = AskedAbout(HistoryLength(), lambda query: Query(query.history[:1]))
+    assert scorer.score([Query(("a", "b")), Query(())], ItemIndex(["x"])).tolist() == [[1.0], [0.0]]
+
+
+def test_scorers_of_likes_see_liked_items_only(trained):
+    run, task = trained
+    row = task.split.test[0]
+    query = row.query
+    liked = Query(
+        tuple(item for item, rating in zip(query.history, query.ratings, strict=True) if rating),
+        query.user_id,
+        tuple(rating for rating in query.ratings if rating),
+    )
+    scorers, index = rating_scorers(run, task, load_collaborative(run, task)), ItemIndex(task.index.ids)
+    assert liked != query
+    for name in ("mf", "text"):
+        assert np.array_equal(scorers[name].score([query], index), scorers[name].score([liked], index), equal_nan=True)
+    # Explicit factors take the dislikes too, and a query without ratings is one of the training user.
+    assert not np.array_equal(scorers["explicit"].score([query], index), scorers["explicit"].score([liked], index))
+    bare = Query(query.history, query.user_id)
+    own = task.split.train.histories()[query.user_id]
+    assert np.array_equal(
+        scorers["explicit"].score([bare], index), scorers["explicit"].score([own], index), equal_nan=True
+    )
+
+
+def test_the_given_split_is_prepared(given_folder, tiny_lm_folder, tiny_encoder_folder, tmp_path):
+    task = prepare(settings(given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder))
+    assert (len(task.split.train), len(task.split.valid), len(task.split.test)) == (320, 80, 160)

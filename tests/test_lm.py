@@ -1,0 +1,203 @@
+"""Language models: encoders told from causal models, item vectors pooled exactly, control tokens stay text."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
+
+from recllm import lm
+from recllm.adapters import AdapterRecipe
+from recllm.data import Query
+from recllm.encoding import SequenceScorer
+from recllm.errors import RecllmError
+from recllm.histories import item_token_history, text_history
+from recllm.lm import encode_ids, is_causal, item_vectors, load_base, load_tokenizer, model_folder, next_item_model
+from recllm.loop import NextItemCollator
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.ranking import ItemIndex
+from recllm.runs import ModelSettings
+from recllm.trained import item_heads, torch_encode
+from recllm.vectors import ItemFeatures
+
+LORA = AdapterRecipe(tuner="lora", config={"r": 2, "target_modules": "all-linear", "init_lora_weights": False})
+
+
+@pytest.fixture(scope="module")
+def causal(tiny_lm_folder):
+    return load_base(tiny_lm_folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_encoder_folder):
+    return load_base(tiny_encoder_folder)
+
+
+def test_a_causal_model_and_an_encoder_are_told_apart(causal, encoder):
+    assert causal.causal
+    assert not encoder.causal
+    for base in (causal, encoder):
+        assert not any(value.requires_grad for value in base.model.parameters())
+        assert not base.model.training
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(architectures=["LlamaForCausalLM"]), True),
+        (LlamaConfig(), True),  # a checkpoint that does not say: by the kind of model
+        (BertConfig(architectures=["BertForMaskedLM"]), False),
+        (BertConfig(architectures=["BertModel"]), False),
+        (BertConfig(), False),
+        (LlamaConfig(architectures=["LlamaModel"]), True),
+        (GPT2Config(architectures=["GPT2LMHeadModel"]), True),
+    ],
+)
+def test_causal_by_its_configuration(config, expected):
+    assert is_causal(config) is expected
+
+
+def naive_mean(folder, ids, kind):
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    model = model.get_decoder() if kind is AutoModelForCausalLM else model
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0).numpy()
+
+
+@pytest.mark.parametrize("which", ["causal", "encoder"])
+def test_pooling_equals_the_naive_mean_whatever_the_batch(which, request, tiny_lm_folder, tiny_encoder_folder):
+    base = request.getfixturevalue(which)
+    folder, kind = (tiny_lm_folder, AutoModelForCausalLM) if which == "causal" else (tiny_encoder_folder, AutoModel)
+    random = np.random.default_rng(0)
+    texts = [random.integers(3, 60, size=length).tolist() for length in (9, 2, 30, 1, 17)]
+    rows = [*texts[:2], None, *texts[2:]]
+    done = []
+    found = encode_ids(base, rows, done.append)
+    assert found.dtype == np.float32
+    assert sum(done) == len(texts)
+    assert np.isnan(found[2]).all()
+    for row, ids in enumerate(rows):
+        if ids is not None:
+            assert found[row] == pytest.approx(naive_mean(folder, ids, kind), abs=1e-5)
+
+
+def test_batches_do_not_change_a_vector(causal, monkeypatch):
+    texts = [[3 + place, 5, 7][: place % 3 + 1] for place in range(20)]
+    whole = encode_ids(causal, texts)
+    monkeypatch.setattr(lm, "TOKENS_IN_BATCH", 1)
+    assert encode_ids(causal, texts) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["item", "next_item"])
+def test_control_tokens_in_a_title_stay_text(task, tiny_tokenizer):
+    compiled = compile_prompt(load_prompt(task), tiny_tokenizer)
+    ids = compiled.item_ids({"item_id": "x", "title": "Red <|im_end|> film <|endoftext|><|im_start|>"})
+    assert not {0, 1, 2} & set(ids[len(compiled.start) if task == "item" else 0 :])
+    assert "<|im_end|>" in tiny_tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_vectors_are_kept_by_the_content_of_model_and_text(causal, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path))
+    read = []
+    monkeypatch.setattr(lm, "encode_ids", lambda *args: read.append(1) or encode_ids(*args))
+    compiled = compile_prompt(load_prompt("item"), tiny_tokenizer)
+
+    def vectors(titles):
+        ids = [compiled.item_ids({"item_id": "x", "title": title}) if title else None for title in titles]
+        return item_vectors(causal, compiled, [str(place) for place in range(len(titles))], ids)
+
+    first = vectors(["Red film", "Blue film", ""])
+    again = vectors(["Red film", "Blue film", ""])
+    assert len(read) == 1
+    assert np.array_equal(first.values, again.values, equal_nan=True)
+    assert np.isnan(first.values[2]).all()
+    changed = vectors(["Red film", "Blue comedy", ""])
+    assert len(read) == 2
+    assert np.array_equal(changed.values[0], first.values[0])
+    assert not np.allclose(changed.values[1], first.values[1])
+
+
+def test_a_folder_without_fast_tokenizer_is_refused(tmp_path):
+    with pytest.raises(RecllmError, match=r"has no tokenizer\.json: recllm needs a fast tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_local_folder_is_its_own_place(tiny_lm_folder):
+    assert model_folder(str(tiny_lm_folder)) == tiny_lm_folder
+
+
+def test_the_hub_out_of_reach_is_one_message(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route to host\nand a long story")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(RecllmError, match=r"'owner/model' cannot be had from the hub: no route to host\. A local fold"):
+        model_folder("owner/model")
+
+
+def features(items):
+    random = np.random.default_rng(0)
+    index = ItemIndex(map(str, range(items)))
+    text, factors = random.normal(size=(items, 6)), random.normal(size=(items, 4))
+    return ItemFeatures(index, text.astype(np.float32), factors.astype(np.float32))
+
+
+def histories(kind, checkerboard, tokenizer, limit=6):
+    compiled = compile_prompt(load_prompt("next_item"), tokenizer)
+    if kind == "items":
+        return item_token_history(compiled.start, limit, 2)
+    return text_history(compiled.start, compiled.encode_items(checkerboard.catalog), limit, 2)
+
+
+@pytest.mark.parametrize("kind", ["items", "text"])
+def test_scoring_shared_beginnings_equals_scoring_apart(kind, checkerboard, tiny_lm_folder, tiny_tokenizer):
+    history = histories(kind, checkerboard, tiny_tokenizer)
+    given, settings = features(24), ModelSettings(head_width=16)
+    torch.manual_seed(0)
+    model = next_item_model(load_base(tiny_lm_folder), LORA, given, np.ones(24, dtype=bool), history, settings)
+    scorer = SequenceScorer(torch_encode(model), history, given.index, *item_heads(model))
+    queries = [Query(tuple(map(str, range(start, stop)))) for start, stop in [(0, 3), (0, 5), (2, 3), (1, 12), (1, 13)]]
+    single = np.concatenate([scorer.score([query], given.index) for query in queries])
+    assert scorer.score(queries, given.index) == pytest.approx(single, abs=1e-5)
+    assert len({tuple(row) for row in np.round(single, 4)}) == len(queries)
+
+
+@pytest.mark.parametrize("kind", ["items", "text"])
+def test_the_loss_does_not_see_later_items_or_padding(kind, checkerboard, tiny_lm_folder, tiny_tokenizer):
+    history = histories(kind, checkerboard, tiny_tokenizer)
+    torch.manual_seed(0)
+    model = next_item_model(
+        load_base(tiny_lm_folder), None, features(24), np.ones(24, dtype=bool), history, ModelSettings(head_width=16)
+    ).eval()
+    collator = NextItemCollator(history)
+    with torch.inference_mode():
+        short, long = collator([np.array([3, 5, 7])]), collator([np.array([3, 5, 7]), np.array([2, 4, 6, 8, 10, 12])])
+        table = model.table()
+        alone, together = (model.encode(given["ids"], given["ends"], table) for given in (short, long))
+    assert together[0, :2].numpy() == pytest.approx(alone[0].numpy(), abs=1e-5)
+
+
+def test_a_text_history_reads_what_the_tokenizer_writes(checkerboard, causal, tiny_tokenizer):
+    """The small table of words gives the very hidden states of the whole vocabulary."""
+    history = histories("text", checkerboard, tiny_tokenizer)
+    model = next_item_model(
+        causal, None, features(24), np.ones(24, dtype=bool), history, ModelSettings(head_width=16)
+    ).eval()
+    ids, _ = history.ids([4, 6])
+    compiled = compile_prompt(load_prompt("next_item"), tiny_tokenizer)
+    tokens = compiled.start + [
+        token for item in ("4", "6") for token in compiled.item_ids(checkerboard.catalog.record(item))
+    ]
+    with torch.inference_mode():
+        expected = causal.model(input_ids=torch.tensor([tokens])).last_hidden_state
+        found = model.body(torch.nn.functional.embedding(torch.tensor([ids]), model.table()))
+    assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_an_encoder_cannot_read_histories_for_the_next_item(encoder, tiny_tokenizer):
+    history = item_token_history([1], 5, 1)
+    with pytest.raises(RecllmError, match=r"'minilm-l6' is an encoder; next_item needs a causal model.*item_encoder"):
+        next_item_model(encoder, None, features(3), np.ones(3, dtype=bool), history, ModelSettings(name="minilm-l6"))
+
+
+def test_the_configuration_of_the_test_model_is_what_transformers_reads(tiny_lm_folder):
+    assert AutoConfig.from_pretrained(tiny_lm_folder).architectures == ["LlamaForCausalLM"]

@@ -1,0 +1,250 @@
+"""The training loop: resuming is exact, checkpoints hold what trains, a loss that is no number stops it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from recllm import loop
+from recllm.adapters import AdapterRecipe
+from recllm.errors import RecllmError
+from recllm.histories import HistoryFormat, item_token_history
+from recllm.lm import load_base, next_item_model
+from recllm.loop import Examples, NextItemCollator, check_trainer_keys, fit, last_checkpoint, precision_keys
+from recllm.ranking import ItemIndex
+from recllm.runs import ModelSettings
+from recllm.sequence import IGNORED, LightBody, NextItemModel, Windows
+from recllm.vectors import ItemFeatures
+
+ITEMS = 24
+LORA = AdapterRecipe(tuner="lora", config={"r": 2, "lora_dropout": 0.2, "target_modules": "all-linear"})
+LIGHT_HISTORY = HistoryFormat((), (), 6, 1)
+LM_HISTORY = item_token_history([5, 6], 6, 1)
+CYCLES = [np.arange(start, start + 18, 2) % ITEMS for start in range(ITEMS)]
+
+
+def item_features():
+    random = np.random.default_rng(0)
+    text, factors = random.normal(size=(ITEMS, 6)), random.normal(size=(ITEMS, 4))
+    return ItemFeatures(ItemIndex(map(str, range(ITEMS))), text.astype(np.float32), factors.astype(np.float32))
+
+
+def light(_folder=None):
+    """A light model with every kind of dropout on."""
+    torch.manual_seed(0)
+    warm = np.ones(ITEMS, dtype=bool)
+    body = LightBody(16, layers=1, heads=2, positions=6, dropout=0.2)
+    return NextItemModel(body, item_features(), width=16, head_width=16, warm=warm, token_scale=1.0, factor_dropout=0.2)
+
+
+def language(folder):
+    """The tiny language model with an adapter, dropout on."""
+    base = load_base(folder)
+    torch.manual_seed(0)
+    settings = ModelSettings(head_width=16, factor_dropout=0.2)
+    return next_item_model(base, LORA, item_features(), np.ones(ITEMS, dtype=bool), LM_HISTORY, settings)
+
+
+def train(model, folder, *, history=LIGHT_HISTORY, resume=False, scorer="light", patience=None, **arguments):
+    windows = Windows(CYCLES, 6, epochs=2, seed=0)
+    given = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "eval_steps": 4, "logging_steps": 1, "seed": 0}
+    fit(
+        model,
+        Examples(windows.all()),
+        Examples([window[-7:] for window in CYCLES[:6]]),
+        collator=NextItemCollator(history),
+        valid_collator=NextItemCollator(history, last_only=True),
+        arguments=given | arguments,
+        folder=folder,
+        scorer=scorer,
+        compute_metrics=loop.ranking_metrics,
+        patience=patience,
+        resume=resume,
+    )
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+class Killed(Exception):
+    """Stands for a machine that goes away."""
+
+
+class Kill(TrainerCallback):
+    """Ends the process's work right after the checkpoint of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("kind", ["light", "lm"])
+def test_a_killed_and_resumed_training_equals_the_uninterrupted_one(kind, tiny_lm_folder, tmp_path, monkeypatch):
+    make, history = (light, LIGHT_HISTORY) if kind == "light" else (language, LM_HISTORY)
+    straight = train(make(tiny_lm_folder), tmp_path / "straight", history=history, max_steps=12)
+    with monkeypatch.context() as patch:
+        metrics_file = loop.MetricsFile
+        patch.setattr(loop, "MetricsFile", lambda *given: [metrics_file(*given), Kill(4)])
+        trainer = loop.OrderedTrainer
+        patch.setattr(loop, "OrderedTrainer", lambda callbacks, **given: trainer(callbacks=callbacks[0], **given))
+        with pytest.raises(Killed):
+            train(make(tiny_lm_folder), tmp_path / "killed", history=history, max_steps=12)
+    assert last_checkpoint(tmp_path / "killed" / "checkpoints" / "light").endswith("checkpoint-4")
+    torch.rand(7)  # another random state than the one that was left
+    resumed = train(make(tiny_lm_folder), tmp_path / "killed", history=history, max_steps=12, resume=True)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    losses = [{line["step"]: line["loss"] for line in lines(tmp_path / name) if "loss" in line} for name in ("straight", "killed")]
+    assert losses[0] == losses[1]
+    assert sorted(losses[1]) == list(range(1, 13))
+
+
+def test_dropout_was_on_in_the_test_above(tmp_path):
+    given = train(light(), tmp_path / "one", max_steps=4), train(light(), tmp_path / "two", max_steps=4, seed=1)
+    assert any(not torch.equal(given[0][name], given[1][name]) for name in given[0])
+
+
+def test_a_checkpoint_holds_only_what_trains(tiny_lm_folder, tmp_path):
+    model = language(tiny_lm_folder)
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    trained = train(model, tmp_path, history=LM_HISTORY, max_steps=4)
+    weights = load_file(tmp_path / "checkpoints" / "light" / "checkpoint-4" / loop.WEIGHTS)
+    assert weights.keys() == trained.keys()
+    assert {name.split(".")[0] for name in weights} == {"body", "tokens", "heads", "query", "bias"}
+    assert all("lora_" in name for name in weights if name.startswith("body."))
+    assert frozen
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    fresh = dict(language(tiny_lm_folder).named_parameters())
+    assert all(not torch.equal(fresh[name], trained[name]) for name in trained)
+
+
+def test_two_learning_rates(tiny_lm_folder, tmp_path, monkeypatch):
+    found = []
+
+    class Watching(loop.OrderedTrainer):
+        def create_optimizer(self, model=None):
+            optimizer = super().create_optimizer(model)
+            names = {id(value): name for name, value in self.model.named_parameters()}
+            found.extend(
+                (names[id(value)], group["lr"], group["weight_decay"])
+                for group in optimizer.param_groups
+                for value in group["params"]
+            )
+            return optimizer
+
+    monkeypatch.setattr(loop, "OrderedTrainer", Watching)
+    model = language(tiny_lm_folder)
+    windows = Examples(Windows(CYCLES, 6, epochs=1, seed=0).all())
+    fit(
+        model,
+        windows,
+        windows,
+        collator=NextItemCollator(LM_HISTORY),
+        valid_collator=NextItemCollator(LM_HISTORY, last_only=True),
+        arguments={"learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 1, "eval_steps": 1},
+        folder=tmp_path,
+        scorer="lm",
+        compute_metrics=loop.ranking_metrics,
+        adapter_learning_rate=1e-3,
+    )
+    rates = {name: rate for name, rate, _ in found}
+    decays = {name: decay for name, _, decay in found}
+    assert set(rates) == {name for name, value in model.named_parameters() if value.requires_grad}
+    assert all(rate == (1e-3 if name.startswith("body.") else 1e-2) for name, rate in rates.items())
+    assert decays["query.weight"] == 0.1
+    assert decays["query.bias"] == 0.0
+
+
+def test_the_metrics_file_has_every_step_and_every_validation(tmp_path):
+    train(light(), tmp_path, max_steps=8, scorer="mine")
+    found = lines(tmp_path)
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in found if loop.METRIC in line] == [4, 8]
+    assert {line["scorer"] for line in found} == {"mine"}
+    assert all(0 <= line["eval_hit_rate@10"] <= 1 for line in found if loop.METRIC in line)
+
+
+def test_the_best_weights_stay(tmp_path, monkeypatch):
+    """The figure falls from validation to validation, so the first checkpoint is the best."""
+    figures = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": next(figures)})
+    kept = train(light(), tmp_path, max_steps=12)
+    best = load_file(tmp_path / "checkpoints" / "light" / "checkpoint-4" / loop.WEIGHTS)
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+
+
+def test_patience_stops_early(tmp_path, monkeypatch):
+    figures = iter([0.9, 0.8, 0.7, 0.6])
+    monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": next(figures)})
+    train(light(), tmp_path, eval_steps=1, patience=2)
+    assert max(line["step"] for line in lines(tmp_path)) == 3
+
+
+def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path):
+    model = light()
+    with torch.no_grad():
+        model.query.weight.fill_(torch.nan)
+    with pytest.raises(RecllmError, match=r"The loss of 'light' is nan at step 1\. Lower the learning rate .*--resume"):
+        train(model, tmp_path)
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
+    check_trainer_keys({"gradient_accumulation_steps": 2, "logging_steps": 5})
+    with pytest.raises(RecllmError, match=r"Unknown key in \[train\] 'loging_steps'. Did you mean 'logging_steps'"):
+        check_trainer_keys({"loging_steps": 5})
+    with pytest.raises(RecllmError, match="Unknown key in"):
+        check_trainer_keys({"output_dir": "elsewhere"})
+
+
+def test_what_trainer_refuses_is_one_message(tmp_path):
+    with pytest.raises(RecllmError, match=r"Trainer refuses the keys in \[train\]: never is not a valid"):
+        train(light(), tmp_path, eval_strategy="never")
+
+
+def test_weights_of_another_run_are_refused(tmp_path):
+    loop.save_trained(light(), tmp_path / "light.safetensors")
+    other = light()
+    other.bias.requires_grad_(False)
+    with pytest.raises(RecllmError, match="does not fit this run: 'bias' is in one of them only"):
+        loop.load_trained(other, tmp_path / "light.safetensors")
+    wide = light()
+    wide.query = torch.nn.Linear(16, 20)
+    with pytest.raises(RecllmError, match=r"does not fit this run: 'query\.bias' has the shape"):
+        loop.load_trained(wide, tmp_path / "light.safetensors")
+
+
+def test_no_checkpoint_starts_from_the_beginning(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    found = train(light(), tmp_path / "a", max_steps=4, resume=True)
+    shutil.rmtree(tmp_path / "a")
+    again = train(light(), tmp_path / "a", max_steps=4)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_labels_of_training_and_validation():
+    windows = [np.array([4, 6, 8, 10]), np.array([1, 3])]
+    training = NextItemCollator(LM_HISTORY)(windows)
+    assert training["labels"].tolist() == [[6, 8, 10], [3, IGNORED, IGNORED]]
+    assert training["ids"].tolist() == [[0, 1, 6, 8, 10], [0, 1, 3, 0, 0]]
+    assert training["ends"].tolist() == [[2, 3, 4], [2, 0, 0]]
+    assert NextItemCollator(LM_HISTORY, last_only=True)(windows)["labels"].tolist() == [
+        [IGNORED, IGNORED, 10],
+        [3, IGNORED, IGNORED],
+    ]
+
+
+def test_precision_by_name():
+    assert precision_keys("fp32") == {"bf16": False, "fp16": False}
+    assert precision_keys("bf16") == {"bf16": True, "fp16": False}
+    assert precision_keys("auto")["bf16"] is loop.fast_bf16()

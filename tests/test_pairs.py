@@ -1,0 +1,149 @@
+"""Labelled pairs: labels by rating, sampled negatives, the same rows for the same seed."""
+
+from dataclasses import replace
+
+import polars as pl
+import pytest
+
+from recllm.data import Interactions, Query
+from recllm.errors import RecllmError
+from recllm.pairs import Made, Negatives, labelled_rows, training_pairs
+from recllm.ranking import ItemIndex
+from recllm.splits import Example, Split, leave_last_out
+from recllm.tasks import Task
+
+
+def task_of(dataset, split=None):
+    return Task(dataset, split or leave_last_out(dataset.interactions), ItemIndex(dataset.catalog.ids))
+
+
+def rows_of(task, **changed):
+    keys = {"items": task.index, "like_at": 4.0, "max_history": 3, "limit": 1000, "epochs": 1, "seed": 0} | changed
+    return training_pairs(task, **keys)
+
+
+@pytest.fixture(scope="module")
+def rated(rated_checkerboard):
+    return task_of(rated_checkerboard)
+
+
+@pytest.fixture(scope="module")
+def bare(checkerboard):
+    frame = checkerboard.interactions.frame.with_columns(rating=pl.lit(None, pl.Float32))
+    return task_of(replace(checkerboard, interactions=Interactions(frame)))
+
+
+def test_a_made_sequence_is_a_sequence():
+    made = Made(4, lambda row: row * row)
+    assert list(made) == [0, 1, 4, 9]
+    assert made[-1] == 9
+    assert made[1:3] == [1, 4]
+    with pytest.raises(IndexError):
+        made[4]
+
+
+def test_with_ratings_every_event_after_the_first_is_a_row(rated):
+    rows = rows_of(rated)
+    histories = rated.split.train.histories()
+    assert len(rows) == len(rated.split.train) - len(histories)
+    assert {row.label for row in rows} == {0.0, 1.0}
+    for row in rows:
+        whole = histories[row.query.user_id]
+        place = whole.history.index(row.item_id)
+        assert row.query.history == whole.history[max(0, place - 3) : place]
+        assert row.query.ratings == whole.ratings[max(0, place - 3) : place]
+        assert row.label == float(whole.ratings[place] >= 4)
+
+
+def test_zero_and_one_are_labels_whatever_like_at(rated_checkerboard):
+    frame = rated_checkerboard.interactions.frame.with_columns(rating=(pl.col("rating") > 3).cast(pl.Float32))
+    task = task_of(replace(rated_checkerboard, interactions=Interactions(frame)))
+    assert {row.label for row in rows_of(task)} == {0.0, 1.0}
+
+
+def test_rows_are_a_pure_function_of_seed_and_epoch(rated, bare):
+    for task in (rated, bare):
+        two = rows_of(task, epochs=2, limit=40)
+        assert list(two) == list(rows_of(task, epochs=2, limit=40))
+        assert list(two[:40]) == list(rows_of(task, limit=40))
+        assert len(two) == 80
+        assert list(two[:40]) != list(two[40:])
+        assert list(rows_of(task, limit=40, seed=1)) != list(two[:40])
+
+
+def test_without_ratings_a_positive_is_followed_by_an_item_the_user_has_not(bare):
+    rows = rows_of(bare)
+    histories = bare.split.train.histories()
+    sampled = set()
+    for positive, negative in zip(rows[::2], rows[1::2], strict=True):
+        assert (positive.label, negative.label) == (1.0, 0.0)
+        assert positive.query == negative.query
+        own = histories[positive.query.user_id].history
+        assert positive.item_id in own
+        assert negative.item_id not in own
+        sampled.add(negative.item_id)
+    assert len(sampled) == 24
+
+
+def test_another_epoch_samples_other_negatives(bare):
+    rows = rows_of(bare, epochs=2)
+    half = len(rows) // 2
+    pairs = [{rows[place]: rows[place + 1].item_id for place in range(start, start + half, 2)} for start in (0, half)]
+    assert pairs[0].keys() == pairs[1].keys()
+    assert pairs[0] != pairs[1]
+
+
+def test_only_items_that_can_be_written_are_candidates(rated, bare):
+    for task in (rated, bare):
+        rows = rows_of(task, items={"0", "1", "2", "3", "4", "5", "6"})
+        assert rows
+        assert all(int(row.item_id) < 7 for row in rows)
+
+
+def test_given_rows_keep_their_histories(rated):
+    given = [
+        Example(Query(("1", "2"), "u0"), "3", 1.0),
+        Example(Query((), "u0"), "4", 1.0),
+        Example(Query(("5",), "u1"), "6", 0.0),
+    ]
+    task = task_of(rated.dataset, replace(rated.split, train_rows=given))
+    assert sorted(rows_of(task), key=lambda row: row.item_id) == [given[0], given[2]]
+
+
+def test_nothing_to_train_on_says_so(rated):
+    with pytest.raises(RecllmError, match="Relevance needs training events with a history whose item has text"):
+        rows_of(rated, items=set())
+
+
+def test_positives_alone_get_a_negative_each(rated):
+    rows = labelled_rows(rated, "test", 0)
+    events = rated.dataset.interactions.histories()
+    assert [row.label for row in rows] == [1.0, 0.0] * 40
+    assert all((row.item_id in events[row.query.user_id].history) == bool(row.label) for row in rows)
+    assert rows == labelled_rows(rated, "test", 0) != labelled_rows(rated, "test", 1)
+
+
+def test_labelled_rows_stay_as_they_are(rated):
+    rows = [Example(Query(("1",), "u1"), "2", label) for label in (1.0, None, 0.0)]
+    split = Split("made", rated.split.train, rows, rows)
+    assert labelled_rows(task_of(rated.dataset, split), "valid", 0) == [rows[0], rows[2]]
+
+
+def test_a_cold_target_has_a_cold_negative(rated):
+    split = replace(rated.split, cold_items=frozenset({"0", "1", "2", "3"}))
+    task = task_of(rated.dataset, split)
+    negatives = Negatives(task, {}, task.index)
+    row = Example(Query(("7", "9")), "1", 1.0)
+    assert {negatives.pair(row, (0, key))[1].item_id for key in range(60)} == {"0", "2", "3"}
+
+
+def test_a_user_with_every_item_is_named(rated):
+    negatives = Negatives(rated, {"all": Query(rated.index.ids)}, rated.index)
+    with pytest.raises(RecllmError, match="User 'all' has an event with every item, so there is no negative to sample"):
+        negatives.pair(Example(Query(("1",), "all"), "2"), (0, 0))
+
+
+def test_the_last_free_item_is_found(rated):
+    negatives = Negatives(rated, {"most": Query(rated.index.ids[1:])}, rated.index)
+    found = {negatives.pair(Example(Query(("1",), "most"), "2"), (0, key))[1].item_id for key in range(5)}
+    assert found == {rated.index.ids[0]}

@@ -1,0 +1,191 @@
+"""Relevance: reading the history once equals reading every prompt whole; training tells the halves apart."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from recllm import relevance
+from recllm.adapters import AdapterRecipe, attach
+from recllm.data import Catalog, Query
+from recllm.errors import RecllmError
+from recllm.lm import BaseModel, load_base
+from recllm.loop import Examples, fit
+from recllm.metrics import auc
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.ranking import ItemIndex, score_pairs
+from recllm.relevance import PairPrompts, RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
+
+LORA = AdapterRecipe(tuner="lora", config={"r": 4, "lora_alpha": 16, "target_modules": "all-linear"})
+
+
+def model_of(folder, prompt, recipe=None):
+    base = load_base(folder)
+    body = base.model if recipe is None else attach(base.model, recipe)
+    torch.manual_seed(0)
+    return RelevanceModel(base, body, answer_output(base), prompt.answer_ids).eval()
+
+
+@pytest.fixture(scope="module")
+def prompt(tiny_tokenizer):
+    return compile_prompt(load_prompt("relevance"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def causal(tiny_lm_folder, prompt):
+    return model_of(tiny_lm_folder, prompt)
+
+
+@pytest.fixture(scope="module")
+def encoder_prompt(tiny_word_tokenizer):
+    return compile_prompt(load_prompt("relevance"), tiny_word_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_encoder_folder, encoder_prompt):
+    return model_of(tiny_encoder_folder, encoder_prompt)
+
+
+QUERIES = [Query(("2", "4", "6")), Query(("1",)), Query(tuple(map(str, range(20)))), Query(("x", "8"))]
+
+
+def naive(folder, prompt, catalog, query, item):
+    """The logits of the two answers after the whole prompt, by the model as transformers gives it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = prompt.prefix(query, catalog) + prompt.suffix(catalog.record(item))
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    positive, negative = prompt.answer_ids
+    return float(logits[positive] - logits[negative])
+
+
+def test_a_shared_prefix_equals_the_whole_prompt(causal, prompt, checkerboard, tiny_lm_folder):
+    catalog = checkerboard.catalog
+    found = RelevanceScorer(causal, prompt, catalog, calibrated=False).score(QUERIES, ItemIndex(catalog.ids))
+    for row, query in enumerate(QUERIES):
+        for column in (0, 5, 17, 23):
+            assert found[row, column] == pytest.approx(
+                naive(tiny_lm_folder, prompt, catalog, query, catalog.ids[column]), abs=1e-5
+            )
+
+
+def test_calibration_takes_off_the_score_after_an_empty_history(causal, prompt, checkerboard, tiny_lm_folder):
+    catalog, index = checkerboard.catalog, ItemIndex(["3", "12", "23"])
+    raw, calibrated = (
+        RelevanceScorer(causal, prompt, catalog, calibrated=on).score(QUERIES, index) for on in (False, True)
+    )
+    empty = [naive(tiny_lm_folder, prompt, catalog, Query(()), item) for item in index.ids]
+    assert raw - calibrated == pytest.approx(np.tile(empty, (len(QUERIES), 1)), abs=1e-5)
+
+
+@pytest.mark.parametrize("which", ["causal", "encoder"])
+def test_nothing_known_is_nan(which, request, checkerboard):
+    model = request.getfixturevalue(which)
+    prompt = request.getfixturevalue("prompt" if which == "causal" else "encoder_prompt")
+    records = [{"item_id": "1", "title": "Red film"}, {"item_id": "2", "title": None}]
+    catalog = Catalog(pl.DataFrame(records, schema={"item_id": pl.String, "title": pl.String}))
+    found = RelevanceScorer(model, prompt, catalog).score(
+        [Query(()), Query(("x",)), Query(("2",)), Query(("1",))], ItemIndex(["1", "2", "x"])
+    )
+    assert np.isnan(found[:3]).all()
+    assert np.isnan(found[3]).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("which", ["causal", "encoder"])
+def test_batches_and_order_do_not_change_a_score(which, request, checkerboard, monkeypatch):
+    model = request.getfixturevalue(which)
+    prompt = request.getfixturevalue("prompt" if which == "causal" else "encoder_prompt")
+    scorer = RelevanceScorer(model, prompt, checkerboard.catalog)
+    index = ItemIndex(checkerboard.catalog.ids)
+    whole = scorer.score(QUERIES, index)
+    order = np.random.default_rng(0).permutation(len(index))
+    shuffled = scorer.score(QUERIES[::-1], ItemIndex(index.ids[place] for place in order))
+    assert shuffled[::-1] == pytest.approx(whole[:, order], abs=1e-5)
+    monkeypatch.setattr(relevance, "SUFFIXES_IN_BATCH", 3)
+    assert scorer.score(QUERIES, index) == pytest.approx(whole, abs=1e-5)
+    items = [index.ids[place] for place in order[: len(QUERIES)]]
+    pairs = score_pairs(scorer, QUERIES, items)
+    assert pairs == pytest.approx([whole[row, index.rows([item])[0]] for row, item in enumerate(items)], abs=1e-5)
+    many = score_pairs(scorer, [QUERIES[0]] * 24 + [Query(())], [*index.ids, "1"])
+    assert many == pytest.approx([*whole[0], np.nan], abs=1e-5, nan_ok=True)
+
+
+def test_the_scores_of_an_encoder_are_those_of_whole_pairs(encoder, encoder_prompt, checkerboard):
+    catalog = checkerboard.catalog
+    found = RelevanceScorer(encoder, encoder_prompt, catalog).score(QUERIES[:1], ItemIndex(["5"]))
+    ids = encoder_prompt.prefix(QUERIES[0], catalog) + encoder_prompt.suffix(catalog.record("5")) + encoder_prompt.end
+    with torch.inference_mode():
+        hidden = encoder.body(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+        expected = float(encoder.difference(hidden))
+    assert found[0, 0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_history_that_does_not_fit_loses_its_oldest_items(causal, prompt, checkerboard, monkeypatch):
+    catalog, query = checkerboard.catalog, Query(tuple(map(str, range(20))))
+    whole = PairPrompts(prompt, catalog, causal)
+    monkeypatch.setattr(causal, "max_tokens", len(whole.whole(query, "3")) - 30)
+    short = PairPrompts(prompt, catalog, causal)
+    assert all(len(short.whole(query, item)) <= causal.max_tokens for item in catalog.ids)
+    kept = [short.prefix(query) == prompt.prefix(Query(query.history[-count:]), catalog) for count in range(1, 20)]
+    assert sum(kept) == 1
+
+
+def test_scoring_leaves_the_training_mode_as_it_was(causal, prompt, checkerboard):
+    causal.train()
+    try:
+        RelevanceScorer(causal, prompt, checkerboard.catalog).score(QUERIES[:1], ItemIndex(["1"]))
+        assert causal.training
+    finally:
+        causal.eval()
+
+
+def test_no_output_matrix_no_answers(causal, encoder, tiny_lm_folder, tiny_encoder_folder):
+    base = load_base(tiny_lm_folder)
+    with pytest.raises(RecllmError, match="has no output matrix, so it has no answer words. Use a causal"):
+        answer_output(BaseModel(base.model, base.tokenizer, True, base.folder))
+    assert answer_output(load_base(tiny_encoder_folder)) is None
+
+
+def train_rows(dataset, prompts, rng):
+    """Each user's liked items with label 1 and as many of the other half with label 0, after a part of the history."""
+    rows = []
+    for query in dataset.interactions.histories().values():
+        side = int(query.history[0]) % 2
+        for cut in (2, 4, 6, 8):
+            other = str(2 * rng.integers(12) + 1 - side)
+            rows += [
+                (prompts.whole(Query(query.history[:cut]), item), label)
+                for item, label in ((query.history[cut], 1.0), (other, 0.0))
+            ]
+    return [rows[place] for place in rng.permutation(len(rows))]
+
+
+@pytest.mark.parametrize("which", ["causal", "encoder"])
+def test_training_tells_the_halves_apart(which, request, checkerboard, tmp_path):
+    folder = request.getfixturevalue("tiny_lm_folder" if which == "causal" else "tiny_encoder_folder")
+    prompt = request.getfixturevalue("prompt" if which == "causal" else "encoder_prompt")
+    model = model_of(folder, prompt, LORA)
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    rng, prompts = np.random.default_rng(0), PairPrompts(prompt, checkerboard.catalog, model)
+    rows = [row for _ in range(3) for row in train_rows(checkerboard, prompts, rng)]
+    fit(
+        model,
+        Examples(rows),
+        Examples(rows[:64]),
+        collator=RelevanceCollator(),
+        valid_collator=RelevanceCollator(),
+        arguments={"learning_rate": 1e-2, "per_device_train_batch_size": 16, "eval_steps": 20, "warmup_steps": 5},
+        folder=tmp_path,
+        scorer="relevance",
+        compute_metrics=lambda found: {"auc": auc(found.label_ids[:, 0], found.predictions.reshape(-1))},
+        metric="eval_auc",
+    )
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    scorer = RelevanceScorer(model, prompt, checkerboard.catalog)
+    queries = [Query(tuple(map(str, range(side, side + 10, 2)))) for side in (0, 1, 4, 7)]
+    scores = scorer.score(queries, ItemIndex(checkerboard.catalog.ids))
+    for query, row in zip(queries, scores, strict=True):
+        own = np.arange(24) % 2 == int(query.history[0]) % 2
+        assert auc(own.astype(float), row) >= 0.95

@@ -1,0 +1,151 @@
+"""The run file: overrides, mistakes named with the nearest right key, the resolved file read back equal."""
+
+import json
+import tomllib
+
+import pytest
+
+from recllm.errors import RecllmError
+from recllm.runs import load_run, set_key, write_environment, write_run
+
+TEXT = """
+output = "elsewhere"
+[data]
+name = "ml-100k"
+columns = {item_id = 'movie "id"', user_id = 'back\\slash'}
+[adapter]
+recipe = "lora"
+r = 4
+target_modules = ["q_proj", "v_proj"]
+[train]
+max_steps = 7
+learning_rate = 1e-4
+logging_steps = 1
+lr_scheduler_kwargs = {num_cycles = 2}
+[export]
+recipes = ["fp32"]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "films.toml"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_the_run_is_named_after_its_file_unless_it_says_so(file):
+    assert load_run(file).name == "films"
+    assert load_run(file, ["name=other"]).folder.as_posix() == "elsewhere/other"
+
+
+def test_keys_of_peft_and_trainer_pass_through(file):
+    run = load_run(file)
+    assert run.adapter.overrides() == {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    assert run.train.trainer_keys() == {"logging_steps": 1, "lr_scheduler_kwargs": {"num_cycles": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate=2e-4", 2e-4),
+        ("train.max_steps = 3", 3),
+        ("train.recent_windows=true", True),
+        ("model.name=owner/model", "owner/model"),
+        ('model.name="owner/model"', "owner/model"),
+        ("data.columns.item_id=movie", "movie"),
+        ("light.num_train_epochs=0", 0),
+        ("seed=5", 5),
+    ],
+)
+def test_overrides_are_read_as_toml_else_as_text(file, override, expected):
+    found = load_run(file, [override])
+    for part in override.split("=")[0].strip().split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_the_last_override_of_a_key_wins(file):
+    assert load_run(file, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps", r"--set train\.max_steps: expected key\.path=value"),
+        ("=3", "expected key.path=value"),
+        ("seed.deep=3", "'seed' is a value, not a table|key 'seed'"),
+        ("output.deep=3", "'output' is a value, not a table"),
+        ("modle.name=x", "Unknown key 'modle'. Did you mean 'model'"),
+        ("model.histori=text", r"\[model\] Unknown key 'histori'. Did you mean 'history'"),
+        ("model.history=words", "key 'model.history': Input should be 'items' or 'text'"),
+        ("light.dropout=1.5", r"key 'light.dropout': Input should be less than 1 \(given: 1.5\)"),
+        ("train.max_steps=many", "key 'train.max_steps': .*integer"),
+    ],
+)
+def test_mistakes_are_named(file, override, message):
+    with pytest.raises(RecllmError, match=message):
+        load_run(file, [override])
+
+
+def test_a_missing_data_table_is_named(tmp_path):
+    (tmp_path / "run.toml").write_text("seed = 1\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"run\.toml: key 'data': Field required"):
+        load_run(tmp_path)
+
+
+def test_no_file_and_no_toml(tmp_path):
+    with pytest.raises(RecllmError, match=r"There is no run file '.*x\.toml'\. `recllm quickstart` writes one"):
+        load_run(tmp_path / "x.toml")
+    (tmp_path / "x.toml").write_text("[data\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"x\.toml is not valid TOML: .*line 1"):
+        load_run(tmp_path / "x.toml")
+
+
+def test_the_resolved_file_is_read_back_equal(file, tmp_path):
+    run = load_run(file, ['name=with "quotes"', "data.item_columns.title=a\\tb"])
+    write_run(run, tmp_path / "deep" / "run.toml")
+    again = load_run(tmp_path / "deep" / "run.toml")
+    assert again == run
+    assert again.train.trainer_keys() == run.train.trainer_keys()
+    assert again.adapter.overrides() == run.adapter.overrides()
+    assert load_run(tmp_path / "deep") == run
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\tb", 'a"b', "a\\b", "é 好", "a\rb", "a\x07b", "\x7f"])
+def test_any_text_is_read_back_equal(file, tmp_path, text):
+    run = load_run(file)
+    run = run.model_copy(update={"name": text, "data": run.data.model_copy(update={"columns": {"user_id": text}})})
+    write_run(run, tmp_path / "run.toml")
+    assert load_run(tmp_path) == run
+
+
+def test_keys_that_need_quotes_are_quoted(file, tmp_path):
+    run = load_run(file)
+    keys = {"a b": 1, "dotted.key": 2.5, 'quoted"': "x", "inner": {"deep er": [{"one": 1}]}}
+    run = run.model_copy(update={"adapter": type(run.adapter).model_validate({"recipe": "lora"} | keys)})
+    write_run(run, tmp_path / "run.toml")
+    assert load_run(tmp_path).adapter.overrides() == keys
+
+
+def test_every_default_is_spelt_out(file, tmp_path):
+    write_run(load_run(file), tmp_path / "run.toml")
+    values = tomllib.loads((tmp_path / "run.toml").read_text(encoding="utf-8"))
+    assert values["light"]["width"] == load_run(file).light.width
+    assert values["seed"] == 0
+
+
+def test_set_key_makes_tables_that_are_not_there():
+    values = {}
+    set_key(values, "a.b.c=[1, 2]")
+    assert values == {"a": {"b": {"c": [1, 2]}}}
+
+
+def test_the_environment_is_kept(file, tmp_path):
+    run = load_run(file, [f"output={tmp_path}", "seed=3"])
+    write_environment(run, {"interactions": "abc"}, device="cpu", processes=2)
+    facts = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    assert (facts["seed"], facts["data"], facts["device"]) == (3, {"interactions": "abc"}, "cpu")
+    assert facts["processes"] == 2
+    assert facts["versions"]["numpy"]

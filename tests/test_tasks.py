@@ -1,0 +1,81 @@
+"""The task of a run: read, split and indexed in one order, checked before anything trains."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from recllm.errors import RecllmError
+from recllm.runs import Run
+from recllm.tasks import prepare
+
+
+@pytest.fixture
+def folder(checkerboard, tmp_path):
+    data = tmp_path / "board"
+    data.mkdir()
+    checkerboard.interactions.frame.write_csv(data / "interactions.csv")
+    checkerboard.catalog.frame.write_csv(data / "items.csv")
+    return data
+
+
+def task_of(folder, **data):
+    return prepare(Run.model_validate({"name": "x", "data": {"name": str(folder)} | data}))
+
+
+def test_the_catalogues_order_is_everywhere(folder, checkerboard):
+    task = task_of(folder)
+    assert task.index.ids == checkerboard.catalog.ids
+    counts = task.split.train.item_counts()
+    assert task.item_counts.tolist() == [counts.get(item, 0) for item in task.index.ids]
+    histories = task.split.train.histories()
+    assert len(task.sequences()) == len(histories) == 40
+    assert [task.index.ids[row] for row in task.sequences()[3]] == list(histories["u3"].history)
+    assert task.fingerprints() == {
+        "interactions": task.dataset.interactions.fingerprint(),
+        "catalog": checkerboard.catalog.fingerprint(),
+    }
+
+
+def test_what_comes_next_is_held_out(folder):
+    task = task_of(folder)
+    assert len(task.split.valid) == len(task.split.test) == 40
+    for example in [*task.split.valid, *task.split.test]:
+        last = int(example.query.history[-1])
+        assert example.item_id == str((last + 2) % 24)
+        assert last % 2 == int(example.query.user_id[1:]) % 2
+
+
+def test_cold_items_have_no_training_event(folder):
+    task = task_of(folder, split="cold-items", cold_share=0.2)
+    cold = task.index.rows(task.split.cold_items)
+    assert 0 < len(cold) < 24
+    assert not task.warm[cold].any()
+    slices = task.slices(task.split.test)
+    targets = task.index.rows(example.item_id for example in task.split.test)
+    assert np.array_equal(slices["cold item"], np.isin(targets, cold))
+
+
+def test_another_seed_makes_other_items_cold(folder):
+    def cold(seed):
+        data = {"name": str(folder), "split": "cold-items", "cold_share": 0.3}
+        return prepare(Run.model_validate({"name": "x", "seed": seed, "data": data})).split.cold_items
+
+    assert cold(1) == cold(1)
+    assert len({cold(seed) for seed in range(4)}) > 1
+
+
+def test_a_split_that_leaves_nothing_says_what_to_change(folder):
+    with pytest.raises(RecllmError, match="No user has 99 events.*lower min_events"):
+        task_of(folder, min_events=99)
+
+
+def test_a_test_part_alone_is_not_enough(folder, checkerboard):
+    """Three events a user: none has the four warm ones that validation asks for."""
+    checkerboard.interactions.frame.filter(pl.col("seq") < 3).write_csv(folder / "interactions.csv")
+    with pytest.raises(RecllmError, match=r"leaves 0 validation and \d+ test events\. Lower data\.min_events \(now 4\)"):
+        task_of(folder, split="cold-items")
+
+
+def test_unknown_data_is_named(tmp_path):
+    with pytest.raises(RecllmError, match="ml-100"):
+        task_of("ml-100")
