@@ -4,7 +4,7 @@ import copy
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +333,7 @@ def _with_explicit_mask(model: NextItemModel) -> NextItemModel:
 
 def write_graph(
     module: nn.Module,
-    example: dict[str, tuple[Tensor, tuple[str, ...]]],
+    example: Mapping[str, tuple[Tensor, tuple[str, ...]]],
     path: Path,
     outputs: tuple[str, ...],
     exporter: Exporter,

@@ -221,7 +221,8 @@ class TextSimilarity:
 
     def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """Mean vectors of the histories at length 1: float32[queries, width]; NaN without a vector in the history."""
-        return np.stack([self._mean(query) for query in queries])
+        means = np.array([self._mean(query) for query in queries], dtype=np.float32)
+        return means.reshape(len(queries), self.vectors.shape[1])  # also for no query at all
 
     def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
         """Vectors at length 1: float32[candidates, width]; NaN for an item without one."""

@@ -260,7 +260,8 @@ def _grown(scorer: VectorScorer, index: ItemIndex, text: NDArray[np.float32], gr
     if not isinstance(scorer, TableScorer) or scorer.history.texts is not None:
         return scorer
     factors = np.full((len(text), graph.get_inputs()[1].shape[1]), np.nan, dtype=np.float32)
-    return scorer.grown(index, *graph.run(None, {"text": text, "factors": factors}))
+    tokens, heads = graph.run(None, {"text": text, "factors": factors})
+    return scorer.grown(index, tokens, np.where(np.isnan(text[:, :1]), np.float32(np.nan), heads))
 
 
 def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0) -> Recommender:

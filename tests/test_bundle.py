@@ -36,7 +36,9 @@ def test_the_manifest_knows_every_file(folder):
 @pytest.mark.parametrize("content", [b"12346", b"1234", b"123456", b""], ids=["one bit", "short", "long", "empty"])
 def test_a_damaged_file_is_named(folder, content):
     (folder / "weights.bin").write_bytes(content)
-    with pytest.raises(RecllmError, match=r"weights\.bin' is damaged: its sha256 is not the manifest's\. Copy or export"):
+    with pytest.raises(
+        RecllmError, match=r"weights\.bin' is damaged: its sha256 is not the manifest's\. Copy or export"
+    ):
         read_manifest(folder)
 
 
@@ -54,7 +56,9 @@ def test_an_added_file_is_named(folder):
 
 def test_a_newer_format_says_which_recllm_made_it(folder):
     changed(folder, format=FORMAT + 1, recllm="9.9.9")
-    with pytest.raises(RecllmError, match=rf"has bundle format {FORMAT + 1}, this recllm .* reads format {FORMAT}.*9\.9\.9"):
+    with pytest.raises(
+        RecllmError, match=rf"has bundle format {FORMAT + 1}, this recllm .* reads format {FORMAT}.*9\.9\.9"
+    ):
         read_manifest(folder)
 
 
@@ -83,7 +87,10 @@ def test_what_is_no_bundle(tmp_path):
         read_manifest(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"x"', '{"format": 1}', '{"format": 1, "files": []}', '{"format": 1, "files": {"weights.bin": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '"x"', '{"format": 1}', '{"format": 1, "files": []}', '{"format": 1, "files": {"weights.bin": 3}}'],
+)
 def test_a_broken_manifest(folder, text):
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     with pytest.raises(RecllmError, match=r"manifest\.json is damaged .* Export the bundle again"):

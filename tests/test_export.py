@@ -145,7 +145,7 @@ def test_every_recipe_is_reported_and_one_that_fails_is_left_out(exported):
 
 @pytest.mark.parametrize("name", ["fp16", "int8"])
 def test_smaller_recipes_are_gated_and_load(name, exported):
-    run, results, _, _ = exported
+    _run, results, _, _ = exported
     result = results[name]
     assert set(result.parity) == {"light", "lm", "encoder"}
     assert all(0 <= measured["top10_overlap"] <= 1 for measured in result.parity.values())
@@ -162,7 +162,10 @@ def test_half_precision_keeps_the_order_of_the_tiny_models(exported):
     assert all(measured["rank_correlation"] > 0.998 for measured in results["fp16"].parity.values())
 
 
-@pytest.mark.parametrize(("precision", "causal"), [("fp16", None), ("int8", {"bits": 8, "block_size": 32, "accuracy_level": 0}), ("int8", None)])
+@pytest.mark.parametrize(
+    ("precision", "causal"),
+    [("fp16", None), ("int8", {"bits": 8, "block_size": 32, "accuracy_level": 0}), ("int8", None)],
+)
 def test_a_quantised_graph_differs_a_little_and_not_much(precision, causal, models, tiny_bundle, tmp_path):
     model, _ = models["lm"]
     target = tmp_path / "lm.onnx"

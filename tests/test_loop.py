@@ -103,7 +103,10 @@ def test_a_killed_and_resumed_training_equals_the_uninterrupted_one(kind, tiny_l
     resumed = train(make(tiny_lm_folder), tmp_path / "killed", history=history, max_steps=12, resume=True)
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    losses = [{line["step"]: line["loss"] for line in lines(tmp_path / name) if "loss" in line} for name in ("straight", "killed")]
+    losses = [
+        {line["step"]: line["loss"] for line in lines(tmp_path / name) if "loss" in line}
+        for name in ("straight", "killed")
+    ]
     assert losses[0] == losses[1]
     assert sorted(losses[1]) == list(range(1, 13))
 

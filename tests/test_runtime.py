@@ -18,7 +18,10 @@ from recllm.runtime import open_session
 ROOT = Path(__file__).parents[1]
 RED, BLUE = [str(item) for item in range(0, 24, 2)], [str(item) for item in range(1, 24, 2)]
 HISTORIES = [RED[:4], BLUE[2:9], [], ["x"], [*RED[5:], "x"], BLUE[:1], RED[:4][::-1]]
-NEW = [{"item_id": "100", "title": "Red film 30", "genres": "Drama"}, {"item_id": "101", "title": "Blue film 31", "genres": "Comedy"}]
+NEW = [
+    {"item_id": "100", "title": "Red film 30", "genres": "Drama"},
+    {"item_id": "101", "title": "Blue film 31", "genres": "Comedy"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +204,8 @@ def test_wrong_new_items_are_named(bundle, record, message):
         bundle.with_items([record])
 
 
-def test_a_provider_that_is_not_there_is_an_error(tiny_bundle):
-    import onnxruntime as ort
-
-    if "CUDAExecutionProvider" in ort.get_available_providers():
-        pytest.skip("this ONNX Runtime has CUDA")
+def test_a_provider_that_is_not_there_is_an_error(tiny_bundle, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(RecllmError, match="The provider 'cuda' is not in this ONNX Runtime .it has CPUExecution"):
         recllm.load(tiny_bundle, provider="cuda")
 

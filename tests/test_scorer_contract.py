@@ -1,15 +1,22 @@
 """One contract for everything that scores: shape, dtype, NaN for unknown, and no influence between rows or columns."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+import recllm
 from recllm.data import Query
 from recllm.ease import EASE
+from recllm.encoding import SequenceScorer
 from recllm.evaluate import KnownScores
 from recllm.fusion import FusedScorer, Fusion
+from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.mf import ExplicitMF, FactorSettings, ImplicitMF
 from recllm.priors import ItemMean, Popularity, TextSimilarity, UserMean
+from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
+from recllm.vectors import ItemFeatures
 
 
 def text_similarity(dataset, train):
@@ -37,7 +44,69 @@ def implicit_mf(dataset, train):
     return ImplicitMF.fit(train, FactorSettings(factors=4, iterations=3), seed=1, threads=1)
 
 
-# (name, factory(dataset, its train interactions) -> Scorer, whether an empty history without ratings is unknown to it)
+def features(dataset):
+    random, items = np.random.default_rng(0), len(dataset.catalog)
+    text, factors = random.normal(size=(items, 6)), random.normal(size=(items, 4))
+    return ItemFeatures(ItemIndex(dataset.catalog.ids), text.astype(np.float32), factors.astype(np.float32))
+
+
+def sequence(model, history, given):
+    from recllm.trained import item_heads, torch_encode
+
+    return SequenceScorer(torch_encode(model), history, given.index, *item_heads(model))
+
+
+def light(dataset, train):
+    import torch
+
+    from recllm.sequence import LightBody, NextItemModel
+
+    torch.manual_seed(0)
+    given, warm = features(dataset), np.ones(len(dataset.catalog), dtype=bool)
+    body = LightBody(16, layers=1, heads=2, positions=6, dropout=0.1)
+    model = NextItemModel(body, given, width=16, head_width=16, warm=warm, token_scale=1.0)
+    return sequence(model, HistoryFormat((), (), 6, 1), given)
+
+
+def language(dataset, train, folder, kind):
+    import torch
+
+    from recllm.lm import load_base, next_item_model
+    from recllm.runs import ModelSettings
+
+    base, given, warm = load_base(folder), features(dataset), np.ones(len(dataset.catalog), dtype=bool)
+    compiled = compile_prompt(load_prompt("next_item"), base.tokenizer)
+    texts = compiled.encode_items(dataset.catalog)
+    history = item_token_history(compiled.start, 6, 2) if kind == "items" else text_history(compiled.start, texts, 6, 2)
+    torch.manual_seed(0)
+    return sequence(next_item_model(base, None, given, warm, history, ModelSettings(head_width=16)), history, given)
+
+
+def relevance(dataset, train, folder):
+    import torch
+
+    from recllm.lm import load_base
+    from recllm.relevance import RelevanceModel, RelevanceScorer, answer_output
+
+    base = load_base(folder)
+    prompt = compile_prompt(load_prompt("relevance"), base.tokenizer)
+    torch.manual_seed(0)
+    model = RelevanceModel(base, base.model, answer_output(base), prompt.answer_ids)
+    return RelevanceScorer(model, prompt, dataset.catalog)
+
+
+def onnx(name):
+    """A scorer of the bundle, whose catalogue is the checkerboard's."""
+    return lambda dataset, train, folder: recllm.load(folder).scorers[name]
+
+
+def onnx_fused(dataset, train, folder):
+    bundle = recllm.load(folder)
+    return FusedScorer(bundle.scorers, bundle.fusion, bundle.item_counts)
+
+
+# (name, factory(dataset, its train interactions, *fixtures) -> Scorer, whether an empty history without ratings is
+# unknown to it, names of the fixtures)
 SCORERS = [
     ("popularity", lambda dataset, train: Popularity.fit(train, dataset.catalog.ids), False),
     ("item mean", lambda dataset, train: ItemMean.fit(train), False),
@@ -48,6 +117,14 @@ SCORERS = [
     ("ease", lambda dataset, train: EASE.fit(train), True),
     ("known scores", known_scores, True),
     ("fused", fused, False),
+    ("light", light, True),
+    ("lm over item tokens", partial(language, kind="items"), True, "tiny_lm_folder"),
+    ("lm over text", partial(language, kind="text"), True, "tiny_lm_folder"),
+    ("relevance", relevance, True, "tiny_lm_folder"),
+    ("relevance by an encoder", relevance, True, "tiny_encoder_folder"),
+    ("onnx light", onnx("light"), True, "tiny_bundle"),
+    ("onnx lm", onnx("lm"), True, "tiny_bundle"),
+    ("onnx fused", onnx_fused, False, "tiny_bundle"),
 ]
 ANY_ITEM = {"user mean"}
 """Scorers that judge the user alone, so that an unknown item is as good as any."""
@@ -55,11 +132,11 @@ ANY_ITEM = {"user mean"}
 
 @pytest.fixture(scope="module", params=SCORERS, ids=lambda entry: entry[0])
 def entry(request, rated_checkerboard):
-    name, factory, needs_history = request.param
-    train = rated_checkerboard.interactions
+    name, factory, needs_history, *fixtures = request.param
+    train, given = rated_checkerboard.interactions, [request.getfixturevalue(fixture) for fixture in fixtures]
 
     def build():
-        return factory(rated_checkerboard, train)
+        return factory(rated_checkerboard, train, *given)
 
     return name, build, build(), needs_history
 

@@ -72,7 +72,9 @@ def test_a_split_that_leaves_nothing_says_what_to_change(folder):
 def test_a_test_part_alone_is_not_enough(folder, checkerboard):
     """Three events a user: none has the four warm ones that validation asks for."""
     checkerboard.interactions.frame.filter(pl.col("seq") < 3).write_csv(folder / "interactions.csv")
-    with pytest.raises(RecllmError, match=r"leaves 0 validation and \d+ test events\. Lower data\.min_events \(now 4\)"):
+    with pytest.raises(
+        RecllmError, match=r"leaves 0 validation and \d+ test events\. Lower data\.min_events \(now 4\)"
+    ):
         task_of(folder, split="cold-items")
 
 

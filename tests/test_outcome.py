@@ -1,0 +1,88 @@
+"""The outcome of a run: every scorer and the fusions on the same rows, by figures that can be counted."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from recllm.files import read_json
+from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
+from recllm.ranking import mask_seen
+from recllm.runs import load_run
+from recllm.tasks import prepare
+from recllm.train import known_scores
+from recllm.trained import load_collaborative
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_run):
+    run = load_run(tiny_run)
+    task = prepare(run)
+    scores = known_scores(run, task, load_collaborative(run, task), lambda _: None)
+    return run, task, scores, {part: evaluate_run(run, task, scores[part], part=part) for part in scores}
+
+
+def test_every_scorer_and_both_fusions_stand_in_the_table(outcome):
+    _, task, scores, tables = outcome
+    for part, table in tables.items():
+        assert set(table.scorers) == {"popularity", "mf", "ease", "text", "light", "lm", FUSION, WITHOUT_LM}
+        assert all(value.shape == (40, len(task.index)) for value in scores[part].values())
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+@pytest.mark.parametrize("scorer", ["popularity", "ease", "light"])
+def test_the_hit_rate_can_be_counted(part, scorer, outcome):
+    _, task, scores, tables = outcome
+    examples = task.split.valid if part == "valid" else task.split.test
+    masked = mask_seen(np.asarray(scores[part][scorer]), [example.query for example in examples], task.index)
+    targets = task.index.rows(example.item_id for example in examples)
+    own = masked[np.arange(len(targets)), targets][:, None]
+    ranks = 1 + (masked > own).sum(1) + ((masked == own).sum(1) - 1) / 2  # a tie counts half
+    assert tables[part].interval(scorer, "HitRate@10")[0] == pytest.approx((ranks <= 10).mean())
+
+
+def test_on_validation_the_fusion_is_not_below_its_parts(outcome):
+    _, _, _, tables = outcome
+    figures = {scorer: tables["valid"].interval(scorer, "NDCG@10")[0] for scorer in tables["valid"].scorers}
+    assert figures[FUSION] == pytest.approx(max(figures.values()))
+    parts = [value for scorer, value in figures.items() if scorer not in {FUSION, WITHOUT_LM, "lm"}]
+    assert figures[WITHOUT_LM] >= max(parts) - 1e-9
+
+
+def test_the_models_that_read_the_order_know_what_comes_next(outcome):
+    _, _, _, tables = outcome
+    for part in ("valid", "test"):
+        for scorer, least in (("light", 0.95), ("lm", 0.8), (FUSION, 0.95)):
+            assert tables[part].interval(scorer, "NDCG@10")[0] >= least
+
+
+def test_scores_are_kept_and_not_computed_again(outcome, monkeypatch):
+    run, task, scores, _ = outcome
+    monkeypatch.setattr("recllm.train.load_language", lambda *_: pytest.fail("the language model was loaded again"))
+    again = known_scores(run, task, load_collaborative(run, task), pytest.fail)
+    assert np.array_equal(again["test"]["lm"], scores["test"]["lm"])
+
+
+def test_tables_of_both_parts_are_kept_beside_each_other(outcome, tmp_path):
+    run, _, _, tables = outcome
+    copied = run.model_copy(update={"output": str(tmp_path)})
+    save_evaluation(copied, {"valid": tables["valid"]})
+    path = save_evaluation(copied, {"test": tables["test"]})
+    found = read_json(path)
+    assert set(found) == {"valid", "test"}
+    assert {row["scorer"] for row in found["test"]["rows"]} == set(tables["test"].scorers)
+
+
+def test_learning_curves(outcome, tmp_path):
+    run = outcome[0]
+    lines = learning_curves(run)
+    assert {line["scorer"] for line in lines} == {"light", "lm"}
+    for scorer in ("light", "lm"):
+        figures = [line["eval_ndcg@10"] for line in lines if line["scorer"] == scorer and "eval_ndcg@10" in line]
+        assert len(figures) >= 3
+        assert max(figures[1:]) > figures[0]
+    copied = run.model_copy(update={"output": str(tmp_path)})
+    assert learning_curves(copied) == []
+    copied.folder.mkdir()
+    shutil.copy(run.folder / "metrics.jsonl", copied.folder)
+    assert learning_curves(copied) == lines

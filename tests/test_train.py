@@ -1,0 +1,228 @@
+"""Training a whole run: what is in its folder, resuming, refusing, and two processes that learn the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from recllm import loop, train
+from recllm.errors import RecllmError
+from recllm.files import read_json
+from recllm.fusion import Fusion
+from recllm.runs import load_run
+from recllm.tasks import prepare
+from recllm.train import train_run
+from recllm.trained import load_collaborative, load_language, stage_done
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
+
+
+def silent(_):
+    return None
+
+
+def again(tiny_run, place, *overrides):
+    """The tiny run's file with another output folder."""
+    return load_run(tiny_run, [f"output={place}", *overrides])
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_a_run_leaves_behind(tiny_run):
+    run = load_run(tiny_run)
+    assert run.folder == tiny_run
+    facts = read_json(tiny_run / "environment.json")
+    assert facts["seed"] == 0
+    assert facts["processes"] == 1
+    assert facts["data"] == prepare(run).fingerprints()
+    assert {"torch", "transformers", "peft", "numpy"} <= set(facts["versions"])
+    assert stage_done(tiny_run / "light")
+    assert stage_done(tiny_run / "lm")
+    assert not list(tiny_run.rglob("checkpoint-*"))
+    assert not list(tiny_run.rglob("*.part*"))
+    weights = load_file(tiny_run / "lm" / "model.safetensors")
+    assert all("lora_" in name for name in weights if name.startswith("body."))
+    assert Fusion.load(tiny_run / "fusion.json").names == ("popularity", "mf", "ease", "text", "light", "lm")
+    assert "lm" not in Fusion.load(tiny_run / "fusion-without-lm.json").names
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tiny_run, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    class Kill(loop.MetricsFile):
+        def on_log(self, args, state, control, logs=None, **given):
+            super().on_log(args, state, control, logs, **given)
+            if self.scorer == "lm" and state.global_step >= 20:
+                raise Killed
+
+    run, said = again(tiny_run, tmp_path), []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MetricsFile", Kill)
+        with pytest.raises(Killed):
+            train_run(run, say=silent)
+    assert stage_done(run.folder / "light")
+    assert not stage_done(run.folder / "lm")
+    assert list(run.folder.rglob("checkpoint-*"))
+    with pytest.raises(RecllmError, match=r"is not empty\. Go on with it by --resume, start anew by --overwrite"):
+        train_run(run, say=silent)
+    train_run(run, resume=True, say=said.append)
+    assert not any("light" in line and line.startswith("Training") for line in said)
+    for name in ("light", "lm"):
+        ours, theirs = (load_file(place / name / "model.safetensors") for place in (run.folder, tiny_run))
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert read_json(run.folder / "fusion.json") == read_json(tiny_run / "fusion.json")
+
+
+def test_a_finished_run_is_not_trained_again(tiny_run, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
+    train_run(load_run(tiny_run), resume=True, say=silent)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_merging_keeps_the_scores_of_the_trained_adapter(tiny_run):
+    """The merged model and the one with its adapter beside the base weights read a history alike."""
+    import torch
+
+    from recllm.trained import language_model, load_trained, torch_encode
+
+    run = load_run(tiny_run)
+    task = prepare(run)
+    features = load_collaborative(run, task).features
+    merged, history = load_language(run, task, features)
+    apart = language_model(run, task, features, silent)[0]
+    load_trained(apart, tiny_run / "lm" / "model.safetensors")
+    ids, ends = history.ids([2, 4, 6, 9])
+    given = np.array([ids]), np.array([ends])
+    with torch.inference_mode():
+        expected = torch_encode(apart)(*given)
+    assert torch_encode(merged)(*given) == pytest.approx(expected, abs=1e-5)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.loging_steps=5", r"Unknown key in \[train\] 'loging_steps'. Did you mean 'logging_steps'"),
+        ("adapter.lora_alhpa=8", "'lora_alhpa'. Did you mean 'lora_alpha'"),
+        ("adapter.recipe=loar", "'loar'. Did you mean 'lora'"),
+        ("prompt.next_item=nextitem", "'nextitem'. Did you mean 'next_item'"),
+        ("prompt.next_item=item", "is a prompt for the task 'item'; one for 'next_item' is needed"),
+        ('export.recipes=["fp31"]', "'fp31'. Did you mean 'fp32'"),
+        ("model.name=smollm2-135m-instrukt", "smollm2-135m-instruct"),
+    ],
+)
+def test_a_mistake_is_told_before_any_work(tiny_run, tmp_path, override, message):
+    run = again(tiny_run, tmp_path, override)
+    with pytest.raises(RecllmError, match=message):
+        train_run(run, say=silent)
+    assert not run.folder.exists()
+
+
+def test_an_encoder_is_refused_before_any_work(tiny_run, tiny_encoder_folder, tmp_path):
+    run = again(tiny_run, tmp_path, f"model.name={tiny_encoder_folder}")
+    with pytest.raises(RecllmError, match="is an encoder; next_item needs a causal model"):
+        train_run(run, say=silent)
+    assert not run.folder.exists()
+
+
+def test_only_a_run_is_overwritten(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path)
+    run.folder.mkdir()
+    (run.folder / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(RecllmError, match="is not empty"):
+        train_run(run, overwrite=True, say=silent)
+    assert (run.folder / "thesis.txt").is_file()
+
+
+def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
+    overrides = ["model.name=none", f"model.item_encoder={tiny_encoder_folder}", "light.num_train_epochs=0"]
+    run = again(tiny_run, tmp_path, *overrides, "ease.max_items=0")
+    train_run(run, say=silent)
+    assert Fusion.load(run.folder / "fusion.json").names == ("popularity", "mf", "text")
+    assert not (run.folder / "fusion-without-lm.json").exists()
+    train_run(run, overwrite=True, say=silent)
+
+
+def test_histories_as_text_train_too(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path, "model.history=text", "train.max_steps=4", "light.num_train_epochs=0")
+    train_run(run, say=silent)
+    figures = [line["loss"] for line in metrics(run.folder) if "train_loss" not in line and "loss" in line]
+    assert all(np.isfinite(figures))
+    assert "lm" in Fusion.load(run.folder / "fusion.json").names
+
+
+def test_the_module_says_what_is_wrong_and_exits_with_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(tmp_path / "no.toml")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"Error: There is no run file '{tmp_path / 'no.toml'}'")
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(tiny_run, tmp_path):
+    without_dropout = [
+        "light.dropout=0",
+        "light.factor_dropout=0",
+        "model.factor_dropout=0",
+        "adapter.lora_dropout=0",
+        "train.logging_steps=1",
+        "light.num_train_epochs=3",
+        "train.num_train_epochs=3",
+    ]
+    one = again(tiny_run, tmp_path / "one", *without_dropout, "light.per_device_train_batch_size=8")
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(
+            train,
+            "fit",
+            lambda *given, arguments, **named: loop.fit(*given, arguments=arguments | {"logging_steps": 1}, **named),
+        )
+        train_run(one, say=silent)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    halves = [
+        f"output={tmp_path / 'two'}",
+        *without_dropout,
+        "light.per_device_train_batch_size=4",
+        "train.per_device_train_batch_size=8",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    settings = [part for override in halves for part in ("--set", override)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [*launch, "-m", "recllm.train", str(tiny_run), *settings],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = tmp_path / "two" / "tiny"
+    assert read_json(two / "environment.json")["processes"] == 2
+    for scorer in ("light", "lm"):
+        ours, theirs = (
+            {line["step"]: line["loss"] for line in metrics(folder) if line["scorer"] == scorer and "loss" in line}
+            for folder in (one.folder, two)
+        )
+        assert len(ours) >= 9
+        assert theirs == pytest.approx(ours, abs=1e-3)
+        assert ours[max(ours)] < ours[1] - 0.1
+    assert len([line for line in done.stdout.splitlines() if line.startswith("Fitting the fusion")]) == 1
