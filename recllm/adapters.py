@@ -1,6 +1,7 @@
 """Adapters: an adapters/ recipe becomes trainable modules on a frozen base model, PEFT's keys untouched."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import peft
@@ -48,7 +49,10 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> peft.PeftModel:
     """
     try:
         config = _config_class(recipe.tuner)(**recipe.config)
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks for the attribute that transformers 5 has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return peft.get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}' for this model: {error}") from error
 

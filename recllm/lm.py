@@ -1,7 +1,8 @@
 """Language models: load a base model by name, turn item text into vectors, and read histories for the next item."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as hf_logging
 
 from recllm.adapters import AdapterRecipe, attach
 from recllm.errors import RecllmError
@@ -86,8 +88,23 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars and advice while it loads: what a user needs to know, recllm says."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
 def _convert_gguf(path: Path, target: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with _quietly():
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # The weights are plain floats now; transformers refuses to save while the model still calls itself quantised.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
@@ -130,7 +147,8 @@ def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
     causal = is_causal(config)
     # A causal model is loaded whole and its body taken: a checkpoint of one names its weights that way.
     kind = AutoModelForCausalLM if causal else AutoModel
-    model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+    with _quietly():
+        model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
     body = model.get_decoder() if causal else model
     body.requires_grad_(False).eval()
     output = model.get_output_embeddings() if causal else None

@@ -38,24 +38,24 @@ def test_keys_of_the_run_file_go_over_the_recipes():
 
 
 def test_a_misspelt_key_is_refused_with_the_nearest_right_one():
-    with pytest.raises(RecllmError, match="key of the adapter 'lora' 'lora_alhpa'. Did you mean 'lora_alpha'?"):
+    with pytest.raises(RecllmError, match=r"key of the adapter 'lora' 'lora_alhpa'. Did you mean 'lora_alpha'?"):
         load_adapter(AdapterSettings.model_validate({"recipe": "lora", "lora_alhpa": 8}))
 
 
 def test_an_unknown_tuner_is_refused_with_the_nearest_right_one(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('tuner = "lorra"\n[config]\nr = 4\n', encoding="utf-8")
-    with pytest.raises(RecllmError, match="Unknown tuner 'lorra'. Did you mean 'lora'?"):
+    with pytest.raises(RecllmError, match=r"Unknown tuner 'lorra'. Did you mean 'lora'?"):
         load_adapter(AdapterSettings(recipe=str(path)))
 
 
 def test_an_unknown_recipe_names_the_choices():
-    with pytest.raises(RecllmError, match="'loar'. Did you mean 'lora'"):
+    with pytest.raises(RecllmError, match=r"'loar'. Did you mean 'lora'"):
         load_adapter(AdapterSettings(recipe="loar"))
 
 
 def test_what_peft_refuses_is_one_message(tiny_lm_folder):
-    with pytest.raises(RecllmError, match="PEFT refuses the adapter 'lora' for this model"):
+    with pytest.raises(RecllmError, match=r"PEFT refuses the adapter 'lora' for this model"):
         attach(load_base(tiny_lm_folder).model, recipe(target_modules=["no_such_layer"]))
 
 

@@ -67,7 +67,7 @@ def test_a_path_outside_is_not_opened(folder, name):
     secret = folder.parent / "secret.txt"
     secret.write_bytes(b"12345")
     changed(folder, files={name: {"bytes": 5, "sha256": sha256_of(secret)}})
-    with pytest.raises(RecllmError, match="outside of itself; such a bundle is not opened"):
+    with pytest.raises(RecllmError, match=r"outside of itself; such a bundle is not opened"):
         read_manifest(folder)
 
 
@@ -76,14 +76,14 @@ def test_a_link_to_the_outside_is_not_opened(folder):
     secret.write_bytes(b"12345")
     (folder / "weights.bin").unlink()
     (folder / "weights.bin").symlink_to(secret)
-    with pytest.raises(RecllmError, match="outside of itself"):
+    with pytest.raises(RecllmError, match=r"outside of itself"):
         read_manifest(folder)
 
 
 def test_what_is_no_bundle(tmp_path):
     with pytest.raises(RecllmError, match=r"is not a bundle \(it has no manifest\.json\)\. Make .* recllm export"):
         read_manifest(tmp_path)
-    with pytest.raises(RecllmError, match="'.*nowhere' is not there"):
+    with pytest.raises(RecllmError, match=r"'.*nowhere' is not there"):
         read_manifest(tmp_path / "nowhere")
 
 
@@ -99,9 +99,14 @@ def test_a_broken_manifest(folder, text):
 
 def test_a_bundle_that_failed_is_not_there_and_an_older_one_stays(folder):
     before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    with pytest.raises(RuntimeError, match="gate"), new_bundle(folder, {}) as part:
-        (part / "new.bin").write_bytes(b"x")
-        raise RuntimeError("gate")
+
+    def fail():
+        with new_bundle(folder, {}) as part:
+            (part / "new.bin").write_bytes(b"x")
+            raise RuntimeError("gate")
+
+    with pytest.raises(RuntimeError, match=r"gate"):
+        fail()
     assert read_manifest(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
 

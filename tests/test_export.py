@@ -190,12 +190,12 @@ def test_the_manifest_says_what_is_inside(tiny_bundle, loaded):
 
 def test_an_untrained_run_says_how_to_train_it(loaded, tmp_path):
     run = loaded[0].model_copy(update={"output": str(tmp_path)})
-    with pytest.raises(RecllmError, match="has no fitted fusion. Train the run first: recllm train"):
+    with pytest.raises(RecllmError, match=r"has no fitted fusion. Train the run first: recllm train"):
         export_run(run, loaded[1], say=lambda _: None)
 
 
 def test_an_unknown_recipe_is_named_before_anything_loads(loaded):
-    with pytest.raises(RecllmError, match="'int9'. Did you mean 'int8'"):
+    with pytest.raises(RecllmError, match=r"'int9'. Did you mean 'int8'"):
         export_run(loaded[0], loaded[1], ["fp32", "int9"], say=lambda _: None)
 
 

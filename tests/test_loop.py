@@ -206,7 +206,7 @@ def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
     check_trainer_keys({"gradient_accumulation_steps": 2, "logging_steps": 5})
     with pytest.raises(RecllmError, match=r"Unknown key in \[train\] 'loging_steps'. Did you mean 'logging_steps'"):
         check_trainer_keys({"loging_steps": 5})
-    with pytest.raises(RecllmError, match="Unknown key in"):
+    with pytest.raises(RecllmError, match=r"Unknown key in"):
         check_trainer_keys({"output_dir": "elsewhere"})
 
 
@@ -219,7 +219,7 @@ def test_weights_of_another_run_are_refused(tmp_path):
     loop.save_trained(light(), tmp_path / "light.safetensors")
     other = light()
     other.bias.requires_grad_(False)
-    with pytest.raises(RecllmError, match="does not fit this run: 'bias' is in one of them only"):
+    with pytest.raises(RecllmError, match=r"does not fit this run: 'bias' is in one of them only"):
         loop.load_trained(other, tmp_path / "light.safetensors")
     wide = light()
     wide.query = torch.nn.Linear(16, 20)

@@ -142,7 +142,7 @@ def test_scoring_leaves_the_training_mode_as_it_was(causal, prompt, checkerboard
 
 def test_no_output_matrix_no_answers(causal, encoder, tiny_lm_folder, tiny_encoder_folder):
     base = load_base(tiny_lm_folder)
-    with pytest.raises(RecllmError, match="has no output matrix, so it has no answer words. Use a causal"):
+    with pytest.raises(RecllmError, match=r"has no output matrix, so it has no answer words. Use a causal"):
         answer_output(BaseModel(base.model, base.tokenizer, True, base.folder))
     assert answer_output(load_base(tiny_encoder_folder)) is None
 

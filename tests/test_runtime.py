@@ -127,7 +127,7 @@ def test_scores_of_given_items_are_those_of_the_ranking(bundle):
 
 
 def test_an_item_that_is_not_there_is_named(bundle):
-    with pytest.raises(RecllmError, match="Unknown item '99'"):
+    with pytest.raises(RecllmError, match=r"Unknown item '99'"):
         bundle.score([RED[:2]], ["1", "99"])
 
 
@@ -206,7 +206,7 @@ def test_wrong_new_items_are_named(bundle, record, message):
 
 def test_a_provider_that_is_not_there_is_an_error(tiny_bundle, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(RecllmError, match="The provider 'cuda' is not in this ONNX Runtime .it has CPUExecution"):
+    with pytest.raises(RecllmError, match=r"The provider 'cuda' is not in this ONNX Runtime .it has CPUExecution"):
         recllm.load(tiny_bundle, provider="cuda")
 
 
@@ -219,12 +219,12 @@ def test_a_silent_fall_back_is_an_error(tiny_bundle, monkeypatch):
     monkeypatch.setattr(
         ort, "InferenceSession", lambda path, options, providers: session(path, options, ["CPUExecutionProvider"])
     )
-    with pytest.raises(RecllmError, match="could not load the libraries of 'cuda' and would have run on the CPU"):
+    with pytest.raises(RecllmError, match=r"could not load the libraries of 'cuda' and would have run on the CPU"):
         recllm.load(tiny_bundle, provider="cuda")
 
 
 def test_an_unknown_provider_is_named(tiny_bundle):
-    with pytest.raises(RecllmError, match="Unknown provider 'cud'. Did you mean 'cuda'"):
+    with pytest.raises(RecllmError, match=r"Unknown provider 'cud'. Did you mean 'cuda'"):
         open_session(tiny_bundle / "catalogue.onnx", "cud")
 
 
@@ -248,11 +248,11 @@ def test_a_scorer_of_an_unknown_kind_is_named(tiny_bundle, tmp_path):
     manifest = read_json(tmp_path / "b" / "manifest.json")
     manifest["scorers"]["lm"] = "sequences"
     write_json(tmp_path / "b" / "manifest.json", manifest)
-    with pytest.raises(RecllmError, match="Unknown kind of scorer in the bundle 'sequences'. Did you mean 'sequence'"):
+    with pytest.raises(RecllmError, match=r"Unknown kind of scorer in the bundle 'sequences'. Did you mean 'sequence'"):
         recllm.load(tmp_path / "b")
 
 
 def test_a_bundle_without_an_encoder_takes_no_new_items(bundle, monkeypatch):
     monkeypatch.setattr(bundle, "_item_encoder", None)
-    with pytest.raises(RecllmError, match="has no item encoder, so it cannot take new items"):
+    with pytest.raises(RecllmError, match=r"has no item encoder, so it cannot take new items"):
         bundle.with_items(NEW)

@@ -65,7 +65,7 @@ def test_another_seed_makes_other_items_cold(folder):
 
 
 def test_a_split_that_leaves_nothing_says_what_to_change(folder):
-    with pytest.raises(RecllmError, match="No user has 99 events.*lower min_events"):
+    with pytest.raises(RecllmError, match=r"No user has 99 events.*lower min_events"):
         task_of(folder, min_events=99)
 
 
@@ -79,5 +79,5 @@ def test_a_test_part_alone_is_not_enough(folder, checkerboard):
 
 
 def test_unknown_data_is_named(tmp_path):
-    with pytest.raises(RecllmError, match="ml-100"):
+    with pytest.raises(RecllmError, match=r"ml-100"):
         task_of("ml-100")

@@ -136,7 +136,7 @@ def test_a_mistake_is_told_before_any_work(tiny_run, tmp_path, override, message
 
 def test_an_encoder_is_refused_before_any_work(tiny_run, tiny_encoder_folder, tmp_path):
     run = again(tiny_run, tmp_path, f"model.name={tiny_encoder_folder}")
-    with pytest.raises(RecllmError, match="is an encoder; next_item needs a causal model"):
+    with pytest.raises(RecllmError, match=r"is an encoder; next_item needs a causal model"):
         train_run(run, say=silent)
     assert not run.folder.exists()
 
@@ -145,7 +145,7 @@ def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path)
     run.folder.mkdir()
     (run.folder / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(RecllmError, match="is not empty"):
+    with pytest.raises(RecllmError, match=r"is not empty"):
         train_run(run, overwrite=True, say=silent)
     assert (run.folder / "thesis.txt").is_file()
 
