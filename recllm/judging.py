@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers import EvalPrediction
 
 from recllm.adapters import attach, merge
@@ -14,7 +13,7 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.lm import load_base, model_folder
-from recllm.loop import Examples, fast_bf16, fit, load_trained, precision_keys, save_trained, steps_of
+from recllm.loop import Examples, fast_bf16, fit, load_trained, precision_keys, process_state, save_trained, steps_of
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Made, labelled_rows, training_pairs
@@ -117,11 +116,11 @@ def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool,
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {trained:,} parameters train")
     rows = _fit(run, task, model, PairPrompts(prompt, task.dataset.catalog, model), resume=resume) if trained else 0
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         save_trained(model, folder / "model.safetensors")
         save_stage(folder, {"rows": rows, "trained": trained})
         shutil.rmtree(run.folder / "checkpoints" / "relevance", ignore_errors=True)
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
 
 
 def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, resume: bool) -> int:

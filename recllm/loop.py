@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -166,6 +167,20 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
             raise unknown("key in [train]", key, known)
 
 
+def on_cpu() -> bool:
+    """Whether training runs on the CPU: accelerate is told so, or there is no accelerator."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def process_state() -> PartialState:
+    """The processes that train together, set up at the first call.
+
+    Without an accelerator `PartialState` has to be told that it is on the CPU, else every process of a launcher takes
+    itself for the only one.
+    """
+    return PartialState(cpu=on_cpu())
+
+
 def fast_bf16() -> bool:
     """Whether this machine multiplies bf16 in hardware; without it bf16 on a CPU is slower than float32."""
     if torch.cuda.is_available():
@@ -183,7 +198,7 @@ def precision_keys(precision: str) -> dict[str, bool]:
 def steps_of(examples: int, arguments: dict[str, Any]) -> int:
     """Steps over `examples` with Trainer's keys, on all processes together."""
     batch = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
-    steps = math.ceil(examples / (batch * PartialState().num_processes))
+    steps = math.ceil(examples / (batch * process_state().num_processes))
     most = arguments.get("max_steps", -1)
     return min(steps, most) if most > 0 else steps
 
@@ -244,6 +259,7 @@ def fit(
         "save_strategy": "steps",
         "per_device_eval_batch_size": 32,
         "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": on_cpu(),
     } | arguments
     options.setdefault("save_steps", options.get("eval_steps", 500))
     trainer = OrderedTrainer(

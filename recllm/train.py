@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 
 from recllm.errors import RecllmError
@@ -25,6 +24,7 @@ from recllm.loop import (
     check_trainer_keys,
     fit,
     precision_keys,
+    process_state,
     ranking_metrics,
     save_trained,
     steps_of,
@@ -86,7 +86,7 @@ def train_run(
     """
     clock = clock or Clock()
     check_trainer_keys(run.train.trainer_keys())
-    state = PartialState()
+    state = process_state()
     say = say if state.is_main_process else _silent
     with state.main_process_first():
         check_names(run, say)
@@ -231,11 +231,11 @@ def _train_next_item(
         patience=None if scorer == "light" else run.train.early_stopping_patience,
         resume=resume,
     )
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         save_trained(model, folder / "model.safetensors")
         save_stage(folder, {"steps": steps, "windows": len(examples)})
         shutil.rmtree(run.folder / "checkpoints" / scorer, ignore_errors=True)
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
 
 
 def _validation_windows(task: Task, history: HistoryFormat, seed: int, limit: int | None) -> list[NDArray[np.int64]]:
