@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,33 @@ class Examples(Dataset[Any]):
 
     def __getitem__(self, place: int) -> Any:  # noqa: ANN401  whatever the collator reads
         return self.rows[place]
+
+
+class WholeBatches(Dataset[Any]):
+    """Examples with a note whether they count: the first ones come again until all processes have whole batches.
+
+    accelerate would repeat rows by itself, and they would be learnt twice: two processes would not reach the losses of
+    one.
+    """
+
+    def __init__(self, examples: Examples, rows: int) -> None:
+        """Fill up to a multiple of `rows`, the rows of one round over all processes."""
+        self.examples, self.length = examples, math.ceil(len(examples) / rows) * rows
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> tuple[Any, bool]:
+        return self.examples[place % len(self.examples)], place < len(self.examples)
+
+
+def collate_counted(
+    collator: Callable[[Any], dict[str, Tensor]], rows: Sequence[tuple[Any, bool]]
+) -> dict[str, Tensor]:
+    """A batch by `collator`, in which rows that do not count have no labels."""
+    batch = collator([row for row, _ in rows])
+    batch["labels"][[not counts for _, counts in rows]] = IGNORED
+    return batch
 
 
 @dataclass(frozen=True)
@@ -262,11 +290,14 @@ def fit(
         "use_cpu": on_cpu(),
     } | arguments
     options.setdefault("save_steps", options.get("eval_steps", 500))
+    settings = _training_arguments(options)
+    # One process has nobody to wait for: its last batch may be short.
+    round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
     trainer = OrderedTrainer(
         model=model,
-        args=_training_arguments(options),
-        data_collator=collator,
-        train_dataset=train,
+        args=settings,
+        data_collator=partial(collate_counted, collator),
+        train_dataset=WholeBatches(train, round_rows),
         eval_dataset=valid,
         compute_metrics=compute_metrics,
         callbacks=[MetricsFile(folder / "metrics.jsonl", scorer)]

@@ -20,6 +20,7 @@ from recllm.lm import BaseModel, load_base, mean_pool, model_folder
 from recllm.loop import fast_bf16
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
+from recllm.sequence import IGNORED
 
 SUFFIXES_IN_BATCH = 16
 PAIR_TOKENS = 4096
@@ -76,10 +77,16 @@ class RelevanceModel(nn.Module):
     def forward(
         self, ids: Tensor, lengths: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: object
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy of `labels` float32[batch, 1]; returns `loss` and `logits` float32[batch, 1]."""
-        logits = self.logits(ids, lengths)
-        total = functional.binary_cross_entropy_with_logits(logits, labels[:, 0], reduction="sum")
-        return {"loss": total / (len(labels) if num_items_in_batch is None else num_items_in_batch), "logits": logits}
+        """Binary cross-entropy of `labels` float32[batch, 1], −100 where a row does not count.
+
+        Returns:
+            `loss`, a scalar, and `logits`, float32[batch].
+        """
+        logits, given = self.logits(ids, lengths), labels[:, 0]
+        counts = given != IGNORED
+        total = functional.binary_cross_entropy_with_logits(logits[counts], given[counts], reduction="sum")
+        number = counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / number, "logits": logits}
 
     def logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores float32[batch] of whole prompts, int64[batch, length], padded on the right."""

@@ -131,6 +131,20 @@ def test_a_checkpoint_holds_only_what_trains(tiny_lm_folder, tmp_path):
     assert all(not torch.equal(fresh[name], trained[name]) for name in trained)
 
 
+def test_rows_that_fill_up_a_batch_teach_nothing():
+    windows = Examples([np.arange(place, place + 4) for place in range(5)])
+    filled = loop.WholeBatches(windows, 4)
+    assert len(filled) == 8
+    rows = [filled[place] for place in range(4, 8)]
+    assert [counts for _, counts in rows] == [True, False, False, False]
+    plain, counted = NextItemCollator(LIGHT_HISTORY), loop.collate_counted(NextItemCollator(LIGHT_HISTORY), rows)
+    assert counted["labels"].tolist() == [[5, 6, 7], *[[loop.IGNORED] * 3] * 3]
+    model = light().eval()
+    few = model(**plain([windows[4]]))["loss"]
+    assert float(model(**counted, num_items_in_batch=3)["loss"].detach()) == pytest.approx(float(few.detach()))
+    assert len(loop.WholeBatches(windows, 1)) == 5
+
+
 def test_two_learning_rates(tiny_lm_folder, tmp_path, monkeypatch):
     found = []
 

@@ -167,8 +167,8 @@ def widely_drawn(base):
     return base
 
 
-# Whether history and candidate have one colour is more than a two-layer encoder with a mean pool finds in a few seconds;
-# it learns which colour the users of one side like.
+# Whether history and candidate have one colour is more than a two-layer encoder with a mean pool finds in a few
+# seconds; it learns which colour the users of one side like.
 @pytest.mark.parametrize(("which", "sides"), [("causal", (0, 1)), ("encoder", (0,))])
 def test_training_tells_the_halves_apart(which, sides, request, checkerboard, tmp_path):
     folder = request.getfixturevalue("tiny_lm_folder" if which == "causal" else "tiny_encoder_folder")
