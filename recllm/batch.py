@@ -1,6 +1,5 @@
 """Recommend in batch, file in, file out: chunk by chunk, with progress, bad rows set aside and never in the way."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from recllm.data import Query
 from recllm.errors import RecllmError
+from recllm.progress import Progress
 from recllm.query_rows import BadRow, QueryRow, check_source, count_rows, read_rows
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.runtime import Recommender
@@ -177,7 +177,7 @@ def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...]) -
     job.check()
     total = count_rows(job.source)
     rows = read_rows(job.source, histories=job.histories, need=need)
-    summary, clock = Summary(), _Clock(total, job.say)
+    summary, progress = Summary(), Progress(total, "users", job.say, EVERY)
     rejects = Rejects(job.target)
     try:
         with sheet(job.target) as out:
@@ -187,7 +187,7 @@ def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...]) -
                     out.add(answer(good))
                 summary.answered += len(good)
                 summary.written, summary.rejected = out.rows, rejects.count
-                clock.tick(len(chunk), summary)
+                progress.add(len(chunk), f", {summary.rejected:,} set aside" if summary.rejected else "")
             if not summary.answered:
                 raise RecllmError(
                     f"No row of {job.source} could be answered: {rejects.first or 'it has no rows'}. "
@@ -195,7 +195,7 @@ def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...]) -
                 )
     finally:
         summary.rejects = rejects.close()
-    summary.seconds = clock.seconds
+    summary.seconds = progress.seconds
     return summary
 
 
@@ -221,25 +221,3 @@ def _chunks(rows: Iterable[QueryRow | BadRow], size: int) -> Iterator[list[Query
             chunk = []
     if chunk:
         yield chunk
-
-
-class _Clock:
-    """Says how far the job is, every few seconds."""
-
-    def __init__(self, total: int, say: Say) -> None:
-        self.total, self.say, self.done = total, say, 0
-        self.start = self.last = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def tick(self, rows: int, summary: Summary) -> None:
-        self.done += rows
-        if time.monotonic() - self.last < EVERY:
-            return
-        self.last = time.monotonic()
-        rate = self.done / self.seconds
-        left = max(self.total - self.done, 0) / rate
-        bad = f", {summary.rejected:,} set aside" if summary.rejected else ""
-        self.say(f"{self.done:,} of {self.total:,} users, {rate:,.0f} users/s, {left:,.0f} s left{bad}")

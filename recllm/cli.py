@@ -1,6 +1,5 @@
 """The command line: `recllm --help`. What a command does is in recllm.commands, imported when it is called."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typer.core import TyperGroup
 
 from recllm import __version__
 from recllm.errors import RecllmError
+from recllm.process import set_up
 
 MISTAKE, INTERRUPTED = 2, 130
 """Exit codes: a user's mistake, Ctrl-C."""
@@ -284,7 +284,7 @@ def bench(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning in every process that is forked
+    set_up()
     app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="recllm")
 
 

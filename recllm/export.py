@@ -1,6 +1,5 @@
 """Export a trained run: merge the adapter, write ONNX graphs, quantise, compare with torch, seal the bundle."""
 
-import copy
 import logging
 import shutil
 import warnings
@@ -24,7 +23,7 @@ from recllm.files import write_json
 from recllm.fusion import Fusion
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
-from recllm.lm import BaseModel, LanguageBody, load_base, mean_pool, model_folder
+from recllm.lm import BaseModel, load_base, mean_pool, model_folder
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.quantise import quantise
 from recllm.ranking import Scorer
@@ -44,9 +43,6 @@ from recllm.trained import (
 )
 
 Say = Callable[[str], None]
-Exporter = Literal["dynamo", "torchscript"]
-TORCHSCRIPT_OPSET = 20
-"""The last one that torchscript writes."""
 ENCODER_TEXTS = 64
 """Item texts on which the item encoder's graph is compared."""
 
@@ -74,8 +70,6 @@ class ExportRecipe(Settings):
     """One file of export/."""
 
     precision: Literal["fp32", "fp16", "int8"]
-    exporter: Exporter = "dynamo"
-    """torch's exporter: dynamo gives half the nodes, torchscript a tenth of the export time."""
     opset: int
     tolerance: Tolerance
     causal: CausalQuantisation = CausalQuantisation()
@@ -89,13 +83,6 @@ def load_recipe(name: str) -> ExportRecipe:
     """
     path = find_recipe("export", name)
     return parse(ExportRecipe, read_toml(path), str(path))
-
-
-def _recipe(run: Run, name: str) -> ExportRecipe:
-    recipe = load_recipe(name)
-    if run.export.exporter != "torchscript":
-        return recipe
-    return recipe.model_copy(update={"exporter": "torchscript", "opset": min(recipe.opset, TORCHSCRIPT_OPSET)})
 
 
 @dataclass(frozen=True)
@@ -125,21 +112,6 @@ class SequenceGraph(nn.Module):
     def forward(self, ids: Tensor, ends: Tensor, table: Tensor) -> Tensor:
         """Query vectors float32[batch, ends, head]."""
         return self.model.encode(ids, ends, table)
-
-
-class MaskedBody(nn.Module):
-    """A language model with its causal mask spelt out, which torchscript cannot trace out of transformers."""
-
-    def __init__(self, body: LanguageBody) -> None:
-        super().__init__()
-        self.model = body.model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """What `LanguageBody` gives."""
-        steps = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        mask = steps[:, None, :, None] >= steps[:, None, None, :]
-        hidden = self.model(inputs_embeds=tokens, attention_mask=mask, position_ids=steps, use_cache=False)
-        return hidden.last_hidden_state.float()
 
 
 class ItemGraph(nn.Module):
@@ -178,7 +150,7 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     Raises:
         RecllmError: the run is not trained, or an unknown recipe.
     """
-    loaded = {name: _recipe(run, name) for name in recipes or run.export.recipes}
+    loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
     if not (run.folder / "fusion.json").is_file():
         raise RecllmError(f"{run.folder} has no fitted fusion. Train the run first: recllm train {run.folder}/run.toml")
     parts = load_collaborative(run, task)
@@ -187,17 +159,13 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     base = load_base(model_folder(encoder_name(run)))
     results = []
     graphs = run.folder / "graphs"
-    for exporter, opset in sorted({(recipe.exporter, recipe.opset) for recipe in loaded.values()}):
-        say(f"Writing the ONNX graphs in fp32, opset {opset}, by {exporter}")
-        _write_graphs(graphs / f"{exporter}-{opset}", sequences, base, exporter, opset)
+    for opset in sorted({recipe.opset for recipe in loaded.values()}):
+        say(f"Writing the ONNX graphs in fp32, opset {opset}")
+        _write_graphs(graphs / str(opset), sequences, base, opset)
     reference = {name: sequence_scorer(*found, task) for name, found in sequences.items()}
     for name, recipe in loaded.items():
         say(f"Bundle '{name}': quantising and comparing with torch")
-        results.append(
-            _export(
-                run, task, parts, sequences, base, reference, name, recipe, graphs / f"{recipe.exporter}-{recipe.opset}"
-            )
-        )
+        results.append(_export(run, task, parts, sequences, base, reference, name, recipe, graphs / str(recipe.opset)))
     shutil.rmtree(graphs)
     return results
 
@@ -294,41 +262,24 @@ def _write_graphs(
     folder: Path,
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
-    exporter: Exporter,
     opset: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (model, _) in sequences.items():
         width, text = model.tokens.text.out_features, model.tokens.text.in_features
-        graph = SequenceGraph(model)
-        if exporter == "torchscript" and isinstance(model.body, LanguageBody):
-            graph = SequenceGraph(_with_explicit_mask(model))
         example = {
             "ids": (torch.zeros(2, 7, dtype=torch.long), ("batch", "length")),
             "ends": (torch.tensor([[3, 5, 6], [2, 1, 0]]), ("batch", "ends")),
             "table": (torch.randn(11, width), ("rows",)),
         }
-        write_graph(graph, example, folder / f"{name}.onnx", ("vectors",), exporter, opset)
+        write_graph(SequenceGraph(model), example, folder / f"{name}.onnx", ("vectors",), opset)
         items = {
             "text": (torch.randn(3, text), ("items",)),
             "factors": (torch.randn(3, model.tokens.factors.in_features), ("items",)),
         }
-        write_graph(ItemGraph(model), items, folder / f"{name}-items.onnx", ("tokens", "heads"), exporter, opset)
+        write_graph(ItemGraph(model), items, folder / f"{name}-items.onnx", ("tokens", "heads"), opset)
     texts = {name: (torch.ones(2, 7, dtype=torch.long), ("batch", "length")) for name in ("ids", "mask")}
-    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("vectors",), exporter, opset)
-
-
-def _with_explicit_mask(model: NextItemModel) -> NextItemModel:
-    assert isinstance(model.body, LanguageBody)
-    kinds = set(getattr(model.body.model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise RecllmError(
-            f"The exporter 'torchscript' knows full attention only, and this model has {', '.join(sorted(kinds))}. "
-            "Use --set export.exporter=dynamo."
-        )
-    masked = copy.copy(model)
-    masked._modules = dict(model._modules) | {"body": MaskedBody(model.body)}
-    return masked
+    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("vectors",), opset)
 
 
 def write_graph(
@@ -336,7 +287,6 @@ def write_graph(
     example: Mapping[str, tuple[Tensor, tuple[str, ...]]],
     path: Path,
     outputs: tuple[str, ...],
-    exporter: Exporter,
     opset: int,
 ) -> None:
     """Export a module with the weights inside the file.
@@ -346,23 +296,24 @@ def write_graph(
         example: per input a value and the names of its first dimensions, those that vary.
         path: where the graph is written.
         outputs: names of the results.
-        exporter: dynamo or torchscript.
         opset: the ONNX version of the operators.
     """
     values = tuple(value.clone() for value, _ in example.values())
-    named = {name: dict(enumerate(names)) for name, (_, names) in example.items()}
-    keys: dict[str, Any] = {"opset_version": opset, "input_names": list(example), "output_names": list(outputs)}
+    named = [dict(enumerate(names)) for _, names in example.values()]
+    dimensions = {name: torch.export.Dim(name, min=1) for names in named for name in names.values()}
     with _quiet(), torch.no_grad():
-        if exporter == "torchscript":
-            torch.onnx.export(module.eval().cpu(), values, str(path), dynamo=False, dynamic_axes=named, **keys)
-            return
-        dimensions = {name: torch.export.Dim(name, min=1) for names in named.values() for name in names.values()}
-        shapes = tuple({place: dimensions[name] for place, name in names.items()} for names in named.values())
         program = torch.onnx.export(
-            module.eval().cpu(), values, dynamo=True, dynamic_shapes=shapes, verbose=False, **keys
+            module.eval().cpu(),
+            values,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(example),
+            output_names=list(outputs),
+            dynamic_shapes=tuple({place: dimensions[name] for place, name in names.items()} for names in named),
+            verbose=False,
         )
-        assert program is not None
-        program.save(str(path), external_data=False)
+    assert program is not None
+    program.save(str(path), external_data=False)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from recllm.adapters import attach, merge
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json
-from recllm.lm import load_base, model_folder
+from recllm.lm import load_base, model_folder, scoring_device
 from recllm.loop import Examples, fast_bf16, fit, load_trained, precision_keys, process_state, save_trained, steps_of
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
@@ -115,7 +115,8 @@ def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool,
     model, prompt = relevance_model(run, task, say)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {trained:,} parameters train")
-    rows = _fit(run, task, model, PairPrompts(prompt, task.dataset.catalog, model), resume=resume) if trained else 0
+    prompts = PairPrompts(prompt, task.dataset.catalog, model)
+    rows = _fit(run, task, model, prompts, resume=resume, say=say) if trained else 0
     if process_state().is_main_process:
         save_trained(model, folder / "model.safetensors")
         save_stage(folder, {"rows": rows, "trained": trained})
@@ -123,7 +124,7 @@ def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool,
     process_state().wait_for_everyone()
 
 
-def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, resume: bool) -> int:
+def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, resume: bool, say: Say) -> int:
     settings = run.train
     rows = training_pairs(
         task,
@@ -155,6 +156,7 @@ def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, r
         folder=run.folder,
         scorer="relevance",
         compute_metrics=auc_metric,
+        say=say,
         metric="eval_auc",
         adapter_learning_rate=settings.learning_rate,
         patience=settings.early_stopping_patience,
@@ -209,6 +211,6 @@ def load_relevance(run: Run, task: Task, progress: Callable[[int], None] = lambd
     model, prompt = relevance_model(run, task, lambda _: None)
     load_trained(model, folder / "model.safetensors")
     model.body = merge(model.body)
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval().to(scoring_device())
     calibrated = read_json(folder / "done.json")["trained"] == 0
     return RelevanceScorer(model, prompt, task.dataset.catalog, calibrated, fast_bf16(), progress)

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from transformers.utils import logging as hf_logging
 from recllm.adapters import AdapterRecipe, attach
 from recllm.errors import RecllmError
 from recllm.fetch import cache_folder, resolve_model
-from recllm.files import sha256_of
+from recllm.files import sha256_of, whole_folder
 from recllm.histories import HistoryFormat
 from recllm.prompts import CompiledPrompt
 from recllm.runs import ModelSettings
@@ -103,15 +104,14 @@ def _quietly() -> Iterator[None]:
 
 
 def _convert_gguf(path: Path, target: Path) -> None:
-    with _quietly():
+    with _quietly(), redirect_stderr(StringIO()):  # its bar heeds no setting
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # The weights are plain floats now; transformers refuses to save while the model still calls itself quantised.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    partial_folder = target.with_name(f".{target.name}.part")
-    model.save_pretrained(partial_folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial_folder)
-    partial_folder.replace(target)
+        # The weights are plain floats now; transformers refuses to save while the model still calls itself quantised.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        with whole_folder(target) as folder:
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def is_causal(config: PretrainedConfig) -> bool:
@@ -153,6 +153,11 @@ def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
     body.requires_grad_(False).eval()
     output = model.get_output_embeddings() if causal else None
     return BaseModel(body, load_tokenizer(folder), causal, folder, output)
+
+
+def scoring_device() -> str:
+    """Where a model reads outside of training: the first GPU, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -32,6 +32,7 @@ from recllm.errors import RecllmError, unknown
 from recllm.files import written
 from recllm.histories import HistoryFormat, padded
 from recllm.metrics import hit_rate, ndcg
+from recllm.progress import Progress
 from recllm.sequence import IGNORED
 
 WEIGHTS = "model.safetensors"
@@ -183,6 +184,42 @@ class MetricsFile(TrainerCallback):
                 )
 
 
+class StepLines(TrainerCallback):
+    """Says how far training is: at every validation, and every few seconds in between."""
+
+    def __init__(self, scorer: str, metric: str, say: Callable[[str], None]) -> None:
+        self.scorer, self.metric, self.say = scorer, metric, say
+        self.progress, self.loss = Progress(0, "steps", say), math.nan
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Begin to count; a resumed run counts what is left."""
+        self.progress = Progress(state.max_steps - state.global_step, f"{self.scorer} steps", self.say)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Count a step."""
+        self.progress.add(1, self._loss())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        """Keep the loss; tell a validation."""
+        given = logs or {}
+        self.loss = float(given.get("loss", self.loss))
+        if self.metric in given:
+            name = self.metric.removeprefix("eval_").upper()
+            self.progress.tell(f"{self._loss()}, validation {name} {given[self.metric]:.4f}")
+
+    def _loss(self) -> str:
+        return "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
+
+
 def check_trainer_keys(keys: dict[str, Any]) -> None:
     """Refuse keys of `[train]` that are not Trainer's, before any model loads.
 
@@ -210,10 +247,10 @@ def process_state() -> PartialState:
 
 
 def fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 in hardware; without it bf16 on a CPU is slower than float32."""
+    """Whether this machine multiplies bf16 in hardware (AMX or AVX-512 BF16); without it a CPU is slower in bf16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def precision_keys(precision: str) -> dict[str, bool]:
@@ -247,6 +284,7 @@ def fit(
     folder: Path,
     scorer: str,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+    say: Callable[[str], None],
     metric: str = METRIC,
     adapter_learning_rate: float | None = None,
     patience: int | None = None,
@@ -264,6 +302,7 @@ def fit(
         folder: takes `checkpoints/` and `metrics.jsonl`.
         scorer: names the lines in the metrics file.
         compute_metrics: turns Trainer's predictions into validation metrics.
+        say: gets lines of progress.
         metric: the checkpoint with the highest value is kept.
         adapter_learning_rate: peak rate of the body's parameters.
         patience: stop after so many validations without a better one.
@@ -286,7 +325,7 @@ def fit(
         "eval_strategy": "steps",
         "save_strategy": "steps",
         "per_device_eval_batch_size": 32,
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": True,  # we say ourselves how far it is
         "use_cpu": on_cpu(),
     } | arguments
     options.setdefault("save_steps", options.get("eval_steps", 500))
@@ -300,9 +339,10 @@ def fit(
         train_dataset=WholeBatches(train, round_rows),
         eval_dataset=valid,
         compute_metrics=compute_metrics,
-        callbacks=[MetricsFile(folder / "metrics.jsonl", scorer)]
+        callbacks=[MetricsFile(folder / "metrics.jsonl", scorer), StepLines(scorer, metric, say)]
         + ([EarlyStoppingCallback(patience)] if patience else []),
     )
+    trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = adapter_learning_rate, valid_collator
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
 

@@ -60,13 +60,13 @@ def quickstart_run(output: Path, steps: int, seed: int) -> Run:
             "recent_windows": True,
             "num_train_epochs": max(1, math.ceil(steps * 16 / 900)),
         },
-        "export": {"recipes": ["int8"], "exporter": "torchscript", "gate_queries": 32},
+        "export": {"recipes": ["int8"], "gate_queries": 32},
     }
     return parse(Run, values, "quickstart")
 
 
 def quickstart(
-    output: Path, *, steps: int = 28, seed: int = 0, resume: bool = False, say: Say = print
+    output: Path, *, steps: int = 48, seed: int = 0, resume: bool = False, say: Say = print
 ) -> dict[str, Any]:
     """Run the demo.
 
@@ -157,7 +157,7 @@ def _table_lines(table: Table) -> list[str]:
     metric = f"NDCG@{K}"
     value, low, high = table.difference(FUSION, WITHOUT_LM, metric)
     return [
-        *table.lines(),
+        *table.lines(["all"]),
         f"The language model's part in the fusion: {value:+.4f} {metric} (95 % interval {low:+.4f} … {high:+.4f})",
     ]
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
 from recllm.histories import padded
-from recllm.lm import BaseModel, load_base, mean_pool, model_folder
+from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.loop import fast_bf16
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
@@ -336,5 +336,5 @@ def zero_shot_scorer(
         )
     compiled = compile_prompt(prompt, base.tokenizer)
     model = RelevanceModel(base, base.model, answer_output(base), compiled.answer_ids)
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval().to(scoring_device())
     return RelevanceScorer(model, compiled, catalog, bf16=fast_bf16())

@@ -1,6 +1,6 @@
 """Results: figures of several scorers on the same rows, with paired bootstrap intervals over users."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,12 +65,14 @@ class Table:
         rows = [{key: _plain(value) for key, value in row.items()} for row in self.rows()]
         return {"metrics": list(self.metrics), "rows": rows}
 
-    def lines(self) -> list[str]:
-        """The table as text, one line per slice and scorer."""
+    def lines(self, slices: Collection[str] | None = None) -> list[str]:
+        """The table as text, one line per slice and scorer; of some `slices`, or of all."""
         width = max(map(len, (*self.scorers, "scorer")))
         head = "  ".join(["scorer".ljust(width), *(metric.ljust(CELL) for metric in self.metrics)]).rstrip()
         lines = []
         for part, (rows, users) in self.counts.items():
+            if slices is not None and part not in slices:
+                continue
             lines += [f"{part}: {rows} rows, {users} users", head]
             for scorer in self.scorers:
                 cells = [_cell(self.interval(scorer, metric, part)).ljust(CELL) for metric in self.metrics]

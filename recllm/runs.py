@@ -171,8 +171,6 @@ class ExportSettings(Settings):
 
     recipes: tuple[str, ...] = ("fp32", "int8")
     """Names in export/ or paths."""
-    exporter: Literal["dynamo", "torchscript"] | None = None
-    """torch's exporter in place of the recipe's: torchscript takes a tenth of the time and writes twice the nodes."""
     gate_queries: int = Field(default=64, ge=1)
     """How many validation histories the graphs are compared on."""
 

@@ -1,7 +1,6 @@
 """Train everything that a run file names: `recllm train RUN.toml`, or `accelerate launch -m recllm.train RUN.toml`."""
 
 import math
-import os
 import shutil
 import sys
 import time
@@ -15,13 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.histories import HistoryFormat
 from recllm.judging import load_relevance, rating_scorers, train_relevance
+from recllm.lm import LanguageBody, scoring_device
 from recllm.loop import (
     Examples,
     NextItemCollator,
     check_trainer_keys,
+    fast_bf16,
     fit,
     precision_keys,
     process_state,
@@ -29,8 +31,11 @@ from recllm.loop import (
     save_trained,
     steps_of,
 )
+from recllm.process import set_up
+from recllm.progress import Progress
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer, Scores
+from recllm.relevance import RelevanceScorer
 from recllm.runs import Run, load_run, write_environment, write_run
 from recllm.sequence import NextItemModel, Windows
 from recllm.tasks import Task, prepare
@@ -155,7 +160,7 @@ def train_light(run: Run, task: Task, parts: Collaborative, *, resume: bool, say
         "warmup_steps": 0.05,
         "seed": run.seed,
     }
-    _train_next_item(run, task, model, history, windows, arguments, scorer="light", resume=resume)
+    _train_next_item(run, task, model, history, windows, arguments, scorer="light", resume=resume, say=say)
 
 
 def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
@@ -184,7 +189,7 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
         **precision_keys(settings.precision),
         **settings.trainer_keys(),
     }
-    _train_next_item(run, task, model, history, windows, arguments, scorer="lm", resume=resume)
+    _train_next_item(run, task, model, history, windows, arguments, scorer="lm", resume=resume, say=say)
 
 
 def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
@@ -212,6 +217,7 @@ def _train_next_item(
     *,
     scorer: str,
     resume: bool,
+    say: Say,
 ) -> None:
     examples = Examples(windows.all())
     steps = steps_of(len(examples), arguments)
@@ -227,6 +233,7 @@ def _train_next_item(
         folder=run.folder,
         scorer=scorer,
         compute_metrics=ranking_metrics,
+        say=say,
         adapter_learning_rate=None if scorer == "light" else run.train.learning_rate,
         patience=None if scorer == "light" else run.train.early_stopping_patience,
         resume=resume,
@@ -274,7 +281,9 @@ def _sequence(
 ) -> Scorer:
     found = load(run, task, parts.features)
     assert found is not None
-    return sequence_scorer(*found, task)
+    model, history = found
+    heavy = isinstance(model.body, LanguageBody)
+    return sequence_scorer(model.to(scoring_device()), history, task, bf16=heavy and fast_bf16())
 
 
 def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, dict[str, Scores]]:
@@ -291,8 +300,10 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
         if not path.is_file():
             say(f"Scoring validation and test with '{name}'")
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part.npy")
-            np.save(part, protocol.score(make(), [*valid, *test]))
+            scorer, part = make(), path.with_suffix(".part.npy")
+            if isinstance(scorer, SequenceScorer | RelevanceScorer):
+                scorer.progress = Progress(len(valid) + len(test), "rows", say).add
+            np.save(part, protocol.score(scorer, [*valid, *test]))
             part.replace(path)
         scores = np.load(path, mmap_mode="r")
         result["valid"][name], result["test"][name] = scores[: len(valid)], scores[len(valid) :]
@@ -325,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="keep what is done and go on")
     parser.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
     given = parser.parse_args(arguments)
+    set_up()
     try:
         train_run(load_run(given.run, given.set), resume=given.resume, overwrite=given.overwrite, say=_print)
     except RecllmError as error:
@@ -338,5 +350,4 @@ def _print(line: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

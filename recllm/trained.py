@@ -23,10 +23,12 @@ from recllm.lm import (
     model_folder,
     next_item_model,
     not_causal,
+    scoring_device,
 )
-from recllm.loop import fast_bf16, load_trained
+from recllm.loop import load_trained
 from recllm.mf import ImplicitMF
 from recllm.priors import Popularity, TextSimilarity
+from recllm.progress import Progress
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
@@ -97,12 +99,14 @@ def encoder_name(run: Run) -> str:
 def encode_catalog(run: Run, task: Task, say: Say) -> RawVectors:
     """Vectors of all items by their text."""
     base = load_base(model_folder(encoder_name(run), say))
+    base.model.to(scoring_device())
     prompt = load_prompt(run.prompt.item, task="item")
     prompt.check_against(task.dataset.catalog)
     compiled = compile_prompt(prompt, base.tokenizer)
     token_ids = compiled.encode_items(task.dataset.catalog)
     say(f"Encoding the text of {len(task.index):,} items with {encoder_name(run)}")
-    return item_vectors(base, compiled, task.index.ids, token_ids)
+    progress = Progress(sum(ids is not None for ids in token_ids), "items", say)
+    return item_vectors(base, compiled, task.index.ids, token_ids, progress.add)
 
 
 def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat]:
@@ -195,19 +199,18 @@ def merged(model: NextItemModel) -> NextItemModel:
     return model
 
 
-def torch_encode(model: NextItemModel) -> Encode:
-    """Read ids with a torch model; its table of input vectors is made once. bf16 where the machine is fast at it."""
+def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
+    """Read ids with a torch model, in bf16 or float32; its table of input vectors is made once."""
     with torch.inference_mode():
         table = model.eval().table()
     device = table.device
 
     @torch.inference_mode()
     def encode(ids: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16() and heavy):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             vectors = model.encode(torch.from_numpy(ids).to(device), torch.from_numpy(ends).to(device), table)
         return vectors.float().cpu().numpy()
 
-    heavy = isinstance(model.body, LanguageBody)
     return encode
 
 
@@ -220,11 +223,9 @@ def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.fl
     return heads.float().cpu().numpy(), model.bias.detach().float().cpu().numpy()
 
 
-def sequence_scorer(
-    model: NextItemModel, history: HistoryFormat, task: Task, progress: Callable[[int], None] = lambda _: None
-) -> SequenceScorer:
-    """A trained next-item model as a scorer."""
-    return SequenceScorer(torch_encode(model), history, task.index, *item_heads(model), progress)
+def sequence_scorer(model: NextItemModel, history: HistoryFormat, task: Task, *, bf16: bool = False) -> SequenceScorer:
+    """A trained next-item model as a scorer; in float32, unless `bf16` trades digits for speed."""
+    return SequenceScorer(torch_encode(model, bf16=bf16), history, task.index, *item_heads(model))
 
 
 def save_stage(folder: Path, facts: dict[str, object]) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # The order of the story; a new module gets its place here. A package (`data`) stands after its parts (`data.checks`).
 # fmt: off
 TORCH_FREE = [
-    "errors", "files", "recipes", "assets", "download", "fetch",
+    "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch",
     "data.checks", "data.tables", "data.columns", "data.texts", "data.times", "data.events", "data.items",
     "data.sets", "data.read", "data", "splits", "given", "templates", "tokens", "prompts",
     "ranking", "metrics", "results", "evaluate", "priors", "mf", "ease", "histories", "vectors", "encoding",

@@ -62,6 +62,7 @@ def train(model, folder, *, history=LIGHT_HISTORY, resume=False, scorer="light",
         folder=folder,
         scorer=scorer,
         compute_metrics=loop.ranking_metrics,
+        say=lambda _: None,
         patience=patience,
         resume=resume,
     )
@@ -172,6 +173,7 @@ def test_two_learning_rates(tiny_lm_folder, tmp_path, monkeypatch):
         folder=tmp_path,
         scorer="lm",
         compute_metrics=loop.ranking_metrics,
+        say=lambda _: None,
         adapter_learning_rate=1e-3,
     )
     rates = {name: rate for name, rate, _ in found}

@@ -192,6 +192,7 @@ def test_training_tells_the_halves_apart(which, sides, request, checkerboard, tm
         folder=tmp_path,
         scorer="relevance",
         compute_metrics=lambda found: {"auc": auc(found.label_ids[:, 0], found.predictions.reshape(-1))},
+        say=lambda _: None,
         metric="eval_auc",
     )
     after = dict(model.named_parameters())
