@@ -78,6 +78,7 @@ def main() -> None:
     for round_ in range(rounds):
         index = ItemIndex(str(300 + (place + round_) % 100) for place in range(candidates))
         scorer = zero_shot_scorer(arguments.model, "relevance", catalog, lambda _: None)
+        scorer.bf16 = False  # both sides in float32
         start = time.perf_counter()
         shared = scorer.score([query], index)[0]
         middle = time.perf_counter()

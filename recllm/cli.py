@@ -122,9 +122,7 @@ def preview(
     user: Annotated[
         str | None, typer.Option(metavar="ID", help="Whose history; the first user's if not given.")
     ] = None,
-    item: Annotated[
-        str | None, typer.Option(metavar="ID", help="The candidate; the last of the history if none.")
-    ] = None,
+    item: Annotated[str | None, typer.Option(metavar="ID", help="The candidate; the last event if none.")] = None,
     interactions: Interactions = None,
     items: Items = None,
     column: Column = None,

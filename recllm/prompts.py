@@ -222,9 +222,10 @@ class CompiledPrompt:
         return positive[0], negative[0]
 
     def preview(self, query: Query, catalog: Catalog, candidate: str | None = None) -> Preview:
-        """What the model reads for `query` and the item `candidate` (by default the last of the history)."""
-        known = [item_id for item_id in query.history if item_id in catalog]
-        candidate = candidate if candidate is not None else (known or list(catalog.ids))[-1]
+        """What the model reads for `query` and the item `candidate`; by default the last event, after those before it."""
+        if candidate is None:
+            before, candidate = _without_last(query, catalog)
+            query = before if self.prompt.task == "relevance" else query
         if candidate not in catalog:
             raise unknown("item", candidate, catalog.ids)
         items = self._history_ids(query, catalog)
@@ -269,6 +270,15 @@ class CompiledPrompt:
         cut = self.prompt.max_candidate_tokens or self.prompt.max_item_tokens
         encoded = self._tokens.content(texts, self._candidate_lead, cut)
         return [None if ids is None else ids + self._tail for ids in encoded]
+
+
+def _without_last(query: Query, catalog: Catalog) -> tuple[Query, str]:
+    """The last item of the history that `catalog` has, and the query of before it; without one the catalogue's last."""
+    for place in reversed(range(len(query.history))):
+        if query.history[place] in catalog:
+            ratings = None if query.ratings is None else query.ratings[:place]
+            return Query(query.history[:place], query.user_id, ratings), query.history[place]
+    return query, catalog.ids[-1]
 
 
 def compile_prompt(prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None) -> CompiledPrompt:

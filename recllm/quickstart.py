@@ -59,6 +59,8 @@ def quickstart_run(output: Path, steps: int, seed: int) -> Run:
             "max_steps": steps,
             "recent_windows": True,
             "num_train_epochs": max(1, math.ceil(steps * 16 / 900)),
+            "logging_steps": 4,
+            "eval_steps": max(1, math.ceil(steps / 3)),
         },
         "export": {"recipes": ["int8"], "gate_queries": 32},
     }

@@ -218,6 +218,12 @@ def test_preview_counts_every_token_once(tiny_tokenizer):
     assert "".join(piece.text for piece in preview.pieces) == preview.text
 
 
+def test_preview_takes_the_last_event_as_the_candidate(tiny_tokenizer):
+    compiled = compile_prompt(relevance(), tiny_tokenizer)
+    assert compiled.preview(Query(("a", "b", "x")), CATALOG) == compiled.preview(Query(("a",)), CATALOG, "b")
+    assert compiled.preview(Query(()), CATALOG) == compiled.preview(Query(()), CATALOG, CATALOG.ids[-1])
+
+
 def test_preview_of_an_unknown_item_is_refused(tiny_tokenizer):
     with pytest.raises(RecllmError, match=r"Unknown item 'aa'\. Did you mean 'a'"):
         compile_prompt(relevance(), tiny_tokenizer).preview(Query(()), CATALOG, "aa")
