@@ -222,7 +222,7 @@ class CompiledPrompt:
         return positive[0], negative[0]
 
     def preview(self, query: Query, catalog: Catalog, candidate: str | None = None) -> Preview:
-        """What the model reads for `query` and the item `candidate`; by default the last event, after those before it."""
+        """What the model reads for `query` and the item `candidate`; by default its last event, after those before."""
         if candidate is None:
             before, candidate = _without_last(query, catalog)
             query = before if self.prompt.task == "relevance" else query
