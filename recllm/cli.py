@@ -49,6 +49,10 @@ app = typer.Typer(
 )
 data = typer.Typer(rich_markup_mode=None, no_args_is_help=True, epilog=example("recllm data check ml-100k"))
 app.add_typer(data, name="data", help="Look at a data set before anything is trained on it.")
+items = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, epilog=example("recllm items add runs/films/bundle-int8 new.csv")
+)
+app.add_typer(items, name="items", help="Change the items of a bundle without training.")
 
 
 def _version(asked: bool) -> None:
@@ -248,6 +252,26 @@ def score(
         commands.score_candidates(bundle, job, provider)
     elif items is not None:
         commands.score_zero_shot(items, history_items, job, model, prompt)
+
+
+@items.command(
+    epilog=example(
+        "recllm items add runs/films/bundle-int8 new.csv",
+        "recllm items add runs/films/bundle-int8 new.csv --out runs/films/bundle-today",
+    )
+)
+def add(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")],
+    source: Annotated[Path, typer.Argument(metavar="ITEMS", help="A file of items: an id, a title, any text.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The new bundle; BUNDLE itself if not given.")
+    ] = None,
+    provider: Provider = "cpu",
+) -> None:
+    """Add items that nobody has chosen yet, by their text; they can be recommended from the next call."""
+    from recllm import commands
+
+    commands.add_to_bundle(bundle, source, out or bundle, provider)
 
 
 @app.command(epilog=example("recllm quickstart", "recllm quickstart --json --out runs/demo --seed 1"))

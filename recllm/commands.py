@@ -18,6 +18,7 @@ from recllm.batch import Job, Summary, recommend_file, score_file, score_items_f
 from recllm.data import Catalog, Dataset, Interactions, Query, read_dataset, read_items
 from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
+from recllm.growing import add_items
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
 from recllm.ranking import ItemIndex
@@ -245,6 +246,12 @@ def recommend_history(bundle: Path, history: str, k: int, provider: str, threads
         title = recommender.catalog.record(item).get("title", "")
         shares = [f"{share[0, rank]:10.3f}" for share in found.shares.values()]
         say("  ".join([f"{rank + 1:4}", f"{item:10.10}", f"{title:40.40}", f"{found.scores[0, rank]:7.3f}", *shares]))
+
+
+def add_to_bundle(bundle: Path, items: Path, target: Path, provider: str) -> None:
+    """Add the items of a file to a bundle."""
+    added = add_items(bundle, items, target, provider=provider)
+    say(f"{added:,} items added; the bundle is {target}")
 
 
 def score_candidates(bundle: Path, job: Job, provider: str) -> None:

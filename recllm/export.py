@@ -29,7 +29,7 @@ from recllm.quantise import quantise
 from recllm.ranking import Scorer
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.runs import Run
-from recllm.runtime import TableScorer, open_session
+from recllm.runtime import VECTORS, TableScorer, open_session
 from recllm.sequence import NextItemModel
 from recllm.tasks import Task
 from recllm.trained import (
@@ -246,7 +246,7 @@ def _write_content(
         arrays[f"{name}.heads"], arrays[f"{name}.bias"] = item_heads(model)
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
-    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / "vectors.safetensors")
+    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / VECTORS)
     fusion = Fusion.load(run.folder / "fusion.json")
     scorers: dict[str, Any] = parts.scorers()
     widths = {

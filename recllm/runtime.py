@@ -26,6 +26,8 @@ from recllm.ranking import ItemIndex, Scores, VectorScorer
 from recllm.vectors import Standard
 
 USERS_IN_BATCH = 64
+VECTORS = "vectors.safetensors"
+"""The bundle's file of item vectors."""
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -278,7 +280,7 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
     place = Path(folder)
     manifest = read_manifest(place)
     catalog = read_catalog(place)
-    arrays = load_file(place / "vectors.safetensors")
+    arrays = load_file(place / VECTORS)
     index = ItemIndex(catalog.ids)
 
     def session(name: str) -> Any:  # noqa: ANN401  onnxruntime is untyped

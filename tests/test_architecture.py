@@ -16,8 +16,8 @@ TORCH_FREE = [
     "data.checks", "data.tables", "data.columns", "data.texts", "data.times", "data.events", "data.items",
     "data.sets", "data.read", "data", "splits", "given", "templates", "tokens", "prompts",
     "ranking", "metrics", "results", "evaluate", "priors", "mf", "ease", "histories", "vectors", "encoding",
-    "fitting", "fusion", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "query_rows", "sheets", "batch",
-    "charts", "report",
+    "fitting", "fusion", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "growing", "query_rows", "sheets",
+    "batch", "charts", "report",
 ]
 TORCH = [
     "sequence", "adapters", "lm", "loop", "relevance", "trained", "judging", "train", "outcome", "graphs", "quantise",

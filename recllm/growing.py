@@ -1,0 +1,74 @@
+"""Add items to a bundle without training: their text is read once, and the next call can recommend them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, write_catalog
+from recllm.data import Catalog, read_items
+from recllm.errors import RecllmError
+from recllm.priors import Popularity, TextSimilarity
+from recllm.runtime import VECTORS, Recommender, TableScorer, load
+
+SEALED = ("format", "recllm", "made", "files")
+"""Keys of a manifest that the sealing of the new bundle writes anew."""
+
+
+def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu") -> int:
+    """Write the bundle `target`: `source` with the items of a file, known by their text alone.
+
+    Items that the bundle has already are left as they are; columns that its catalogue has not are left out.
+
+    Args:
+        source: a bundle.
+        items: a file of items, of any kind that a data set's items may be.
+        target: the new bundle; it may be `source` itself, which is replaced when the new one is whole.
+        provider: what reads the text.
+
+    Returns:
+        How many items were added.
+
+    Raises:
+        RecllmError: not a bundle, a bundle without an item encoder, a file that cannot be read, a target that is no
+            bundle, or no item that is new.
+    """
+    if target != source and target.exists():
+        read_manifest(target, verify=False)  # nothing but a bundle is replaced
+    recommender = load(source, provider=provider)
+    known = recommender.catalog
+    found = read_items(items)
+    records = [_fitting(found, item, known) for item in found.ids if item not in known]
+    if not records:
+        raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
+    grown = recommender.with_items(records)
+    manifest = read_manifest(source, verify=False)
+    facts = {key: value for key, value in manifest.items() if key not in SEALED}
+    with new_bundle(target, facts | {"items_added": facts.get("items_added", 0) + len(records)}) as part:
+        for path in sorted(source.rglob("*")):
+            name = path.relative_to(source)
+            if name.as_posix() in manifest["files"] and name.as_posix() not in (CATALOG, VECTORS, MANIFEST):
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, part / name)
+        _write_grown(grown, load_file(source / VECTORS), part)
+    return len(records)
+
+
+def _fitting(found: Catalog, item: str, known: Catalog) -> dict[str, str]:
+    return {name: value for name, value in found.record(item).items() if name in known.frame.columns}
+
+
+def _write_grown(grown: Recommender, arrays: dict[str, NDArray[Any]], folder: Path) -> None:
+    write_catalog(folder, grown.catalog)
+    added = len(grown.index) - len(arrays["item_counts"])
+    arrays["item_counts"] = np.concatenate([arrays["item_counts"], np.zeros(added, dtype=np.int64)])
+    for name, scorer in grown.scorers.items():
+        if isinstance(scorer, Popularity | TextSimilarity):
+            scorer.save(folder / "cf")
+        elif isinstance(scorer, TableScorer):
+            arrays[f"{name}.table"] = scorer.table
+            arrays[f"{name}.heads"], arrays[f"{name}.bias"] = scorer.items[:, :-1], scorer.items[:, -1]
+    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / VECTORS)

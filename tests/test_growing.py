@@ -1,0 +1,63 @@
+"""Items added to a bundle on disk: the same answers as `with_items` gives in memory, and nothing else changes."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+import recllm
+from recllm.bundle import read_manifest
+from recllm.errors import RecllmError
+from recllm.growing import add_items
+
+NEW = [
+    {"item_id": "new-red", "title": "Red film 99", "genres": "Drama", "colour": "red"},
+    {"item_id": "new-blue", "title": "Blue film 98", "genres": "Comedy", "colour": "blue"},
+]
+HISTORIES = [["0", "2", "4"], ["1", "3", "5", "7"], [], ["2", "new-blue"]]
+
+
+@pytest.fixture
+def new_items(tmp_path):
+    path = tmp_path / "new.csv"
+    pl.DataFrame([*NEW, {"item_id": "3", "title": "known already", "genres": "", "colour": ""}]).write_csv(path)
+    return path
+
+
+def test_the_grown_bundle_answers_as_the_recommender_that_grew_in_memory(tiny_bundle, new_items, tmp_path):
+    assert add_items(tiny_bundle, new_items, tmp_path / "grown") == 2
+    before = recllm.load(tiny_bundle)
+    expected = before.with_items([{k: v for k, v in item.items() if k != "colour"} for item in NEW])
+    grown = recllm.load(tmp_path / "grown")
+    assert grown.index.ids == (*before.index.ids, "new-red", "new-blue")
+    assert grown.catalog.record("3") == before.catalog.record("3")
+    ours, theirs = (each.recommend(HISTORIES, k=20) for each in (grown, expected))
+    assert ours.ids == theirs.ids
+    np.testing.assert_array_equal(ours.scores, theirs.scores)
+    assert any("new-red" in ids for ids in ours.ids)
+    facts, old = read_manifest(tmp_path / "grown"), read_manifest(tiny_bundle)
+    assert facts["items_added"] == 2
+    assert {facts[key] == old[key] for key in ("name", "recipe", "scorers", "data")} == {True}
+
+
+def test_a_bundle_may_grow_in_its_own_place_and_again(tiny_bundle, new_items, tmp_path):
+    add_items(tiny_bundle, new_items, tmp_path / "grown")
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"item_id": "newest", "title": "Red film 100"}\n', encoding="utf-8")
+    assert add_items(tmp_path / "grown", more, tmp_path / "grown") == 1
+    assert recllm.load(tmp_path / "grown").index.ids[-3:] == ("new-red", "new-blue", "newest")
+    assert read_manifest(tmp_path / "grown")["items_added"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "more.jsonl", "new.csv"]
+
+
+def test_nothing_new_is_said_and_nothing_written(tiny_bundle, tmp_path):
+    path = tmp_path / "old.csv"
+    path.write_text("item_id,title\n3,Blue film 3\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"old.csv has no item that '.*' does not have already; nothing was written"):
+        add_items(tiny_bundle, path, tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()
+
+
+def test_what_is_no_bundle_is_not_replaced(tiny_bundle, new_items, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(RecllmError, match=r"is not a bundle"):
+        add_items(tiny_bundle, new_items, tmp_path / "thesis")
