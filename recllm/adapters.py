@@ -25,13 +25,13 @@ class AdapterRecipe(Settings):
     """transformers' BitsAndBytesConfig keys for the base model."""
 
 
-def load_adapter(settings: AdapterSettings) -> AdapterRecipe:
-    """Read the recipe and put the run file's keys over it; checked before any model loads.
+def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterRecipe:
+    """Read the recipe (of `file`, where a run keeps it) and put the run file's keys over it; before any model loads.
 
     Raises:
         RecllmError: an unknown recipe, tuner or key, with the nearest right one.
     """
-    path = find_recipe("adapters", settings.recipe)
+    path = find_recipe("adapters", file or settings.recipe)
     recipe = parse(AdapterRecipe, read_toml(path), str(path))
     recipe = recipe.model_copy(update={"config": recipe.config | settings.overrides()})
     known = {field.name for field in dataclasses.fields(_config_class(recipe.tuner))}

@@ -23,7 +23,7 @@ from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
 from recllm.ranking import ItemIndex
 from recllm.results import Table
-from recllm.runs import load_run
+from recllm.runs import check_same_data, load_run
 from recllm.runtime import load
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
@@ -159,6 +159,7 @@ def evaluate_folder(folder: Path, part: str) -> None:
 
     trained(run.folder)
     task = prepare(run, tell)
+    check_same_data(run, task.fingerprints())
     scores = known_scores(run, task, load_collaborative(run, task), tell)
     table = evaluate_run(run, task, scores[part], part=part)
     for line in [*table.lines(), *difference_lines(table)]:
@@ -199,7 +200,9 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     for name in recipes:
         load_recipe(name)
     trained(run.folder)
-    results = export_run(run, prepare(run, tell), list(recipes) or None, tell)
+    task = prepare(run, tell)
+    check_same_data(run, task.fingerprints())
+    results = export_run(run, task, list(recipes) or None, tell)
     for result in results:
         for graph, measured in result.parity.items():
             say(f"{result.recipe:8} {graph:10}" + "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))

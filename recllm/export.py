@@ -233,7 +233,7 @@ def _write_content(
     shutil.copytree(run.folder / "cf", folder / "cf")
     parts.text.save(folder / "cf")
     shutil.copy(run.folder / "fusion.json", folder)
-    shutil.copy(find_recipe("prompts", run.prompt.item), folder / "item.toml")
+    shutil.copy(find_recipe("prompts", run.prompt_file("item")), folder / "item.toml")
     base.tokenizer.save(str(folder / "tokenizer.json"))
     write_catalog(folder, task.dataset.catalog)
     arrays: dict[str, NDArray[Any]] = {
@@ -358,7 +358,7 @@ def _encoder_parity(
     folder: Path, run: Run, task: Task, base: BaseModel, random: np.random.Generator
 ) -> dict[str, float]:
     """Fidelity of the similarities among item texts."""
-    prompt = compile_prompt(load_prompt(run.prompt.item, task="item"), base.tokenizer)
+    prompt = compile_prompt(load_prompt(run.prompt_file("item"), task="item"), base.tokenizer)
     token_ids = [ids for ids in prompt.encode_items(task.dataset.catalog) if ids is not None]
     chosen = [token_ids[place] for place in random.permutation(len(token_ids))[:ENCODER_TEXTS]]
     session, module = open_session(folder / "encoder.onnx"), EncoderGraph(base)

@@ -92,7 +92,7 @@ def relevance_model(run: Run, task: Task, say: Say) -> tuple[RelevanceModel, Com
     """
     recipe = adapter_recipe(run)
     base = load_base(model_folder(run.model.name, say), recipe)
-    prompt = load_prompt(run.prompt.relevance, task="relevance")
+    prompt = load_prompt(run.prompt_file("relevance"), task="relevance")
     prompt.check_against(task.dataset.catalog)
     prompt = prompt.model_copy(update={"max_history": min(prompt.max_history, run.model.max_history)})
     compiled = compile_prompt(prompt, base.tokenizer, like_threshold(task.split.train, run.data.like_at))

@@ -36,6 +36,8 @@ from recllm.runs import ModelSettings
 from recllm.sequence import NextItemModel
 from recllm.vectors import ItemFeatures, RawVectors
 
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
+"""What makes a model the one that it is."""
 TOKENS_IN_BATCH = 512  # padded tokens read at once while encoding items: length order keeps the padding small
 
 
@@ -205,8 +207,8 @@ def item_vectors(
 ) -> RawVectors:
     """Vectors of items by their text, kept in the cache by the content of model, prompt and text."""
     digest = hashlib.sha256(repr((list(ids), list(token_ids))).encode())
-    for weights in sorted(base.folder.glob("*.safetensors")):
-        digest.update(sha256_of(weights).encode())
+    for file in sorted(path for kind in MODEL_FILES for path in base.folder.glob(kind)):
+        digest.update(sha256_of(file).encode())
     path = cache_folder() / "vectors" / f"{digest.hexdigest()[:24]}.safetensors"
     if not path.is_file():
         RawVectors(tuple(ids), encode_ids(base, token_ids, progress)).save(path)

@@ -3,8 +3,9 @@
 import json
 import platform
 import re
+import shutil
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,13 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, JsonValue
 
 from recllm.errors import RecllmError
-from recllm.files import write_json, written
+from recllm.files import read_json, write_json, written
 from recllm.fusion import FusionSettings
 from recllm.mf import FactorSettings
-from recllm.recipes import Settings, parse, read_toml
+from recllm.recipes import Settings, find_recipe, parse, read_toml
 
+FILE, ENVIRONMENT, RECIPES = "run.toml", "environment.json", "recipes"
+"""What a run's folder holds: the resolved run file, what it ran on, its prompts and adapter recipe as they were."""
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 PACKAGES = (
     "recllm",
@@ -200,22 +203,92 @@ class Run(Settings):
         """The run's folder."""
         return Path(self.output) / self.name
 
+    def prompt_file(self, task: Literal["relevance", "next_item", "item"]) -> str:
+        """The prompt of a task: the copy in the run's folder, else what the run file names."""
+        kept = self.folder / RECIPES / f"{task}.toml"
+        return str(kept) if kept.is_file() else str(getattr(self.prompt, task))
+
+    @property
+    def adapter_file(self) -> str:
+        """The adapter's recipe: the copy in the run's folder, else what the run file names."""
+        kept = self.folder / RECIPES / "adapter.toml"
+        return str(kept) if kept.is_file() else self.adapter.recipe
+
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run file, with `key.path=value` overrides over it; a run's folder works in its file's place.
 
+    A folder is read where it lies now, wherever it was when it was trained.
+
     Raises:
         RecllmError: no file, not TOML, an unknown key or a value of the wrong kind.
     """
-    if path.is_dir():
-        path = path / "run.toml"
-    if not path.is_file():
-        raise RecllmError(f"There is no run file '{path}'. `recllm quickstart` writes one to start from.")
-    values = read_toml(path)
+    folder = path.resolve() if path.is_dir() else None
+    file = path / FILE if folder else path
+    if not file.is_file():
+        raise RecllmError(f"There is no run file '{file}'. `recllm quickstart` writes one to start from.")
+    values = read_toml(file)
+    if folder:
+        values |= {"name": path.name or folder.name, "output": str(path.parent if path.name else folder.parent)}
+    path = file
     values.setdefault("name", path.stem)
     for override in overrides:
         set_key(values, override)
     return parse(Run, values, str(path))
+
+
+def keep_recipes(run: Run) -> None:
+    """Copy the prompts and the adapter's recipe into the run's folder: the weights belong to what they say now."""
+    files = {task: find_recipe("prompts", getattr(run.prompt, task)) for task in ("relevance", "next_item", "item")}
+    if run.adapter.recipe != "none":
+        files["adapter"] = find_recipe("adapters", run.adapter.recipe)
+    for name, source in files.items():
+        target = run.folder / RECIPES / f"{name}.toml"
+        if not target.is_file():
+            with written(target) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+def check_resumed(run: Run) -> None:
+    """Check that `run` says what the run in its folder was begun with; fusion and export may be changed.
+
+    Raises:
+        RecllmError: a key has another value.
+    """
+    before = load_run(run.folder).model_dump(mode="json", exclude_none=True)
+    now = run.model_dump(mode="json", exclude_none=True)
+    for key in ("name", "output", "fusion", "export"):
+        before.pop(key), now.pop(key)
+    for key, old, new in _differences(before, now, ""):
+        raise RecllmError(
+            f"{run.folder} was begun with {key} = {old}, and now it is {new}. Resume with the settings that it was "
+            f"begun with (recllm train {run.folder} --resume), start anew (--overwrite), or give the run another name "
+            "(--set name=…)."
+        )
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401  nested tables
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now
+
+
+def check_same_data(run: Run, fingerprints: dict[str, str]) -> None:
+    """Check that the data are still those that the run was trained on.
+
+    Raises:
+        RecllmError: they are not.
+    """
+    path = run.folder / ENVIRONMENT
+    before = read_json(path)["data"] if path.is_file() else fingerprints
+    if before != fingerprints:
+        changed = " and ".join(name for name in fingerprints if fingerprints[name] != before.get(name))
+        raise RecllmError(
+            f"The {changed} of '{run.data.name or run.data.interactions}' are not those that {run.folder} was trained "
+            "on: the data have changed since. Train a new run on them (--set name=…), or bring the old data back."
+        )
 
 
 def set_key(values: dict[str, Any], override: str) -> None:
@@ -277,9 +350,7 @@ def write_environment(run: Run, fingerprints: dict[str, str], *, device: str, pr
     """Write versions, seed, device, number of processes and data fingerprints beside the weights."""
     versions = {package: found for package in PACKAGES if (found := _version(package))}
     facts = {"seed": run.seed, "data": fingerprints, "versions": versions, "device": device, "processes": processes}
-    write_json(
-        run.folder / "environment.json", facts | {"python": platform.python_version(), "machine": platform.platform()}
-    )
+    write_json(run.folder / ENVIRONMENT, facts | {"python": platform.python_version(), "machine": platform.platform()})
 
 
 def _version(package: str) -> str | None:

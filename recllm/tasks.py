@@ -79,6 +79,7 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
     dataset.catalog.demand_text(f"'{dataset.name}'")
     split = given_split(_folder(settings)) if settings.split == "given" else _split(dataset, settings, run.seed)
     check_no_leak(split)
+    _check_labels(split, run)
     if not split.valid or not split.test:
         raise RecllmError(
             f"The split '{settings.split}' of '{dataset.name}' leaves {len(split.valid)} validation and "
@@ -86,6 +87,16 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
             "choose another data.split."
         )
     return Task(dataset, split, ItemIndex(dataset.catalog.ids))
+
+
+def _check_labels(split: Split, run: Run) -> None:
+    """Rows that were judged and disliked are no events to predict."""
+    rows = [*(split.train_rows or ()), *split.valid, *split.test] if split.name == "given" else []
+    if run.model.task == "next_item" and any(row.label == 0.0 for row in rows):
+        raise RecllmError(
+            "The given split has rows with label 0, and a model of the next item would take them for chosen. Set "
+            "model.task = 'relevance', which judges pairs, or choose another data.split."
+        )
 
 
 def _folder(settings: DataSettings) -> Path:

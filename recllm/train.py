@@ -36,7 +36,17 @@ from recllm.progress import Progress
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer, Scores
 from recllm.relevance import RelevanceScorer
-from recllm.runs import Run, load_run, write_environment, write_run
+from recllm.runs import (
+    ENVIRONMENT,
+    FILE,
+    Run,
+    check_resumed,
+    check_same_data,
+    keep_recipes,
+    load_run,
+    write_environment,
+    write_run,
+)
 from recllm.sequence import NextItemModel, Windows
 from recllm.tasks import Task, prepare
 from recllm.trained import (
@@ -82,7 +92,7 @@ def train_run(
     Args:
         run: the run.
         resume: keep the stages that are done and go on from the last checkpoint.
-        overwrite: delete what the folder holds.
+        overwrite: delete the run that the folder holds.
         say: gets one line per stage, on the first process only.
         clock: takes the seconds of each stage.
 
@@ -100,8 +110,8 @@ def train_run(
             _open_folder(run, resume=resume, overwrite=overwrite)
     with clock.stage("data"):
         task = prepare(run, say)
-        if state.is_main_process:
-            write_run(run, run.folder / "run.toml")
+        check_same_data(run, task.fingerprints())
+        if state.is_main_process and not (run.folder / ENVIRONMENT).is_file():
             write_environment(run, task.fingerprints(), device=_device(), processes=state.num_processes)
         _describe(task, say)
     with clock.stage("factors and vectors"), state.main_process_first():
@@ -120,14 +130,19 @@ def train_run(
 
 
 def _open_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
-    if overwrite and (run.folder / "run.toml").is_file():  # never delete what is no run
+    begun = (run.folder / FILE).is_file()
+    if overwrite and begun:  # never delete what is no run
         shutil.rmtree(run.folder)
     if run.folder.is_dir() and any(run.folder.iterdir()) and not resume:
         raise RecllmError(
             f"{run.folder} is not empty. Go on with it by --resume, start anew by --overwrite, "
             "or give the run another name (--set name=…)."
         )
-    run.folder.mkdir(parents=True, exist_ok=True)
+    if resume and begun:
+        check_resumed(run)
+    else:
+        write_run(run, run.folder / FILE)
+    keep_recipes(run)
 
 
 def _describe(task: Task, say: Say) -> None:

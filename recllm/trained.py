@@ -100,7 +100,7 @@ def encode_catalog(run: Run, task: Task, say: Say) -> RawVectors:
     """Vectors of all items by their text."""
     base = load_base(model_folder(encoder_name(run), say))
     base.model.to(scoring_device())
-    prompt = load_prompt(run.prompt.item, task="item")
+    prompt = load_prompt(run.prompt_file("item"), task="item")
     prompt.check_against(task.dataset.catalog)
     compiled = compile_prompt(prompt, base.tokenizer)
     token_ids = compiled.encode_items(task.dataset.catalog)
@@ -128,7 +128,7 @@ def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemM
 
 def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
     """How the language model reads a history."""
-    prompt = load_prompt(run.prompt.next_item, task="next_item")
+    prompt = load_prompt(run.prompt_file("next_item"), task="next_item")
     prompt.check_against(task.dataset.catalog)
     compiled = compile_prompt(prompt, base.tokenizer)
     limit, stride = run.model.max_history, run.model.history_stride
@@ -144,9 +144,9 @@ def check_names(run: Run, say: Say) -> None:
         RecllmError: an unknown name or key, or an encoder where a causal model is needed.
     """
     adapter_recipe(run)
-    load_prompt(run.prompt.item, task="item")
-    load_prompt(run.prompt.next_item, task="next_item")
-    load_prompt(run.prompt.relevance, task="relevance")
+    load_prompt(run.prompt_file("item"), task="item")
+    load_prompt(run.prompt_file("next_item"), task="next_item")
+    load_prompt(run.prompt_file("relevance"), task="relevance")
     for recipe in run.export.recipes:
         find_recipe("export", recipe)
     model_folder(encoder_name(run), say)
@@ -158,7 +158,7 @@ def check_names(run: Run, say: Say) -> None:
 
 def adapter_recipe(run: Run) -> AdapterRecipe | None:
     """The run's adapter, or None for a frozen model without one."""
-    return None if run.adapter.recipe == "none" else load_adapter(run.adapter)
+    return None if run.adapter.recipe == "none" else load_adapter(run.adapter, run.adapter_file)
 
 
 def language_model(

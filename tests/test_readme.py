@@ -1,4 +1,4 @@
-"""The README's commands run, in their order, as a user would paste them: on small models that lie where fetched ones would."""
+"""The README's commands run in their order, as a user would paste them, on small models in place of fetched ones."""
 
 import os
 import re

@@ -2,11 +2,21 @@
 
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.runs import load_run, set_key, write_environment, write_run
+from recllm.prompts import load_prompt
+from recllm.runs import (
+    check_resumed,
+    check_same_data,
+    keep_recipes,
+    load_run,
+    set_key,
+    write_environment,
+    write_run,
+)
 
 TEXT = """
 output = "elsewhere"
@@ -110,7 +120,50 @@ def test_the_resolved_file_is_read_back_equal(file, tmp_path):
     assert again == run
     assert again.train.trainer_keys() == run.train.trainer_keys()
     assert again.adapter.overrides() == run.adapter.overrides()
-    assert load_run(tmp_path / "deep") == run
+    moved = load_run(tmp_path / "deep")
+    assert moved.folder == tmp_path / "deep"
+    assert moved == run.model_copy(update={"name": "deep", "output": str(tmp_path)})
+
+
+def test_a_folder_is_read_where_it_lies_now(file, tmp_path, monkeypatch):
+    write_run(load_run(file), tmp_path / "here" / "run.toml")
+    (tmp_path / "here").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert load_run(Path("../moved")).folder.resolve() == tmp_path / "moved"
+    assert load_run(Path()).folder == tmp_path / "moved"
+
+
+def test_a_run_is_resumed_with_the_settings_that_it_was_begun_with(file, tmp_path):
+    run = load_run(file, [f"output={tmp_path}"])
+    write_run(run, run.folder / "run.toml")
+    check_resumed(load_run(file, [f"output={tmp_path}", "fusion.l2=0.5", "export.gate_queries=3"]))
+    with pytest.raises(RecllmError, match=r"films was begun with train.logging_steps = 1, and now it is 2\. Resume"):
+        check_resumed(load_run(file, [f"output={tmp_path}", "train.logging_steps=2"]))
+    with pytest.raises(RecllmError, match=r"begun with data.split = leave-last-out, and now it is temporal"):
+        check_resumed(load_run(file, [f"output={tmp_path}", "data.split=temporal"]))
+
+
+def test_other_data_than_those_of_the_run_are_refused(file, tmp_path):
+    run = load_run(file, [f"output={tmp_path}"])
+    check_same_data(run, {"interactions": "a", "catalog": "b"})
+    write_environment(run, {"interactions": "a", "catalog": "b"}, device="cpu")
+    check_same_data(run, {"interactions": "a", "catalog": "b"})
+    with pytest.raises(RecllmError, match=r"The interactions of 'ml-100k' are not those that .*films was trained on"):
+        check_same_data(run, {"interactions": "c", "catalog": "b"})
+
+
+def test_a_run_keeps_its_prompts_and_its_adapter(file, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('tuner = "lora"\n[config]\nr = 4\n', encoding="utf-8")
+    run = load_run(file, [f"output={tmp_path}", f"adapter.recipe={mine}"])
+    assert run.adapter_file == str(mine)
+    assert run.prompt_file("item") == "item"
+    keep_recipes(run)
+    mine.write_text('tuner = "lora"\n[config]\nr = 8\n', encoding="utf-8")
+    keep_recipes(run)
+    assert "r = 4" in Path(run.adapter_file).read_text(encoding="utf-8")
+    assert load_prompt(run.prompt_file("item")) == load_prompt("item")
+    assert Path(run.prompt_file("next_item")).is_relative_to(run.folder)
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\tb", 'a"b', "a\\b", "é 好", "a\rb", "a\x07b", "\x7f"])
@@ -118,7 +171,7 @@ def test_any_text_is_read_back_equal(file, tmp_path, text):
     run = load_run(file)
     run = run.model_copy(update={"name": text, "data": run.data.model_copy(update={"columns": {"user_id": text}})})
     write_run(run, tmp_path / "run.toml")
-    assert load_run(tmp_path) == run
+    assert load_run(tmp_path / "run.toml") == run
 
 
 def test_keys_that_need_quotes_are_quoted(file, tmp_path):
