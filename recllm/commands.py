@@ -127,7 +127,8 @@ def train_here(path: Path, overrides: Sequence[str], *, resume: bool, overwrite:
     from recllm.train import train_run
 
     train_run(run, resume=resume, overwrite=overwrite, say=say)
-    say(f"Trained. Next: recllm evaluate {run.folder}, or recllm export {run.folder}")
+    export = f", or recllm export {run.folder}" if run.model.task == "next_item" else ""
+    say(f"Trained. Next: recllm evaluate {run.folder}{export}")
 
 
 def launch_training(

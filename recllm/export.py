@@ -151,6 +151,11 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
         RecllmError: the run is not trained, or an unknown recipe.
     """
     loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
+    if run.model.task == "relevance":
+        raise RecllmError(
+            f"{run.folder} judges pairs (model.task = 'relevance'), and a bundle ranks the catalogue: only runs of the "
+            "next item are exported. Score pairs in Python with recllm.judging.load_relevance."
+        )
     if not (run.folder / "fusion.json").is_file():
         raise RecllmError(f"{run.folder} has no fitted fusion. Train the run first: recllm train {run.folder}/run.toml")
     parts = load_collaborative(run, task)

@@ -19,6 +19,8 @@ class HistoryFormat:
             is one item token.
         limit: how many of the last items are read.
         stride: a longer history starts at a multiple of this.
+        positions: the most ids that the model reads; None for no limit. The oldest items of a text history that is
+            longer are left out.
     """
 
     vocabulary: tuple[int, ...]
@@ -26,6 +28,7 @@ class HistoryFormat:
     limit: int
     stride: int
     texts: tuple[tuple[int, ...] | None, ...] | None = None
+    positions: int | None = None
 
     def window(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The end of a history that is read.
@@ -36,7 +39,15 @@ class HistoryFormat:
         if self.texts is not None:
             rows = rows[[self.texts[row] is not None for row in rows]]
         over = len(rows) - self.limit
-        return rows[max(0, -(-over // self.stride) * self.stride) :] if over > 0 else rows
+        return self.fitting(rows[max(0, -(-over // self.stride) * self.stride) :] if over > 0 else rows)
+
+    def fitting(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The last of `rows` whose texts fit into the model's positions; all of them where items are tokens."""
+        if self.texts is None or self.positions is None:
+            return rows
+        room = self.positions - len(self.start)
+        lengths = np.cumsum([len(self.texts[row] or ()) for row in rows[::-1]])
+        return rows[len(rows) - int(np.searchsorted(lengths, room, side="right")) :]
 
     def ids(self, window: Sequence[int] | NDArray[np.int64]) -> tuple[list[int], list[int]]:
         """Table rows of a history and the position at which each item ends."""
@@ -54,6 +65,7 @@ class HistoryFormat:
             "start": list(self.start),
             "limit": self.limit,
             "stride": self.stride,
+            "positions": self.positions,
             "texts": None if self.texts is None else [None if text is None else list(text) for text in self.texts],
         }
 
@@ -67,6 +79,7 @@ class HistoryFormat:
             values["limit"],
             values["stride"],
             None if texts is None else tuple(None if text is None else tuple(text) for text in texts),
+            values["positions"],
         )
 
 
@@ -78,7 +91,11 @@ def item_token_history(start_tokens: Sequence[int], limit: int, stride: int) -> 
 
 
 def text_history(
-    start_tokens: Sequence[int], item_tokens: Sequence[Sequence[int] | None], limit: int, stride: int
+    start_tokens: Sequence[int],
+    item_tokens: Sequence[Sequence[int] | None],
+    limit: int,
+    stride: int,
+    positions: int | None = None,
 ) -> HistoryFormat:
     """Histories as text: the table holds the words that occur in any item, so that the vocabulary stays small."""
     used = dict.fromkeys(start_tokens)
@@ -86,7 +103,7 @@ def text_history(
         used.update(dict.fromkeys(tokens or ()))
     place = {token: row for row, token in enumerate(used)}
     texts = tuple(None if tokens is None else tuple(place[token] for token in tokens) for tokens in item_tokens)
-    return HistoryFormat(tuple(used), tuple(place[token] for token in start_tokens), limit, stride, texts)
+    return HistoryFormat(tuple(used), tuple(place[token] for token in start_tokens), limit, stride, texts, positions)
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> NDArray[np.int64]:

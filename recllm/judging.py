@@ -8,12 +8,21 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from recllm.adapters import attach, merge
+from recllm.adapters import AdapterRecipe, attach, merge
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.lm import load_base, model_folder, scoring_device
-from recllm.loop import Examples, fast_bf16, fit, load_trained, precision_keys, process_state, save_trained, steps_of
+from recllm.loop import (
+    Examples,
+    fast_bf16,
+    fit,
+    load_trained,
+    precision_keys,
+    process_state,
+    rows_at_least,
+    save_trained,
+)
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Made, labelled_rows, training_pairs
@@ -30,12 +39,10 @@ from recllm.relevance import (
 from recllm.runs import Run
 from recllm.splits import Example, like_threshold
 from recllm.tasks import Task
-from recllm.trained import Collaborative, Say, adapter_recipe, save_stage, stage_done
+from recllm.trained import Collaborative, Say, adapter_recipe, in_full_precision, save_stage, stage_done
 
 VALIDATION_ROWS = 1024
 """Validation rows that choose the checkpoint; the fusion sees all of them."""
-EVALUATIONS = 10
-"""The most validations in a run of one epoch."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,14 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     return scorers | means | {"explicit": AskedAbout(ExplicitMF.load(folder), rated)}
 
 
-def relevance_model(run: Run, task: Task, say: Say) -> tuple[RelevanceModel, CompiledPrompt]:
-    """The relevance model with its adapter, untrained, and its prompt.
+def relevance_model(
+    run: Run, task: Task, recipe: AdapterRecipe | None, say: Say
+) -> tuple[RelevanceModel, CompiledPrompt]:
+    """The relevance model with the adapter of `recipe`, untrained, and its prompt.
 
     Raises:
         RecllmError: the model or the prompt cannot be had, or the prompt names a column that is not there.
     """
-    recipe = adapter_recipe(run)
     base = load_base(model_folder(run.model.name, say), recipe)
     prompt = load_prompt(run.prompt_file("relevance"), task="relevance")
     prompt.check_against(task.dataset.catalog)
@@ -112,7 +120,7 @@ def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool,
     folder = run.folder / "lm"
     if stage_done(folder):
         return
-    model, prompt = relevance_model(run, task, say)
+    model, prompt = relevance_model(run, task, adapter_recipe(run), say)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {trained:,} parameters train")
     prompts = PairPrompts(prompt, task.dataset.catalog, model)
@@ -126,15 +134,6 @@ def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool,
 
 def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, resume: bool, say: Say) -> int:
     settings = run.train
-    rows = training_pairs(
-        task,
-        items=prompts.candidates,
-        like_at=run.data.like_at,
-        max_history=run.model.max_history,
-        limit=run.model.relevance_rows,
-        epochs=settings.num_train_epochs,
-        seed=run.seed,
-    )
     arguments = {
         "learning_rate": settings.head_learning_rate,
         "per_device_train_batch_size": settings.per_device_train_batch_size,
@@ -144,15 +143,24 @@ def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, r
         **precision_keys(settings.precision),
         **settings.trainer_keys(),
     }
+    rows = training_pairs(
+        task,
+        items=prompts.candidates,
+        like_at=run.data.like_at,
+        max_history=run.model.max_history,
+        limit=run.model.relevance_rows,
+        epochs=settings.num_train_epochs,
+        at_least=rows_at_least(arguments),
+        seed=run.seed,
+    )
     examples = written(rows, prompts)
-    every = max(1, -(-steps_of(len(examples), arguments) // max(EVALUATIONS, settings.num_train_epochs)))
     fit(
         model,
         examples,
         written(validation_rows(run, task, prompts), prompts),
         collator=RelevanceCollator(),
         valid_collator=RelevanceCollator(),
-        arguments={"eval_steps": every} | arguments,
+        arguments=arguments,
         folder=run.folder,
         scorer="relevance",
         compute_metrics=auc_metric,
@@ -208,7 +216,7 @@ def load_relevance(run: Run, task: Task, progress: Callable[[int], None] = lambd
     the item's own merit besides, which calibration would take off again.
     """
     folder = run.folder / "lm"
-    model, prompt = relevance_model(run, task, lambda _: None)
+    model, prompt = relevance_model(run, task, in_full_precision(adapter_recipe(run)), lambda _: None)
     load_trained(model, folder / "model.safetensors")
     model.body = merge(model.body)
     model.eval().to(scoring_device())

@@ -36,6 +36,8 @@ from recllm.runs import ModelSettings
 from recllm.sequence import NextItemModel
 from recllm.vectors import ItemFeatures, RawVectors
 
+SCALE_SAMPLE = 4096
+"""Embeddings on which the scale of item tokens is measured."""
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
 """What makes a model the one that it is."""
 TOKENS_IN_BATCH = 512  # padded tokens read at once while encoding items: length order keeps the padding small
@@ -152,6 +154,15 @@ def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
     with _quietly():
         model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
     body = model.get_decoder() if causal else model
+    if quantization is not None and body is not model:
+        # PEFT asks the module that it is given whether its layers are quantised.
+        for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            setattr(body, mark, getattr(model, mark, False))
+    for module in body.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 packs 4-bit weights anew in a validation on such a CPU and leaves them so: no gradient
+            # would flow through them when training goes on.
+            module.support_avx512bf16_for_cpu = False
     body.requires_grad_(False).eval()
     output = model.get_output_embeddings() if causal else None
     return BaseModel(body, load_tokenizer(folder), causal, folder, output)
@@ -252,7 +263,9 @@ def next_item_model(
     if not base.causal:
         raise not_causal(settings.name)
     embedding = base.model.get_input_embeddings()
-    scale = float(embedding.weight.float().pow(2).mean().sqrt())
+    # What comes out of the module, not its weights: some families scale their embeddings on the way.
+    sample = torch.arange(min(SCALE_SAMPLE, embedding.num_embeddings))
+    scale = float(_embed(embedding, sample).float().pow(2).mean().sqrt())
     lead_ids = torch.tensor(history.vocabulary, dtype=torch.long)
     body = base.model if recipe is None else attach(base.model, recipe)
     return NextItemModel(

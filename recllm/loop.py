@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import TensorBoardCallback
 
-from recllm.errors import RecllmError, unknown
+from recllm.errors import RecllmError, require, unknown
 from recllm.files import written
 from recllm.histories import HistoryFormat, padded
 from recllm.metrics import hit_rate, ndcg
@@ -38,6 +39,12 @@ from recllm.sequence import IGNORED
 WEIGHTS = "model.safetensors"
 METRIC = "eval_ndcg@10"
 CHANGED = "Was the run file changed?"
+EVALUATIONS = 10
+"""Validations, and with them checkpoints, in a stage of training."""
+PATIENCE = timedelta(days=7)
+"""How long the other processes wait while the first one encodes items or scores; ten minutes are the default."""
+WHOLE = (WEIGHTS, "trainer_state.json", "optimizer.pt", "scheduler.pt")
+"""Files of a checkpoint that was written to its end."""
 
 
 class Examples(Dataset[Any]):
@@ -90,8 +97,9 @@ class NextItemCollator:
 
     def __call__(self, windows: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
         """Item rows, oldest first, the last only a label, to int64 tensors as `NextItemModel.forward` takes them."""
-        paths = [self.history.ids(window[:-1]) for window in windows]
-        labels = [window[1:].tolist() for window in windows]
+        inputs = [self.history.fitting(window[:-1]) for window in windows]
+        paths = [self.history.ids(rows) for rows in inputs]
+        labels = [window[len(window) - len(rows) :].tolist() for window, rows in zip(windows, inputs, strict=True)]
         if self.last_only:
             labels = [[IGNORED] * (len(row) - 1) + row[-1:] for row in labels]
         columns = {
@@ -163,6 +171,17 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, scorer: str) -> None:
         self.path, self.scorer = path, scorer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Take out what lies behind the checkpoint from which training goes on: those steps come again."""
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        kept = [line for line in lines if line["scorer"] != self.scorer or line["step"] <= state.global_step]
+        with written(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -180,7 +199,8 @@ class MetricsFile(TrainerCallback):
             if key in logs and not math.isfinite(float(logs[key])):
                 raise RecllmError(
                     f"The {key} of '{self.scorer}' is {logs[key]} at step {state.global_step}. "
-                    "Lower the learning rate (--set train.learning_rate=…) and go on with --resume."
+                    "Lower the learning rate (train.learning_rate, train.head_learning_rate; light.learning_rate for "
+                    "'light') and start anew: --overwrite."
                 )
 
 
@@ -243,7 +263,7 @@ def process_state() -> PartialState:
     Without an accelerator `PartialState` has to be told that it is on the CPU, else every process of a launcher takes
     itself for the only one.
     """
-    return PartialState(cpu=on_cpu())
+    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
 
 
 def fast_bf16() -> bool:
@@ -260,17 +280,28 @@ def precision_keys(precision: str) -> dict[str, bool]:
     return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
 
 
+def rows_of_a_step(arguments: dict[str, Any]) -> int:
+    """Rows in a step with Trainer's keys, on all processes together."""
+    batch: int = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
+    return batch * process_state().num_processes
+
+
+def rows_at_least(arguments: dict[str, Any]) -> int:
+    """Rows that `max_steps` reads; 0 where the epochs decide."""
+    return max(0, arguments.get("max_steps", -1)) * rows_of_a_step(arguments)
+
+
 def steps_of(examples: int, arguments: dict[str, Any]) -> int:
     """Steps over `examples` with Trainer's keys, on all processes together."""
-    batch = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
-    steps = math.ceil(examples / (batch * process_state().num_processes))
-    most = arguments.get("max_steps", -1)
-    return min(steps, most) if most > 0 else steps
+    most: int = arguments.get("max_steps", -1)
+    return most if most > 0 else math.ceil(examples / rows_of_a_step(arguments))
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder`, or None."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest whole checkpoint in `folder`, or None; one that was cut off while it was written is passed over."""
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    whole = [path for _, path in sorted(numbered) if all((path / name).is_file() for name in WHOLE)]
+    return str(whole[-1]) if whole else None
 
 
 def fit(
@@ -299,7 +330,7 @@ def fit(
         collator: makes a batch of training examples.
         valid_collator: makes a batch of validation examples.
         arguments: Trainer's own keys.
-        folder: takes `checkpoints/` and `metrics.jsonl`.
+        folder: takes `checkpoints/`, `metrics.jsonl`, and `tensorboard/` where `report_to` names it.
         scorer: names the lines in the metrics file.
         compute_metrics: turns Trainer's predictions into validation metrics.
         say: gets lines of progress.
@@ -327,9 +358,14 @@ def fit(
         "per_device_eval_batch_size": 32,
         "disable_tqdm": True,  # we say ourselves how far it is
         "use_cpu": on_cpu(),
+        "restore_callback_states_from_checkpoint": True,  # the count of validations without a better one
+        "eval_steps": max(1, math.ceil(steps_of(len(train), arguments) / EVALUATIONS)),
     } | arguments
-    options.setdefault("save_steps", options.get("eval_steps", 500))
+    options.setdefault("save_steps", options["eval_steps"])
+    boards = _own_tensorboard(options, folder / "tensorboard" / scorer)
     settings = _training_arguments(options)
+    if settings.n_gpu > 1:
+        settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
     # One process has nobody to wait for: its last batch may be short.
     round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
     trainer = OrderedTrainer(
@@ -339,12 +375,25 @@ def fit(
         train_dataset=WholeBatches(train, round_rows),
         eval_dataset=valid,
         compute_metrics=compute_metrics,
-        callbacks=[MetricsFile(folder / "metrics.jsonl", scorer), StepLines(scorer, metric, say)]
+        callbacks=[MetricsFile(folder / "metrics.jsonl", scorer), StepLines(scorer, metric, say), *boards]
         + ([EarlyStoppingCallback(patience)] if patience else []),
     )
     trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = adapter_learning_rate, valid_collator
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
+
+
+def _own_tensorboard(options: dict[str, Any], folder: Path) -> list[TrainerCallback]:
+    """TensorBoard's callback where `report_to` names it, out of the way of the checkpoints, which are deleted."""
+    named = options["report_to"]
+    asked = [named] if isinstance(named, str) else list(named)
+    if "tensorboard" not in asked:
+        return []
+    options["report_to"] = [name for name in asked if name != "tensorboard"] or "none"
+    if not process_state().is_main_process:
+        return []
+    board = require("torch.utils.tensorboard", "train", "train.report_to = 'tensorboard'")
+    return [TensorBoardCallback(board.SummaryWriter(log_dir=str(folder)))]
 
 
 def _training_arguments(options: dict[str, Any]) -> TrainingArguments:

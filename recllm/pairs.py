@@ -53,7 +53,15 @@ def earlier_events(task: Task, *, like_at: float, max_history: int) -> Sequence[
 
 
 def training_pairs(
-    task: Task, *, items: Container[str], like_at: float, max_history: int, limit: int, epochs: int, seed: int
+    task: Task,
+    *,
+    items: Container[str],
+    like_at: float,
+    max_history: int,
+    limit: int,
+    epochs: int,
+    seed: int,
+    at_least: int = 0,
 ) -> Sequence[Example]:
     """The rows that relevance is trained on, in the order in which they are seen, all epochs one after the other.
 
@@ -68,6 +76,7 @@ def training_pairs(
         limit: the most rows of an epoch; which ones, each epoch draws anew.
         epochs: passes.
         seed: of order and samples.
+        at_least: further passes until there are so many rows.
 
     Raises:
         RecllmError: no training event has a history, or a user has every item.
@@ -85,9 +94,10 @@ def training_pairs(
             "(data.split) and the columns that the prompt writes."
         )
     count = limit if judged else max(1, limit // 2)
+    passes = max(epochs, -(-at_least // (min(count, len(rows)) * (1 if judged else 2))))
     order = [
         (epoch, int(row))
-        for epoch in range(epochs)
+        for epoch in range(passes)
         for row in np.random.default_rng((seed, epoch)).permutation(rows)[:count]
     ]
     if judged:

@@ -1,6 +1,5 @@
 """The whole road on ml-100k in one command: train, fuse, evaluate, export, recommend, report: `recllm quickstart`."""
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from recllm.errors import RecllmError
 from recllm.export import Exported, export_run
 from recllm.fusion import Fusion
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
@@ -23,7 +23,7 @@ from recllm.report import (
     write_report,
 )
 from recllm.results import Table
-from recllm.runs import Run
+from recllm.runs import FILE, Run, load_run
 from recllm.runtime import Recommender, load
 from recllm.tasks import Task
 from recllm.train import Clock, known_scores, train_run
@@ -58,9 +58,8 @@ def quickstart_run(output: Path, steps: int, seed: int) -> Run:
             "per_device_train_batch_size": 16,
             "max_steps": steps,
             "recent_windows": True,
-            "num_train_epochs": max(1, math.ceil(steps * 16 / 900)),
             "logging_steps": 4,
-            "eval_steps": max(1, math.ceil(steps / 3)),
+            "eval_steps": -(-steps // 3),
         },
         "export": {"recipes": ["int8"], "gate_queries": 32},
     }
@@ -76,17 +75,18 @@ def quickstart(
         output: the run's folder.
         steps: training steps of the language model.
         seed: of everything random.
-        resume: keep what an earlier call finished.
+        resume: keep what an earlier call finished; else what an earlier call left is replaced.
         say: gets the lines for the user.
 
     Returns:
         Plain data: metrics, paths, seconds of each stage, bars.
 
     Raises:
-        RecllmError: the folder is not empty, or data or models cannot be fetched.
+        RecllmError: the folder holds something else than a quickstart, or data or models cannot be fetched.
     """
     started, clock = time.monotonic(), Clock()
     run = quickstart_run(output, steps, seed)
+    _check_own(run.folder)
     say(f"1/5  Training on ml-100k: {steps} steps of {run.model.name} with LoRA, and the scorers beside it")
     task = train_run(run, resume=resume, overwrite=not resume, say=lambda line: say(f"     {line}"), clock=clock)
     say("2/5  Evaluating on the last event of every user, whole catalogue")
@@ -125,6 +125,19 @@ def quickstart(
         "seconds": seconds,
         "bars": bars(tables, seconds["total"]),
     }
+
+
+def _check_own(folder: Path) -> None:
+    """Only what a quickstart left may be replaced by one."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if (folder / FILE).is_file():
+        found = load_run(folder)
+        before = quickstart_run(folder, max(found.train.max_steps, 1), found.seed)
+        same = {"data", "model", "adapter", "light", "train"}
+        if found.model_dump(include=same) == before.model_dump(include=same):
+            return
+    raise RecllmError(f"'{folder}' holds something that is not a quickstart's. Name another folder: --out FOLDER.")
 
 
 def _export(run: Run, task: Task, say: Say) -> Exported:

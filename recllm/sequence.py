@@ -170,10 +170,10 @@ class NextItemModel(nn.Module):
 
 
 def _last_ranks(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-    """Rank of each row's last label among the warm items, float32[batch]."""
+    """Rank of each row's last label among the warm items, float32[batch]; a tie counts half, as in `target_ranks`."""
     own = logits.gather(1, labels[chosen][:, None])
     ranks = torch.full(labels.shape, torch.nan, device=logits.device)
-    ranks[chosen] = 1.0 + (logits > own).sum(1).float()
+    ranks[chosen] = 1.0 + (logits > own).sum(1).float() + ((logits == own).sum(1).float() - 1.0) / 2.0
     last = chosen.float().cumsum(1).argmax(1)  # the first position where the count of labels is complete
     return ranks.gather(1, last[:, None])[:, 0]
 
@@ -211,6 +211,11 @@ class Windows:
             size = int(random.integers(1, self.length + 1)) if stop == events else self.length
             stop = start + 1
 
-    def all(self) -> list[NDArray[np.int64]]:
-        """The windows of all epochs, one after the other."""
-        return [window for number in range(self.epochs) for window in self.epoch(number)]
+    def all(self, at_least: int = 0) -> list[NDArray[np.int64]]:
+        """The windows of all epochs, one after the other, and of further ones until there are `at_least` so many."""
+        rows: list[NDArray[np.int64]] = []
+        number = 0
+        while number < self.epochs or (rows and len(rows) < at_least):
+            rows.extend(self.epoch(number))
+            number += 1
+        return rows

@@ -1,6 +1,5 @@
 """Train everything that a run file names: `recllm train RUN.toml`, or `accelerate launch -m recllm.train RUN.toml`."""
 
-import math
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ from recllm.loop import (
     precision_keys,
     process_state,
     ranking_metrics,
+    rows_at_least,
     save_trained,
     steps_of,
 )
@@ -51,6 +51,7 @@ from recllm.sequence import NextItemModel, Windows
 from recllm.tasks import Task, prepare
 from recllm.trained import (
     Collaborative,
+    adapter_recipe,
     check_names,
     collaborative,
     language_model,
@@ -174,6 +175,7 @@ def train_light(run: Run, task: Task, parts: Collaborative, *, resume: bool, say
         "per_device_train_batch_size": settings.per_device_train_batch_size,
         "warmup_steps": 0.05,
         "seed": run.seed,
+        "report_to": run.train.trainer_keys().get("report_to", "none"),
     }
     _train_next_item(run, task, model, history, windows, arguments, scorer="light", resume=resume, say=say)
 
@@ -183,7 +185,7 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
     settings, folder = run.train, run.folder / "lm"
     if stage_done(folder):
         return
-    model, history, _ = language_model(run, task, parts.features, say)
+    model, history, _ = language_model(run, task, parts.features, adapter_recipe(run), say)
     if run.model.heads_from_light and (light := load_light(run, task, parts.features)) is not None:
         _start_from(model, light[0], say)
     windows = Windows(
@@ -234,9 +236,7 @@ def _train_next_item(
     resume: bool,
     say: Say,
 ) -> None:
-    examples = Examples(windows.all())
-    steps = steps_of(len(examples), arguments)
-    arguments = {"eval_steps": max(1, math.ceil(steps / min(windows.epochs, 10)))} | arguments
+    examples = Examples(windows.all(rows_at_least(arguments)))
     folder = run.folder / scorer
     fit(
         model,
@@ -255,7 +255,7 @@ def _train_next_item(
     )
     if process_state().is_main_process:
         save_trained(model, folder / "model.safetensors")
-        save_stage(folder, {"steps": steps, "windows": len(examples)})
+        save_stage(folder, {"steps": steps_of(len(examples), arguments), "windows": len(examples)})
         shutil.rmtree(run.folder / "checkpoints" / scorer, ignore_errors=True)
     process_state().wait_for_everyone()
 

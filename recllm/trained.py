@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from recllm.adapters import AdapterRecipe, load_adapter, merge
 from recllm.ease import EASE
 from recllm.encoding import Encode, SequenceScorer
+from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.lm import (
@@ -132,9 +133,15 @@ def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
     prompt.check_against(task.dataset.catalog)
     compiled = compile_prompt(prompt, base.tokenizer)
     limit, stride = run.model.max_history, run.model.history_stride
+    positions = getattr(base.model.config, "max_position_embeddings", None)
     if run.model.history == "items":
+        if positions is not None and len(compiled.start) + limit > positions:
+            raise RecllmError(
+                f"model.max_history is {limit}, and '{run.model.name}' reads {positions} tokens, {len(compiled.start)} "
+                f"of them before the history. Take at most --set model.max_history={positions - len(compiled.start)}."
+            )
         return item_token_history(compiled.start, limit, stride)
-    return text_history(compiled.start, compiled.encode_items(task.dataset.catalog), limit, stride)
+    return text_history(compiled.start, compiled.encode_items(task.dataset.catalog), limit, stride, positions)
 
 
 def check_names(run: Run, say: Say) -> None:
@@ -156,16 +163,20 @@ def check_names(run: Run, say: Say) -> None:
             raise not_causal(run.model.name)
 
 
+def in_full_precision(recipe: AdapterRecipe | None) -> AdapterRecipe | None:
+    """The recipe over a base model that is not quantised: what merging and scoring take."""
+    return None if recipe is None else recipe.model_copy(update={"quantization": None})
+
+
 def adapter_recipe(run: Run) -> AdapterRecipe | None:
     """The run's adapter, or None for a frozen model without one."""
     return None if run.adapter.recipe == "none" else load_adapter(run.adapter, run.adapter_file)
 
 
 def language_model(
-    run: Run, task: Task, features: ItemFeatures, say: Say
+    run: Run, task: Task, features: ItemFeatures, recipe: AdapterRecipe | None, say: Say
 ) -> tuple[NextItemModel, HistoryFormat, BaseModel]:
-    """The next-item language model with its adapter, untrained."""
-    recipe = adapter_recipe(run)
+    """The next-item language model with the adapter of `recipe`, untrained."""
     base = load_base(model_folder(run.model.name, say), recipe)
     history = language_history(run, task, base)
     torch.manual_seed(run.seed)
@@ -183,11 +194,14 @@ def load_light(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemMo
 
 
 def load_language(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat] | None:
-    """The trained language model with its adapter merged, or None where the run has none."""
+    """The trained language model with its adapter merged, or None where the run has none.
+
+    A model that was trained over a quantised base is merged over the same base in full precision.
+    """
     path = run.folder / "lm" / "model.safetensors"
     if not path.is_file():
         return None
-    model, history, _ = language_model(run, task, features, lambda _: None)
+    model, history, _ = language_model(run, task, features, in_full_precision(adapter_recipe(run)), lambda _: None)
     load_trained(model, path)
     return merged(model).eval(), history
 

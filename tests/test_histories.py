@@ -60,6 +60,16 @@ def test_json_keeps_a_history_format(history):
     assert HistoryFormat.from_dict(json.loads(json.dumps(history.to_dict()))) == history
 
 
+def test_a_text_history_loses_its_oldest_items_where_the_model_reads_no_more():
+    texts = [[50] * 3, [51] * 2, [52] * 4]
+    history = text_history([40, 41], texts, limit=9, stride=1, positions=9)
+    assert history.window(np.array([0, 1, 2])).tolist() == [1, 2]
+    assert history.window(np.array([0, 1, 0])).tolist() == [1, 0]
+    assert len(history.ids(history.window(np.array([2, 2, 0, 2])))[0]) <= 9
+    assert text_history([40], texts, limit=9, stride=1, positions=3).window(np.array([0, 2])).tolist() == []
+    assert HistoryFormat.from_dict(json.loads(json.dumps(history.to_dict()))) == history
+
+
 def test_padding_fills_on_the_right():
     assert padded([[1, 2], [], [3]], fill=-1).tolist() == [[1, 2], [-1, -1], [3, -1]]
     assert padded([]).shape == (0, 0)

@@ -209,11 +209,81 @@ def test_patience_stops_early(tmp_path, monkeypatch):
     assert max(line["step"] for line in lines(tmp_path)) == 3
 
 
+def killed_at(step, monkeypatch, train_it):
+    """Run `train_it`, whose process ends right after the checkpoint of a step."""
+    with monkeypatch.context() as patch:
+        trainer = loop.OrderedTrainer
+        patch.setattr(
+            loop, "OrderedTrainer", lambda callbacks, **given: trainer(callbacks=[*callbacks, Kill(step)], **given)
+        )
+        with pytest.raises(Killed):
+            train_it()
+
+
+def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(tmp_path, monkeypatch):
+    figures = {1: 0.5, 2: 0.9, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.4}
+    step = []
+
+    class Counting(loop.OrderedTrainer):
+        def evaluate(self, *given, **named):
+            step.append(self.state.global_step)
+            return super().evaluate(*given, **named)
+
+    monkeypatch.setattr(loop, "OrderedTrainer", Counting)
+    monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": figures[step[-1]]})
+
+    def run(folder, resume=False):
+        train(light(), folder, eval_steps=1, patience=3, resume=resume)
+
+    run(tmp_path / "straight")
+    killed_at(4, monkeypatch, lambda: run(tmp_path / "killed"))
+    run(tmp_path / "killed", resume=True)
+    straight, killed = (
+        [(line["step"], line["loss"]) for line in lines(tmp_path / name) if "loss" in line]
+        for name in ("straight", "killed")
+    )
+    assert [step for step, _ in straight] == [1, 2, 3, 4, 5]
+    assert killed == straight
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch):
+    straight = train(light(), tmp_path / "straight", max_steps=12)
+    killed_at(8, monkeypatch, lambda: train(light(), tmp_path / "killed", max_steps=12))
+    checkpoints = tmp_path / "killed" / "checkpoints" / "light"
+    (checkpoints / "checkpoint-8" / "trainer_state.json").unlink()
+    assert last_checkpoint(checkpoints).endswith("checkpoint-4")
+    resumed = train(light(), tmp_path / "killed", max_steps=12, resume=True)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    steps = [line["step"] for line in lines(tmp_path / "killed") if "loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_a_stage_is_validated_several_times_where_nothing_is_said(tmp_path):
+    windows = Windows(CYCLES, 6, epochs=8, seed=0).all()
+    fit(
+        light(),
+        Examples(windows),
+        Examples(windows[:4]),
+        collator=NextItemCollator(LIGHT_HISTORY),
+        valid_collator=NextItemCollator(LIGHT_HISTORY, last_only=True),
+        arguments={"per_device_train_batch_size": 8, "learning_rate": 1e-3, "report_to": "tensorboard"},
+        folder=tmp_path,
+        scorer="light",
+        compute_metrics=loop.ranking_metrics,
+        say=lambda _: None,
+    )
+    assert 8 <= len([line for line in lines(tmp_path) if loop.METRIC in line]) <= 11
+    assert list((tmp_path / "tensorboard" / "light").glob("events.out.tfevents.*"))
+    assert not list((tmp_path / "checkpoints").rglob("events.out.tfevents.*"))
+
+
 def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path):
     model = light()
     with torch.no_grad():
         model.query.weight.fill_(torch.nan)
-    with pytest.raises(RecllmError, match=r"The loss of 'light' is nan at step 1\. Lower the learning rate .*--resume"):
+    with pytest.raises(
+        RecllmError, match=r"The loss of 'light' is nan at step 1\. Lower the learning rate .*--overwrite"
+    ):
         train(model, tmp_path)
     assert len(lines(tmp_path)) == 1
 

@@ -199,3 +199,13 @@ def test_the_light_model_learns_what_comes_next(checkerboard):
     ]
     ranks = model.eval()(**NextItemCollator(history, last_only=True)([np.array(row) for row in valid]))["ranks"]
     assert (ranks == 1).float().mean() >= 0.95
+
+
+def test_windows_go_on_with_new_epochs_until_there_are_enough():
+    windows = Windows([np.arange(20), np.arange(7)], length=4, epochs=1, seed=0)
+    once, more = windows.all(), windows.all(at_least=60)
+    assert len(more) >= 60
+    assert all(np.array_equal(left, right) for left, right in zip(once, more, strict=False))
+    second = list(windows.epoch(1))
+    assert all(np.array_equal(left, right) for left, right in zip(second, more[len(once) :], strict=False))
+    assert Windows([np.arange(1)], length=4, epochs=1, seed=0).all(at_least=9) == []

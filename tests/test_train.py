@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from recllm import loop, train
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.fusion import Fusion
+from recllm.lm import load_base
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
@@ -99,13 +101,13 @@ def test_merging_keeps_the_scores_of_the_trained_adapter(tiny_run):
     """The merged model and the one with its adapter beside the base weights read a history alike."""
     import torch
 
-    from recllm.trained import language_model, load_trained, torch_encode
+    from recllm.trained import adapter_recipe, language_model, load_trained, torch_encode
 
     run = load_run(tiny_run)
     task = prepare(run)
     features = load_collaborative(run, task).features
     merged, history = load_language(run, task, features)
-    apart = language_model(run, task, features, silent)[0]
+    apart = language_model(run, task, features, adapter_recipe(run), silent)[0]
     load_trained(apart, tiny_run / "lm" / "model.safetensors")
     ids, ends = history.ids([2, 4, 6, 9])
     given = np.array([ids]), np.array([ends])
@@ -148,6 +150,61 @@ def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     with pytest.raises(RecllmError, match=r"is not empty"):
         train_run(run, overwrite=True, say=silent)
     assert (run.folder / "thesis.txt").is_file()
+
+
+@pytest.fixture
+def wide_lm_folder(tiny_lm_folder, tmp_path):
+    """A random model whose layers are as wide as one block of 4-bit weights, at least."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    folder = tmp_path / "wide"
+    shutil.copytree(tiny_lm_folder, folder)
+    config = AutoConfig.from_pretrained(tiny_lm_folder)
+    config.update({"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 32})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_quantised_base_trains_and_is_merged_in_full_precision(tiny_run, wide_lm_folder, tmp_path):
+    import torch
+
+    overrides = [f"model.name={wide_lm_folder}", "adapter.recipe=qlora", "light.num_train_epochs=0"]
+    overrides += ["train.learning_rate=1e-3", "train.logging_steps=1", "adapter.lora_dropout=0"]
+    run = again(tiny_run, tmp_path, *overrides, "train.max_steps=40", "train.head_learning_rate=2e-3")
+    train_run(run, say=silent)
+    losses = [line["loss"] for line in metrics(run.folder) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.1
+    task = prepare(run)
+    merged, _ = load_language(run, task, load_collaborative(run, task).features)
+    weights = load_file(run.folder / "lm" / "model.safetensors")
+    name = "body.model.base_model.model.layers.0.self_attn.q_proj"
+    low, high = (torch.from_numpy(weights[f"{name}.lora_{side}.default.weight"]) for side in "AB")
+    assert high.abs().max() > 0
+    plain = load_base(wide_lm_folder).model.layers[0].self_attn.q_proj.weight
+    layer = merged.body.model.layers[0].self_attn.q_proj
+    assert type(layer) is torch.nn.Linear
+    update = high @ low * run.adapter.overrides().get("lora_alpha", 32) / run.adapter.overrides()["r"]
+    assert torch.allclose(layer.weight, plain + update, atol=1e-6)
+
+
+def test_steps_beyond_one_pass_read_new_windows(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path, "train.max_steps=9", "light.num_train_epochs=0", "train.num_train_epochs=1")
+    train_run(run, say=silent)
+    done = read_json(run.folder / "lm" / "done.json")
+    assert done["steps"] == 9
+    assert done["windows"] >= 9 * run.train.per_device_train_batch_size
+
+
+def test_a_history_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path, "model.max_history=5000", "light.num_train_epochs=0")
+    with pytest.raises(
+        RecllmError, match=r"max_history is 5000, and '.*' reads 512 tokens, .* --set model.max_history="
+    ):
+        train_run(run, say=silent)
 
 
 def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
