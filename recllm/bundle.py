@@ -96,4 +96,4 @@ def write_catalog(folder: Path, catalog: Catalog) -> None:
 
 def read_catalog(folder: Path) -> Catalog:
     """Read a bundle's catalogue."""
-    return Catalog(pl.read_parquet(folder / CATALOG))
+    return Catalog(pl.read_parquet(folder / CATALOG, glob=False))

@@ -206,6 +206,7 @@ def recommend(
     threads: Annotated[int, typer.Option(help="Inside one operator; 0 leaves it to ONNX Runtime.")] = 0,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Also items of the history itself.")] = False,
     interactions: Log = None,
+    column: Column = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Recommend from a bundle: file in, file out, or one history to the screen. Needs no torch."""
@@ -218,7 +219,7 @@ def recommend(
         return
     if source is None or out is None:
         raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
-    job = commands.batch_job(source, out, interactions, overwrite=overwrite)
+    job = commands.batch_job(source, out, interactions, column or [], overwrite=overwrite)
     commands.recommend_rows(bundle, job, k, provider, threads, include_seen=include_seen)
 
 
@@ -240,6 +241,7 @@ def score(
     bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="Score by this bundle instead.")] = None,
     provider: Provider = "cpu",
     interactions: Log = None,
+    column: Column = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Score items for users, zero-shot: by their text and an untrained language model, or by a bundle."""
@@ -247,7 +249,7 @@ def score(
 
     if (items is None) == (bundle is None):
         raise RecllmError("Give either --items FILE (zero-shot, by text alone) or --bundle BUNDLE.")
-    job = commands.batch_job(users, out, interactions, overwrite=overwrite)
+    job = commands.batch_job(users, out, interactions, column or [], overwrite=overwrite)
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)
     elif items is not None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from recllm.assets import ASSETS
 from recllm.batch import Job, Summary, recommend_file, score_file, score_items_file
-from recllm.data import Catalog, Dataset, Interactions, Query, read_dataset, read_items
+from recllm.data import Catalog, Dataset, Query, read_dataset, read_interactions, read_items
 from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
 from recllm.growing import add_items
@@ -25,6 +25,7 @@ from recllm.ranking import ItemIndex
 from recllm.results import Table
 from recllm.runs import check_same_data, load_run
 from recllm.runtime import load
+from recllm.splits import like_threshold
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
@@ -112,7 +113,8 @@ def preview_prompt(dataset: Dataset, prompt_name: str, model: str, user: str | N
     if user is not None and user not in histories:
         raise unknown("user", user, histories)
     query = histories[user] if user is not None else next(iter(histories.values()))
-    shown = compile_prompt(prompt, model_tokenizer(model)).preview(query, dataset.catalog, item)
+    like_at = like_threshold(dataset.interactions) if dataset.interactions.frame["rating"].count() else None
+    shown = compile_prompt(prompt, model_tokenizer(model), like_at).preview(query, dataset.catalog, item)
     say(shown.text)
     say("")
     for piece in shown.pieces:
@@ -214,16 +216,16 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     return 0 if any(result.folder is not None for result in results) else 1
 
 
-def batch_job(source: Path, target: Path, interactions: Path | None, *, overwrite: bool) -> Job:
+def batch_job(source: Path, target: Path, interactions: Path | None, columns: Sequence[str], *, overwrite: bool) -> Job:
     """The files of a batch job; histories are read where a log is given."""
-    histories = None if interactions is None else log_histories(interactions)
+    given = mapping(columns, "--column")
+    histories = None if interactions is None else log_histories(interactions, given)
     return Job(source, target, histories, overwrite, tell)
 
 
-def log_histories(path: Path) -> dict[str, Query]:
+def log_histories(path: Path, columns: dict[str, str]) -> dict[str, Query]:
     """Histories of all users of a log."""
-    interactions: Interactions = read_dataset("", interactions=str(path)).interactions
-    return interactions.histories()
+    return read_interactions(path, columns=columns).histories()
 
 
 def recommend_rows(bundle: Path, job: Job, k: int, provider: str, threads: int, *, include_seen: bool) -> None:
@@ -236,7 +238,10 @@ def recommend_rows(bundle: Path, job: Job, k: int, provider: str, threads: int, 
 def recommend_history(bundle: Path, history: str, k: int, provider: str, threads: int, *, include_seen: bool) -> None:
     """Print the best items after one history, with the share of each scorer."""
     recommender = load(bundle, provider=provider, threads=threads)
-    items = [str(item) for item in split_ids(history)]
+    try:
+        items = [str(item) for item in split_ids(history)]
+    except ValueError as error:
+        raise RecllmError(f"--history {history}: not a JSON list ({error}). Ids parted by blanks do too.") from None
     strange = [item for item in items if item not in recommender.index]
     if strange:
         tell(f"Not in the catalogue, passed over: {', '.join(strange)}")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +49,17 @@ def sha256_of(path: Path) -> str:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder`; it takes `folder`'s place when the block ends well, else it goes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    temporary.chmod(0o755)  # mkdtemp gives 0o700, and others may read what is written here
     try:
         yield temporary
         if folder.is_dir():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
+            # Out of the way first: at no moment is the old one half gone under its own name.
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            folder.replace(old)
+            temporary.replace(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

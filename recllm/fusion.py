@@ -34,8 +34,8 @@ Counts = NDArray[np.int64]
 """Numbers of events."""
 
 BACKUP = 1e-6
-"""Gate of the scorers beside a single chosen one: below float32's resolution of its scores, so that they speak only
-where it is silent (no history, unknown item)."""
+"""Gate of the scorers beside a single chosen one: they speak only where it is silent (no history, unknown item), and so
+quietly that an item which it does not know stands where it would put an average one."""
 NDCG_AT = 10
 
 
@@ -59,7 +59,8 @@ class Fusion:
     """An additive fusion: score = Σ_s gate_s · softplus(θ_s · [1, user evidence, item evidence]) · z_s.
 
     z is a scorer's standardised score and 0 where it has none, so each term is exactly that scorer's share. A scorer
-    whose scores are constant over a query's candidates has z = 0 there. A candidate that no scorer knows is NaN.
+    with the gate `BACKUP` has z = 0 wherever the one chosen scorer has a score. A scorer whose scores are constant over
+    a query's candidates has z = 0 there. A candidate that no scorer knows is NaN.
     """
 
     names: tuple[str, ...]
@@ -231,12 +232,20 @@ class Fusion:
         shape = next(iter(scores.values())).shape
         total, known = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
         shares: dict[str, Scores] = {}
-        for name in self.names:
+        silent = self._silent(scores, shape)
+        for name, gate in zip(self.names, self.gates, strict=True):
             given = scores.get(name)
             shares[name] = np.zeros(shape, np.float32) if given is None else weights[name] * self._z(name, given)
+            if gate == BACKUP:
+                shares[name] *= silent
             known |= False if given is None else ~np.isnan(given)
             total += shares[name]
         return np.where(known, total, np.float32(np.nan)), shares
+
+    def _silent(self, scores: Mapping[str, Scores], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Where the single chosen scorer has no score; everywhere when it is not there."""
+        chosen = scores.get(self.names[self.gates.index(1.0)]) if 1.0 in self.gates else None
+        return np.ones(shape, dtype=bool) if chosen is None else np.isnan(chosen)
 
     def _z(self, name: str, scores: Scores) -> Scores:
         place = self.names.index(name)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from recllm.fitting import FLAT, Evidence
-from recllm.fusion import Fusion
+from recllm.fusion import BACKUP, Fusion
 
 OPSET = 21
 """Has all the operators below; the bundle's model graphs have an opset of their own."""
@@ -55,12 +55,15 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     build = Builder()
     user = _evidence(build, "n_user", fusion.user, axis=1)  # (users, 1)
     item = _evidence(build, "n_item", fusion.item, axis=0)  # (1, items)
-    shares, known = [], []
-    for name, gate, theta in zip(fusion.names, fusion.gates, fusion.theta, strict=True):
-        scores, has = _scores(build, name)
-        weight = _weight(build, gate, theta, user, item)
-        shares.append(build.add("Mul", weight, _standardised(build, scores, has)))
-        known.append(has)
+    products = [_scores(build, name) for name in fusion.names]
+    known = [has for _, has in products]
+    shares = []
+    for (scores, has), gate, theta in zip(products, fusion.gates, fusion.theta, strict=True):
+        share = build.add("Mul", _weight(build, gate, theta, user, item), _standardised(build, scores, has))
+        if gate == BACKUP and 1.0 in fusion.gates:
+            chosen = known[fusion.gates.index(1.0)]
+            share = build.add("Where", chosen, build.constant(0.0), share)
+        shares.append(share)
     total, any_known = shares[0], known[0]
     for share, has in zip(shares[1:], known[1:], strict=True):
         total, any_known = build.add("Add", total, share), build.add("Or", any_known, has)

@@ -12,7 +12,7 @@ from recllm.data import Interactions
 from recllm.evaluate import KnownPairs, KnownScores, evaluate_labels, evaluate_ranking
 from recllm.fusion import Fusion, evidence
 from recllm.pairs import labelled_rows
-from recllm.ranking import Scorer, Scores, score_pairs
+from recllm.ranking import Scorer, Scores, batches, score_pairs
 from recllm.results import Table
 from recllm.runs import Run
 from recllm.splits import Example, liked_events
@@ -37,6 +37,10 @@ class EvaluationProtocol(Protocol):
 
     def score(self, scorer: Scorer, examples: Sequence[Example]) -> Scores:
         """A scorer's scores of the examples."""
+        ...
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """The shape of the scores of so many rows."""
         ...
 
     def fit(self, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Fusion:
@@ -77,6 +81,10 @@ class WholeCatalogue:
         """Scores of all items."""
         return scorer.score([example.query for example in examples], self.task.index)
 
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """A row per example and a column per item."""
+        return rows, len(self.task.index)
+
     def fit(self, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Fusion:
         """Fit to rank the targets, by NDCG@10."""
         targets = self.task.index.rows(example.item_id for example in examples)
@@ -84,9 +92,13 @@ class WholeCatalogue:
         return Fusion.fit_ranking(scores, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed)
 
     def fuse(self, fusion: Fusion, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Scores:
-        """Fused scores of all items."""
-        given = {name: np.asarray(scores[name]) for name in fusion.names}
-        return fusion.fuse(given, *self._evidence(examples))[0]
+        """Fused scores of all items; block by block, for the shares are as large as all scores together."""
+        n_user, n_item = self._evidence(examples)
+        result = np.empty((len(examples), len(self.task.index)), dtype=np.float32)
+        for place, _ in batches(examples):
+            given = {name: np.asarray(scores[name][place]) for name in fusion.names}
+            result[place] = fusion.fuse(given, n_user[place], n_item)[0]
+        return result
 
     def table(self, scores: Mapping[str, Scores], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:
         """HitRate, NDCG, MRR and coverage."""
@@ -125,6 +137,10 @@ class LabelledPairs:
     def score(self, scorer: Scorer, examples: Sequence[Example]) -> Scores:
         """Scores of each row's own item."""
         return score_pairs(scorer, [example.query for example in examples], [example.item_id for example in examples])
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """One score per example."""
+        return (rows,)
 
     def fit(self, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Fusion:
         """Fit to tell the labels apart, by AUC."""

@@ -139,7 +139,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _scan(path: Path) -> pl.LazyFrame:
     try:
-        frame = pl.scan_parquet(path)
+        frame = pl.scan_parquet(path, glob=False)
         frame.collect_schema()
     except pl.exceptions.PolarsError as error:
         raise RecllmError(
@@ -241,9 +241,7 @@ def split_ids(text: str) -> list[Any]:
     """
     text = text.strip()
     if text.startswith("["):
-        found = json.loads(text)
-        assert isinstance(found, list)
-        return found
+        return list(json.loads(text))
     return [part.strip() for part in text.split("|") if part.strip()] if "|" in text else text.split()
 
 

@@ -1,7 +1,7 @@
 """The seam: everything that scores turns queries and candidates into float32[queries, candidates], NaN for unknown."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ Scores = NDArray[np.float32]
 """float32[queries, candidates]; NaN where the scorer knows nothing of the user or the item."""
 
 QUERY_BATCH = 256
+Row = TypeVar("Row")
 
 
 class ItemIndex:
@@ -69,11 +70,11 @@ class PairScorer(Protocol):
         ...
 
 
-def batches(queries: Sequence[Query], size: int = QUERY_BATCH) -> Iterator[tuple[slice, Sequence[Query]]]:
-    """Cut `queries` into runs of at most `size`, each with its place."""
-    for start in range(0, len(queries), size):
-        place = slice(start, min(start + size, len(queries)))
-        yield place, queries[place]
+def batches(rows: Sequence[Row], size: int = QUERY_BATCH) -> Iterator[tuple[slice, Sequence[Row]]]:
+    """Cut `rows` into runs of at most `size`, each with its place."""
+    for start in range(0, len(rows), size):
+        place = slice(start, min(start + size, len(rows)))
+        yield place, rows[place]
 
 
 def mask_seen(scores: Scores, queries: Sequence[Query], candidates: ItemIndex) -> Scores:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
@@ -140,6 +140,12 @@ class LightSettings(Settings):
     """Windows in a step."""
     num_train_epochs: int = Field(default=10, ge=0)
     """Passes over all events; 0 trains no light scorer."""
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> "LightSettings":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
 
 
 class TrainSettings(Settings):

@@ -1,8 +1,8 @@
 """Answers to a file, chunk by chunk, in Parquet, JSONL or CSV, whole or not there; beside it the rejected rows."""
 
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +55,8 @@ class ParquetSheet:
 
     def join(self, path: Path) -> None:
         """Write all chunks as one file; they are read one after the other."""
-        pl.scan_parquet(self.folder / "*.parquet").sink_parquet(path)
+        parts = sorted(self.folder.iterdir())
+        pl.concat([pl.scan_parquet(part, glob=False) for part in parts]).sink_parquet(path)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -81,8 +82,7 @@ def sheet(path: Path) -> Iterator[Sheet]:
             with temporary.open("wb") as stream:
                 yield TextSheet(stream, suffix)
             return
-        folder = path.with_name(f".{path.name}.{os.getpid()}.chunks")
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".chunks", dir=path.parent))
         try:
             joined = ParquetSheet(folder)
             yield joined

@@ -1,5 +1,6 @@
 """Train everything that a run file names: `recllm train RUN.toml`, or `accelerate launch -m recllm.train RUN.toml`."""
 
+import math
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
+from recllm.files import written
 from recllm.histories import HistoryFormat
 from recllm.judging import load_relevance, rating_scorers, train_relevance
 from recllm.lm import LanguageBody, scoring_device
@@ -33,8 +35,8 @@ from recllm.loop import (
 )
 from recllm.process import set_up
 from recllm.progress import Progress
-from recllm.protocols import evaluation_protocol
-from recllm.ranking import Scorer, Scores
+from recllm.protocols import EvaluationProtocol, evaluation_protocol
+from recllm.ranking import QUERY_BATCH, Scorer, Scores, batches
 from recllm.relevance import RelevanceScorer
 from recllm.runs import (
     ENVIRONMENT,
@@ -48,6 +50,7 @@ from recllm.runs import (
     write_run,
 )
 from recllm.sequence import NextItemModel, Windows
+from recllm.splits import Example
 from recllm.tasks import Task, prepare
 from recllm.trained import (
     Collaborative,
@@ -65,6 +68,8 @@ from recllm.trained import (
 from recllm.vectors import ItemFeatures
 
 Say = Callable[[str], None]
+BLOCK_SCORES = 20_000_000
+"""Scores that are held in memory at once."""
 VALIDATION_WINDOWS = 256
 """Validation histories that choose the language model's checkpoint; the fusion sees all of them."""
 
@@ -315,14 +320,29 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
         if not path.is_file():
             say(f"Scoring validation and test with '{name}'")
             path.parent.mkdir(parents=True, exist_ok=True)
-            scorer, part = make(), path.with_suffix(".part.npy")
+            scorer = make()
             if isinstance(scorer, SequenceScorer | RelevanceScorer):
                 scorer.progress = Progress(len(valid) + len(test), "rows", say).add
-            np.save(part, protocol.score(scorer, [*valid, *test]))
-            part.replace(path)
+            with written(path) as part:
+                _write_scores(protocol, scorer, valid, test, part)
         scores = np.load(path, mmap_mode="r")
         result["valid"][name], result["test"][name] = scores[: len(valid)], scores[len(valid) :]
     return result
+
+
+def _write_scores(
+    protocol: EvaluationProtocol, scorer: Scorer, valid: list[Example], test: list[Example], path: Path
+) -> None:
+    """Score block by block into a .npy file: all scores of a large set do not fit into memory."""
+    examples = [*valid, *test]
+    # The same stretch of both parts in one block: it is mostly the same users.
+    places = np.concatenate([np.arange(len(part)) / max(len(part), 1) for part in (valid, test)])
+    order = np.argsort(places, kind="stable")
+    shape = protocol.shape(len(examples))
+    scores = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    for _, rows in batches(order.tolist(), max(QUERY_BATCH, BLOCK_SCORES // max(math.prod(shape[1:]), 1))):
+        scores[rows] = protocol.score(scorer, [examples[row] for row in rows])
+    scores.flush()
 
 
 def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:

@@ -60,6 +60,23 @@ def read_dataset(
     return Dataset(name, Interactions(events.drop(LINE)), catalog, source, licence, checks.report())
 
 
+def read_interactions(
+    path: Path, *, columns: Mapping[str, str] | None = None, duplicates: Duplicates = "first", budget: int = BUDGET
+) -> Interactions:
+    """Read a file of interactions alone.
+
+    Args:
+        path: any kind of file that a data set's interactions may be.
+        columns: our column to the file's, where the guess is wrong.
+        duplicates: which event of one user with one item stays.
+        budget: most bytes that the file may take in memory.
+
+    Raises:
+        RecllmError: a file that is missing, empty, broken or too large, or a column that is missing.
+    """
+    return Interactions(_read_events(path, columns, duplicates, budget, Checks()).drop(LINE))
+
+
 def read_items(path: Path, *, columns: Mapping[str, str] | None = None, budget: int = BUDGET) -> Catalog:
     """Read a file of items alone.
 

@@ -60,7 +60,8 @@ class Table:
             raise _broken(self.path, error) from None
         if read.is_empty():
             raise RecllmError(f"{self.path} has a header ({', '.join(self.columns)}) and no rows.")
-        return read
+        starts = _starts(self.path, read.height)
+        return read if starts is None else read.with_columns(pl.Series(LINE, starts, dtype=read[LINE].dtype))
 
 
 def open_table(path: Path, budget: int = BUDGET) -> Table:
@@ -88,7 +89,7 @@ def _open(path: Path, kind: str, budget: int) -> Table:
     if kind == "parquet":
         return _parquet(path, budget)
     if kind in {"jsonl", "ndjson"}:
-        frame = pl.scan_ndjson(path, infer_schema_length=None, row_index_name=LINE, row_index_offset=1)
+        frame = pl.scan_ndjson(_plain(path), infer_schema_length=None, row_index_name=LINE, row_index_offset=1)
         return _table(path, frame)
     if kind == "data":
         return _headless(path, "\t", RATINGS)
@@ -105,6 +106,11 @@ def _table(path: Path, frame: pl.LazyFrame) -> Table:
     return Table(path, [name for name in frame.collect_schema().names() if name != LINE], frame)
 
 
+def _plain(path: Path) -> Path | io.BytesIO:
+    """A path that polars takes as it is: brackets in it would be a pattern."""
+    return io.BytesIO(path.read_bytes()) if set(str(path)) & set("*?[]") else path
+
+
 def _scan(path: Path, separator: str, quote: str | None) -> pl.LazyFrame:
     """Scan a text file with a header, everything as text; what is not UTF-8 is read as Latin-1."""
     source: Path | io.BytesIO = path
@@ -115,6 +121,7 @@ def _scan(path: Path, separator: str, quote: str | None) -> pl.LazyFrame:
         separator=separator,
         quote_char=quote,
         infer_schema=False,
+        glob=False,
         row_index_name=LINE,
         row_index_offset=2,
     )
@@ -164,7 +171,7 @@ def _u_item(path: Path) -> Table:
 
 
 def _parquet(path: Path, budget: int) -> Table:
-    frame = pl.scan_parquet(path)
+    frame = pl.scan_parquet(path, glob=False)
     rows = frame.select(pl.len()).collect().item()
     widths = [TEXT_BYTES if kind in (pl.String, pl.Binary) else 8 for kind in frame.collect_schema().dtypes()]
     _fits(path, max(rows * sum(widths), _row_groups(path)), budget)
@@ -186,6 +193,31 @@ def _fits(path: Path, size: int, budget: int) -> None:
             f"{path} would take about {size / 2**30:.3g} GiB in memory; the limit is {budget / 2**30:.3g} GiB. "
             f"Leave out columns and old events, or write only the users of interest into a smaller file."
         )
+
+
+def _starts(path: Path, rows: int) -> list[int] | None:
+    """The line on which each row starts, where rows are not lines: a quoted text of several lines, blank lines."""
+    kind = path.suffix.lower()
+    header = {".csv": 1, ".tsv": 1, ".jsonl": 0, ".ndjson": 0}.get(kind)
+    if header is None:
+        return None
+    with path.open("rb") as stream:
+        lines = sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+    if rows + header - lines in (0, 1):  # the last line may lack its end
+        return None
+    starts = _csv_starts(path)[1:] if header else [number for number, line in _lines(path) if line.strip()]
+    return starts if len(starts) == rows else None
+
+
+def _csv_starts(path: Path) -> list[int]:
+    with path.open(encoding="latin-1", newline="") as stream:
+        rows = csv.reader(stream, delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        starts, before = [], 0
+        for row in rows:
+            if row:
+                starts.append(before + 1)
+            before = rows.line_num
+    return starts
 
 
 def _broken(path: Path, error: Exception) -> RecllmError:
