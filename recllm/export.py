@@ -16,20 +16,21 @@ from safetensors.numpy import save_file
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from recllm.bundle import new_bundle, write_catalog
+from recllm.bundle import new_bundle, seal, write_catalog
 from recllm.data import Query
+from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.files import write_json
-from recllm.fusion import Fusion
+from recllm.fusion import FusedScorer, Fusion
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.quantise import quantise
-from recllm.ranking import Scorer
+from recllm.ranking import Scorer, mask_seen
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.runs import Run
-from recllm.runtime import VECTORS, TableScorer, open_session
+from recllm.runtime import VECTORS, Recommender, load, open_session
 from recllm.sequence import NextItemModel
 from recllm.tasks import Task
 from recllm.trained import (
@@ -145,7 +146,7 @@ class EncoderGraph(nn.Module):
 def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: Say = print) -> list[Exported]:
     """Write one bundle per recipe that keeps its tolerance, as `bundle-NAME` in the run's folder.
 
-    A recipe that fails its gate is reported and leaves no bundle; the others go on.
+    A recipe that fails its gate is reported and writes nothing (an older bundle of its name stays); the others go on.
 
     Raises:
         RecllmError: the run is not trained, or an unknown recipe.
@@ -181,7 +182,7 @@ def _export(
     parts: Collaborative,
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
-    reference: dict[str, Any],
+    reference: dict[str, SequenceScorer],
     name: str,
     recipe: ExportRecipe,
     graphs: Path,
@@ -195,12 +196,15 @@ def _export(
                 causal = path.stem in sequences or (path.stem == "encoder" and base.causal)
                 quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump() if causal else None)
             _write_content(part, run, task, parts, sequences, base)
-            result.parity.update(_parity(part, run, task, sequences, base, reference))
+            seal(part, facts)  # so that what is compared is what a user will load
+            result.parity.update(_parity(part, run, task, parts, sequences, base, reference))
             result.failures.extend(_failures(result.parity, recipe.tolerance))
             write_json(part / "parity.json", {"tolerance": recipe.tolerance.model_dump(), "measured": result.parity})
             if result.failures:
                 raise _GateError
     except _GateError:
+        if folder.exists():
+            result.failures.append(f"{folder} is an older bundle, of before this export")
         return Exported(name, None, result.parity, result.failures)
     return result
 
@@ -341,22 +345,49 @@ def _parity(
     folder: Path,
     run: Run,
     task: Task,
+    parts: Collaborative,
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
-    reference: dict[str, Scorer],
+    reference: dict[str, SequenceScorer],
 ) -> dict[str, dict[str, float]]:
-    """Fidelity of each graph on validation histories, and of the item encoder on item texts."""
+    """Fidelity of each history graph, of the whole ranking, of the item graphs and of the item encoder."""
     random = np.random.default_rng(run.seed)
     places = np.sort(random.permutation(len(task.split.valid))[: run.export.gate_queries])
     queries = [task.split.valid[place].query for place in places]
-    result = {}
-    for name, (model, history) in sequences.items():
-        with torch.inference_mode():
-            table = model.table().float().cpu().numpy()
-        graph = TableScorer(open_session(folder / f"{name}.onnx"), table, history, task.index, *item_heads(model))
-        result[name] = fidelity(reference[name].score(queries, task.index), graph.score(queries, task.index))
+    bundle = load(folder)
+    result = {
+        name: fidelity(scorer.score(queries, task.index), bundle.scorers[name].score(queries, task.index))
+        for name, scorer in reference.items()
+        if name in bundle.scorers
+    }
+    result["ranking"] = _ranking_parity(bundle, task, parts.scorers() | reference, queries)
+    items = random.permutation(len(task.index))[:ENCODER_TEXTS]
+    for name, (model, _) in sequences.items():
+        result[f"{name} items"] = _item_parity(folder / f"{name}-items.onnx", model, items)
     result["encoder"] = _encoder_parity(folder, run, task, base, random)
     return result
+
+
+def _ranking_parity(
+    bundle: Recommender, task: Task, scorers: Mapping[str, Scorer], queries: Sequence[Query]
+) -> dict[str, float]:
+    """Fidelity of the catalogue graph, all items ranked, with the fusion of torch's scores."""
+    fused = FusedScorer({name: scorers[name] for name in bundle.fusion.names}, bundle.fusion, bundle.item_counts)
+    expected = mask_seen(fused.score(queries, task.index), queries, task.index)
+    out = bundle.recommend([query.history for query in queries], k=len(task.index))
+    found = np.full_like(expected, np.nan)
+    for row, ids in enumerate(out.ids):
+        found[row, task.index.rows(ids)] = out.scores[row, : len(ids)]
+    return fidelity(expected, found)
+
+
+def _item_parity(path: Path, model: NextItemModel, rows: NDArray[np.int64]) -> dict[str, float]:
+    """Fidelity of the similarities among item vectors as the item graph makes them."""
+    given = {"text": model.text_vectors[rows], "factors": model.item_factors[rows]}  # type: ignore[index]
+    with torch.inference_mode():
+        expected = model.heads(given["text"], given["factors"]).numpy()
+    found = open_session(path).run(["heads"], {name: value.numpy() for name, value in given.items()})[0]
+    return fidelity(_similarities(expected), _similarities(found))
 
 
 def _encoder_parity(

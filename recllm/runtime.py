@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,16 @@ class TableScorer(SequenceScorer):
         self.graph, self.table = graph, table
 
     def grown(self, index: ItemIndex, tokens: NDArray[np.float32], heads: NDArray[np.float32]) -> "TableScorer":
-        """The same with new items at the end of `index`; their bias is 0, as for every item without events."""
+        """The same with new items at the end of `index`; their bias is 0, as for every item without events.
+
+        A text history passes over new items: the table has no vectors for words that no old item has.
+        """
         bias = np.concatenate([self.items[:, -1], np.zeros(len(heads), dtype=np.float32)])
         table, heads = np.concatenate([self.table, tokens]), np.concatenate([self.items[:, :-1], heads])
-        return TableScorer(self.graph, table, self.history, index, heads, bias)
+        history = self.history
+        if history.texts is not None:
+            history = replace(history, texts=history.texts + (None,) * len(tokens))
+        return TableScorer(self.graph, table, history, index, heads, bias)
 
 
 def onnx_encode(session: Any, table: NDArray[np.float32]) -> Encode:  # noqa: ANN401  onnxruntime is untyped
@@ -259,7 +265,7 @@ def _grown(scorer: VectorScorer, index: ItemIndex, text: NDArray[np.float32], gr
         return Popularity(index, np.concatenate([old, np.zeros(len(text), dtype=np.float32)]))
     if isinstance(scorer, TextSimilarity):
         return TextSimilarity(index, np.concatenate([scorer.vectors, text]))
-    if not isinstance(scorer, TableScorer) or scorer.history.texts is not None:
+    if not isinstance(scorer, TableScorer):
         return scorer
     factors = np.full((len(text), graph.get_inputs()[1].shape[1]), np.nan, dtype=np.float32)
     tokens, heads = graph.run(None, {"text": text, "factors": factors})

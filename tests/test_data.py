@@ -5,7 +5,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recllm.data import Catalog, Interactions, Query, read_dataset
+from recllm.data import Catalog, Interactions, Query, read_dataset, read_interactions
 from recllm.data.tables import open_table
 from recllm.errors import RecllmError
 from recllm.fetch import fetch
@@ -446,3 +446,31 @@ def test_every_further_set_loads():
         dataset = read_dataset(folder.name)
         assert set(dataset.interactions.frame["item_id"]) <= set(dataset.catalog.ids)
         assert dataset.licence != "not stated"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("items.csv", 'item_id,title\na,"one\ntwo\nthree"\nb,\nc,x\n', 5),
+        ("items.csv", "item_id,title\r\na,one\r\nb,\r\n", 3),
+        ("items.tsv", "item_id\ttitle\na\tone\nb\t", 3),
+        ("items.jsonl", '{"item_id": "a", "title": "one"}\n\n\n{"item_id": "b", "title": null}\n', 4),
+    ],
+)
+def test_lines_are_those_that_an_editor_shows(name, text, line, tmp_path):
+    (tmp_path / "interactions.csv").write_text("user_id,item_id\nu,a\nu,b\n", encoding="utf-8")
+    (tmp_path / name).write_bytes(text.encode())
+    report = read_dataset(str(tmp_path)).report
+    (finding,) = [finding for finding in report.findings if finding.code == "missing_title"]
+    assert finding.lines == (line,)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_brackets_in_a_path_are_no_pattern(suffix, tmp_path):
+    folder = tmp_path / "d[4]"
+    folder.mkdir()
+    frame = pl.DataFrame({"user_id": ["u", "u"], "item_id": ["a", "b"]})
+    write = {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[suffix]
+    write(folder / f"interactions.{suffix}")
+    assert len(read_dataset(str(folder)).interactions) == 2
+    assert read_interactions(folder / f"interactions.{suffix}").histories()["u"].history == ("a", "b")

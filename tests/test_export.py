@@ -147,7 +147,7 @@ def test_every_recipe_is_reported_and_one_that_fails_is_left_out(exported):
 def test_smaller_recipes_are_gated_and_load(name, exported):
     _run, results, _, _ = exported
     result = results[name]
-    assert set(result.parity) == {"light", "lm", "encoder"}
+    assert set(result.parity) == {"light", "lm", "encoder", "ranking", "light items", "lm items"}
     assert all(0 <= measured["top10_overlap"] <= 1 for measured in result.parity.values())
     assert (result.folder is None) == bool(result.failures)
     if result.folder is not None:

