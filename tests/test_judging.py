@@ -8,6 +8,7 @@ import pytest
 
 from recllm.data import Query
 from recllm.errors import RecllmError
+from recllm.export import export_run
 from recllm.files import read_json
 from recllm.judging import AskedAbout, load_relevance, rating_scorers
 from recllm.outcome import FUSION, evaluate_run
@@ -241,3 +242,16 @@ def test_scorers_of_likes_see_liked_items_only(trained):
 def test_the_given_split_is_prepared(given_folder, tiny_lm_folder, tiny_encoder_folder, tmp_path):
     task = prepare(settings(given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder))
     assert (len(task.split.train), len(task.split.valid), len(task.split.test)) == (320, 80, 160)
+
+
+def test_a_run_that_judges_is_not_exported(trained):
+    run, task = trained
+    with pytest.raises(RecllmError, match=r"judges pairs .* only runs of the next item are exported"):
+        export_run(run, task, say=lambda _: None)
+
+
+def test_rows_that_were_disliked_are_no_events_to_predict(given_folder, tiny_lm_folder, tiny_encoder_folder, tmp_path):
+    run = settings(given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"task": "next_item"})})
+    with pytest.raises(RecllmError, match=r"has rows with label 0.*model\.task = 'relevance'"):
+        prepare(run)
