@@ -381,6 +381,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = adapter_learning_rate, valid_collator
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
+    process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
 
 
 def _own_tensorboard(options: dict[str, Any], folder: Path) -> list[TrainerCallback]:

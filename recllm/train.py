@@ -109,16 +109,15 @@ def train_run(
     check_trainer_keys(run.train.trainer_keys())
     state = process_state()
     say = say if state.is_main_process else _silent
+    _check_folder(run, resume=resume, overwrite=overwrite)
     with state.main_process_first():
-        check_names(run, say)
-    with state.main_process_first():
-        if state.is_main_process:
-            _open_folder(run, resume=resume, overwrite=overwrite)
+        check_names(run, say, kept=resume)
     with clock.stage("data"):
         task = prepare(run, say)
-        check_same_data(run, task.fingerprints())
-        if state.is_main_process and not (run.folder / ENVIRONMENT).is_file():
-            write_environment(run, task.fingerprints(), device=_device(), processes=state.num_processes)
+        if resume:
+            check_same_data(run, task.fingerprints())
+        if state.is_main_process:
+            _begin(run, task, overwrite=overwrite, processes=state.num_processes)
         _describe(task, say)
     with clock.stage("factors and vectors"), state.main_process_first():
         parts = collaborative(run, task, say)
@@ -135,20 +134,27 @@ def train_run(
     return task
 
 
-def _open_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
     begun = (run.folder / FILE).is_file()
-    if overwrite and begun:  # never delete what is no run
-        shutil.rmtree(run.folder)
-    if run.folder.is_dir() and any(run.folder.iterdir()) and not resume:
+    # What is no run is never deleted.
+    if run.folder.is_dir() and any(run.folder.iterdir()) and not resume and not (overwrite and begun):
         raise RecllmError(
             f"{run.folder} is not empty. Go on with it by --resume, start anew by --overwrite, "
             "or give the run another name (--set name=…)."
         )
     if resume and begun:
         check_resumed(run)
-    else:
+
+
+def _begin(run: Run, task: Task, *, overwrite: bool, processes: int) -> None:
+    """Write what a run's folder begins with, once everything that can be a user's mistake has been read."""
+    if overwrite and run.folder.is_dir():
+        shutil.rmtree(run.folder)
+    if not (run.folder / FILE).is_file():
         write_run(run, run.folder / FILE)
     keep_recipes(run)
+    if not (run.folder / ENVIRONMENT).is_file():
+        write_environment(run, task.fingerprints(), device=_device(), processes=processes)
 
 
 def _describe(task: Task, say: Say) -> None:

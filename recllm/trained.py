@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -144,16 +145,22 @@ def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
     return text_history(compiled.start, compiled.encode_items(task.dataset.catalog), limit, stride, positions)
 
 
-def check_names(run: Run, say: Say) -> None:
+def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
     """Read the prompts and recipes that a run names and fetch its models, so that a mistake is told before any work.
+
+    Args:
+        run: the run.
+        say: gets lines of what is fetched.
+        kept: read the copies in the run's folder, where it has them.
 
     Raises:
         RecllmError: an unknown name or key, or an encoder where a causal model is needed.
     """
-    adapter_recipe(run)
-    load_prompt(run.prompt_file("item"), task="item")
-    load_prompt(run.prompt_file("next_item"), task="next_item")
-    load_prompt(run.prompt_file("relevance"), task="relevance")
+    if run.adapter.recipe != "none":
+        load_adapter(run.adapter, run.adapter_file if kept else None)
+    tasks: tuple[Literal["item", "next_item", "relevance"], ...] = ("item", "next_item", "relevance")
+    for task in tasks:
+        load_prompt(run.prompt_file(task) if kept else getattr(run.prompt, task), task=task)
     for recipe in run.export.recipes:
         find_recipe("export", recipe)
     model_folder(encoder_name(run), say)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +142,19 @@ def test_an_encoder_is_refused_before_any_work(tiny_run, tiny_encoder_folder, tm
     assert not run.folder.exists()
 
 
+def test_a_mistake_in_the_data_leaves_no_folder_and_an_old_run_as_it_is(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path, "data.min_events=99")
+    with pytest.raises(RecllmError, match=r"No user has 99 events"):
+        train_run(run, say=silent)
+    assert not run.folder.exists()
+    shutil.copytree(tiny_run, run.folder, ignore=shutil.ignore_patterns("bundle-*"))
+    with pytest.raises(RecllmError, match=r"No user has 99 events"):
+        train_run(run, overwrite=True, say=silent)
+    with pytest.raises(RecllmError, match=r"'loar'. Did you mean 'lora'"):
+        train_run(again(tiny_run, tmp_path, "adapter.recipe=loar"), overwrite=True, say=silent)
+    assert (run.folder / "fusion.json").is_file()
+
+
 def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path)
     run.folder.mkdir()
@@ -244,16 +256,13 @@ def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(tiny_run, t
     ]
     one = again(tiny_run, tmp_path / "one", *without_dropout, "light.per_device_train_batch_size=8")
     train_run(one, say=silent)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     halves = [
         f"output={tmp_path / 'two'}",
         *without_dropout,
         "light.per_device_train_batch_size=4",
         "train.per_device_train_batch_size=8",
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     settings = [part for override in halves for part in ("--set", override)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
