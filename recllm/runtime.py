@@ -28,6 +28,8 @@ from recllm.vectors import Standard
 USERS_IN_BATCH = 64
 VECTORS = "vectors.safetensors"
 """The bundle's file of item vectors."""
+WARNING, FATAL = 2, 4
+"""ONNX Runtime's own numbers of severity; the first is its default."""
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -74,7 +76,11 @@ def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:  #
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings about unused initialisers say nothing to a user
-    session = ort.InferenceSession(str(path), options, providers=[wanted])
+    ort.set_default_logger_severity(FATAL)  # a provider that fails speaks on its own, and we say it below
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[wanted])
+    finally:
+        ort.set_default_logger_severity(WARNING)
     if session.get_providers()[0] != wanted:
         # ONNX Runtime falls back to the CPU without a word when the provider's libraries cannot be loaded.
         raise RecllmError(
