@@ -21,6 +21,7 @@ Say = Callable[[str], None]
 Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
 CHUNK = 512
 """Rows that are answered and written together; no more of the input or of the answers is held in memory."""
+NO_HISTORY = "no item of the history is known; name the file that has their text: --history-items FILE"
 EVERY = 5.0
 """Seconds between two lines of progress."""
 
@@ -86,8 +87,10 @@ class Job:
         Raises:
             RecllmError: a source that cannot be read, a target of an unknown kind, or one that exists.
         """
-        check_target(self.target, overwrite=self.overwrite)
         check_source(self.source)
+        check_target(self.target, overwrite=self.overwrite)
+        if self.target.exists() and self.target.samefile(self.source):
+            raise RecllmError(f"'{self.target}' is the input itself; name another file for the answers.")
 
 
 def recommend_file(recommender: Recommender, job: Job, *, k: int = 10, exclude_seen: bool = True) -> Summary:
@@ -151,7 +154,7 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
         scores = scorer.score([Query(row.history, row.user_id) for row in rows], items)
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 
-    return _run(job, known, answer, need=())
+    return _run(job, known, answer, need=(), unknown=NO_HISTORY)
 
 
 def _pairs(
@@ -172,8 +175,11 @@ def _frame(columns: Mapping[str, Any]) -> pl.DataFrame:
     return pl.DataFrame(columns).with_columns(pl.col(pl.Float32).fill_nan(None))
 
 
-def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...]) -> Summary:
-    """Read, answer and write chunk by chunk; the target appears when the last one is written."""
+def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...], unknown: str | None = None) -> Summary:
+    """Read, answer and write chunk by chunk; the target appears when the last one is written.
+
+    Rows whose history has items, and none that is known, are set aside for the reason `unknown`, where it is given.
+    """
     job.check()
     total = count_rows(job.source)
     rows = read_rows(job.source, histories=job.histories, need=need)
@@ -182,7 +188,7 @@ def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...]) -
     try:
         with sheet(job.target) as out:
             for chunk in _chunks(rows, job.chunk):
-                good = [row for each in chunk if (row := _checked(each, index, rejects, summary)) is not None]
+                good = [row for each in chunk if (row := _checked(each, index, rejects, summary, unknown)) is not None]
                 if good:
                     out.add(answer(good))
                 summary.answered += len(good)
@@ -199,7 +205,9 @@ def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...]) -
     return summary
 
 
-def _checked(row: QueryRow | BadRow, index: ItemIndex, rejects: Rejects, summary: Summary) -> QueryRow | None:
+def _checked(
+    row: QueryRow | BadRow, index: ItemIndex, rejects: Rejects, summary: Summary, unknown: str | None
+) -> QueryRow | None:
     """Count unknown items; set aside what cannot be answered."""
     if isinstance(row, BadRow):
         rejects.add(row.line, row.reason, row.fields)
@@ -207,6 +215,9 @@ def _checked(row: QueryRow | BadRow, index: ItemIndex, rejects: Rejects, summary
     known = [item in index for item in row.candidates or ()]
     if known and not any(known):
         rejects.add(row.line, "none of the candidates is in the catalogue", row.fields)
+        return None
+    if unknown is not None and row.history and not any(item in index for item in row.history):
+        rejects.add(row.line, unknown, row.fields)
         return None
     summary.unknown += sum(item not in index for item in row.history) + known.count(False)
     return row

@@ -27,7 +27,7 @@ class Commands(TyperGroup):
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(MISTAKE) from None
         except KeyboardInterrupt:
-            typer.echo("Interrupted", err=True)
+            typer.echo("Interrupted. A training run goes on where it was with --resume.", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -203,7 +203,7 @@ def recommend(
     history: Annotated[str | None, typer.Option(metavar="'ID ID'", help="One history, oldest first.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     provider: Provider = "cpu",
-    threads: Annotated[int, typer.Option(help="Inside one operator; 0 leaves it to ONNX Runtime.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Inside one operator; 0 leaves it to ONNX Runtime.")] = 0,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Also items of the history itself.")] = False,
     interactions: Log = None,
     column: Column = None,
@@ -214,6 +214,8 @@ def recommend(
 
     if (source is None) == (history is None):
         raise RecllmError("Give either a file of rows and --out FILE, or one history: --history 'ID ID'.")
+    if history is not None and out is not None:
+        raise RecllmError("--history answers on the screen; for --out FILE give a file of rows instead.")
     if history is not None:
         commands.recommend_history(bundle, history, k, provider, threads, include_seen=include_seen)
         return
@@ -249,6 +251,10 @@ def score(
 
     if (items is None) == (bundle is None):
         raise RecllmError("Give either --items FILE (zero-shot, by text alone) or --bundle BUNDLE.")
+    if bundle is None and provider != "cpu":
+        raise RecllmError(
+            f"--provider {provider} is for --bundle; a language model takes the GPU by itself where there is one."
+        )
     job = commands.batch_job(users, out, interactions, column or [], overwrite=overwrite)
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)

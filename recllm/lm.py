@@ -144,9 +144,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def load_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        RecllmError: the folder holds no model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecllmError(f"'{folder}' holds no model that transformers can load: {reason}") from None
+
+
 def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
     """Load hidden-state model and tokenizer; frozen, in evaluation mode, float32 unless the recipe quantises it."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     quantization = None if recipe is None or recipe.quantization is None else BitsAndBytesConfig(**recipe.quantization)
     causal = is_causal(config)
     # A causal model is loaded whole and its body taken: a checkpoint of one names its weights that way.

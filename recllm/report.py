@@ -131,7 +131,7 @@ WEIGHTS_NOTE = "How much a scorer counts, by how many events are known. Fitted o
 SHARES_NOTE = (
     "Each score is exactly the sum of its shares: to the right of the line they raise it, to the left they lower it."
 )
-COLD_NOTE = "No event is known of them: only their text speaks for them."
+COLD_NOTE = "No event is known of them; they are known by their text alone."
 
 
 def _section(title: str, note: str, body: str) -> str:

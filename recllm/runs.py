@@ -1,6 +1,7 @@
 """The run file: data, prompt, adapter, model, training and fusion in one TOML file, and the folder it fills."""
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
@@ -159,7 +160,7 @@ class TrainSettings(Settings):
     """Peak learning rate of the projections and the bias."""
     num_train_epochs: int = Field(default=1, ge=1)
     """Passes over the training windows; each pass cuts them anew."""
-    max_steps: int = -1
+    max_steps: int = Field(default=-1, ge=-1)
     """Stop after this many steps, whatever the epochs say."""
     per_device_train_batch_size: int = Field(default=16, ge=1)
     """Histories in a step on one device."""
@@ -191,6 +192,14 @@ class Run(Settings):
     """Names the folder under `output`."""
     output: str = "runs"
     """Where run folders lie."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name or os.sep in name:
+            raise ValueError("a run's name is the name of its folder: not empty, not . or .., without slashes")
+        return name
+
     seed: int = 0
     """The one seed; everything random is drawn from it."""
     data: DataSettings

@@ -135,6 +135,8 @@ def train_run(
 
 
 def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise RecllmError("--resume keeps what is done and --overwrite deletes it; give one of them.")
     begun = (run.folder / FILE).is_file()
     # What is no run is never deleted.
     if run.folder.is_dir() and any(run.folder.iterdir()) and not resume and not (overwrite and begun):

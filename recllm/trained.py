@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig
 
 from recllm.adapters import AdapterRecipe, load_adapter, merge
 from recllm.ease import EASE
@@ -22,6 +21,7 @@ from recllm.lm import (
     is_causal,
     item_vectors,
     load_base,
+    load_config,
     model_folder,
     next_item_model,
     not_causal,
@@ -166,7 +166,7 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
     model_folder(encoder_name(run), say)
     if run.model.name != "none" and run.model.task == "next_item":
         folder = model_folder(run.model.name, say)
-        if not is_causal(AutoConfig.from_pretrained(folder)):
+        if not is_causal(load_config(folder)):
             raise not_causal(run.model.name)
 
 

@@ -250,3 +250,11 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "in.parquet").write_bytes(b"user_id,history\n")
     with pytest.raises(RecllmError, match="is not a Parquet file that can be read"):
         read_rows(tmp_path / "in.parquet")
+
+
+def test_the_input_is_not_written_over(recommender, tmp_path):
+    source = write(tmp_path / "in.jsonl", {"a": ["0", "1"]})
+    before = source.read_bytes()
+    with pytest.raises(RecllmError, match=r"in\.jsonl' is the input itself; name another file"):
+        recommend_file(recommender, Job(source, source, overwrite=True), k=2)
+    assert source.read_bytes() == before

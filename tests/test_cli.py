@@ -70,7 +70,7 @@ def test_interrupting_ends_with_130(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "fetch_names", interrupted)
-    assert recllm_says(capsys, "fetch", "ml-100k", code=130)[1] == "Interrupted\n"
+    assert recllm_says(capsys, "fetch", "ml-100k", code=130)[1].startswith("Interrupted. A training run goes on")
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
@@ -197,11 +197,23 @@ def test_new_items_are_scored_zero_shot(capsys, tmp_path, tiny_lm_folder, checke
     where = ("--users", tmp_path / "users.jsonl", "--out", tmp_path / "out.csv", "--model", tiny_lm_folder)
     out, _ = recllm_says(capsys, "score", *given, *where)
     found = pl.read_csv(tmp_path / "out.csv")
-    assert found["item_id"].to_list() == ["n1", "n2", "n1", "n2"]
-    # A history of unknown items is not judged: what the model says of it is the calibration itself.
-    assert found["score"].is_null().to_list() == [False, False, True, True]
+    assert found["item_id"].to_list() == ["n1", "n2"]
     assert found["score"][0] != found["score"][1]
-    assert "1 item ids are not in the catalogue" in out
+    # A history of unknown items is not judged: what the model says of it is the calibration itself.
+    assert "1 rows could not be answered" in out
+    (rejected,) = (tmp_path / "out.csv.rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "no item of the history is known; name the file that has their text: --history-items" in rejected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recommend", "b", "--history", "50", "--out", "o.csv"], "--history answers on the screen"),
+        (["score", "--items", "i.csv", "--users", "u.csv", "--out", "o.csv", "--provider", "cuda"], "is for --bundle"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(capsys, words, message):
+    assert message in recllm_says(capsys, *words, code=2)[1]
 
 
 def test_quickstart_ends_with_one_line_of_json(capsys, tmp_path, monkeypatch):

@@ -201,3 +201,8 @@ def test_an_encoder_cannot_read_histories_for_the_next_item(encoder, tiny_tokeni
 
 def test_the_configuration_of_the_test_model_is_what_transformers_reads(tiny_lm_folder):
     assert AutoConfig.from_pretrained(tiny_lm_folder).architectures == ["LlamaForCausalLM"]
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(RecllmError, match=r"holds no model that transformers can load"):
+        load_base(tmp_path)

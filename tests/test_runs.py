@@ -202,3 +202,9 @@ def test_the_environment_is_kept(file, tmp_path):
     assert (facts["seed"], facts["data"], facts["device"]) == (3, {"interactions": "abc"}, "cpu")
     assert facts["processes"] == 2
     assert facts["versions"]["numpy"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/../../b", "/tmp/b"])
+def test_a_name_that_leaves_the_output_folder_is_refused(file, name):
+    with pytest.raises(RecllmError, match=r"a run's name is the name of its folder"):
+        load_run(file, [f"name={name}"])

@@ -155,6 +155,11 @@ def test_a_mistake_in_the_data_leaves_no_folder_and_an_old_run_as_it_is(tiny_run
     assert (run.folder / "fusion.json").is_file()
 
 
+def test_keeping_and_deleting_at_once_is_refused(tiny_run, tmp_path):
+    with pytest.raises(RecllmError, match=r"--resume keeps what is done and --overwrite deletes it; give one of them"):
+        train_run(again(tiny_run, tmp_path), resume=True, overwrite=True, say=silent)
+
+
 def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path)
     run.folder.mkdir()
