@@ -177,7 +177,7 @@ class MetricsFile(TrainerCallback):
         """Take out what lies behind the checkpoint from which training goes on: those steps come again."""
         if not state.is_world_process_zero or not self.path.is_file():
             return
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if _whole(line)]
         kept = [line for line in lines if line["scorer"] != self.scorer or line["step"] <= state.global_step]
         with written(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -202,6 +202,11 @@ class MetricsFile(TrainerCallback):
                     "Lower the learning rate (train.learning_rate, train.head_learning_rate; light.learning_rate for "
                     "'light') and start anew: --overwrite."
                 )
+
+
+def _whole(line: str) -> bool:
+    """Whether a line of the metrics file was written to its end; a killed process may leave a part of the last one."""
+    return line.startswith("{") and line.endswith("}")
 
 
 class StepLines(TrainerCallback):

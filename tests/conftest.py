@@ -204,6 +204,23 @@ def tiny_bundle(tiny_run: Path) -> Path:
     return exported.folder
 
 
+@pytest.fixture(scope="session")
+def small_cache(
+    tmp_path_factory: pytest.TempPathFactory, checkerboard: Dataset, tiny_lm_folder: Path, tiny_encoder_folder: Path
+) -> Path:
+    """A cache with the small models and the checkerboard under the names that users fetch; users are numbers."""
+    cache = tmp_path_factory.mktemp("small") / "cache"
+    data, models = cache / "data" / "ml-100k", cache / "models"
+    data.mkdir(parents=True)
+    models.mkdir()
+    named = checkerboard.interactions.frame.with_columns(pl.col("user_id").str.strip_prefix("u"))
+    named.write_csv(data / "interactions.csv")
+    checkerboard.catalog.frame.write_csv(data / "items.csv")
+    (models / "smollm2-135m-instruct").symlink_to(tiny_lm_folder)
+    (models / "minilm-l6").symlink_to(tiny_encoder_folder)
+    return cache
+
+
 def _checkerboard(liked: int, disliked: int) -> Dataset:
     rng = np.random.default_rng(0)
     events = [event for user in range(USERS) for event in _events(user, liked, disliked, rng)]

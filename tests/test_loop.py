@@ -251,6 +251,8 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch):
     killed_at(8, monkeypatch, lambda: train(light(), tmp_path / "killed", max_steps=12))
     checkpoints = tmp_path / "killed" / "checkpoints" / "light"
     (checkpoints / "checkpoint-8" / "trainer_state.json").unlink()
+    with (tmp_path / "killed" / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"scorer": "light", "st')
     assert last_checkpoint(checkpoints).endswith("checkpoint-4")
     resumed = train(light(), tmp_path / "killed", max_steps=12, resume=True)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)

@@ -40,17 +40,9 @@ def commands():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, checkerboard, tiny_lm_folder, tiny_encoder_folder):
-    """A folder with all files that the README names, and a cache with small models under the fetchable names."""
+def place(tmp_path_factory, checkerboard):
+    """A folder with all files that the README names."""
     folder = tmp_path_factory.mktemp("readme")
-    data, models = folder / "cache" / "data" / "ml-100k", folder / "cache" / "models"
-    data.mkdir(parents=True)
-    models.mkdir()
-    named = checkerboard.interactions.frame.with_columns(pl.col("user_id").str.strip_prefix("u"))
-    named.write_csv(data / "interactions.csv")
-    checkerboard.catalog.frame.write_csv(data / "items.csv")
-    (models / "smollm2-135m-instruct").symlink_to(tiny_lm_folder)
-    (models / "minilm-l6").symlink_to(tiny_encoder_folder)
     (toml,) = blocks("toml")
     head, tail = toml.split("[train]")
     (folder / "films.toml").write_text(f"{head}{SMALL}[train]{tail}", encoding="utf-8")
@@ -61,8 +53,8 @@ def place(tmp_path_factory, checkerboard, tiny_lm_folder, tiny_encoder_folder):
     return folder
 
 
-def run(words, place):
-    environment = os.environ | {"RECLLM_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "2"}
+def run(words, place, cache):
+    environment = os.environ | {"RECLLM_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
     environment.pop("RECLLM_DATA", None)
     if words[0] == "accelerate":  # the line before it has filled the run's folder
         words = [*words, "--overwrite"]
@@ -72,12 +64,12 @@ def run(words, place):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs_in_its_order(place):
+def test_every_command_of_the_readme_runs_in_its_order(place, small_cache):
     found = commands()
     assert {words[0] for words in found} == {"recllm", "accelerate"}
     assert len(found) >= 9
     for words in found:
-        done = run(words, place)
+        done = run(words, place, small_cache)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stderr
     assert pl.read_parquet(place / "recommendations.parquet").columns[:4] == ["user_id", "rank", "item_id", "score"]
