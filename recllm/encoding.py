@@ -25,6 +25,7 @@ class SequenceScorer:
         index: the items, in the order of `heads`.
         heads: float32[items, width], vectors that queries are compared with; NaN rows for unknown items.
         bias: float32[items].
+        new: float32[items, width], `heads` as they would be if no item had events; None where nobody asks.
         progress: gets the number of queries done, batch by batch.
     """
 
@@ -35,11 +36,13 @@ class SequenceScorer:
         index: ItemIndex,
         heads: NDArray[np.float32],
         bias: NDArray[np.float32],
+        new: NDArray[np.float32] | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.encode, self.history, self.index, self.progress = encode, history, index, progress
         # The bias as one more column, against a query column of ones: one product for all.
         self.items: NDArray[np.float32] = np.concatenate([heads, bias[:, None]], axis=1).astype(np.float32)
+        self.new = new
 
     def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """Read histories: float32[queries, width + 1]; a NaN row for a history without a known item.
@@ -69,6 +72,13 @@ class SequenceScorer:
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Score every candidate for every history: float32[queries, candidates]."""
         return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
+
+    def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Scores of the candidates by what is known without events, their bias 0: float32[queries, candidates]."""
+        assert self.new is not None
+        rows = self.index.rows(candidates.ids)
+        heads = np.where((rows >= 0)[:, None], self.new[rows], np.float32(np.nan))
+        return dot_scores(self.query_vectors(queries)[:, :-1], heads)
 
 
 def shared_paths(rows: list[tuple[int, list[int]]]) -> list[tuple[list[int], list[int]]]:

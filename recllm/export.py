@@ -214,12 +214,11 @@ class _GateError(Exception):
 
 
 def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[str, Any]:
-    kinds = {"popularity": "popularity", "mf": "mf", "ease": "ease", "text": "text"}
     names = Fusion.load(run.folder / "fusion.json").names
     return {
         "name": run.name,
         "recipe": Path(name).stem,
-        "scorers": {scorer: "sequence" if scorer in sequences else kinds[scorer] for scorer in names},
+        "scorers": {scorer: "sequence" if scorer in sequences else scorer for scorer in names},
         "model": run.model.name,
         "item_encoder": encoder_name(run),
         "data": {
@@ -240,7 +239,6 @@ def _write_content(
     base: BaseModel,
 ) -> None:
     shutil.copytree(run.folder / "cf", folder / "cf")
-    parts.text.save(folder / "cf")
     shutil.copy(run.folder / "fusion.json", folder)
     shutil.copy(find_recipe("prompts", run.prompt_file("item")), folder / "item.toml")
     base.tokenizer.save(str(folder / "tokenizer.json"))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +36,8 @@ Counts = NDArray[np.int64]
 BACKUP = 1e-6
 """Gate of the scorers beside a single chosen one: they speak only where it is silent (no history, unknown item), and so
 quietly that an item which it does not know stands where it would put an average one."""
+SILENT = -30.0
+"""A θ whose weight is as good as 0."""
 NDCG_AT = 10
 
 
@@ -48,6 +50,8 @@ class FusionSettings(Settings):
     """The most sampled candidates beside each target."""
     l2: float = Field(1e-3, ge=0)
     """Pull of the weights towards the plain sum."""
+    new_share: float = Field(0.3, ge=0, lt=1)
+    """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out."""
     drop: float = Field(0.1, ge=0, lt=1)
     """Probability that a scorer is left out of a row while fitting."""
     iterations: int = Field(100, ge=1)
@@ -57,6 +61,9 @@ class FusionSettings(Settings):
 @dataclass(frozen=True, eq=False)
 class Fusion:
     """An additive fusion: score = Σ_s gate_s · softplus(θ_s · [1, user evidence, item evidence]) · z_s.
+
+    Items without events have weights of their own, softplus(θnew_s · [1, user evidence]), without gates: the scorers
+    that live on events are silent there, and what the others say of them has to be weighed against known items.
 
     z is a scorer's standardised score and 0 where it has none, so each term is exactly that scorer's share. A scorer
     with the gate `BACKUP` has z = 0 wherever the one chosen scorer has a score. A scorer whose scores are constant over
@@ -80,6 +87,12 @@ class Fusion:
     """Which of the candidates this is."""
     candidates: Mapping[str, float] = field(default_factory=dict)
     """Validation figure of every candidate: NDCG@10, or AUC for labels."""
+    new: NDArray[np.float64] | None = None
+    """float64[scorers, 2], θnew; None: items without events have no weights of their own."""
+    chosen_new: str = ""
+    """Which of the candidates for new items this is."""
+    candidates_new: Mapping[str, float] = field(default_factory=dict)
+    """NDCG@10 on validation where a part of the items is taken for new, of every candidate for their weights."""
 
     @classmethod
     def plain(cls, names: Sequence[str]) -> Self:
@@ -201,14 +214,91 @@ class Fusion:
         best = max(figures, key=figures.__getitem__)
         return replace(made[best], chosen=best, candidates=figures)
 
+    def fit_new_items(
+        self,
+        scores: Mapping[str, Scores],
+        as_new: Mapping[str, Scores],
+        targets: NDArray[np.int64],
+        n_user: Counts,
+        n_item: Counts,
+        seen: NDArray[np.bool_],
+        *,
+        settings: FusionSettings | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """The same fusion with weights for items without events, fitted by taking a part of the items for new.
+
+        In every row `settings.new_share` of the warm items, drawn anew, lose what is known from their events, the
+        target as likely as any other. Known items keep their weights; those of new ones are fitted by softmax
+        cross-entropy, and chosen by NDCG@10 in the mixed catalogue among: fitted, the plain sum, the weights of an
+        item with the fewest events.
+
+        Args:
+            scores: by scorer, float32[queries, candidates].
+            as_new: the same, as if no candidate had events.
+            targets: column of each query's target, int64[queries].
+            n_user: length of each query's known history, int[queries].
+            n_item: train events per candidate, int[candidates].
+            seen: candidates that are not ranked, bool[queries, candidates].
+            settings: how to fit.
+            seed: of the draws.
+        """
+        settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
+        warm = n_item > 0
+        rows = np.flatnonzero((targets >= 0) & warm[targets])
+        sample = np.sort(rng.permutation(rows)[: settings.queries])
+        if not len(sample) or settings.new_share == 0.0:
+            return self
+        new = warm & (rng.random((len(sample), len(n_item))) < settings.new_share)
+        counts = np.where(new, 0, n_item)
+        mixed = {name: np.where(new, as_new[name][sample], scores[name][sample]) for name in self.names}
+        barred = seen[sample]
+        barred[np.arange(len(sample)), targets[sample]] = False
+        columns, valid = sample_candidates(targets[sample], barred, settings.negatives, rng)
+
+        def at(values: NDArray[Any]) -> NDArray[Any]:
+            return np.take_along_axis(values, columns, 1)
+
+        # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
+        known, _ = replace(self, new=np.full((len(self.names), 2), SILENT)).fuse(mixed, n_user[sample], counts)
+        z = np.stack([at(self._z(name, mixed[name])) for name in self.names]) * at(counts == 0)
+        base = cross_entropy(valid)
+        fixed = np.nan_to_num(at(known)).astype(np.float64)
+
+        def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
+            return base(part, own + fixed[part], intercept)
+
+        problem = Problem(
+            drop_scorers(z, settings.drop, rng),
+            self.user(n_user[sample])[:, None],
+            np.zeros(columns.shape),
+            loss,
+        )
+        fitted = minimise(problem, counts=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
+        fewest = self.theta[:, :2] + self.theta[:, 2:] * self.item(0) * [1.0, 0.0]
+        made = {"fitted": fitted, "plain sum": np.tile([PLAIN, 0.0], (len(self.names), 1)), "as few events": fewest}
+
+        def figure(theta: NDArray[np.float64]) -> float:
+            fused, _ = replace(self, new=theta).fuse(mixed, n_user[sample], counts)
+            return float(ndcg(target_ranks(np.where(barred, np.nan, fused), targets[sample]), NDCG_AT).mean())
+
+        figures = {name: figure(theta) for name, theta in made.items()}
+        best = max(figures, key=figures.__getitem__)
+        return replace(self, new=made[best], chosen_new=best, candidates_new=figures)
+
     def weights(self, n_user: ArrayLike, n_item: ArrayLike) -> dict[str, NDArray[np.float32]]:
         """Each scorer's weight at given numbers of events: float32, the common shape of `n_user` and `n_item`."""
-        user, item = self.user(n_user), self.item(n_item)
+        user, item, cold = self.user(n_user), self.item(n_item), np.asarray(n_item) == 0
         shape = np.broadcast_shapes(user.shape, item.shape)
+        apart = self.new is not None and bool(cold.any())
         result = {}
-        for name, gate, (bias, by_user, by_item) in zip(self.names, self.gates, self.theta, strict=True):
+        for place, name in enumerate(self.names):
+            bias, by_user, by_item = self.theta[place]
             even = by_user == by_item == 0.0  # one weight everywhere: spare the softplus of every cell
-            weight = gate * softplus(bias if even else bias + by_user * user + by_item * item)
+            weight = self.gates[place] * softplus(bias if even else bias + by_user * user + by_item * item)
+            if apart and self.new is not None:
+                bias, by_user = self.new[place]
+                weight = np.where(cold, softplus(bias + by_user * user), weight)
             result[name] = np.broadcast_to(weight.astype(np.float32), shape)
         return result
 
@@ -232,12 +322,14 @@ class Fusion:
         shape = next(iter(scores.values())).shape
         total, known = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
         shares: dict[str, Scores] = {}
-        silent = self._silent(scores, shape)
+        speaks = self._silent(scores, shape)
+        if self.new is not None:
+            speaks = speaks | (np.asarray(n_item) == 0)
         for name, gate in zip(self.names, self.gates, strict=True):
             given = scores.get(name)
             shares[name] = np.zeros(shape, np.float32) if given is None else weights[name] * self._z(name, given)
             if gate == BACKUP:
-                shares[name] *= silent
+                shares[name] *= speaks
             known |= False if given is None else ~np.isnan(given)
             total += shares[name]
         return np.where(known, total, np.float32(np.nan)), shares
@@ -270,13 +362,14 @@ class Fusion:
             names=tuple(self.names[place] for place in keep),
             theta=self.theta[keep],
             gates=kept(self.gates),
+            new=None if self.new is None else self.new[keep],
             means=kept(self.means),
             deviations=kept(self.deviations),
         )
 
     def save(self, path: Path) -> None:
         """Write JSON that has every constant of the formula."""
-        write_json(path, asdict(self) | {"theta": self.theta.tolist()})
+        write_json(path, asdict(self) | {"theta": self.theta.tolist(), "new": None if self.new is None else self.new.tolist()})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -288,7 +381,10 @@ class Fusion:
         facts = read_facts(path)
         facts |= {key: tuple(facts[key]) for key in ("names", "gates", "means", "deviations")}
         facts |= {key: Evidence(**facts[key]) for key in ("user", "item")}
-        return cls(**facts | {"theta": np.array(facts["theta"], dtype=np.float64).reshape(-1, 3)})
+        facts["theta"] = np.array(facts["theta"], dtype=np.float64).reshape(-1, 3)
+        if facts.get("new") is not None:
+            facts["new"] = np.array(facts["new"], dtype=np.float64).reshape(-1, 2)
+        return cls(**facts)
 
 
 def evidence(queries: Sequence[Query], candidates: ItemIndex, item_counts: Mapping[str, int]) -> tuple[Counts, Counts]:

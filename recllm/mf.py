@@ -13,6 +13,7 @@ from recllm.data import Interactions, Query
 from recllm.errors import RecllmError, require
 from recllm.priors import read_arrays, take_rows, write_arrays
 from recllm.ranking import ItemIndex, Scores, batches, dot_scores
+from recllm.recency import recency_weights
 from recllm.recipes import Settings
 
 
@@ -72,9 +73,15 @@ class ImplicitMF:
     where implicit itself answers with numbers that mean nothing.
     """
 
-    def __init__(self, items: ItemIndex, item_factors: NDArray[np.float32], settings: FactorSettings) -> None:
-        """Keep `item_factors`, float32[items, factors]."""
-        self.items, self.item_factors, self.settings = items, item_factors, settings
+    def __init__(
+        self,
+        items: ItemIndex,
+        item_factors: NDArray[np.float32],
+        settings: FactorSettings,
+        half_life: float | None = None,
+    ) -> None:
+        """Keep `item_factors`, float32[items, factors]; a history fades with `half_life`, in events."""
+        self.items, self.item_factors, self.settings, self.half_life = items, item_factors, settings, half_life
         factors = item_factors.astype(np.float64)
         # YᵀY + λI, the part of the normal equations that all users share: (factors, factors)
         self.gram = factors.T @ factors + settings.regularization * np.eye(factors.shape[1])
@@ -107,22 +114,29 @@ class ImplicitMF:
         """Fold histories in: float32[queries, factors], NaN for a history without a known item.
 
         x = (YᵀY + λI + Σ (cᵢ − 1) yᵢyᵢᵀ)⁻¹ Σ cᵢyᵢ with cᵢ = alpha · (events with item i), equation 4 of Hu et al. 2008
-        in implicit's convention (its `recalculate_user`).
+        in implicit's convention (its `recalculate_user`); with a half-life an event counts by its recency.
         """
         width = self.item_factors.shape[1]
         result = np.full((len(queries), width), np.nan, dtype=np.float32)
         for place, part in batches(queries):
-            known = [np.unique(self.items.known(query.history), return_counts=True) for query in part]
+            known = [self._confidences(query) for query in part]
             left = np.tile(self.gram, (len(part), 1, 1))  # (batch, factors, factors)
             right = np.zeros((len(part), width, 1))
-            for row, (rows, counts) in enumerate(known):
-                own, confidence = self.item_factors[rows].astype(np.float64), self.settings.alpha * counts
+            for row, (rows, confidence) in enumerate(known):
+                own = self.item_factors[rows].astype(np.float64)
                 left[row] += (own.T * (confidence - 1.0)) @ own
                 right[row, :, 0] = confidence @ own
             solved = np.linalg.solve(left, right)[:, :, 0]
             empty = np.array([not len(rows) for rows, _ in known])
             result[place] = np.where(empty[:, None], np.nan, solved)
         return result
+
+    def _confidences(self, query: Query) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Each known item of the history, int64[items], and its confidence, float64[items]."""
+        rows = self.items.known(query.history)
+        own, place = np.unique(rows, return_inverse=True)
+        events = np.bincount(place, weights=recency_weights(len(rows), self.half_life), minlength=len(own))
+        return own, self.settings.alpha * events.astype(np.float64)
 
     def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """The same as `user_factors`."""
@@ -137,15 +151,17 @@ class ImplicitMF:
         return dot_scores(self.user_factors(queries), self.item_vectors(candidates))
 
     def save(self, folder: Path) -> None:
-        """Write `mf.safetensors` (item_factors) and `mf.json` (ids, settings)."""
-        facts = {"ids": self.items.ids, "settings": self.settings.model_dump()}
+        """Write `mf.safetensors` (item_factors) and `mf.json` (ids, settings, half-life)."""
+        facts = {"ids": self.items.ids, "settings": self.settings.model_dump(), "half_life": self.half_life}
         write_arrays(folder, "mf", {"item_factors": self.item_factors}, facts)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, "mf")
-        return cls(ItemIndex(facts["ids"]), arrays["item_factors"], FactorSettings(**facts["settings"]))
+        return cls(
+            ItemIndex(facts["ids"]), arrays["item_factors"], FactorSettings(**facts["settings"]), facts.get("half_life")
+        )
 
 
 def _ridge(

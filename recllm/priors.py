@@ -14,6 +14,7 @@ from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
 from recllm.ranking import ItemIndex, Scores, dot_scores
+from recllm.recency import recency_weights
 
 DAY = 86_400.0
 
@@ -102,6 +103,10 @@ class Popularity:
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """The same log-popularity for every query: float32[queries, candidates]."""
         return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
+
+    def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Nobody has chosen them: zeros, float32[queries, candidates]."""
+        return np.zeros((len(queries), len(candidates)), dtype=np.float32)
 
     def save(self, folder: Path) -> None:
         """Write `popularity.safetensors` and `popularity.json`."""
@@ -207,17 +212,24 @@ class UserMean:
 class TextSimilarity:
     """Cosine between the mean vector of the history and the candidate's; NaN for no history or no vector."""
 
-    def __init__(self, items: ItemIndex, vectors: NDArray[np.float32]) -> None:
-        """Keep item `vectors`, float32[items, width], scaled to length 1; a row of zeros or NaN counts as no vector."""
+    def __init__(self, items: ItemIndex, vectors: NDArray[np.float32], half_life: float | None = None) -> None:
+        """Keep item `vectors`, float32[items, width], scaled to length 1; a row of zeros or NaN counts as no vector.
+
+        The mean fades with `half_life`, in events.
+        """
         if vectors.shape[0] != len(items):
             raise ValueError(f"{len(items)} items, but vectors for {vectors.shape[0]}")
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
-        self.items = items
+        self.items, self.half_life = items, half_life
         self.vectors = np.where(length > 0, vectors / np.where(length > 0, length, 1.0), np.nan).astype(np.float32)
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Cosines: float32[queries, candidates]."""
         return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
+
+    def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """The same: text is there before the first event."""
+        return self.score(queries, candidates)
 
     def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """Mean vectors of the histories at length 1: float32[queries, width]; NaN without a vector in the history."""
@@ -230,16 +242,17 @@ class TextSimilarity:
 
     def _mean(self, query: Query) -> NDArray[np.float32]:
         own = self.vectors[self.items.known(query.history)]
-        mean = own[~np.isnan(own[:, 0])].sum(axis=0)  # the sum: a cosine does not see the scale
+        mean = recency_weights(len(own), self.half_life) @ np.nan_to_num(own)  # a sum: a cosine does not see the scale
         length = np.linalg.norm(mean)
         return np.asarray(mean / length if length > 0 else np.full_like(mean, np.nan), dtype=np.float32)
 
     def save(self, folder: Path) -> None:
         """Write `text_similarity.safetensors` and `text_similarity.json`."""
-        write_arrays(folder, "text_similarity", {"vectors": self.vectors}, {"ids": self.items.ids})
+        facts = {"ids": self.items.ids, "half_life": self.half_life}
+        write_arrays(folder, "text_similarity", {"vectors": self.vectors}, facts)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, "text_similarity")
-        return cls(ItemIndex(facts["ids"]), arrays["vectors"])
+        return cls(ItemIndex(facts["ids"]), arrays["vectors"], facts.get("half_life"))

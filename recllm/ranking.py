@@ -70,6 +70,22 @@ class PairScorer(Protocol):
         ...
 
 
+@runtime_checkable
+class NewItemScorer(Protocol):
+    """A scorer that knows something of items without events."""
+
+    def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Scores as if the candidates had no events: float32[queries, candidates], NaN for unknown."""
+        ...
+
+
+def score_as_new(scorer: Scorer, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+    """What a scorer would say of the candidates if they had no events; NaN by one that lives on events."""
+    if isinstance(scorer, NewItemScorer):
+        return scorer.score_as_new(queries, candidates)
+    return np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
+
+
 def batches(rows: Sequence[Row], size: int = QUERY_BATCH) -> Iterator[tuple[slice, Sequence[Row]]]:
     """Cut `rows` into runs of at most `size`, each with its place."""
     for start in range(0, len(rows), size):

@@ -16,7 +16,9 @@ from pydantic import ConfigDict, Field, JsonValue, field_validator, model_valida
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
 from recllm.fusion import FusionSettings
+from recllm.itemitem import EaseSettings, TransitionSettings
 from recllm.mf import FactorSettings
+from recllm.recency import RecencySettings
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 
 FILE, ENVIRONMENT, RECIPES = "run.toml", "environment.json", "recipes"
@@ -107,15 +109,6 @@ class ModelSettings(Settings):
     """Start from the light scorer's item vectors, where there is one and `head_width` is its width."""
     relevance_rows: int = Field(default=20_000, ge=1)
     """The most rows of an epoch (relevance); a larger training set is sampled anew for every epoch."""
-
-
-class EaseSettings(Settings):
-    """`[ease]`: item-item regression, where the catalogue is small enough for it."""
-
-    regularization: float = Field(default=200.0, gt=0)
-    """λ of the ridge term."""
-    max_items: int = Field(default=5000, ge=0)
-    """Left out for larger catalogues (its matrix is items × items, and part of the bundle); 0 leaves it out always."""
 
 
 class LightSettings(Settings):
@@ -209,7 +202,9 @@ class Run(Settings):
     light: LightSettings = LightSettings()
     train: TrainSettings = TrainSettings()
     cf: FactorSettings = FactorSettings()
+    recency: RecencySettings = RecencySettings()
     ease: EaseSettings = EaseSettings()
+    transitions: TransitionSettings = TransitionSettings()
     fusion: FusionSettings = FusionSettings()
     export: ExportSettings = ExportSettings()
 

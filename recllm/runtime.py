@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 
 from recllm.bundle import read_catalog, read_manifest
 from recllm.data import Catalog, Query
-from recllm.ease import EASE
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError, require, unknown
 from recllm.files import read_json
 from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
+from recllm.itemitem import EASE, Transitions
 from recllm.mf import ImplicitMF
 from recllm.priors import Popularity, TextSimilarity
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
@@ -35,6 +35,15 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+
+FITTED: dict[str, Any] = {
+    "popularity": Popularity,
+    "mf": ImplicitMF,
+    "ease": EASE,
+    "transitions": Transitions,
+    "text": TextSimilarity,
+}
+"""Kinds of scorers without a graph."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +279,7 @@ def _grown(scorer: VectorScorer, index: ItemIndex, text: NDArray[np.float32], gr
         old = scorer.item_vectors(ItemIndex(index.ids[: len(index) - len(text)]))[:, 0]
         return Popularity(index, np.concatenate([old, np.zeros(len(text), dtype=np.float32)]))
     if isinstance(scorer, TextSimilarity):
-        return TextSimilarity(index, np.concatenate([scorer.vectors, text]))
+        return TextSimilarity(index, np.concatenate([scorer.vectors, text]), scorer.half_life)
     if not isinstance(scorer, TableScorer):
         return scorer
     factors = np.full((len(text), graph.get_inputs()[1].shape[1]), np.nan, dtype=np.float32)
@@ -331,11 +340,10 @@ def _load_scorer(
     arrays: Mapping[str, NDArray[Any]],
     session: Callable[[str], Any],
 ) -> VectorScorer:
-    simple: dict[str, Any] = {"popularity": Popularity, "mf": ImplicitMF, "ease": EASE, "text": TextSimilarity}
-    if kind in simple:
-        return simple[kind].load(folder / "cf")
+    if kind in FITTED:
+        return FITTED[kind].load(folder / "cf")
     if kind != "sequence":
-        raise unknown("kind of scorer in the bundle", kind, [*simple, "sequence"])
+        raise unknown("kind of scorer in the bundle", kind, [*FITTED, "sequence"])
     history = HistoryFormat.from_dict(read_json(folder / f"{name}.json"))
     graph = session(f"{name}.onnx")
     return TableScorer(graph, arrays[f"{name}.table"], history, index, arrays[f"{name}.heads"], arrays[f"{name}.bias"])

@@ -1,5 +1,6 @@
 """Next-item models over item vectors: the shared loss and item projections, and the light causal transformer."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch.nn import functional
 from recllm.vectors import ItemFeatures
 
 IGNORED = -100
+START_SCALE = 10.0
+"""What the cosines of histories and items are multiplied by before training; one over the softmax's temperature."""
 
 
 class ItemProjection(nn.Module):
@@ -21,7 +24,7 @@ class ItemProjection(nn.Module):
         text_width: width of the text vectors.
         factor_width: width of the factors; 0 for none.
         width: width of the result.
-        scale: root mean square of the result when it is normalised; None leaves it as the sum.
+        scale: root mean square that the result starts with; None brings it to unit length, for a cosine.
     """
 
     def __init__(self, text_width: int, factor_width: int, width: int, scale: float | None) -> None:
@@ -37,7 +40,9 @@ class ItemProjection(nn.Module):
         has_factors = ~torch.isnan(factors[:, :1])
         result = self.text(torch.where(has_text, text, 0.0))
         result = result + torch.where(has_factors, self.factors(torch.where(has_factors, factors, 0.0)), self.cold)
-        return result if self.gain is None else functional.rms_norm(result, (result.shape[-1],), self.gain, 1e-6)
+        if self.gain is None:
+            return functional.normalize(result, dim=-1)
+        return functional.rms_norm(result, (result.shape[-1],), self.gain, 1e-6)
 
 
 class LightBody(nn.Module):
@@ -86,8 +91,10 @@ class NextItemModel(nn.Module):
     """Predict the next item at the end of every item of a history, over the whole catalogue at once.
 
     A history is a row of ids into a *table* of input vectors: first the `lead` (vectors of the words before the
-    history, or the whole vocabulary when histories are text), then one token per item. Items without a training event
-    are left out of the softmax, so that they are not learnt as negatives.
+    history, or the whole vocabulary when histories are text), then one token per item. Histories and items are compared
+    by their cosine with a learnt scale: with plain dot products the items' lengths learn popularity a second time,
+    beside the bias, and ranking suffers (LOG.md has the figures). Items without a training event are left out of the
+    softmax, so that they are not learnt as negatives.
 
     Args:
         body: maps float32[batch, length, width] to hidden states of the same shape, causally.
@@ -117,6 +124,7 @@ class NextItemModel(nn.Module):
         self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, token_scale)
         self.heads = ItemProjection(features.text.shape[1], features.factors.shape[1], head_width, None)
         self.query = nn.Linear(width, head_width)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
         self.bias = nn.Parameter(torch.zeros(len(features.index)))
         self.lead, self.factor_dropout = lead, factor_dropout
         # Not persistent: the vectors are saved once for all models of a run, not in every checkpoint.
@@ -130,10 +138,13 @@ class NextItemModel(nn.Module):
         return items if self.lead is None else torch.cat([self.lead().to(items.dtype), items])
 
     def encode(self, ids: Tensor, ends: Tensor, table: Tensor) -> Tensor:
-        """Query vectors float32[batch, ends, head] at `ends`, int64[batch, ends], of `ids`, int64[batch, length]."""
+        """Query vectors float32[batch, ends, head] at `ends`, int64[batch, ends], of `ids`, int64[batch, length].
+
+        Their length is the scale of the cosine, so that the dot product with an item's head is its logit.
+        """
         hidden = self.body(functional.embedding(ids, table))
         at = torch.gather(hidden, 1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.query(at) * self.query.out_features**-0.5
+        return functional.normalize(self.query(at), dim=-1) * self.log_scale.exp()
 
     def forward(
         self, ids: Tensor, ends: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: object

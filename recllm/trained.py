@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from recllm.adapters import AdapterRecipe, load_adapter, merge
-from recllm.ease import EASE
+from recllm.data import Interactions, Query
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
+from recllm.itemitem import EASE, ItemItem, Transitions
 from recllm.lm import (
     BaseModel,
     LanguageBody,
@@ -34,6 +35,7 @@ from recllm.progress import Progress
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
+from recllm.recency import Fading, choose_half_life, ranking_figure
 from recllm.recipes import find_recipe
 from recllm.runs import Run
 from recllm.sequence import LightBody, NextItemModel
@@ -42,6 +44,8 @@ from recllm.vectors import ItemFeatures, RawVectors, Standard, item_features
 
 Say = Callable[[str], None]
 VECTORS = "vectors.safetensors"
+HALF_LIVES = "half_lives.json"
+"""In `cf/`: NDCG@10 on validation of every half-life that was tried, by scorer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,7 @@ class Collaborative:
     popularity: Popularity
     mf: ImplicitMF
     ease: EASE | None
+    transitions: Transitions | None
     text: TextSimilarity
     vectors: RawVectors
     features: ItemFeatures
@@ -62,22 +67,79 @@ class Collaborative:
         result: dict[str, Scorer] = {"popularity": self.popularity, "mf": self.mf}
         if self.ease is not None:
             result["ease"] = self.ease
+        if self.transitions is not None:
+            result["transitions"] = self.transitions
         return result | {"text": self.text}
 
 
 def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
     """Fit priors, factorization and item vectors, or load them where the run's folder has them."""
-    folder = run.folder / "cf"
     if not (run.folder / VECTORS).is_file():
         say("Fitting popularity and matrix factorization")
-        train = task.split.train
-        Popularity.fit(train, task.index.ids).save(folder)
-        positives = evaluation_protocol(run, task).positives()
-        ImplicitMF.fit(positives, run.cf, seed=run.seed).save(folder)
-        if len(task.index) <= run.ease.max_items:
-            EASE.fit(positives, regularization=run.ease.regularization).save(folder)
-        encode_catalog(run, task, say).save(run.folder / VECTORS)  # last: its presence says that the stage is done
+        vectors = encode_catalog(run, task, say)
+        _fit_collaborative(run, task, vectors)
+        vectors.save(run.folder / VECTORS)  # last: its presence says that the stage is done
     return load_collaborative(run, task)
+
+
+def _fit_collaborative(run: Run, task: Task, vectors: RawVectors) -> None:
+    """Fit everything that takes seconds; where a history may fade, how fast is chosen on validation."""
+    folder, protocol = run.folder / "cf", evaluation_protocol(run, task)
+    positives = protocol.positives()
+    Popularity.fit(task.split.train, task.index.ids).save(folder)
+    fading: dict[str, ImplicitMF | ItemItem | TextSimilarity] = {"mf": ImplicitMF.fit(positives, run.cf, seed=run.seed)}
+    if len(task.index) <= run.ease.max_items:
+        fading["ease"] = EASE.fit(positives, regularization=run.ease.regularization)
+    fading["text"] = _text_similarity(task, vectors, None)
+    figures = {name: _fade(run, task, scorer) for name, scorer in fading.items()}
+    if run.model.task == "next_item" and len(task.index) <= run.transitions.max_items:
+        fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
+    for scorer in fading.values():
+        scorer.save(folder)
+    write_json(
+        folder / HALF_LIVES, {name: {str(key): value for key, value in own.items()} for name, own in figures.items()}
+    )
+
+
+def _rows_that_choose(run: Run, task: Task) -> tuple[list[Query], NDArray[np.int64]]:
+    """Queries and target columns of the validation rows that choose half-lives; those of a run that judges: none."""
+    rows = task.split.valid if run.model.task == "next_item" else []
+    if len(rows) > run.recency.queries:
+        order = np.random.default_rng(run.seed).permutation(len(rows))
+        rows = [rows[place] for place in np.sort(order[: run.recency.queries])]
+    return [row.query for row in rows], task.index.rows(row.item_id for row in rows)
+
+
+def _fade(run: Run, task: Task, scorer: Fading) -> dict[float | None, float]:
+    queries, targets = _rows_that_choose(run, task)
+    if not queries or not run.recency.half_lives:
+        return {}
+    return choose_half_life(scorer, run.recency.half_lives, queries, targets, task.index)
+
+
+def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transitions, dict[float | None, float]]:
+    """The transition model whose half-life ranks best; it is fitted with it, so each is a model of its own."""
+    settings = run.transitions
+    queries, targets = _rows_that_choose(run, task)
+    models = {
+        half_life: Transitions.fit(
+            positives,
+            half_life=half_life,
+            regularization=settings.regularization,
+            max_history=settings.max_history,
+        )
+        for half_life in settings.half_lives
+    }
+    figures: dict[float | None, float] = {
+        half_life: ranking_figure(model, queries, targets, task.index) for half_life, model in models.items()
+    }
+    return models[max(models, key=figures.__getitem__)], figures
+
+
+def _text_similarity(task: Task, vectors: RawVectors, half_life: float | None) -> TextSimilarity:
+    # Centred vectors: raw ones of a language model all point one way, and their cosines say little.
+    rows = vectors.align(task.index)
+    return TextSimilarity(task.index, Standard.fit(rows)(rows), half_life)
 
 
 def load_collaborative(run: Run, task: Task) -> Collaborative:
@@ -87,10 +149,17 @@ def load_collaborative(run: Run, task: Task) -> Collaborative:
     features, text_standard, factor_standard = item_features(
         task.index, vectors, RawVectors(mf.items.ids, mf.item_factors)
     )
-    ease = EASE.load(folder) if (folder / "ease.json").is_file() else None
-    # Centred vectors: raw ones of a language model all point one way, and their cosines say little.
-    text = TextSimilarity(task.index, features.text)
-    return Collaborative(Popularity.load(folder), mf, ease, text, vectors, features, text_standard, factor_standard)
+    return Collaborative(
+        Popularity.load(folder),
+        mf,
+        EASE.load(folder) if (folder / "ease.json").is_file() else None,
+        Transitions.load(folder) if (folder / "transitions.json").is_file() else None,
+        TextSimilarity.load(folder),
+        vectors,
+        features,
+        text_standard,
+        factor_standard,
+    )
 
 
 def encoder_name(run: Run) -> str:
@@ -236,6 +305,14 @@ def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
 
 
 @torch.inference_mode()
+def new_item_heads(model: NextItemModel) -> NDArray[np.float32]:
+    """Item vectors float32[items, head] from text alone, as of items without events; NaN for an item without text."""
+    text: torch.Tensor = model.text_vectors  # type: ignore[assignment]
+    heads = model.heads(text, torch.full_like(model.item_factors, torch.nan))  # type: ignore[arg-type]
+    return torch.where(torch.isnan(text[:, :1]), torch.nan, heads).float().cpu().numpy()
+
+
+@torch.inference_mode()
 def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Item vectors float32[items, head] (NaN for an item with neither text nor factors) and bias float32[items]."""
     heads = model.heads(model.text_vectors, model.item_factors)
@@ -246,7 +323,7 @@ def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.fl
 
 def sequence_scorer(model: NextItemModel, history: HistoryFormat, task: Task, *, bf16: bool = False) -> SequenceScorer:
     """A trained next-item model as a scorer; in float32, unless `bf16` trades digits for speed."""
-    return SequenceScorer(torch_encode(model, bf16=bf16), history, task.index, *item_heads(model))
+    return SequenceScorer(torch_encode(model, bf16=bf16), history, task.index, *item_heads(model), new_item_heads(model))
 
 
 def save_stage(folder: Path, facts: dict[str, object]) -> None:

@@ -8,10 +8,10 @@ import pytest
 from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
-from recllm import ease
+from recllm import itemitem
 from recllm.data import Interactions, Query
-from recllm.ease import EASE
 from recllm.errors import RecllmError
+from recllm.itemitem import EASE, Transitions
 from recllm.mf import ExplicitMF, ExplicitSettings, FactorSettings, ImplicitMF
 from recllm.ranking import ItemIndex
 
@@ -138,9 +138,48 @@ def test_ease_equals_its_definition(checkerboard):
     assert np.isnan(scores[[0, 1, 1], [1, 0, 1]]).all()
 
 
+def test_transitions_equal_their_definition():
+    frame = pl.DataFrame(
+        {
+            "user_id": list("aaaabbb"),
+            "item_id": list("xyzxzyx"),
+            "rating": None,
+            "timestamp": None,
+            "seq": [0, 1, 2, 3, 0, 1, 2],
+        },
+        schema_overrides={"rating": pl.Float32, "timestamp": pl.Int64, "seq": pl.Int32},
+    )
+    scorer = Transitions.fit(Interactions(frame), half_life=1.0, regularization=2.0, max_history=2)
+    place = {item: row for row, item in enumerate(scorer.items.ids)}
+    # Beginnings of at most two items, the last one whole and the one before it half, and the items after them.
+    beginnings = [({"x": 1.0}, "y"), ({"x": 0.5, "y": 1.0}, "z"), ({"y": 0.5, "z": 1.0}, "x")]
+    beginnings += [({"z": 1.0}, "y"), ({"z": 0.5, "y": 1.0}, "x")]
+    before, after = np.zeros((5, 3)), np.zeros((5, 3))
+    for row, (items, item) in enumerate(beginnings):
+        before[row, [place[own] for own in items]] = list(items.values())
+        after[row, place[item]] = 1.0
+    expected = np.linalg.solve(before.T @ before + 2.0 * np.eye(3), before.T @ after)
+    assert scorer.weights == pytest.approx(expected, abs=1e-6)
+    scores = scorer.score([Query(("x", "y", "zz"))], ItemIndex(["z"]))
+    assert scores[0, 0] == pytest.approx(0.5 * expected[place["x"], place["z"]] + expected[place["y"], place["z"]])
+
+
+def test_a_fading_history_is_the_last_item_in_the_end(checkerboard, implicit_mf):
+    index = ItemIndex(checkerboard.catalog.ids)
+    long, last = [Query(("0", "1", "3", "5"))], [Query(("5",))]
+    ease = EASE.fit(checkerboard.interactions, regularization=1.0)
+    ease.half_life = 0.05
+    assert ease.score(long, index) == pytest.approx(ease.score(last, index), abs=1e-4)
+    faded = ImplicitMF(implicit_mf.items, implicit_mf.item_factors, implicit_mf.settings, half_life=0.05)
+    assert faded.score(long, index) != pytest.approx(implicit_mf.score(long, index), abs=1e-3)
+    # Not equal: an event that has faded away is not known to be disliked either, as an item without an event is.
+    assert np.corrcoef(faded.score(long, index)[0], implicit_mf.score(last, index)[0])[0, 1] > 0.98
+
+
 def test_saved_models_score_the_same(implicit_mf, explicit_mf, checkerboard, tmp_path):
     queries = [Query(("0", "2"), ratings=(5.0, 4.0)), Query(())]
-    for model in (implicit_mf, explicit_mf, EASE.fit(checkerboard.interactions)):
+    fading = Transitions.fit(checkerboard.interactions)
+    for model in (implicit_mf, explicit_mf, EASE.fit(checkerboard.interactions), fading):
         model.save(tmp_path)
         again = type(model).load(tmp_path)
         candidates = ItemIndex(["1", "0", "zz"])
@@ -152,6 +191,6 @@ def test_mistakes_are_named(checkerboard, monkeypatch):
         ImplicitMF.fit(NONE)
     with pytest.raises(RecllmError, match="needs ratings, and the interactions have none"):
         ExplicitMF.fit(Interactions(checkerboard.interactions.frame.with_columns(rating=pl.lit(None, pl.Float32))))
-    monkeypatch.setattr(ease, "EASE_ITEMS", 20)
+    monkeypatch.setattr(itemitem, "MOST_ITEMS", 20)
     with pytest.raises(RecllmError, match=r"EASE over 24 items needs a dense matrix .* Use matrix factorization"):
         EASE.fit(checkerboard.interactions)

@@ -7,11 +7,11 @@ import pytest
 
 import recllm
 from recllm.data import Query
-from recllm.ease import EASE
 from recllm.encoding import SequenceScorer
 from recllm.evaluate import KnownScores
 from recllm.fusion import FusedScorer, Fusion
 from recllm.histories import HistoryFormat, item_token_history, text_history
+from recllm.itemitem import EASE, Transitions
 from recllm.mf import ExplicitMF, FactorSettings, ImplicitMF
 from recllm.priors import ItemMean, Popularity, TextSimilarity, UserMean
 from recllm.prompts import compile_prompt, load_prompt
@@ -115,6 +115,7 @@ SCORERS = [
     ("implicit mf", implicit_mf, True),
     ("explicit mf", lambda dataset, train: ExplicitMF.fit(train, seed=1), True),
     ("ease", lambda dataset, train: EASE.fit(train), True),
+    ("transitions", lambda dataset, train: Transitions.fit(train), True),
     ("known scores", known_scores, True),
     ("fused", fused, False),
     ("light", light, True),

@@ -56,7 +56,7 @@ def test_what_a_run_leaves_behind(tiny_run):
     assert not list(tiny_run.rglob("*.part*"))
     weights = load_file(tiny_run / "lm" / "model.safetensors")
     assert all("lora_" in name for name in weights if name.startswith("body."))
-    assert Fusion.load(tiny_run / "fusion.json").names == ("popularity", "mf", "ease", "text", "light", "lm")
+    assert Fusion.load(tiny_run / "fusion.json").names == ("popularity", "mf", "ease", "transitions", "text", "light", "lm")
     assert "lm" not in Fusion.load(tiny_run / "fusion-without-lm.json").names
 
 
@@ -226,7 +226,7 @@ def test_a_history_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
 
 def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
     overrides = ["model.name=none", f"model.item_encoder={tiny_encoder_folder}", "light.num_train_epochs=0"]
-    run = again(tiny_run, tmp_path, *overrides, "ease.max_items=0")
+    run = again(tiny_run, tmp_path, *overrides, "ease.max_items=0", "transitions.max_items=0")
     train_run(run, say=silent)
     assert Fusion.load(run.folder / "fusion.json").names == ("popularity", "mf", "text")
     assert not (run.folder / "fusion-without-lm.json").exists()

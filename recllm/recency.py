@@ -1,0 +1,82 @@
+"""Recency: how much an event of a history counts by how many events ago it was, and the choice on validation."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from recllm.data import Query
+from recllm.metrics import ndcg
+from recllm.ranking import ItemIndex, Scores, batches, mask_seen, target_ranks
+from recllm.recipes import Settings
+
+NDCG_AT = 10
+
+
+class RecencySettings(Settings):
+    """`[recency]`: how fast the past of a history fades, for the scorers that sum over its events."""
+
+    half_lives: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
+    """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation; empty
+    leaves all events of a history equal."""
+    queries: int = Field(1000, ge=1)
+    """The most validation rows that choose."""
+
+
+class Fading(Protocol):
+    """A scorer whose histories can fade."""
+
+    half_life: float | None
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Score every candidate for every query: float32[queries, candidates]."""
+        ...
+
+
+def recency_weights(events: int, half_life: float | None) -> NDArray[np.float32]:
+    """Weights of a history's events, float32[events], oldest first: 1 for the last, ½ at `half_life` events before."""
+    if half_life is None:
+        return np.ones(events, dtype=np.float32)
+    ages = np.arange(events - 1, -1, -1, dtype=np.float32)
+    return np.asarray(np.exp2(-ages / half_life), dtype=np.float32)
+
+
+def ranking_figure(scorer: Fading, queries: Sequence[Query], targets: NDArray[np.int64], index: ItemIndex) -> float:
+    """NDCG@10 of the target columns, int64[queries], over the whole catalogue with seen items left out."""
+    found = []
+    for place, part in batches(queries):
+        scores, wanted = scorer.score(part, index), targets[place, None]
+        own = np.take_along_axis(scores, wanted, axis=1)
+        scores = mask_seen(scores, part, index)
+        np.put_along_axis(scores, wanted, own, axis=1)
+        found.append(ndcg(target_ranks(scores, targets[place]), NDCG_AT))
+    return float(np.concatenate(found).mean())
+
+
+def choose_half_life(
+    scorer: Fading,
+    half_lives: Iterable[float],
+    queries: Sequence[Query],
+    targets: NDArray[np.int64],
+    index: ItemIndex,
+) -> dict[float | None, float]:
+    """Set the scorer's `half_life` to the best of None and `half_lives` by NDCG@10; on a tie the earlier.
+
+    Args:
+        scorer: its `half_life` is changed.
+        half_lives: in events.
+        queries: validation queries.
+        targets: column of each one's target, int64[queries].
+        index: the catalogue.
+
+    Returns:
+        The figure of every choice.
+    """
+    figures: dict[float | None, float] = {}
+    for half_life in (None, *half_lives):
+        scorer.half_life = half_life
+        figures[half_life] = ranking_figure(scorer, queries, targets, index)
+    scorer.half_life = max(figures, key=figures.__getitem__)
+    return figures
