@@ -369,7 +369,9 @@ class Fusion:
 
     def save(self, path: Path) -> None:
         """Write JSON that has every constant of the formula."""
-        write_json(path, asdict(self) | {"theta": self.theta.tolist(), "new": None if self.new is None else self.new.tolist()})
+        write_json(
+            path, asdict(self) | {"theta": self.theta.tolist(), "new": None if self.new is None else self.new.tolist()}
+        )
 
     @classmethod
     def load(cls, path: Path) -> Self:

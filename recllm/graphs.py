@@ -55,14 +55,22 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     build = Builder()
     user = _evidence(build, "n_user", fusion.user, axis=1)  # (users, 1)
     item = _evidence(build, "n_item", fusion.item, axis=0)  # (1, items)
+    cold = build.add(
+        "Unsqueeze", build.add("Equal", "n_item", build.constant(0, np.int64)), build.constant([0], np.int64)
+    )
     products = [_scores(build, name) for name in fusion.names]
     known = [has for _, has in products]
     shares = []
-    for (scores, has), gate, theta in zip(products, fusion.gates, fusion.theta, strict=True):
-        share = build.add("Mul", _weight(build, gate, theta, user, item), _standardised(build, scores, has))
+    for place, (scores, has) in enumerate(products):
+        gate = fusion.gates[place]
+        z = _standardised(build, scores, has)
+        share = build.add("Mul", _weight(build, gate, fusion.theta[place], user, item), z)
         if gate == BACKUP and 1.0 in fusion.gates:
             chosen = known[fusion.gates.index(1.0)]
             share = build.add("Where", chosen, build.constant(0.0), share)
+        if fusion.new is not None:
+            own = build.add("Mul", _weight(build, 1.0, np.append(fusion.new[place], 0.0), user, item), z)
+            share = build.add("Where", cold, own, share)  # items without events have weights of their own
         shares.append(share)
     total, any_known = shares[0], known[0]
     for share, has in zip(shares[1:], known[1:], strict=True):

@@ -106,6 +106,7 @@ class NextItemCollator:
             "ids": padded([ids for ids, _ in paths]),
             "ends": padded([ends for _, ends in paths]),
             "labels": padded(labels, IGNORED),
+            "seen": padded([rows.tolist() for rows in inputs], IGNORED),
         }
         return {name: torch.from_numpy(column) for name, column in columns.items()}
 

@@ -47,6 +47,12 @@ class EvaluationProtocol(Protocol):
         """The fusion fitted on validation scores."""
         ...
 
+    def fit_new_items(
+        self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]
+    ) -> Fusion:
+        """The fusion with weights for items without events, where the protocol ranks such."""
+        ...
+
     def fuse(self, fusion: Fusion, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Scores:
         """Fused scores."""
         ...
@@ -90,6 +96,16 @@ class WholeCatalogue:
         targets = self.task.index.rows(example.item_id for example in examples)
         counts, seen = self._evidence(examples), self._seen(examples)
         return Fusion.fit_ranking(scores, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed)
+
+    def fit_new_items(
+        self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]
+    ) -> Fusion:
+        """With weights for items without events; `as_new` are scores as if no item had any."""
+        targets = self.task.index.rows(example.item_id for example in examples)
+        counts, seen = self._evidence(examples), self._seen(examples)
+        return fusion.fit_new_items(
+            scores, as_new, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed
+        )
 
     def fuse(self, fusion: Fusion, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Scores:
         """Fused scores of all items; block by block, for the shares are as large as all scores together."""
@@ -147,6 +163,12 @@ class LabelledPairs:
         labels = np.array([example.label for example in examples], dtype=np.float64)
         counts = self._evidence(examples)
         return Fusion.fit_labels(scores, labels, *counts, settings=self.run.fusion, seed=self.run.seed)
+
+    def fit_new_items(
+        self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]
+    ) -> Fusion:
+        """The same: a pair's weights by counts go down to no events."""
+        return fusion
 
     def fuse(self, fusion: Fusion, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Scores:
         """Fused scores of each row's own item."""

@@ -21,7 +21,7 @@ class RecencySettings(Settings):
     half_lives: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
     """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation; empty
     leaves all events of a history equal."""
-    queries: int = Field(1000, ge=1)
+    queries: int = Field(5000, ge=1)
     """The most validation rows that choose."""
 
 

@@ -1,7 +1,7 @@
 """Next-item models over item vectors: the shared loss and item projections, and the light causal transformer."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch.nn import functional
 from recllm.vectors import ItemFeatures
 
 IGNORED = -100
+POOL = 64
+"""Batches that are sorted by length together."""
 START_SCALE = 10.0
 """What the cosines of histories and items are multiplied by before training; one over the softmax's temperature."""
 
@@ -147,14 +149,24 @@ class NextItemModel(nn.Module):
         return functional.normalize(self.query(at), dim=-1) * self.log_scale.exp()
 
     def forward(
-        self, ids: Tensor, ends: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: object
+        self,
+        ids: Tensor,
+        ends: Tensor,
+        labels: Tensor,
+        seen: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: object,
     ) -> dict[str, Tensor]:
-        """Cross-entropy of the next items.
+        """Cross-entropy of the next items among those that the window has not shown yet.
+
+        What was chosen before is left out when ranking, so it is left out of the softmax too: else the model has to
+        learn of every item that it does not come again, and validation would rank differently from serving.
 
         Args:
             ids: int64[batch, length], rows of the table.
             ends: int64[batch, ends], where each item ends.
             labels: int64[batch, ends], the row of the item after it, −100 where there is none to learn.
+            seen: int64[batch, ends], the row of the item that ends there, −100 behind the last one.
             num_items_in_batch: the number of labels over all devices and accumulation steps, Trainer's own.
 
         Returns:
@@ -166,6 +178,7 @@ class NextItemModel(nn.Module):
         heads = self.heads(self.text_vectors, factors)
         bias = torch.where(self.warm, self.bias, -torch.inf)  # type: ignore[arg-type]
         logits = (queries[chosen] @ heads.T.to(queries.dtype)).float() + bias
+        logits = _without_seen(logits, labels, chosen, seen)
         total = functional.cross_entropy(logits, labels[chosen], reduction="sum")
         output = {"loss": total / (chosen.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)}
         if not self.training:
@@ -178,6 +191,18 @@ class NextItemModel(nn.Module):
             return factors
         kept = torch.rand(len(factors), 1, device=factors.device) >= self.factor_dropout
         return torch.where(kept, factors, torch.nan)
+
+
+def _without_seen(logits: Tensor, labels: Tensor, chosen: Tensor, seen: Tensor) -> Tensor:
+    """Logits float32[chosen, items] with −∞ for the items up to each chosen end, but for its own label."""
+    place = torch.full_like(labels, -1)
+    place[chosen] = torch.arange(len(logits), device=labels.device)
+    later, earlier = torch.tril_indices(labels.shape[1], labels.shape[1], device=labels.device)
+    rows, items = place[:, later], seen[:, earlier]
+    pairs = (rows >= 0) & (items >= 0)
+    own = labels[chosen][:, None]
+    barred = logits.index_put((rows[pairs], items[pairs]), torch.tensor(-torch.inf, device=logits.device))
+    return barred.scatter(1, own, logits.gather(1, own))
 
 
 def _last_ranks(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
@@ -194,7 +219,8 @@ class Windows:
     """Training examples as a pure function of (seed, epoch, example), so that a resumed run sees the same ones.
 
     Every epoch cuts each user's events into windows of at most `length` inputs with its own offset, the last window
-    always whole, and visits them in its own order. `recent` keeps only the last window of each user.
+    always whole, and visits them in its own order. `recent` keeps only the last window of each user. With a `batch` of
+    more than one, windows of like length stand together, so that little of a step is padding.
     """
 
     sequences: list[NDArray[np.int64]]
@@ -202,14 +228,26 @@ class Windows:
     epochs: int
     seed: int
     recent: bool = False
+    batch: int = 1
 
     def epoch(self, number: int) -> Iterator[NDArray[np.int64]]:
         """The windows of one epoch in order: item rows, inputs and targets overlapping by one."""
         random = np.random.default_rng([self.seed, number])
         cuts = [(user, *cut) for user, events in enumerate(self.sequences) for cut in self._cuts(len(events), random)]
-        for place in random.permutation(len(cuts)):
+        for place in self._order([stop - start for _, start, stop in cuts], random):
             user, start, stop = cuts[place]
             yield self.sequences[user][start:stop]
+
+    def _order(self, lengths: Sequence[int], random: np.random.Generator) -> NDArray[np.int64]:
+        """A random order; of whole batches of like length, the rest last."""
+        order = random.permutation(len(lengths))
+        if self.batch == 1:
+            return order
+        whole = len(order) - len(order) % self.batch
+        pools = [order[start : min(start + POOL * self.batch, whole)] for start in range(0, whole, POOL * self.batch)]
+        alike = [pool[np.argsort(np.take(lengths, pool), kind="stable")] for pool in pools]
+        batches = np.concatenate([np.zeros(0, dtype=np.int64), *alike]).reshape(-1, self.batch)
+        return np.concatenate([batches[random.permutation(len(batches))].ravel(), order[whole:]])
 
     def _cuts(self, events: int, random: np.random.Generator) -> Iterator[tuple[int, int]]:
         stop, size = events, self.length
@@ -225,8 +263,12 @@ class Windows:
     def all(self, at_least: int = 0) -> list[NDArray[np.int64]]:
         """The windows of all epochs, one after the other, and of further ones until there are `at_least` so many."""
         rows: list[NDArray[np.int64]] = []
+        rest: list[NDArray[np.int64]] = []
         number = 0
-        while number < self.epochs or (rows and len(rows) < at_least):
-            rows.extend(self.epoch(number))
+        while number < self.epochs or 0 < len(rows) + len(rest) < at_least:
+            windows = list(self.epoch(number))
+            whole = len(windows) - len(windows) % self.batch
+            rows.extend(windows[:whole])
+            rest.extend(windows[whole:])  # to the end: it would shift the batches of the epochs after it
             number += 1
-        return rows
+        return rows + rest

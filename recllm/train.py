@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.files import written
+from recllm.fusion import Fusion
 from recllm.histories import HistoryFormat
 from recllm.judging import load_relevance, rating_scorers, train_relevance
 from recllm.lm import LanguageBody, scoring_device
@@ -36,7 +37,7 @@ from recllm.loop import (
 from recllm.process import set_up
 from recllm.progress import Progress
 from recllm.protocols import EvaluationProtocol, evaluation_protocol
-from recllm.ranking import QUERY_BATCH, Scorer, Scores, batches
+from recllm.ranking import QUERY_BATCH, Scorer, Scores, batches, score_as_new
 from recllm.relevance import RelevanceScorer
 from recllm.runs import (
     ENVIRONMENT,
@@ -180,7 +181,13 @@ def train_light(run: Run, task: Task, parts: Collaborative, *, resume: bool, say
     if settings.num_train_epochs == 0 or stage_done(folder):
         return
     model, history = light_model(run, task, parts.features)
-    windows = Windows(task.sequences(), settings.max_history, settings.num_train_epochs, run.seed)
+    windows = Windows(
+        task.sequences(),
+        settings.max_history,
+        settings.num_train_epochs,
+        run.seed,
+        batch=_batch(settings.per_device_train_batch_size),
+    )
     say(f"Training the light sequence scorer, {settings.num_train_epochs} epochs")
     arguments = {
         "learning_rate": settings.learning_rate,
@@ -207,6 +214,7 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
         settings.num_train_epochs,
         run.seed,
         settings.recent_windows,
+        _batch(settings.per_device_train_batch_size),
     )
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {trained:,} parameters train")
@@ -220,6 +228,11 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
         **settings.trainer_keys(),
     }
     _train_next_item(run, task, model, history, windows, arguments, scorer="lm", resume=resume, say=say)
+
+
+def _batch(on_one_device: int) -> int:
+    """Windows in a step on all devices."""
+    return on_one_device * process_state().num_processes
 
 
 def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
@@ -362,10 +375,42 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     say("Fitting the fusion on validation")
     protocol = evaluation_protocol(run, task)
     examples, language = protocol.examples("valid"), protocol.language
+    rows = _some_rows(len(examples), run)
+    as_new = _scores_as_new(run, task, parts, [examples[row] for row in rows], say)
+
+    def fitted(given: dict[str, Scores]) -> Fusion:
+        fusion = protocol.fit(given, examples)
+        if not as_new:
+            return fusion
+        some = {name: np.asarray(value[rows]) for name, value in given.items()}
+        return protocol.fit_new_items(fusion, some, as_new, [examples[row] for row in rows])
+
     if language in scores:
         others = {name: value for name, value in scores.items() if name != language}
-        protocol.fit(others, examples).save(run.folder / f"fusion-without-{language}.json")
-    protocol.fit(scores, examples).save(run.folder / "fusion.json")
+        fitted(others).save(run.folder / f"fusion-without-{language}.json")
+    fitted(scores).save(run.folder / "fusion.json")
+
+
+def _some_rows(count: int, run: Run) -> NDArray[np.int64]:
+    """The validation rows on which weights of items without events are fitted, in order."""
+    return np.sort(np.random.default_rng(run.seed).permutation(count)[: run.fusion.queries])
+
+
+def _scores_as_new(run: Run, task: Task, parts: Collaborative, examples: list[Example], say: Say) -> dict[str, Scores]:
+    """Scores of some validation rows as if no item had events, by scorer; empty where they are not asked for."""
+    if run.model.task != "next_item" or run.fusion.new_share == 0.0:
+        return {}
+    result: dict[str, Scores] = {}
+    queries = [example.query for example in examples]
+    for name, make in scorer_makers(run, task, parts).items():
+        path = run.folder / "scores" / f"{name}-as-new.npy"
+        if not path.is_file():
+            say(f"Scoring validation with '{name}' as if all items were new")
+            scores = score_as_new(make(), queries, task.index)
+            with written(path) as part, part.open("wb") as file:
+                np.save(file, scores)
+        result[name] = np.load(path)
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

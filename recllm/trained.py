@@ -323,7 +323,9 @@ def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.fl
 
 def sequence_scorer(model: NextItemModel, history: HistoryFormat, task: Task, *, bf16: bool = False) -> SequenceScorer:
     """A trained next-item model as a scorer; in float32, unless `bf16` trades digits for speed."""
-    return SequenceScorer(torch_encode(model, bf16=bf16), history, task.index, *item_heads(model), new_item_heads(model))
+    return SequenceScorer(
+        torch_encode(model, bf16=bf16), history, task.index, *item_heads(model), new_item_heads(model)
+    )
 
 
 def save_stage(folder: Path, facts: dict[str, object]) -> None:

@@ -25,7 +25,17 @@ def outcome(tiny_run):
 def test_every_scorer_and_both_fusions_stand_in_the_table(outcome):
     _, task, scores, tables = outcome
     for part, table in tables.items():
-        assert set(table.scorers) == {"popularity", "mf", "ease", "transitions", "text", "light", "lm", FUSION, WITHOUT_LM}
+        assert set(table.scorers) == {
+            "popularity",
+            "mf",
+            "ease",
+            "transitions",
+            "text",
+            "light",
+            "lm",
+            FUSION,
+            WITHOUT_LM,
+        }
         assert all(value.shape == (40, len(task.index)) for value in scores[part].values())
 
 

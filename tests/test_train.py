@@ -56,7 +56,15 @@ def test_what_a_run_leaves_behind(tiny_run):
     assert not list(tiny_run.rglob("*.part*"))
     weights = load_file(tiny_run / "lm" / "model.safetensors")
     assert all("lora_" in name for name in weights if name.startswith("body."))
-    assert Fusion.load(tiny_run / "fusion.json").names == ("popularity", "mf", "ease", "transitions", "text", "light", "lm")
+    assert Fusion.load(tiny_run / "fusion.json").names == (
+        "popularity",
+        "mf",
+        "ease",
+        "transitions",
+        "text",
+        "light",
+        "lm",
+    )
     assert "lm" not in Fusion.load(tiny_run / "fusion-without-lm.json").names
 
 
