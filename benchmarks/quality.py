@@ -1,85 +1,187 @@
-"""Ranking quality of every scorer of a run on one data set: `recllm bench quality [--quick] [--data NAME]`.
+"""Ranking quality by a fixed protocol: `recllm bench quality -- [--quick] [--protocol topk] [--data NAME]`.
 
-Trains under a temporary folder, prints the tables with intervals, and ends with one line of JSON that has the bars.
+Trains the scorers of a run for every seed, tunes the classical references as hard on the same validation rows, prints
+one table with 95 % intervals (paired bootstrap over users) and ends with one line of JSON that has the bars. What was
+measured is kept in benchmarks/results/, from which the tables of the README files are made (benchmarks/tables.py).
 """
 
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import settings
+from references import GRIDS, Reference, tuned_references
 
-from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run
+from recllm.evaluate import KnownScores, evaluate_ranking
+from recllm.files import read_json, write_json
+from recllm.fusion import Fusion
+from recllm.outcome import FUSION, evaluate_run
+from recllm.protocols import evaluation_protocol
+from recllm.ranking import ItemIndex
 from recllm.recipes import parse
-from recllm.runs import Run
+from recllm.results import Table, averaged
+from recllm.runs import ENVIRONMENT, Run, set_key
+from recllm.tasks import Task
 from recllm.train import known_scores, train_run
 from recllm.trained import load_collaborative
 
-METRIC = "NDCG@10"
+RESULTS = Path(__file__).parent / "results"
+PLAIN_SUM = "plain sum"
 
 
-def run_of(arguments: argparse.Namespace, seed: int, output: str) -> Run:
+def say(line: str) -> None:
+    """Progress goes to standard error: standard output has the tables and the line of JSON."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for, with the protocol's own data set and metric filled in."""
+    parser = argparse.ArgumentParser(prog="recllm bench quality", description=__doc__)
+    parser.add_argument("--protocol", default="topk", choices=settings.PROTOCOLS)
+    parser.add_argument("--data", help="a name, a folder, or a folder under RECLLM_DATA; default: the protocol's first")
+    parser.add_argument("--quick", action="store_true", help="ml-100k, one seed, a short run of the language model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lm", default="none", help="language model; none leaves it out")
+    parser.add_argument("--events", type=int, default=0, help="events given back of each cold item (cold-item)")
+    parser.add_argument("--shots", type=int, default=64, help="training rows (few-shot)")
+    parser.add_argument(
+        "--references", nargs="*", default=list(GRIDS), metavar="NAME", help="which to tune; default all"
+    )
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and go on with those that are there")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
+    )
+    given = parser.parse_args()
+    if given.quick:
+        given.seeds = given.seeds[:1]
+        given.lm = "smollm2-135m-instruct" if given.protocol == "topk" else given.lm
+    given.data = given.data or settings.PROTOCOLS[given.protocol].data[0]
+    return given
+
+
+def run_of(given: argparse.Namespace, seed: int, output: Path) -> Run:
     """The run of one seed."""
-    model = "smollm2-135m-instruct" if arguments.lm_steps else "none"
-    values = {
-        "name": f"seed-{seed}",
-        "output": output,
-        "seed": seed,
-        "data": {"name": arguments.data, "split": arguments.split},
-        "model": {"name": model, "item_encoder": "minilm-l6", "max_history": 30},
-        "light": {"width": 128, "learning_rate": 2e-3, "num_train_epochs": 4 if arguments.quick else 10},
-        "train": {"max_steps": arguments.lm_steps or 1, "num_train_epochs": 8, "recent_windows": True},
-    }
+    values = settings.run_values(given.protocol, given.data, given.lm, quick=given.quick)
+    values |= {"name": f"{given.protocol}-{Path(given.data).name}-seed-{seed}", "output": str(output), "seed": seed}
+    if given.protocol == "cold-item":
+        values["data"]["given_back"] = given.events
+    if given.protocol == "few-shot":
+        values["data"]["shots"] = given.shots
+    for override in given.set:
+        set_key(values, override)
     return parse(Run, values, "benchmark")
 
 
-def measure(run: Run) -> tuple[dict[str, dict[str, float]], list[str], tuple[float, float, float]]:
-    """Figures by scorer and metric, the table, and the fusion's difference to matrix factorization."""
-    task = train_run(run, say=lambda line: print(line, file=sys.stderr))
-    scores = known_scores(run, task, load_collaborative(run, task), lambda line: print(line, file=sys.stderr))
-    table = evaluate_run(run, task, scores["test"])
-    figures = {name: {metric: table.interval(name, metric)[0] for metric in table.metrics} for name in table.scorers}
-    return figures, table.lines(), table.difference(FUSION, "mf", METRIC)
+def references_of(run: Run, task: Task, names: list[str]) -> dict[str, Reference]:
+    """The tuned references of a run that ranks; a run that judges pairs has its priors among its own scorers."""
+    if run.model.task != "next_item" or not names:
+        return {}
+    return tuned_references(task, load_collaborative(run, task).vectors, run.seed, names, say)
+
+
+def measure(run: Run, names: list[str]) -> tuple[dict[str, Table], dict[str, Reference], dict[str, Any]]:
+    """Tables by slice of candidates, the references, and what the run says of itself."""
+    task = train_run(run, resume=(run.folder / "run.toml").is_file(), say=say)
+    scores = known_scores(run, task, load_collaborative(run, task), say)["test"]
+    references = references_of(run, task, names)
+    protocol = evaluation_protocol(run, task)
+    examples = protocol.examples("test")
+    plain = Fusion.load(run.folder / "fusion.json").plain_sum()
+    others: dict[str, Any] = {name: reference.scorer for name, reference in references.items()}
+    others[PLAIN_SUM] = protocol.fuse(plain, scores, examples)
+    tables = {"all": evaluate_run(run, task, scores, others=others)}
+    if task.split.cold_items:
+        tables["among cold items"] = among_cold(run, task, scores, others)
+    facts = {
+        "fusion": read_json(run.folder / "fusion.json"),
+        "environment": read_json(run.folder / ENVIRONMENT),
+        "half_lives": read_json(run.folder / "cf" / "half_lives.json"),
+    }
+    return tables, references, facts
+
+
+def among_cold(run: Run, task: Task, scores: dict[str, Any], others: dict[str, Any]) -> Table:
+    """The same rows with only the cold items as candidates."""
+    protocol = evaluation_protocol(run, task)
+    examples = protocol.examples("test")
+    queries = [example.query for example in examples]
+    every = dict(scores) | others
+    for name, file in ((f"{FUSION} without lm", "fusion-without-lm.json"), (FUSION, "fusion.json")):
+        if (run.folder / file).is_file():
+            every[name] = protocol.fuse(Fusion.load(run.folder / file), scores, examples)
+    known = {
+        name: value if hasattr(value, "score") else KnownScores(queries, task.index, np.asarray(value))
+        for name, value in every.items()
+    }
+    return evaluate_ranking(known, examples, ItemIndex(sorted(task.split.cold_items)), slices={}, seed=0)
 
 
 def main() -> None:
-    """Measure every seed, print tables and the line of bars."""
-    parser = argparse.ArgumentParser(prog="recllm bench quality", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, few epochs")
-    parser.add_argument("--data", default="ml-100k", help="a name, a folder, or a folder under RECLLM_DATA")
-    parser.add_argument("--split", default="leave-last-out", choices=["leave-last-out", "temporal", "cold-items"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lm-steps", type=int, default=0, help="training steps of SmolLM2; 0 leaves it out")
-    arguments = parser.parse_args()
+    """Measure every seed, print the tables, keep the result and end with the line of bars."""
+    given = arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    found, lows = [], []
-    for seed in arguments.seeds[:1] if arguments.quick else arguments.seeds:
-        with tempfile.TemporaryDirectory() as output:
-            figures, lines, difference = measure(run_of(arguments, seed, output))
-        print(f"seed {seed}", *lines, f"fusion − mf: {METRIC} {difference}", sep="\n")
-        found.append(figures)
-        lows.append(difference[1])
-    means = {
-        name: {metric: float(np.mean([figures[name][metric] for figures in found])) for metric in found[0][name]}
-        for name in found[0]
-    }
-    ratio = means[FUSION][METRIC] / means["mf"][METRIC]
-    bars = {
-        "ndcg_ratio_fusion_to_mf": {"value": round(ratio, 3), "bar": 1.4, "holds": ratio >= 1.4}
-        if arguments.data.rstrip("/").endswith("ml-100k") and arguments.split == "leave-last-out"
-        else {
-            "value": round(ratio, 3),
-            "bar": 1.4,
-            "holds": None,
-            "why": "the bar is stated for ml-100k, leave-last-out",
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        output = given.runs or Path(temporary)
+        for seed in given.seeds:
+            say(f"{given.protocol} on {given.data}, seed {seed}")
+            found.append(measure(run_of(given, seed, output), given.references))
+    tables = {part: averaged([each[0][part] for each in found]) for part in found[0][0]}
+    for part, table in tables.items():
+        print(f"{given.protocol}, {given.data}, {part}: mean of {len(found)} seeds", *table.lines(), sep="\n")
+    result = {
+        "benchmark": "quality",
+        "protocol": given.protocol,
+        "data": Path(given.data).name,
+        "command": "recllm bench quality -- " + shlex.join(sys.argv[1:]),
+        "seeds": given.seeds,
+        "language_model": given.lm,
+        "versions": found[0][2]["environment"]["versions"],
+        "device": found[0][2]["environment"]["device"],
+        "tables": {part: table.to_dict() for part, table in tables.items()},
+        "differences": {part: differences(table, given.protocol) for part, table in tables.items()},
+        "references": {
+            name: {"chosen": own.chosen, "trials": own.trials, "seconds": own.seconds}
+            for name, own in found[0][1].items()
         },
-        "fusion_above_mf_with_interval": {"value": round(min(lows), 4), "bar": 0.0, "holds": min(lows) > 0},
+        "fusion": [
+            {key: each[2]["fusion"].get(key) for key in ("chosen", "candidates", "chosen_new", "candidates_new")}
+            for each in found
+        ],
+        "half_lives": [each[2]["half_lives"] for each in found],
+        "bars": settings.bars(given, tables),
     }
-    shown = {name: means[name] for name in means if name != WITHOUT_LM or arguments.lm_steps}
-    facts = {"data": arguments.data, "split": arguments.split, "seeds": len(found)}
-    print(json.dumps({"benchmark": "quality", **facts, "metrics": shown, "bars": bars}))
+    keep(result, given)
+    print(json.dumps({key: result[key] for key in ("benchmark", "protocol", "data", "seeds", "bars")}))
+
+
+def differences(table: Table, protocol: str) -> dict[str, list[float | None]]:
+    """The fusion less every other row, with the interval, in the protocol's first metric."""
+    metric = settings.PROTOCOLS[protocol].metric
+    result = {}
+    for name in table.scorers:
+        if name != FUSION:
+            interval = table.difference(FUSION, name, metric)
+            result[name] = [None if np.isnan(value) else round(float(value), 5) for value in interval]
+    return result
+
+
+def keep(result: dict[str, Any], given: argparse.Namespace) -> None:
+    """Write the result under benchmarks/results/, in place of an older one of the same kind."""
+    parts = [given.protocol, Path(given.data).name]
+    parts += [f"{given.events}-events"] if given.protocol == "cold-item" else []
+    parts += [f"{given.shots}-shots"] if given.protocol == "few-shot" else []
+    parts += ["quick"] if given.quick else []
+    path = RESULTS / f"{'-'.join(parts)}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, result)
+    say(f"Kept in {path.name}")
 
 
 if __name__ == "__main__":

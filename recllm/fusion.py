@@ -344,6 +344,11 @@ class Fusion:
         given = self.standardise == "global"
         return standardised(scores, *((self.means[place], self.deviations[place]) if given else moments(scores)))
 
+    def plain_sum(self) -> Self:
+        """The same standardising with equal weights everywhere: the floor that a fusion has to beat."""
+        theta, gates = np.tile([PLAIN, 0.0, 0.0], (len(self.names), 1)), (1.0,) * len(self.names)
+        return replace(self, theta=theta, gates=gates, new=None, chosen="plain sum")
+
     def without(self, name: str) -> Self:
         """The same weights with one scorer gone.
 

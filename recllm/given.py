@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from recllm.data import Interactions, Query
@@ -34,18 +35,20 @@ EVENTS = {
 Row = tuple[str, str, float, list[str], list[float] | None, int | None]
 
 
-def given_split(folder: Path) -> Split:
+def given_split(folder: Path, *, shots: int | None = None, seed: int = 0) -> Split:
     """Read `train`, `valid` and `test` of a data set (Parquet or JSON lines).
 
     Columns: user_id, item_id (or target), label (0 or 1), history (item ids, oldest first); and where there are any
     history_label (one per history item) and timestamp. The training interactions are the train rows and their
-    histories, and nothing of the other two parts.
+    histories, and nothing of the other two parts. With `shots`, of so many train rows, drawn by `seed`.
 
     Raises:
         RecllmError: a part or a column is missing, a label is neither 0 nor 1, or a history and its labels differ in
             length.
     """
     train, valid, test = (_rows(_file(folder, part)) for part in PARTS)
+    if shots is not None and shots < len(train):
+        train = [train[place] for place in np.sort(np.random.default_rng(seed).permutation(len(train))[:shots])]
     return Split("given", _interactions(train), _examples(valid), _examples(test), train_rows=_examples(train))
 
 

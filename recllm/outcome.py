@@ -1,6 +1,7 @@
 """The outcome of a run: every scorer and the fusion on the test rows, with and without the language model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
 from recllm.protocols import evaluation_protocol
-from recllm.ranking import Scores
+from recllm.ranking import Scorer, Scores
 from recllm.results import Table
 from recllm.runs import Run
 from recllm.tasks import Task
@@ -17,7 +18,13 @@ FUSION, WITHOUT_LM = "fusion", "fusion without lm"
 
 
 def evaluate_run(
-    run: Run, task: Task, scores: dict[str, Scores], *, part: str = "test", ks: tuple[int, ...] = (10,)
+    run: Run,
+    task: Task,
+    scores: dict[str, Scores],
+    *,
+    part: str = "test",
+    ks: tuple[int, ...] = (10,),
+    others: Mapping[str, Scores | Scorer] | None = None,
 ) -> Table:
     """Measure every scorer and the fusions on the rows of `part`, by the protocol of the run.
 
@@ -27,10 +34,12 @@ def evaluate_run(
         scores: of that part by scorer, as `known_scores` gives them.
         part: "valid" or "test".
         ks: the lengths of the top, where the whole catalogue is ranked.
+        others: further rows of the table, scores or scorers.
     """
     protocol = evaluation_protocol(run, task)
     examples = protocol.examples(part)
-    every = {name: np.asarray(value) for name, value in scores.items()}
+    every: dict[str, Scores | Scorer] = {name: np.asarray(value) for name, value in scores.items()}
+    every |= others or {}
     without = protocol.language
     files = {f"{FUSION} without {without}": f"fusion-without-{without}.json", FUSION: "fusion.json"}
     for name, file in files.items():

@@ -57,8 +57,8 @@ class EvaluationProtocol(Protocol):
         """Fused scores."""
         ...
 
-    def table(self, scores: Mapping[str, Scores], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:
-        """Metrics of every scorer, warm and cold rows apart."""
+    def table(self, scores: Mapping[str, Scores | Scorer], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:
+        """Metrics of every scorer, warm and cold rows apart; the bootstrap draws the same users for every seed."""
         ...
 
 
@@ -116,12 +116,15 @@ class WholeCatalogue:
             result[place] = fusion.fuse(given, n_user[place], n_item)[0]
         return result
 
-    def table(self, scores: Mapping[str, Scores], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:
+    def table(self, scores: Mapping[str, Scores | Scorer], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:
         """HitRate, NDCG, MRR and coverage."""
         queries = [example.query for example in examples]
-        known = {name: KnownScores(queries, self.task.index, value) for name, value in scores.items()}
+        known: dict[str, Scorer] = {
+            name: KnownScores(queries, self.task.index, value) if isinstance(value, np.ndarray) else value
+            for name, value in scores.items()
+        }
         slices = self.task.slices(list(examples))
-        return evaluate_ranking(known, examples, self.task.index, ks=ks, slices=slices, seed=self.run.seed)
+        return evaluate_ranking(known, examples, self.task.index, ks=ks, slices=slices)
 
     def _evidence(self, examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         queries = [example.query for example in examples]
@@ -176,11 +179,14 @@ class LabelledPairs:
         given = {name: np.asarray(scores[name])[:, None] for name in fusion.names}
         return fusion.fuse(given, n_user, n_item[:, None])[0][:, 0]
 
-    def table(self, scores: Mapping[str, Scores], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:
+    def table(self, scores: Mapping[str, Scores | Scorer], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:
         """AUC and UAUC, over all rows and over those whose user or item is new; `ks` has no part in it."""
         pairs = [example.query for example in examples], [example.item_id for example in examples]
-        known = {name: KnownPairs(*pairs, value) for name, value in scores.items()}
-        return evaluate_labels(known, examples, slices=self._slices(examples), seed=self.run.seed)
+        known: dict[str, Scorer] = {
+            name: KnownPairs(*pairs, value) if isinstance(value, np.ndarray) else value
+            for name, value in scores.items()
+        }
+        return evaluate_labels(known, examples, slices=self._slices(examples))
 
     @cached_property
     def _users(self) -> frozenset[str]:

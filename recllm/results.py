@@ -1,6 +1,6 @@
 """Results: figures of several scorers on the same rows, with paired bootstrap intervals over users."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,6 +87,21 @@ class Table:
         if part not in self.counts:
             raise unknown("slice", part, self.counts)
         return scorer, metric, part
+
+
+def averaged(tables: Sequence[Table]) -> Table:
+    """The mean of tables of the same rows, as of several seeds; their draws took the same users, so they average too.
+
+    Raises:
+        ValueError: they have not the same scorers, metrics or rows.
+    """
+    first = tables[0]
+    for table in tables:
+        if (table.scorers, table.metrics, table.counts) != (first.scorers, first.metrics, first.counts):
+            raise ValueError("only tables of the same scorers, metrics and rows can be averaged")
+    values = {key: float(np.mean([table.values[key] for table in tables])) for key in first.values}
+    draws = {key: np.mean([table.draws[key] for table in tables], axis=0) for key in first.draws}
+    return Table(first.scorers, first.metrics, first.counts, values, draws)
 
 
 def _ends(draws: NDArray[np.float64] | None) -> tuple[float, float]:

@@ -60,6 +60,14 @@ class DataSettings(Settings):
     """A rating of at least this is a like."""
     cold_share: float = Field(default=0.1, gt=0, lt=1)
     """Share of items held out of all training (cold-items)."""
+    given_back: int = Field(default=0, ge=0)
+    """The first events of every held-out item that are given back to training (cold-items)."""
+    test_rows: int | None = Field(default=None, ge=1)
+    """The most test rows, drawn by the seed; all of them when not given."""
+    shots: int | None = Field(default=None, ge=2)
+    """Train on so many of the train rows, drawn by the run's seed (given)."""
+    seed: int | None = None
+    """Draws the split; the run's own seed when not given."""
 
 
 class PromptSettings(Settings):

@@ -35,6 +35,8 @@ class Split:
     """First second of validation and of test in a temporal split."""
     train_rows: list[Example] | None = None
     """The train rows of a given split, each with a history of its own; None where they are made from `train`."""
+    given_back: int = 0
+    """The most events of each cold item in train."""
 
 
 def leave_last_out(interactions: Interactions, min_events: int = MIN_EVENTS, like_at: float = LIKE_AT) -> Split:
@@ -111,11 +113,15 @@ def cold_items(
     seed: int = 0,
     min_events: int = MIN_EVENTS,
     like_at: float = LIKE_AT,
+    given_back: int = 0,
 ) -> Split:
     """Hold a sample of items back: their events are test, and nothing is learnt of them.
 
     A test history is what the user did with the other (warm) items before. Validation is the last warm event of each
     user with at least `min_events` warm ones.
+
+    With `given_back` the first so many events of every held-out item (by time, else in the order of the table) are
+    learnt from, as on an item's first day, and the others are test; an item with no more events has no test row.
 
     Args:
         interactions: what is split.
@@ -123,6 +129,7 @@ def cold_items(
         seed: of the sample, which depends on the set of item ids only.
         min_events: fewest warm events of a user in validation.
         like_at: a rating of at least this is liked.
+        given_back: how many events of each held-out item are learnt from.
 
     Raises:
         RecllmError: `share` is not between 0 and 1, `min_events` below 2, or no item or no event would be left.
@@ -146,13 +153,34 @@ def cold_items(
     frame = _labelled(interactions, like_at).with_columns(_warm=(~is_cold).cast(pl.Int64))
     frame = frame.with_columns(_place=pl.col("_warm").cum_sum().over("user_id") - pl.col("_warm"))
     valid = frame.filter(~is_cold).filter(last)
+    early = is_cold & _among_first(interactions, given_back)
+    learnt = early.to_numpy().copy()
+    learnt[~is_cold.to_numpy()] = ~last.to_numpy()
+    known = frame.filter(early).select("user_id", "item_id")  # a user who returns to an item is no test of it
     return Split(
         "cold-items",
-        _subset(warm, ~last),
+        _subset(interactions, pl.Series(learnt)),
         _examples(valid, warm),
-        _examples(frame.filter(is_cold), warm),
+        _examples(frame.filter(is_cold & ~early).join(known, on=["user_id", "item_id"], how="anti"), warm),
         cold_items=cold,
+        given_back=given_back,
     )
+
+
+def _among_first(interactions: Interactions, count: int) -> pl.Series:
+    """Which events are among the first `count` of their item, by time where all have one, else in table order."""
+    frame = interactions.frame.with_row_index("_row")
+    by_time = frame if frame["timestamp"].null_count() else frame.sort("timestamp", maintain_order=True)
+    places = by_time.with_columns(_first=pl.int_range(pl.len()).over("item_id") < count)
+    return places.sort("_row")["_first"]
+
+
+def sampled(examples: list[Example], most: int, seed: int) -> list[Example]:
+    """At most so many of the rows, drawn by the seed, in their order."""
+    if len(examples) <= most:
+        return examples
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(examples))[:most])
+    return [examples[place] for place in chosen]
 
 
 def check_no_leak(split: Split) -> None:
@@ -193,7 +221,8 @@ def _check_examples(part: str, examples: list[Example], pairs: pl.DataFrame) -> 
 def _check_cold(split: Split) -> None:
     cold = split.cold_items
     learnt = split.train.frame.filter(pl.col("item_id").is_in(list(cold)))
-    for user, item in learnt.select("user_id", "item_id").head(1).iter_rows():
+    more = learnt.filter(pl.int_range(pl.len()).over("item_id") >= split.given_back)
+    for user, item in more.select("user_id", "item_id").head(1).iter_rows():
         raise RecllmError(f"Leak: the cold item '{item}' is in train (user '{user}').")
     for example in (*split.valid, *split.test) if cold else ():
         for item in cold.intersection(example.query.history):

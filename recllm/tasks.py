@@ -1,7 +1,7 @@
 """The task of a run: its data read, split and indexed, the same for training, evaluating and exporting."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from recllm.fetch import resolve_data
 from recllm.given import given_split
 from recllm.ranking import ItemIndex
 from recllm.runs import DataSettings, Run
-from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, temporal
+from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,13 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
         duplicates=settings.duplicates,
     )
     dataset.catalog.demand_text(f"'{dataset.name}'")
-    split = given_split(_folder(settings)) if settings.split == "given" else _split(dataset, settings, run.seed)
+    seed = run.seed if settings.seed is None else settings.seed
+    if settings.split == "given":
+        split = given_split(_folder(settings), shots=settings.shots, seed=run.seed)
+    else:
+        split = _split(dataset, settings, seed)
+    if settings.test_rows is not None:
+        split = replace(split, test=sampled(split.test, settings.test_rows, seed))
     check_no_leak(split)
     _check_labels(split, run)
     if not split.valid or not split.test:
@@ -108,5 +114,11 @@ def _split(dataset: Dataset, settings: DataSettings, seed: int) -> Split:
     if settings.split == "temporal":
         return temporal(dataset.interactions, like_at=settings.like_at)
     if settings.split == "cold-items":
-        return cold_items(dataset.interactions, share=settings.cold_share, seed=seed, like_at=settings.like_at)
+        return cold_items(
+            dataset.interactions,
+            share=settings.cold_share,
+            seed=seed,
+            like_at=settings.like_at,
+            given_back=settings.given_back,
+        )
     return leave_last_out(dataset.interactions, min_events=settings.min_events, like_at=settings.like_at)

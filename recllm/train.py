@@ -232,7 +232,8 @@ def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, 
 
 def _batch(on_one_device: int) -> int:
     """Windows in a step on all devices."""
-    return on_one_device * process_state().num_processes
+    devices: int = process_state().num_processes
+    return on_one_device * devices
 
 
 def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:

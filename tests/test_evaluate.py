@@ -10,6 +10,7 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.evaluate import KnownScores, evaluate_labels, evaluate_ranking, warm_and_cold
 from recllm.ranking import ItemIndex
+from recllm.results import averaged
 from recllm.splits import Example
 
 ITEMS = ItemIndex(f"i{n}" for n in range(30))
@@ -126,6 +127,23 @@ def test_tables_are_json_and_text(examples, known):
     assert lines[0] == "all: 300 rows, 300 users"
     assert "NDCG@10" in lines[1]
     assert lines[2].startswith("noise")
+
+
+def test_tables_of_several_seeds_average_with_their_draws(examples, known):
+    name = next(iter(known))
+    one = evaluate_ranking({name: known[name]}, examples, ITEMS)
+    noise = np.random.default_rng(5).normal(size=known[name].scores.shape).astype(np.float32)
+    other = KnownScores([example.query for example in examples], ITEMS, noise)
+    two = evaluate_ranking({name: other}, examples, ITEMS)
+    mean = averaged([one, two])
+    rows = (one.per_row[name]["NDCG@10"] + two.per_row[name]["NDCG@10"]) / 2
+    assert mean.interval(name, "NDCG@10")[0] == pytest.approx(rows.mean())
+    # The same users were drawn, so the draws of the mean are the mean of the draws.
+    low, high = mean.interval(name, "NDCG@10")[1:]
+    assert low < rows.mean() < high
+    assert high - low < one.interval(name, "NDCG@10")[2] - one.interval(name, "NDCG@10")[1]
+    with pytest.raises(ValueError, match="same scorers"):
+        averaged([one, evaluate_ranking({"other": other}, examples, ITEMS)])
 
 
 def test_progress_reaches_the_end(examples, known):

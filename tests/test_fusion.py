@@ -1,6 +1,7 @@
 """Fusion: exact shares, NaN semantics, gradients, fitting that finds what is there, choosing by validation."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -151,6 +152,67 @@ def test_without_a_scorer_equals_its_absence(fitted):
     assert np.array_equal(fewer.fuse(rest, n_user, n_item)[0], fitted.fuse(rest, n_user, n_item)[0])
     with pytest.raises(RecllmError, match="Unknown scorer of the fusion 'z'"):
         fitted.without("z")
+
+
+def cold_start(seed=0):
+    """Scores of `a` that know events only, of `b` that knows text; the target stands out in both."""
+    rng = np.random.default_rng(seed)
+    targets, n_item = rng.integers(ITEMS, size=QUERIES), rng.integers(1, 200, size=ITEMS)
+    scores = {name: rng.normal(size=(QUERIES, ITEMS)).astype(np.float32) for name in "ab"}
+    scores["popularity"] = np.tile(np.log1p(n_item).astype(np.float32), (QUERIES, 1))
+    scores["a"][np.arange(QUERIES), targets] += 4.0
+    scores["b"][np.arange(QUERIES), targets] += 2.0
+    as_new = {
+        "a": np.full_like(scores["a"], NAN),
+        "b": scores["b"],
+        "popularity": np.zeros_like(scores["popularity"]),
+    }
+    return scores, as_new, targets, rng.integers(3, 50, size=QUERIES), n_item, np.zeros((QUERIES, ITEMS), dtype=bool)
+
+
+def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    before = Fusion.fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    after = before.fit_new_items(scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
+    assert set(after.candidates_new) == {"fitted", "plain sum", "as few events"}
+    assert after.candidates_new[after.chosen_new] == max(after.candidates_new.values())
+    assert np.array_equal(before.fuse(scores, n_user, n_item)[0], after.fuse(scores, n_user, n_item)[0])
+    # Now a fifth of the items is new, and only their targets are asked for.
+    given, _, wanted, users, counts, _ = cold_start(seed=1)
+    new = np.arange(ITEMS) % 5 == 0
+    counts = np.where(new, 0, counts)
+    mixed = {
+        name: np.where(new, (as_new[name] * 0 if name == "popularity" else given[name]), given[name]) for name in given
+    }
+    mixed["a"][:, new] = np.nan
+    rows = new[wanted]
+    old, fused = (fusion.fuse(mixed, users, counts)[0] for fusion in (before, after))
+    assert figure(fused[rows], wanted[rows]) > figure(old[rows], wanted[rows]) + 0.1
+    assert figure(fused[~rows], wanted[~rows]) > figure(old[~rows], wanted[~rows]) - 0.1
+    shares = after.fuse(mixed, users, counts)[1]
+    assert np.allclose(sum(shares.values()), fused)
+
+
+def test_without_a_share_of_new_items_nothing_changes():
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    before = Fusion.fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    settings = QUICK.model_copy(update={"new_share": 0.0})
+    assert before.fit_new_items(scores, as_new, targets, n_user, n_item, seen, settings=settings) is before
+
+
+def test_weights_of_new_items_are_saved_and_leave_with_their_scorer(tmp_path):
+    fusion = replace(Fusion.plain(("a", "b")), new=np.array([[1.0, 0.5], [-2.0, 0.0]]), gates=(1.0, BACKUP))
+    fusion.save(tmp_path / "fusion.json")
+    again = Fusion.load(tmp_path / "fusion.json")
+    assert np.array_equal(again.new, fusion.new)
+    assert again.without("a").new.tolist() == [[-2.0, 0.0]]
+    weights = again.weights(np.array([[3]]), np.array([0, 5]))
+    assert weights["b"][0] == pytest.approx([np.log1p(np.exp(-2.0)), BACKUP], rel=1e-5)
+    # Beside a chosen scorer the others are silent, but not on new items, whose weights say how they are weighed.
+    scores = {"a": np.array([[1.0, 2.0]], dtype=np.float32), "b": np.array([[2.0, 1.0]], dtype=np.float32)}
+    shares = again.fuse(scores, np.array([3]), np.array([0, 5]))[1]
+    assert shares["b"][0, 0] != 0.0
+    assert shares["b"][0, 1] == 0.0
 
 
 def test_seen_candidates_are_not_ranked_while_fitting():

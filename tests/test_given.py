@@ -64,6 +64,16 @@ def test_labels_of_histories_and_times_are_optional_and_the_item_may_be_called_t
     assert split.train.frame["timestamp"].null_count() == 5
 
 
+def test_few_shots_are_rows_drawn_by_the_seed(folder):
+    seen = {tuple(row.item_id for row in given_split(folder, shots=2, seed=seed).train_rows) for seed in range(12)}
+    assert seen <= {("b", "a"), ("b", "c"), ("a", "c")}
+    assert len(seen) > 1
+    few = given_split(folder, shots=2, seed=0)
+    assert few.train_rows == given_split(folder, shots=2, seed=0).train_rows
+    assert {row.item_id for row in few.train_rows} <= set(few.train.item_counts())
+    assert given_split(folder, shots=9).train_rows == given_split(folder).train_rows
+
+
 def test_json_lines_work_too(folder):
     pl.read_parquet(folder / "test.parquet").write_ndjson(folder / "test.jsonl")
     (folder / "test.parquet").unlink()

@@ -116,6 +116,17 @@ def test_a_single_chosen_scorer_leaves_the_others_as_backup(tmp_path):
     assert (found[0][0] >= 0).all()
 
 
+def test_items_without_events_have_weights_of_their_own(tmp_path):
+    given = replace(fusion(3, (1.0, BACKUP, BACKUP)), new=np.random.default_rng(3).normal(size=(3, 2)))
+    feeds, (n_user, n_item) = vectors(3), counts(3)
+    n_item[::4] = 0
+    feeds["b_items"][::4] = np.nan
+    found = run(tmp_path, given, feeds, n_user, n_item, NONE_SEEN, ITEMS)
+    agree(found, expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS))
+    plain = run(tmp_path, replace(given, new=None), feeds, n_user, n_item, NONE_SEEN, ITEMS)
+    assert not np.array_equal(found[0], plain[0])
+
+
 def test_counts_outside_what_was_fitted_are_clipped(tmp_path):
     given = (fusion(), vectors(), np.full(USERS, 10**6), np.zeros(ITEMS, dtype=np.int64), NONE_SEEN, 5)
     agree(run(tmp_path, *given), expected(*given))

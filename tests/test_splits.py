@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import polars as pl
 import pytest
 
 from recllm.data import Interactions
 from recllm.errors import RecllmError
-from recllm.splits import Split, check_no_leak, cold_items, leave_last_out, temporal
+from recllm.splits import Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
 
 
 def made(events):
@@ -140,6 +142,34 @@ def test_cold_items_are_nowhere_but_in_test():
     assert len(split.valid) == 10
     assert len(split.train) + len(split.valid) + len(split.test) == len(events)
     check_no_leak(split)
+
+
+def test_the_first_events_of_cold_items_are_given_back():
+    events = grid()
+    none, some = cold_items(events, share=0.25, seed=3), cold_items(events, share=0.25, seed=3, given_back=3)
+    assert some.cold_items == none.cold_items
+    times = {(user, item): time for user, item, time in events.frame.select("user_id", "item_id", "timestamp").rows()}
+    for item in some.cold_items:
+        learnt = [times[pair] for pair in pairs(some.train) if pair[1] == item]
+        tested = [times[pair] for pair in asked(some.test) if pair[1] == item]
+        assert len(learnt) == 3
+        assert len(tested) == 7
+        assert max(learnt) < min(tested)
+    assert pairs(some.train) - pairs(none.train) == asked(none.test) - asked(some.test)
+    assert some.valid == none.valid
+    check_no_leak(some)
+    with pytest.raises(RecllmError, match="Leak: the cold item"):
+        check_no_leak(replace(some, given_back=2))
+
+
+def test_rows_are_sampled_by_the_seed_and_stay_in_order():
+    rows = cold_items(grid(), share=0.25, seed=3).test
+    some = sampled(rows, 7, seed=1)
+    assert len(some) == 7
+    assert some == sampled(rows, 7, seed=1) != sampled(rows, 7, seed=2)
+    places = [rows.index(row) for row in some]
+    assert places == sorted(places)
+    assert sampled(rows, 100, seed=1) is rows
 
 
 def test_cold_items_follow_the_seed_only():

@@ -1,0 +1,117 @@
+"""The protocols of the quality benchmark: data sets, run settings and bars, one place for all of them."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recllm.outcome import FUSION
+from recllm.results import Table
+
+Bar = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol is run on."""
+
+    data: tuple[str, ...]
+    split: str
+    metric: str
+    task: str = "next_item"
+
+
+PROTOCOLS = {
+    "topk": Protocol(("ml-100k", "x-wines-slim", "amazon-beauty-2014", "ml-1m"), "leave-last-out", "NDCG@10"),
+    "temporal": Protocol(("x-wines-slim", "ml-100k"), "temporal", "NDCG@10"),
+    "cold-item": Protocol(("x-wines-slim", "ml-1m", "amazon-beauty-2014"), "cold-items", "NDCG@10"),
+    "ctr": Protocol(("collm-ml-1m",), "given", "AUC", "relevance"),
+    "few-shot": Protocol(("tallrec-movie",), "given", "AUC", "relevance"),
+}
+SHORT_PROMPT = Path(__file__).parent / "next_item_short.toml"
+QUICK_STEPS = 60
+"""Steps of the language model in a quick run."""
+TEST_ROWS = 20_000
+"""The most test rows of a protocol with more of them than users, drawn by seed 0."""
+
+DATA: dict[str, dict[str, Any]] = {
+    # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items.
+    "amazon-beauty-2014": {
+        "light": {"per_device_train_batch_size": 128, "max_history": 20, "num_train_epochs": 14},
+        "ease": {"max_items": 15_000},
+        "transitions": {"max_items": 15_000},
+    },
+}
+"""What differs from one data set to another; everything else is equal."""
+
+
+def run_values(protocol: str, data: str, lm: str, *, quick: bool) -> dict[str, Any]:
+    """The tables of a run file; the split is drawn by seed 0 whatever the run's own seed is."""
+    own = PROTOCOLS[protocol]
+    values: dict[str, Any] = {
+        "data": {"name": data, "split": own.split, "seed": 0},
+        "model": {"name": lm, "item_encoder": "minilm-l6", "task": own.task, "head_width": 128},
+        "light": {"width": 128, "learning_rate": 2e-3, "num_train_epochs": 10},
+        "prompt": {"next_item": str(SHORT_PROMPT)},
+        "train": {
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 1e-3,
+            "head_learning_rate": 2e-3,
+        },
+    }
+    if own.split in ("temporal", "cold-items"):
+        values["data"]["test_rows"] = TEST_ROWS
+    if quick:
+        values["train"] |= {"max_steps": QUICK_STEPS, "num_train_epochs": 8}
+    for table, keys in DATA.get(data, {}).items():
+        values[table] = values.get(table, {}) | keys
+    return values
+
+
+def _bar(value: float, bar: float) -> Bar:
+    return {"value": round(float(value), 4), "bar": bar, "holds": bool(value >= bar)}
+
+
+def bars(given: argparse.Namespace, tables: dict[str, Table]) -> dict[str, Bar]:
+    """The bars of a protocol and data set, each with what was measured and whether it holds."""
+    table = tables["all"]
+    if given.protocol == "topk":
+        return _topk(given, table)
+    if given.protocol == "cold-item":
+        return _cold(tables)
+    if given.protocol == "ctr":
+        auc, uauc = (table.interval(FUSION, metric)[0] for metric in ("AUC", "UAUC"))
+        return {"auc": _bar(auc, 0.758), "uauc": _bar(uauc, 0.711)} | {
+            "auc_above_small_published_and_priors": _bar(auc, 0.740),
+            "uauc_above_small_published_and_priors": _bar(uauc, 0.695),
+        }
+    if given.protocol == "few-shot":
+        return {"auc": _bar(table.interval(FUSION, "AUC")[0], 0.76)}
+    return {}
+
+
+def _topk(given: argparse.Namespace, table: Table) -> dict[str, Bar]:
+    ndcg, hits = (table.interval(FUSION, metric)[0] for metric in ("NDCG@10", "HitRate@10"))
+    references = [name for name in table.scorers if name.startswith("ref ")]
+    result: dict[str, Bar] = {}
+    if given.data == "amazon-beauty-2014":
+        result |= {"ndcg": _bar(ndcg, 0.0565), "hit_rate": _bar(hits, 0.098)}
+    if given.data == "ml-100k":
+        result |= {"ndcg": _bar(ndcg, 0.135)}
+    if references:
+        best = max(references, key=lambda name: table.interval(name, "NDCG@10")[0])
+        wanted = {"x-wines-slim": 1.10, "ml-1m": 1.15}.get(given.data, 1.0)
+        result["ratio_to_best_reference"] = _bar(ndcg / table.interval(best, "NDCG@10")[0], wanted) | {"best": best}
+        result["above_best_reference_low_end"] = _bar(table.difference(FUSION, best, "NDCG@10")[1], 0.0)
+    if "lm" in table.scorers:
+        low = table.difference(FUSION, f"{FUSION} without lm", "NDCG@10")[1]
+        result["language_model_contributes_low_end"] = _bar(low, 0.0)
+    return result
+
+
+def _cold(tables: dict[str, Table]) -> dict[str, Bar]:
+    table = tables["among cold items"]
+    text = "ref text cosine" if "ref text cosine" in table.scorers else "text"
+    ratio = table.interval(FUSION, "NDCG@10")[0] / table.interval(text, "NDCG@10")[0]
+    return {"ratio_to_text_cosine_among_cold_items": _bar(ratio, 2.0)}
