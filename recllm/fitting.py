@@ -19,6 +19,10 @@ PLAIN = float(np.log(np.e - 1.0))
 FLAT = 1e-6
 """Scores whose deviation is below this share of their size are constant: they say nothing, so z is 0."""
 BLOCK_CELLS = 1_000_000
+RANK_OFFSET = 60.0
+"""The constant of reciprocal rank fusion."""
+BORDA_PLACES = 100.0
+"""Places that get Borda points."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,25 @@ def standardised(scores: Scores, mean: ArrayLike, deviation: ArrayLike) -> Score
     deviation = np.asarray(deviation)
     z = (scores - np.asarray(mean)) / np.where(deviation > 0, deviation, 1.0)
     return np.where(np.isnan(z) | (deviation <= 0), 0.0, z).astype(np.float32)
+
+
+def _places(scores: Scores) -> Array:
+    """Place of each candidate in its row by score, float64[queries, candidates], 1 first; a tie goes to the earlier."""
+    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=1, kind="stable")
+    places = np.empty(scores.shape)
+    np.put_along_axis(places, order, np.arange(1.0, scores.shape[1] + 1.0)[None, :], axis=1)
+    return places
+
+
+def reciprocal_ranks(scores: Scores) -> Scores:
+    """1 / (60 + rank) of each row's known scores, 0 for NaN: float32, the shape of `scores`."""
+    return np.where(np.isnan(scores), 0.0, 1.0 / (RANK_OFFSET + _places(scores))).astype(np.float32)
+
+
+def borda_points(scores: Scores) -> Scores:
+    """The share of the first 100 places that a candidate has left behind, 0 for NaN: float32, the shape of `scores`."""
+    points = np.maximum(0.0, 1.0 - (_places(scores) - 1.0) / BORDA_PLACES)
+    return np.where(np.isnan(scores), 0.0, points).astype(np.float32)
 
 
 def softplus(x: ArrayLike) -> Array:
@@ -136,8 +159,8 @@ def logistic(labels: Array) -> Loss:
     return loss
 
 
-def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int) -> Array:
-    """Fit θ, float64[scorers, 3]: the weight of scorer s is softplus(θ_s · [1, user, item]).
+def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, signed: bool = False) -> Array:
+    """Fit θ, float64[scorers, 3]: the weight of scorer s is softplus(θ_s · [1, user, item]), or `signed` that itself.
 
     Minimises the mean loss over rows plus `l2` · ‖θ − plain sum‖². Without `counts` only the first column moves.
 
@@ -147,7 +170,7 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int) -> A
     optimise = require("scipy.optimize", "train", "Fitting the fusion")
     scorers, rows, candidates = problem.z.shape
     plain = np.zeros((scorers, 3))
-    plain[:, 0] = PLAIN
+    plain[:, 0] = 1.0 if signed else PLAIN
     width = 3 if counts else 1
     size = max(1, BLOCK_CELLS // (scorers * candidates))
 
@@ -160,7 +183,7 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int) -> A
         theta = theta_of(values)
         total, gradient, slope = 0.0, np.zeros((scorers, 3)), 0.0
         for start in range(0, rows, size):
-            part, moved, shifted = _block(problem, slice(start, min(start + size, rows)), theta, values[-1])
+            part, moved, shifted = _block(problem, slice(start, min(start + size, rows)), theta, values[-1], signed)
             total, gradient, slope = total + part, gradient + moved, slope + shifted
         gradient = gradient / rows + 2.0 * l2 * (theta - plain)
         penalty = l2 * float(((theta - plain) ** 2).sum())
@@ -171,13 +194,13 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int) -> A
     return theta_of(found.x)
 
 
-def _block(problem: Problem, rows: slice, theta: Array, intercept: float) -> tuple[float, Array, float]:
+def _block(problem: Problem, rows: slice, theta: Array, intercept: float, signed: bool) -> tuple[float, Array, float]:
     """Summed loss of some rows, its gradient on θ, float64[scorers, 3], and on the intercept."""
     user, item = problem.user[rows], problem.item[rows]
     linear = [bias + by_user * user + by_item * item for bias, by_user, by_item in theta]
     z = problem.z[:, rows].astype(np.float64)
-    scores = np.sum([softplus(x) * own for x, own in zip(linear, z, strict=True)], axis=0)
+    scores = np.sum([(x if signed else softplus(x)) * own for x, own in zip(linear, z, strict=True)], axis=0)
     total, on_scores, slope = problem.loss(rows, scores, intercept)
-    on_linear = [on_scores * sigmoid(x) * own for x, own in zip(linear, z, strict=True)]
+    on_linear = [on_scores * (1.0 if signed else sigmoid(x)) * own for x, own in zip(linear, z, strict=True)]
     gradient = [[g.sum(), (g * user).sum(), (g * item).sum()] for g in on_linear]
     return total, np.array(gradient), slope

@@ -1,6 +1,7 @@
 """The whole-catalogue graph: dot products, fusion, seen items out and top-k in plain ONNX operators, one call."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from recllm.fitting import FLAT, Evidence
-from recllm.fusion import BACKUP, Fusion
+from recllm.fitting import BORDA_PLACES, FLAT, RANK_OFFSET, Evidence
+from recllm.fusion import Fusion
 
 OPSET = 21
 """Has all the operators below; the bundle's model graphs have an opset of their own."""
@@ -46,11 +47,11 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     `shares` float32[users, scorers, k].
 
     Args:
-        fusion: standardising per query.
+        fusion: of rankings; its constants of labelled pairs say nothing of a catalogue.
         widths: vector width of each scorer, in the order of `fusion.names`.
         path: where the graph is written.
     """
-    assert fusion.standardise == "query"
+    assert fusion.standardise != "global"
     assert tuple(widths) == fusion.names
     build = Builder()
     user = _evidence(build, "n_user", fusion.user, axis=1)  # (users, 1)
@@ -62,12 +63,12 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     known = [has for _, has in products]
     shares = []
     for place, (scores, has) in enumerate(products):
-        gate = fusion.gates[place]
-        z = _standardised(build, scores, has)
-        share = build.add("Mul", _weight(build, gate, fusion.theta[place], user, item), z)
-        if gate == BACKUP and 1.0 in fusion.gates:
-            chosen = known[fusion.gates.index(1.0)]
-            share = build.add("Where", chosen, build.constant(0.0), share)
+        z = _common_scale(build, fusion, scores, has)
+        weight = _weight(build, fusion.gates[place], fusion.theta[place], user, item, signed=fusion.signed)
+        share = build.add("Mul", weight, z)
+        before = [known[own] for own, level in enumerate(fusion.levels) if level < fusion.levels[place]]
+        if before:
+            share = build.add("Where", reduce(partial(build.add, "Or"), before), build.constant(0.0), share)
         if fusion.new is not None:
             own = build.add("Mul", _weight(build, 1.0, np.append(fusion.new[place], 0.0), user, item), z)
             share = build.add("Where", cold, own, share)  # items without events have weights of their own
@@ -100,6 +101,31 @@ def _scores(build: Builder, name: str) -> tuple[str, str]:
     return scores, build.add("Not", unknown)
 
 
+def _common_scale(build: Builder, fusion: Fusion, scores: str, known: str) -> str:
+    """Scores as `Fusion.z` brings them to a common scale, (users, items)."""
+    if fusion.standardise == "query":
+        return _standardised(build, scores, known)
+    places = _places(build, scores, known)
+    if fusion.standardise == "reciprocal rank":
+        points = build.add("Reciprocal", build.add("Add", places, build.constant(RANK_OFFSET)))
+    else:
+        behind = build.add("Div", build.add("Sub", places, build.constant(1.0)), build.constant(BORDA_PLACES))
+        points = build.add("Relu", build.add("Sub", build.constant(1.0), behind))
+    return build.add("Where", known, points, build.constant(0.0))
+
+
+def _places(build: Builder, scores: str, known: str) -> str:
+    """Place of each item in its row by score, from 1; of equal ones the earlier item first, unknown ones last."""
+    ranked = build.add("Where", known, scores, build.constant(-np.inf))
+    shape = build.add("Shape", ranked)
+    _, items = build.add("Split", shape, outputs=2, axis=0, num_outputs=2)
+    _, order = build.add("TopK", ranked, items, outputs=2, axis=1, largest=1, sorted=1)
+    start, step = build.constant(1, np.int64), build.constant(1, np.int64)
+    stop = build.add("Add", build.add("Squeeze", items), step)
+    numbers = build.add("Expand", build.add("Range", start, stop, step), shape)
+    return build.add("ScatterElements", ranked, order, build.add("Cast", numbers, to=TensorProto.FLOAT), axis=1)
+
+
 def _standardised(build: Builder, scores: str, known: str) -> str:
     """(score − mean) / deviation over the known scores of a row; 0 where unknown or constant."""
     zero, axis = build.constant(0.0), build.constant([1], np.int64)
@@ -125,11 +151,14 @@ def _evidence(build: Builder, counts: str, evidence: Evidence, *, axis: int) -> 
     return build.add("Unsqueeze", scaled, build.constant([axis], np.int64))
 
 
-def _weight(build: Builder, gate: float, theta: NDArray[np.float64], user: str, item: str) -> str:
-    """Gate · softplus(θ · [1, user, item]), broadcastable to (users, items)."""
+def _weight(
+    build: Builder, gate: float, theta: NDArray[np.float64], user: str, item: str, *, signed: bool = False
+) -> str:
+    """Gate · softplus(θ · [1, user, item]), or without the softplus, broadcastable to (users, items)."""
     bias, by_user, by_item = (build.constant(value) for value in theta)
     sides = build.add("Add", build.add("Mul", user, by_user), build.add("Mul", item, by_item))
-    weight = build.add("Softplus", build.add("Add", sides, bias))
+    argument = build.add("Add", sides, bias)
+    weight = argument if signed else build.add("Softplus", argument)
     return build.add("Mul", weight, build.constant(gate))
 
 

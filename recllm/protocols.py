@@ -17,6 +17,7 @@ from recllm.results import Table
 from recllm.runs import Run
 from recllm.splits import Example, liked_events
 from recllm.tasks import Task
+from recllm.weighing import fit_labels, fit_new_items, fit_ranking
 
 
 class EvaluationProtocol(Protocol):
@@ -95,7 +96,7 @@ class WholeCatalogue:
         """Fit to rank the targets, by NDCG@10."""
         targets = self.task.index.rows(example.item_id for example in examples)
         counts, seen = self._evidence(examples), self._seen(examples)
-        return Fusion.fit_ranking(scores, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed)
+        return fit_ranking(scores, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed)
 
     def fit_new_items(
         self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]
@@ -103,8 +104,8 @@ class WholeCatalogue:
         """With weights for items without events; `as_new` are scores as if no item had any."""
         targets = self.task.index.rows(example.item_id for example in examples)
         counts, seen = self._evidence(examples), self._seen(examples)
-        return fusion.fit_new_items(
-            scores, as_new, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed
+        return fit_new_items(
+            fusion, scores, as_new, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed
         )
 
     def fuse(self, fusion: Fusion, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Scores:
@@ -165,7 +166,7 @@ class LabelledPairs:
         """Fit to tell the labels apart, by AUC."""
         labels = np.array([example.label for example in examples], dtype=np.float64)
         counts = self._evidence(examples)
-        return Fusion.fit_labels(scores, labels, *counts, settings=self.run.fusion, seed=self.run.seed)
+        return fit_labels(scores, labels, *counts, settings=self.run.fusion, seed=self.run.seed)
 
     def fit_new_items(
         self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]

@@ -15,11 +15,11 @@ from pydantic import ConfigDict, Field, JsonValue, field_validator, model_valida
 
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
-from recllm.fusion import FusionSettings
 from recllm.itemitem import EaseSettings, TransitionSettings
 from recllm.mf import FactorSettings
 from recllm.recency import RecencySettings
 from recllm.recipes import Settings, find_recipe, parse, read_toml
+from recllm.weighing import FusionSettings
 
 FILE, ENVIRONMENT, RECIPES = "run.toml", "environment.json", "recipes"
 """What a run's folder holds: the resolved run file, what it ran on, its prompts and adapter recipe as they were."""

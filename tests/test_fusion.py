@@ -12,9 +12,10 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.evaluate import KnownScores
 from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, logistic, sample_candidates
-from recllm.fusion import BACKUP, FusedScorer, Fusion, FusionSettings, evidence
+from recllm.fusion import BACKUP, FusedScorer, Fusion, evidence
 from recllm.metrics import auc, ndcg
 from recllm.ranking import ItemIndex, target_ranks
+from recllm.weighing import FusionSettings, fit_labels, fit_new_items, fit_ranking
 
 NAN = np.float32(np.nan)
 QUERIES, ITEMS = 200, 60
@@ -35,7 +36,7 @@ def made(seed=0, strength=(2.0, 1.0, 0.0)):
 
 @pytest.fixture(scope="module")
 def fitted():
-    return Fusion.fit_ranking(*made(), settings=QUICK, seed=1)
+    return fit_ranking(*made(), settings=QUICK, seed=1)
 
 
 def figure(fused, targets):
@@ -90,7 +91,7 @@ def test_useless_company_leaves_one_scorer_alone_with_backup():
     wrong[np.arange(QUERIES), targets] = -40.0
     settings = FusionSettings(l2=100.0)  # held at the plain sum, which the wrong one spoils
     counts = np.ones(QUERIES, dtype=np.int64), np.ones(ITEMS, dtype=np.int64)
-    fusion = Fusion.fit_ranking({"wrong": wrong, "perfect": perfect}, targets, *counts, settings=settings)
+    fusion = fit_ranking({"wrong": wrong, "perfect": perfect}, targets, *counts, settings=settings)
     assert fusion.chosen == "only perfect"
     assert fusion.gates == (BACKUP, 1.0)
     fused, _ = fusion.fuse({"wrong": wrong, "perfect": perfect}, *counts)
@@ -104,7 +105,7 @@ def test_ties_are_decided_in_the_stated_order():
     same = made()[0]["a"]
     _, targets, n_user, n_item = made()
     n_user[:], n_item[:] = 5, 5  # no evidence to weigh by, and two copies: every candidate ranks the same
-    fusion = Fusion.fit_ranking({"x": same, "y": same}, targets, n_user, n_item, settings=QUICK)
+    fusion = fit_ranking({"x": same, "y": same}, targets, n_user, n_item, settings=QUICK)
     assert len(set(fusion.candidates.values())) == 1
     assert fusion.chosen == "by counts"
 
@@ -117,7 +118,7 @@ def test_weights_follow_the_evidence():
     rows = np.arange(600)
     scores["cf"][rows, targets] += np.where(n_user == 100, 3.0, 0.0)  # knows users with a long history
     scores["text"][rows, targets] += np.where(n_user == 100, 0.0, 3.0)  # knows the others
-    fusion = Fusion.fit_ranking(scores, targets, n_user, np.full(ITEMS, 9))
+    fusion = fit_ranking(scores, targets, n_user, np.full(ITEMS, 9))
     assert fusion.chosen == "by counts"
     few, many = fusion.weights(2, 9), fusion.weights(100, 9)
     assert many["cf"] > 3 * few["cf"]
@@ -154,6 +155,63 @@ def test_without_a_scorer_equals_its_absence(fitted):
         fitted.without("z")
 
 
+@pytest.mark.parametrize("kind", ["stacker", "reciprocal rank", "borda", "levels"])
+def test_other_kinds_are_chosen_by_name_and_split_into_shares(kind, tmp_path):
+    scores, targets, n_user, n_item = made()
+    scores["a"][:, ::3] = np.nan
+    fusion = fit_ranking(scores, targets, n_user, n_item, settings=QUICK.model_copy(update={"kinds": (kind,)}))
+    assert fusion.chosen == kind
+    assert set(fusion.candidates) == {kind}
+    fused, shares = fusion.fuse(scores, n_user, n_item)
+    assert np.array_equal(fused, sum(shares.values()))
+    assert figure(fused, targets) > figure(scores["c"], targets) + 0.05
+    fusion.save(tmp_path / "fusion.json")
+    assert np.array_equal(Fusion.load(tmp_path / "fusion.json").fuse(scores, n_user, n_item)[0], fused)
+    # A scorer that is missing is silent, and the others still say what they know.
+    rest = fusion.fuse({name: scores[name] for name in "bc"}, n_user, n_item)
+    assert not np.isnan(rest[0]).any()
+    assert not rest[1]["a"].any()
+
+
+def test_what_is_tried_by_default_does_not_rank_below_any_other_kind():
+    scores, targets, n_user, n_item = made()
+    every = ("by counts", "without counts", "plain sum", "best single", "stacker", "reciprocal rank", "borda", "levels")
+    fusion = fit_ranking(scores, targets, n_user, n_item, settings=QUICK.model_copy(update={"kinds": every}))
+    assert set(every) - {"best single"} | {"only a", "only b", "only c"} == set(fusion.candidates)
+    assert fusion.candidates[fusion.chosen] == max(fusion.candidates.values())
+
+
+def test_ranks_and_points_by_hand():
+    scores = np.array([[3.0, NAN, 1.0, 3.0]], dtype=np.float32)
+    assert fitting.reciprocal_ranks(scores)[0] == pytest.approx([1 / 61, 0.0, 1 / 63, 1 / 62])
+    assert fitting.borda_points(scores)[0] == pytest.approx([1.0, 0.0, 0.98, 0.99])
+
+
+def test_levels_speak_where_those_before_are_silent():
+    fusion = replace(Fusion.plain(("a", "b", "c")), levels=(0, 1, 2))
+    scores = {
+        "a": np.array([[1.0, 2.0, NAN, NAN]], dtype=np.float32),
+        "b": np.array([[NAN, 5.0, 6.0, NAN]], dtype=np.float32),
+        "c": np.array([[1.0, 2.0, 3.0, 5.0]], dtype=np.float32),
+    }
+    shares = fusion.fuse(scores, np.array([3]), np.full(4, 3))[1]
+    assert [(shares[name][0] != 0).tolist() for name in "abc"] == [
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, False, True],
+    ]
+
+
+def test_pairs_have_no_ranks():
+    scores = {"a": np.array([1.0, 2.0, 3.0], dtype=np.float32)}
+    settings = FusionSettings(kinds=("borda",))
+    with pytest.raises(RecllmError, match="ranks need several candidates"):
+        fit_labels(scores, [0, 1, 1], np.ones(3, int), np.ones(3, int), settings=settings)
+    several = FusionSettings(kinds=("borda", "stacker", "levels"))
+    fusion = fit_labels(scores, [0, 1, 1], np.ones(3, int), np.ones(3, int), settings=several)
+    assert set(fusion.candidates) == {"stacker", "levels"}
+
+
 def cold_start(seed=0):
     """Scores of `a` that know events only, of `b` that knows text; the target stands out in both."""
     rng = np.random.default_rng(seed)
@@ -172,8 +230,8 @@ def cold_start(seed=0):
 
 def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
     scores, as_new, targets, n_user, n_item, seen = cold_start()
-    before = Fusion.fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
-    after = before.fit_new_items(scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
     assert set(after.candidates_new) == {"fitted", "plain sum", "as few events"}
     assert after.candidates_new[after.chosen_new] == max(after.candidates_new.values())
     assert np.array_equal(before.fuse(scores, n_user, n_item)[0], after.fuse(scores, n_user, n_item)[0])
@@ -195,13 +253,14 @@ def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
 
 def test_without_a_share_of_new_items_nothing_changes():
     scores, as_new, targets, n_user, n_item, seen = cold_start()
-    before = Fusion.fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
     settings = QUICK.model_copy(update={"new_share": 0.0})
-    assert before.fit_new_items(scores, as_new, targets, n_user, n_item, seen, settings=settings) is before
+    assert fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=settings) is before
 
 
 def test_weights_of_new_items_are_saved_and_leave_with_their_scorer(tmp_path):
-    fusion = replace(Fusion.plain(("a", "b")), new=np.array([[1.0, 0.5], [-2.0, 0.0]]), gates=(1.0, BACKUP))
+    fusion = replace(Fusion.plain(("a", "b")), new=np.array([[1.0, 0.5], [-2.0, 0.0]]))
+    fusion = replace(fusion, gates=(1.0, BACKUP), levels=(0, 1))
     fusion.save(tmp_path / "fusion.json")
     again = Fusion.load(tmp_path / "fusion.json")
     assert np.array_equal(again.new, fusion.new)
@@ -219,7 +278,7 @@ def test_seen_candidates_are_not_ranked_while_fitting():
     scores, targets, n_user, n_item = made()
     seen = np.zeros((QUERIES, ITEMS), dtype=bool)
     seen[:, :20] = True
-    fusion = Fusion.fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    fusion = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
     masked = np.where(seen, np.nan, scores["b"])
     masked[np.arange(QUERIES), targets] = scores["b"][np.arange(QUERIES), targets]
     assert fusion.candidates["only b"] == pytest.approx(figure(masked, targets))
@@ -236,17 +295,17 @@ def test_seen_candidates_are_not_ranked_while_fitting():
 def test_queries_without_a_target_are_left_out():
     scores, targets, n_user, n_item = made()
     targets[:150] = -1
-    fusion = Fusion.fit_ranking(scores, targets, n_user, n_item, settings=QUICK)
+    fusion = fit_ranking(scores, targets, n_user, n_item, settings=QUICK)
     kept = {name: own[150:] for name, own in scores.items()}
-    again = Fusion.fit_ranking(kept, targets[150:], n_user[150:], n_item, settings=QUICK)
+    again = fit_ranking(kept, targets[150:], n_user[150:], n_item, settings=QUICK)
     assert fusion.candidates["only a"] == pytest.approx(again.candidates["only a"])
     with pytest.raises(RecllmError, match="one validation query with a target"):
-        Fusion.fit_ranking(scores, np.full(QUERIES, -1), n_user, n_item)
+        fit_ranking(scores, np.full(QUERIES, -1), n_user, n_item)
 
 
 def test_same_seed_same_fusion(fitted):
-    again = Fusion.fit_ranking(*made(), settings=QUICK, seed=1)
-    other = Fusion.fit_ranking(*made(), settings=QUICK, seed=2)
+    again = fit_ranking(*made(), settings=QUICK, seed=1)
+    other = fit_ranking(*made(), settings=QUICK, seed=2)
     assert np.array_equal(again.theta, fitted.theta)
     assert not np.array_equal(other.theta, fitted.theta)
 
@@ -289,7 +348,7 @@ def test_labels_are_fused_over_all_rows():
     }
     scores["user"][:50] = np.nan
     n_user, n_item = rng.integers(0, 30, size=800), rng.integers(0, 30, size=800)
-    fusion = Fusion.fit_labels(scores, labels, n_user, n_item)
+    fusion = fit_labels(scores, labels, n_user, n_item)
     assert fusion.standardise == "global"
     assert fusion.candidates[fusion.chosen] == max(fusion.candidates.values())
     assert fusion.candidates[fusion.chosen] > auc(labels, scores["item"]) + 0.03
@@ -301,7 +360,7 @@ def test_labels_are_fused_over_all_rows():
     assert fused.shape == (800, 1)
     assert one[0, 0] == fused[7, 0]  # a row's score does not depend on its neighbours
     with pytest.raises(RecllmError, match="both labels"):
-        Fusion.fit_labels(scores, np.ones(800), n_user, n_item)
+        fit_labels(scores, np.ones(800), n_user, n_item)
 
 
 def test_saved_fusion_is_json_and_fuses_the_same(fitted, tmp_path):

@@ -117,7 +117,9 @@ def test_a_single_chosen_scorer_leaves_the_others_as_backup(tmp_path):
 
 
 def test_items_without_events_have_weights_of_their_own(tmp_path):
-    given = replace(fusion(3, (1.0, BACKUP, BACKUP)), new=np.random.default_rng(3).normal(size=(3, 2)))
+    given = replace(
+        fusion(3, (1.0, BACKUP, BACKUP)), levels=(0, 1, 1), new=np.random.default_rng(3).normal(size=(3, 2))
+    )
     feeds, (n_user, n_item) = vectors(3), counts(3)
     n_item[::4] = 0
     feeds["b_items"][::4] = np.nan
@@ -125,6 +127,19 @@ def test_items_without_events_have_weights_of_their_own(tmp_path):
     agree(found, expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS))
     plain = run(tmp_path, replace(given, new=None), feeds, n_user, n_item, NONE_SEEN, ITEMS)
     assert not np.array_equal(found[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"standardise": "reciprocal rank"}, {"standardise": "borda"}, {"levels": (2, 0, 1)}, {"signed": True}],
+    ids=str,
+)
+def test_every_kind_of_fusion_is_exported(other, tmp_path):
+    given = replace(fusion(4), **other)
+    feeds, (n_user, n_item) = vectors(4), counts(4)
+    feeds["a_items"][::3], feeds["b_queries"][2] = np.nan, np.nan
+    found = run(tmp_path, given, feeds, n_user, n_item, NONE_SEEN, ITEMS)
+    agree(found, expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS))
 
 
 def test_counts_outside_what_was_fitted_are_clipped(tmp_path):

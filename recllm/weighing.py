@@ -1,0 +1,274 @@
+"""Weighing: fit the fusion's weights on validation, for rankings, for labelled pairs and for items without events."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from recllm.errors import RecllmError
+from recllm.fitting import (
+    PLAIN,
+    Evidence,
+    Problem,
+    cross_entropy,
+    drop_scorers,
+    logistic,
+    minimise,
+    moments,
+    sample_candidates,
+)
+from recllm.fusion import BACKUP, Counts, Fusion
+from recllm.metrics import auc, ndcg
+from recllm.ranking import QUERY_BATCH, Scores, target_ranks
+from recllm.recipes import Settings
+
+SILENT = -30.0
+"""A θ whose weight is as good as 0."""
+NDCG_AT = 10
+
+Kind = Literal[
+    "by counts", "without counts", "plain sum", "best single", "stacker", "reciprocal rank", "borda", "levels"
+]
+RANKS: tuple[Kind, ...] = ("reciprocal rank", "borda")
+"""Kinds that need several candidates to a query."""
+
+
+class FusionSettings(Settings):
+    """`[fusion]`: which fusions are tried, and how their weights are fitted."""
+
+    kinds: tuple[Kind, ...] = Field(("by counts", "without counts", "plain sum", "best single"), min_length=1)
+    """What is tried, the best on validation is kept: softplus weights by event counts or the same everywhere, the plain
+    sum of standardised scores, each scorer alone with the others as backup, signed weights by counts (stacker), sums of
+    reciprocal ranks or of Borda points, and scorers one after the other (levels), each only where those before it are
+    silent. With "best single" among them no part ranks above the fusion on the rows that choose."""
+    queries: int = Field(2000, ge=1)
+    """The most validation queries to fit on."""
+    choosing: int = Field(5000, ge=1)
+    """The most validation queries to choose on."""
+    negatives: int = Field(200, ge=1)
+    """The most sampled candidates beside each target."""
+    l2: float = Field(1e-3, ge=0)
+    """Pull of the weights towards the plain sum."""
+    new_share: float = Field(0.3, ge=0, lt=1)
+    """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out."""
+    drop: float = Field(0.1, ge=0, lt=1)
+    """Probability that a scorer is left out of a row while fitting."""
+    iterations: int = Field(100, ge=1)
+    """The most steps of L-BFGS."""
+
+
+def fit_ranking(
+    scores: Mapping[str, Scores],
+    targets: NDArray[np.int64],
+    n_user: Counts,
+    n_item: Counts,
+    seen: NDArray[np.bool_] | None = None,
+    *,
+    settings: FusionSettings | None = None,
+    seed: int = 0,
+) -> Fusion:
+    """Fit on validation queries by softmax cross-entropy of the target; choose by NDCG@10.
+
+    Chosen is the best of `settings.kinds`, on a tie the earlier.
+
+    Args:
+        scores: by scorer, float32[queries, candidates].
+        targets: column of each query's target, int64[queries]; −1 leaves the query out.
+        n_user: length of each query's known history, int[queries]; see `evidence`.
+        n_item: train events per candidate, int[candidates].
+        seen: candidates that are not ranked, bool[queries, candidates]; a target is ranked always.
+        settings: how to fit.
+        seed: of sampling and dropping.
+
+    Raises:
+        RecllmError: no scorer, or no query with a target.
+    """
+    settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
+    rows = np.flatnonzero(targets >= 0)
+    if not scores or not len(rows):
+        raise RecllmError("The fusion needs at least one scorer and one validation query with a target candidate.")
+    barred = np.zeros((len(targets), len(n_item)), dtype=bool) if seen is None else seen.copy()
+    barred[rows, targets[rows]] = False
+    base = replace(Fusion.plain(tuple(scores)), user=Evidence.of(n_user[rows]), item=Evidence.of(n_item))
+    order = rng.permutation(rows)
+    sample, choosing = np.sort(order[: settings.queries]), np.sort(order[: settings.choosing])
+    columns, valid = sample_candidates(targets[sample], barred[sample], settings.negatives, rng)
+    z = np.stack([np.take_along_axis(base.z(name, scores[name][sample]), columns, 1) for name in base.names])
+    problem = Problem(
+        drop_scorers(z, settings.drop, rng),
+        base.user(n_user[sample])[:, None],
+        base.item(n_item)[columns],
+        cross_entropy(valid),
+    )
+
+    def figure(fusion: Fusion) -> float:
+        found = []
+        for part in np.array_split(choosing, -(-len(choosing) // QUERY_BATCH)):
+            fused, _ = fusion.fuse({name: given[part] for name, given in scores.items()}, n_user[part], n_item)
+            found.append(ndcg(target_ranks(np.where(barred[part], np.nan, fused), targets[part]), NDCG_AT))
+        return float(np.concatenate(found).mean())
+
+    return _best(base, problem, settings, figure)
+
+
+def fit_labels(
+    scores: Mapping[str, NDArray[np.float32]],
+    labels: ArrayLike,
+    n_user: Counts,
+    n_item: Counts,
+    *,
+    settings: FusionSettings | None = None,
+    seed: int = 0,
+) -> Fusion:
+    """Fit on labelled validation pairs by logistic loss, standardised over all rows; choose by AUC as above.
+
+    Kinds that need several candidates to a query are passed over.
+
+    Args:
+        scores: by scorer, float32[rows].
+        labels: 1 and 0, [rows].
+        n_user: length of each row's known history, int[rows].
+        n_item: train events of each row's item, int[rows].
+        settings: how to fit.
+        seed: of dropping.
+
+    Raises:
+        RecllmError: no scorer, labels of one kind only, or no kind of fusion that pairs can have.
+    """
+    settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
+    label = np.asarray(labels, dtype=np.float64)
+    if not scores or len(np.unique(label)) < 2:
+        raise RecllmError("The fusion needs at least one scorer and validation rows with both labels, 0 and 1.")
+    kinds = tuple(kind for kind in settings.kinds if kind not in RANKS)
+    if not kinds:
+        raise RecllmError(
+            f"fusion.kinds is {list(settings.kinds)}: ranks need several candidates to a query, and pairs have one. "
+            "Add 'by counts' or another kind."
+        )
+    both = [moments(given[None, :]) for given in scores.values()]
+    base = replace(
+        Fusion.plain(tuple(scores)),
+        standardise="global",
+        means=tuple(float(mean[0, 0]) for mean, _ in both),
+        deviations=tuple(float(deviation[0, 0]) for _, deviation in both),
+        user=Evidence.of(n_user),
+        item=Evidence.of(n_item),
+    )
+    pairs = {name: given[:, None] for name, given in scores.items()}
+    z = drop_scorers(np.stack([base.z(name, pairs[name]) for name in base.names]), settings.drop, rng)
+    problem = Problem(z, base.user(n_user)[:, None], base.item(n_item)[:, None], logistic(label))
+
+    def figure(fusion: Fusion) -> float:
+        return auc(label, np.nan_to_num(fusion.fuse(pairs, n_user, n_item[:, None])[0][:, 0]))
+
+    return _best(base, problem, settings.model_copy(update={"kinds": kinds}), figure)
+
+
+def _best(base: Fusion, problem: Problem, settings: FusionSettings, figure: Callable[[Fusion], float]) -> Fusion:
+    """Fit, measure everything that is tried, take the best; on a tie the earlier."""
+    made: dict[str, Fusion] = {}
+    for kind in settings.kinds:
+        if kind == "by counts" or kind == "without counts" or kind == "stacker":
+            theta = minimise(
+                problem,
+                counts=kind != "without counts",
+                signed=kind == "stacker",
+                l2=settings.l2,
+                iterations=settings.iterations,
+            )
+            made[kind] = replace(base, theta=theta, signed=kind == "stacker")
+        elif kind == "plain sum":
+            made[kind] = base
+        elif kind == "best single":
+            made |= {f"only {name}": alone(base, name) for name in base.names}
+        elif kind == "levels":
+            # The better alone on validation, the earlier its level.
+            order = sorted(base.names, key=lambda name: -figure(alone(base, name)))
+            made[kind] = replace(base, levels=tuple(order.index(name) for name in base.names))
+        elif kind in ("reciprocal rank", "borda"):
+            made[kind] = replace(base, standardise=kind)
+    figures = {name: figure(fusion) for name, fusion in made.items()}
+    best = max(figures, key=figures.__getitem__)
+    return replace(made[best], chosen=best, candidates=figures)
+
+
+def alone(base: Fusion, name: str) -> Fusion:
+    """One scorer, and the others, hardly audible, where it is silent."""
+    return replace(
+        base,
+        gates=tuple(1.0 if own == name else BACKUP for own in base.names),
+        levels=tuple(int(own != name) for own in base.names),
+    )
+
+
+def fit_new_items(
+    fusion: Fusion,
+    scores: Mapping[str, Scores],
+    as_new: Mapping[str, Scores],
+    targets: NDArray[np.int64],
+    n_user: Counts,
+    n_item: Counts,
+    seen: NDArray[np.bool_],
+    *,
+    settings: FusionSettings | None = None,
+    seed: int = 0,
+) -> Fusion:
+    """The same fusion with weights for items without events, fitted by taking a part of the items for new.
+
+    In every row `settings.new_share` of the warm items, drawn anew, lose what is known from their events, the target
+    as likely as any other. Known items keep their weights; those of new ones are fitted by softmax cross-entropy, and
+    chosen by NDCG@10 in the mixed catalogue among: fitted, the plain sum, the weights of an item with the fewest
+    events.
+
+    Args:
+        fusion: for items with events.
+        scores: by scorer, float32[queries, candidates].
+        as_new: the same, as if no candidate had events.
+        targets: column of each query's target, int64[queries].
+        n_user: length of each query's known history, int[queries].
+        n_item: train events per candidate, int[candidates].
+        seen: candidates that are not ranked, bool[queries, candidates].
+        settings: how to fit.
+        seed: of the draws.
+    """
+    settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
+    warm, names = n_item > 0, fusion.names
+    rows = np.flatnonzero((targets >= 0) & warm[targets])
+    sample = np.sort(rng.permutation(rows)[: settings.queries])
+    if not len(sample) or settings.new_share == 0.0:
+        return fusion
+    new = warm & (rng.random((len(sample), len(n_item))) < settings.new_share)
+    counts = np.where(new, 0, n_item)
+    mixed = {name: np.where(new, as_new[name][sample], scores[name][sample]) for name in names}
+    barred = seen[sample]
+    barred[np.arange(len(sample)), targets[sample]] = False
+    columns, valid = sample_candidates(targets[sample], barred, settings.negatives, rng)
+
+    def at(values: NDArray[Any]) -> NDArray[Any]:
+        return np.take_along_axis(values, columns, 1)
+
+    # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
+    known, _ = replace(fusion, new=np.full((len(names), 2), SILENT)).fuse(mixed, n_user[sample], counts)
+    z = np.stack([at(fusion.z(name, mixed[name])) for name in names]) * at(counts == 0)
+    base, fixed = cross_entropy(valid), np.nan_to_num(at(known)).astype(np.float64)
+
+    def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
+        return base(part, own + fixed[part], intercept)
+
+    problem = Problem(
+        drop_scorers(z, settings.drop, rng), fusion.user(n_user[sample])[:, None], np.zeros(columns.shape), loss
+    )
+    fitted = minimise(problem, counts=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
+    fewest = fusion.theta[:, :2] + fusion.theta[:, 2:] * fusion.item(0) * [1.0, 0.0]
+    made = {"fitted": fitted, "plain sum": np.tile([PLAIN, 0.0], (len(names), 1)), "as few events": fewest}
+
+    def figure(theta: NDArray[np.float64]) -> float:
+        fused, _ = replace(fusion, new=theta).fuse(mixed, n_user[sample], counts)
+        return float(ndcg(target_ranks(np.where(barred, np.nan, fused), targets[sample]), NDCG_AT).mean())
+
+    figures = {name: figure(theta) for name, theta in made.items()}
+    best = max(figures, key=figures.__getitem__)
+    return replace(fusion, new=made[best], chosen_new=best, candidates_new=figures)
