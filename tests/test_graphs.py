@@ -110,7 +110,7 @@ def test_a_constant_scorer_says_nothing(tmp_path):
 def test_a_single_chosen_scorer_leaves_the_others_as_backup(tmp_path):
     feeds = vectors()
     feeds["a_queries"][0] = np.nan
-    given = (fusion(gates=(1.0, BACKUP, BACKUP)), feeds, *counts(), NONE_SEEN, 8)
+    given = (replace(fusion(gates=(1.0, BACKUP, BACKUP)), levels=(0, 1, 1)), feeds, *counts(), NONE_SEEN, 8)
     found = run(tmp_path, *given)
     agree(found, expected(*given))
     assert (found[0][0] >= 0).all()
