@@ -40,11 +40,13 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "ref text cosine": {"centred": (False, True)},
 }
 """What each reference is tuned over: every combination is one trial."""
-LARGE = 5000
-"""From so many items on a trial takes minutes, and each grid keeps its middle values only."""
+LARGE_ITEMS, LARGE_EVENTS = 5000, 500_000
+"""From so many items or events on a trial takes minutes, and each grid keeps its middle values only."""
 LARGE_GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "ref ALS": {"factors": (128,), "alpha": (1.0, 5.0, 20.0), "regularization": (10.0, 30.0)},
+    "ref BPR": {"factors": (64,), "regularization": (0.01,)},
     "ref EASE": {"regularization": (200.0, 500.0)},
+    "ref SASRec": {"dropout": (0.5,)},
 }
 SASREC_EPOCHS = 20
 """The most passes of a SASRec trial; the best epoch on validation is kept."""
@@ -195,7 +197,8 @@ def tuned_references(
 
 
 def _tuned(name: str, task: Task, vectors: RawVectors, seed: int, figure: Figure, say: Say) -> Reference:
-    grids = GRIDS | (LARGE_GRIDS if len(task.index) > LARGE else {})
+    large = len(task.index) > LARGE_ITEMS or len(task.split.train) > LARGE_EVENTS
+    grids = GRIDS | (LARGE_GRIDS if large else {})
     start, best, trials = time.monotonic(), None, {}
     for settings in _combinations(grids[name]):
         scorer = _fit(name, task, vectors, figure, seed, settings)

@@ -35,11 +35,19 @@ TEST_ROWS = 20_000
 """The most test rows of a protocol with more of them than users, drawn by seed 0."""
 
 DATA: dict[str, dict[str, Any]] = {
+    # Long histories of few users: smaller steps, else there are too few of them.
+    "ml-100k": {"train": {"per_device_train_batch_size": 16, "num_train_epochs": 4}},
+    # A million events: the language model reads each user's last 50 twice, about ten minutes of two cores.
+    "ml-1m": {
+        "light": {"per_device_train_batch_size": 64, "num_train_epochs": 8},
+        "train": {"recent_windows": True, "num_train_epochs": 2, "per_device_train_batch_size": 16},
+    },
     # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items.
     "amazon-beauty-2014": {
         "light": {"per_device_train_batch_size": 128, "max_history": 20, "num_train_epochs": 14},
         "ease": {"max_items": 15_000},
         "transitions": {"max_items": 15_000},
+        "train": {"num_train_epochs": 2},
     },
 }
 """What differs from one data set to another; everything else is equal."""
