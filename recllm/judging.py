@@ -12,6 +12,7 @@ from recllm.adapters import AdapterRecipe, attach, merge
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json
+from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
 from recllm.lm import load_base, model_folder, scoring_device
 from recllm.loop import (
     Examples,
@@ -25,7 +26,7 @@ from recllm.loop import (
 )
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
-from recllm.pairs import Made, labelled_rows, training_pairs
+from recllm.pairs import Made, earlier_events, labelled_rows, training_pairs
 from recllm.priors import ItemMean, UserMean
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scorer, Scores
@@ -40,7 +41,10 @@ from recllm.runs import Run
 from recllm.splits import Example, like_threshold
 from recllm.tasks import Task
 from recllm.trained import Collaborative, Say, adapter_recipe, in_full_precision, save_stage, stage_done
+from recllm.vectors import ItemFeatures
 
+ROWS_OF_A_USER = 8
+"""Training rows of one user that stand in a step together, for the loss inside users."""
 VALIDATION_ROWS = 1024
 """Validation rows that choose the checkpoint; the fusion sees all of them."""
 
@@ -89,6 +93,91 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
 
     means: dict[str, Scorer] = {"item_mean": ItemMean.load(folder), "user_mean": UserMean.load(folder)}
     return scorers | means | {"explicit": AskedAbout(ExplicitMF.load(folder), rated)}
+
+
+def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudge, PairFormat]:
+    """The light judge, untrained, and how its pairs are written."""
+    settings = run.light
+    torch.manual_seed(run.seed)
+    model = LightJudge(
+        features,
+        width=settings.width,
+        layers=settings.layers,
+        heads=settings.heads,
+        dropout=settings.dropout,
+        limit=settings.max_history,
+        factor_dropout=settings.factor_dropout,
+        pairwise=settings.pairwise,
+    )
+    given = task.split.train_rows
+    threshold = like_threshold(task.split.train, run.data.like_at)
+    events = earlier_events(task, like_at=run.data.like_at, max_history=1) if given is None else given
+    rows = (events[place] for place in range(len(events)))
+    return model, PairFormat(task.index, LikeShares.fit(rows), threshold, settings.max_history)
+
+
+def train_light_judge(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+    """Train the light judge on labelled pairs, unless it is done or the run has none.
+
+    Raises:
+        RecllmError: no row to train on, or no validation row of each label with a known history.
+    """
+    settings, folder = run.light, run.folder / "light"
+    if settings.num_train_epochs == 0 or stage_done(folder):
+        return
+    model, form = light_judge(run, task, parts.features)
+    say(f"Training the light judge, {settings.num_train_epochs} epochs")
+    arguments = {
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "per_device_train_batch_size": settings.pairs_in_step,
+        "warmup_steps": 0.05,
+        "seed": run.seed,
+        "report_to": run.train.trainer_keys().get("report_to", "none"),
+    }
+    rows = training_pairs(
+        task,
+        items=frozenset(task.index.ids),
+        like_at=run.data.like_at,
+        max_history=settings.max_history,
+        limit=run.model.relevance_rows,
+        epochs=settings.num_train_epochs,
+        at_least=rows_at_least(arguments),
+        seed=run.seed,
+        block=ROWS_OF_A_USER,
+    )
+    examples = Examples(Made(len(rows), lambda place: _pair(form, rows[place])))
+    valid = validation_sample(run, task, form.knows, "a known history")
+    fit(
+        model,
+        examples,
+        Examples([form.pair(row.query, row.item_id)._replace(label=row.label or 0.0) for row in valid]),
+        collator=PairCollator(),
+        valid_collator=PairCollator(),
+        arguments=arguments,
+        folder=run.folder,
+        scorer="light",
+        compute_metrics=auc_metric,
+        say=say,
+        metric="eval_auc",
+        resume=resume,
+    )
+    if process_state().is_main_process:
+        save_trained(model, folder / "model.safetensors")
+        save_stage(folder, {"rows": len(examples)})
+        shutil.rmtree(run.folder / "checkpoints" / "light", ignore_errors=True)
+    process_state().wait_for_everyone()
+
+
+def _pair(form: PairFormat, row: Example) -> Pair:
+    return form.pair(row.query, row.item_id, row.label)
+
+
+def load_light_judge(run: Run, task: Task, parts: Collaborative) -> LightJudgeScorer:
+    """The trained light judge of a run as a scorer."""
+    model, form = light_judge(run, task, parts.features)
+    load_trained(model, run.folder / "light" / "model.safetensors")
+    return LightJudgeScorer(model.eval().to(scoring_device()), form)
 
 
 def relevance_model(
@@ -190,14 +279,24 @@ def validation_rows(run: Run, task: Task, prompts: PairPrompts) -> list[Example]
     Raises:
         RecllmError: they do not have both labels.
     """
-    rows = [
-        row
-        for row in labelled_rows(task, "valid", run.seed)
-        if prompts.knows(row.query) and row.item_id in prompts.candidates
-    ]
+    return validation_sample(
+        run,
+        task,
+        lambda query, item: prompts.knows(query) and item in prompts.candidates,
+        "a history and text",
+    )
+
+
+def validation_sample(run: Run, task: Task, judges: Callable[[Query, str], bool], what: str) -> list[Example]:
+    """At most `VALIDATION_ROWS` labelled validation rows that a model can judge, the same for one seed.
+
+    Raises:
+        RecllmError: they do not have both labels; `what` says in the message what a row needs.
+    """
+    rows = [row for row in labelled_rows(task, "valid", run.seed) if judges(row.query, row.item_id)]
     if {row.label for row in rows} != {0.0, 1.0}:
         raise RecllmError(
-            f"The checkpoint is chosen by AUC on validation, and its {len(rows)} rows that have a history and text do "
+            f"The checkpoint is chosen by AUC on validation, and its {len(rows)} rows that have {what} do "
             "not have both labels. Set data.like_at, or choose another data.split."
         )
     kept = np.sort(np.random.default_rng(run.seed).permutation(len(rows))[:VALIDATION_ROWS])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recllm.data import Query
 from recllm.errors import RecllmError
@@ -62,6 +63,7 @@ def training_pairs(
     epochs: int,
     seed: int,
     at_least: int = 0,
+    block: int = 1,
 ) -> Sequence[Example]:
     """The rows that relevance is trained on, in the order in which they are seen, all epochs one after the other.
 
@@ -77,6 +79,7 @@ def training_pairs(
         epochs: passes.
         seed: of order and samples.
         at_least: further passes until there are so many rows.
+        block: the most rows of one user that stand together, for a loss inside users.
 
     Raises:
         RecllmError: no training event has a history, or a user has every item.
@@ -98,7 +101,7 @@ def training_pairs(
     order = [
         (epoch, int(row))
         for epoch in range(passes)
-        for row in np.random.default_rng((seed, epoch)).permutation(rows)[:count]
+        for row in _blocks(base, np.random.default_rng((seed, epoch)).permutation(rows)[:count], block)
     ]
     if judged:
         return Made(len(order), lambda place: base[order[place][1]])
@@ -109,6 +112,22 @@ def training_pairs(
         return negatives.pair(base[row], (seed, epoch, row))[place % 2]
 
     return Made(2 * len(order), make)
+
+
+def _blocks(base: Sequence[Example], rows: NDArray[np.int64], block: int) -> NDArray[np.int64]:
+    """The rows, in blocks of up to `block` of one user; blocks stand where their first row stood."""
+    if block == 1:
+        return rows
+    open_blocks: dict[str | None, list[int]] = {}
+    blocks: list[list[int]] = []
+    for row in rows.tolist():
+        user = base[row].query.user_id
+        own = open_blocks.get(user)
+        if own is None or len(own) == block:
+            own = open_blocks[user] = []
+            blocks.append(own)
+        own.append(row)
+    return np.array([row for own in blocks for row in own], dtype=np.int64)
 
 
 def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:

@@ -140,6 +140,10 @@ class LightSettings(Settings):
     """AdamW's."""
     per_device_train_batch_size: int = Field(default=32, ge=1)
     """Windows in a step."""
+    pairs_in_step: int = Field(default=128, ge=1)
+    """Labelled pairs in a step, where the run judges pairs."""
+    pairwise: float = Field(default=0.5, ge=0)
+    """Weight of the loss over one user's liked and disliked rows beside cross-entropy, where the run judges pairs."""
     num_train_epochs: int = Field(default=10, ge=0)
     """Passes over all events; 0 trains no light scorer."""
 

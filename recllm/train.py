@@ -19,7 +19,7 @@ from recllm.errors import RecllmError
 from recllm.files import written
 from recllm.fusion import Fusion
 from recllm.histories import HistoryFormat
-from recllm.judging import load_relevance, rating_scorers, train_relevance
+from recllm.judging import load_light_judge, load_relevance, rating_scorers, train_light_judge, train_relevance
 from recllm.lm import LanguageBody, scoring_device
 from recllm.loop import (
     Examples,
@@ -123,7 +123,8 @@ def train_run(
     with clock.stage("factors and vectors"), state.main_process_first():
         parts = collaborative(run, task, say)
     with clock.stage("light"):
-        train_light(run, task, parts, resume=resume, say=say)
+        light = train_light_judge if run.model.task == "relevance" else train_light
+        light(run, task, parts, resume=resume, say=say)
     with clock.stage("language model"):
         if run.model.name != "none":
             train = train_relevance if run.model.task == "relevance" else train_language
@@ -305,7 +306,8 @@ def scorer_makers(run: Run, task: Task, parts: Collaborative) -> dict[str, Calla
     fitted = rating_scorers(run, task, parts) if judged else parts.scorers()
     makers: dict[str, Callable[[], Scorer]] = {name: partial(_same, scorer) for name, scorer in fitted.items()}
     if stage_done(run.folder / "light"):
-        makers["light"] = partial(_sequence, load_light, run, task, parts)
+        sequence = partial(_sequence, load_light, run, task, parts)
+        makers["light"] = partial(load_light_judge, run, task, parts) if judged else sequence
     if stage_done(run.folder / "lm"):
         language = partial(load_relevance, run, task) if judged else partial(_sequence, load_language, run, task, parts)
         makers[evaluation_protocol(run, task).language] = language

@@ -19,8 +19,8 @@ TORCH_FREE = [
     "pairs", "protocols", "bundle", "runtime", "growing", "query_rows", "sheets", "batch", "charts", "report",
 ]
 TORCH = [
-    "sequence", "adapters", "lm", "loop", "relevance", "trained", "judging", "train", "outcome", "graphs", "quantise",
-    "export", "quickstart", "commands",
+    "sequence", "lightjudge", "adapters", "lm", "loop", "relevance", "trained", "judging", "train", "outcome", "graphs",
+    "quantise", "export", "quickstart", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

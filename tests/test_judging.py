@@ -13,7 +13,7 @@ from recllm.files import read_json
 from recllm.judging import AskedAbout, load_relevance, rating_scorers
 from recllm.outcome import FUSION, evaluate_run
 from recllm.ranking import ItemIndex
-from recllm.runs import Run
+from recllm.runs import Run, load_run
 from recllm.tasks import prepare
 from recllm.train import known_scores, train_run
 from recllm.trained import load_collaborative
@@ -178,6 +178,19 @@ def test_without_an_adapter_a_causal_model_answers_zero_shot(
     assert load_relevance(run, task).calibrated
     assert not (run.folder / "metrics.jsonl").exists()
     assert "relevance" in tables(run, task)["test"].scorers
+
+
+def test_a_light_judge_alone_learns_what_is_liked(given_folder, tiny_encoder_folder, cache, tmp_path):
+    run = settings(given_folder, "none", tmp_path, tiny_encoder_folder)
+    light = {"width": 16, "heads": 2, "layers": 1, "num_train_epochs": 6, "learning_rate": 5e-3, "pairs_in_step": 16}
+    run = run.model_copy(update={"light": run.light.model_validate(run.light.model_dump() | light)})
+    task = train_run(run, say=lambda _: None)
+    table = tables(run, task)["test"]
+    assert set(table.scorers) >= {"item_mean", "text", "light", FUSION}
+    assert table.interval("light", "AUC")[0] > 0.95
+    assert table.interval("light", "scored")[0] == 1.0
+    assert load_run(run.folder).light == run.light
+    train_run(run, resume=True, say=lambda _: None)  # nothing is left to do
 
 
 def test_validation_of_one_label_says_so(given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path):

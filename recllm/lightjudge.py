@@ -1,0 +1,261 @@
+"""The light judge: a small transformer reads a history with its ratings and says whether a candidate will be liked."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recllm.data import Query
+from recllm.histories import padded
+from recllm.ranking import ItemIndex, Scores
+from recllm.sequence import IGNORED, ItemProjection, LightBody
+from recllm.splits import Example
+from recllm.vectors import ItemFeatures
+
+UNRATED, DISLIKED, LIKED, CANDIDATE = range(4)
+"""What is known of an item where it stands."""
+FACTS = 5
+SHRINKAGE = 5.0
+PAIRS_IN_BATCH = 512
+"""Pairs that are scored at once."""
+
+
+@dataclass(frozen=True)
+class LikeShares:
+    """How often each item was liked, and each user's items, in the training rows.
+
+    A training row's own label is left out of both, else the model would learn to read it from them.
+
+    Attributes:
+        items: rows and likes by item.
+        users: rows and likes by user.
+        middle: share of likes over all rows.
+    """
+
+    items: dict[str, tuple[int, float]]
+    users: dict[str, tuple[int, float]]
+    middle: float
+
+    @classmethod
+    def fit(cls, rows: Iterable[Example]) -> Self:
+        """Count the labelled rows; each event once, however often a set repeats it."""
+        items: dict[str, tuple[int, float]] = {}
+        users: dict[str, tuple[int, float]] = {}
+        likes = {(row.query.user_id, row.item_id): row.label for row in rows if row.label is not None}
+        for (user, item), label in likes.items():
+            for counts, key in ((items, item), (users, user or "")):
+                number, liked = counts.get(key, (0, 0.0))
+                counts[key] = number + 1, liked + label
+        total = sum(number for number, _ in items.values())
+        return cls(items, users, sum(liked for _, liked in items.values()) / max(total, 1))
+
+    def facts(self, query: Query, item: str, likes: Sequence[float], own: float | None = None) -> list[float]:
+        """Five numbers: the item's share of likes and log count, the user's, and the log length of the history.
+
+        Args:
+            query: who is asked.
+            item: the candidate.
+            likes: 1 and 0 of the history's rated items; they stand for the user where there are any.
+            own: the row's own label, to be left out.
+        """
+        in_items = self._less(self.items.get(item, (0, 0.0)), own)
+        in_users = self._less(self.users.get(query.user_id or "", (0, 0.0)), own)
+        if likes:
+            in_users = len(likes), float(sum(likes))
+        shares = [number for counts in (in_items, in_users) for number in (self._share(counts), math.log1p(counts[0]))]
+        return [*shares, math.log1p(len(query.history))]
+
+    def _share(self, counts: tuple[int, float]) -> float:
+        number, liked = counts
+        return (liked + SHRINKAGE * self.middle) / (number + SHRINKAGE) - self.middle
+
+    @staticmethod
+    def _less(counts: tuple[int, float], own: float | None) -> tuple[int, float]:
+        number, liked = counts
+        return (number - 1, liked - own) if own is not None and number else counts
+
+
+class Pair(NamedTuple):
+    """One history with its candidate, ready for the model."""
+
+    ids: list[int]
+    """Item rows of the history, oldest first, the candidate last."""
+    kinds: list[int]
+    facts: list[float]
+    user: int
+    label: float
+
+
+@dataclass(frozen=True, eq=False)
+class PairFormat:
+    """Turns queries and items into pairs, the same for training and scoring.
+
+    Attributes:
+        index: the items.
+        shares: what the training rows say of items and users.
+        threshold: a rating of at least this is a like.
+        limit: how many of the last items are read.
+    """
+
+    index: ItemIndex
+    shares: LikeShares
+    threshold: float
+    limit: int
+    _users: dict[str, int] = field(default_factory=dict)
+
+    def knows(self, query: Query, item: str) -> bool:
+        """Whether the pair can be judged: a known item in the history, and a known candidate."""
+        return item in self.index and any(own in self.index for own in query.history)
+
+    def pair(self, query: Query, item: str, label: float | None = None) -> Pair:
+        """The pair of a training row, whose `label` is left out of the shares, or of a question without one."""
+        known = [place for place, own in enumerate(query.history) if own in self.index][-self.limit :]
+        ratings = None if query.ratings is None else [query.ratings[place] for place in known]
+        kinds = [UNRATED] * len(known)
+        if ratings is not None:
+            kinds = [LIKED if rating >= self.threshold else DISLIKED for rating in ratings]
+        rows = self.index.rows([*(query.history[place] for place in known), item]).tolist()
+        likes = [] if ratings is None else [float(kind == LIKED) for kind in kinds]
+        facts = self.shares.facts(query, item, likes, label)
+        user = self._users.setdefault(query.user_id, len(self._users)) if query.user_id is not None else -1
+        return Pair(rows, [*kinds, CANDIDATE], facts, user, 0.0 if label is None else label)
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pairs to padded tensors, without any randomness."""
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """int64[batch, length] `ids` and `kinds`, int64[batch] `ends` and `users`, float32[batch, …] the others."""
+        return {
+            "ids": torch.from_numpy(padded([pair.ids for pair in pairs])),
+            "kinds": torch.from_numpy(padded([pair.kinds for pair in pairs])),
+            "ends": torch.tensor([len(pair.ids) - 1 for pair in pairs]),
+            "facts": torch.tensor([pair.facts for pair in pairs], dtype=torch.float32),
+            "users": torch.tensor([pair.user for pair in pairs]),
+            "labels": torch.tensor([[pair.label] for pair in pairs], dtype=torch.float32),
+        }
+
+
+class LightJudge(nn.Module):
+    """A causal transformer over item tokens, each marked as liked, disliked, unrated or asked about.
+
+    As knowledge tracing asks whether the next answer will be right (Pandey & Karypis 2019, "A Self-Attentive Model for
+    Knowledge Tracing"), the candidate stands last and attends to the marked history; what training rows say of the
+    item and of the user is added to it.
+
+    Args:
+        features: the item vectors.
+        width, layers, heads, dropout: of the transformer.
+        limit: the longest history.
+        factor_dropout: share of items that lose their factors in a training step.
+        pairwise: weight of the logistic loss over pairs of one user's rows with different labels.
+    """
+
+    def __init__(
+        self,
+        features: ItemFeatures,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        limit: int,
+        factor_dropout: float = 0.0,
+        pairwise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, 1.0)
+        self.kinds = nn.Embedding(4, width)
+        nn.init.normal_(self.kinds.weight, std=0.02)
+        self.facts = nn.Linear(FACTS, width)
+        self.body = LightBody(width, layers, heads, limit + 1, dropout)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
+        self.factor_dropout, self.pairwise = factor_dropout, pairwise
+        self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)
+        self.register_buffer("item_factors", torch.from_numpy(features.factors), persistent=False)
+
+    def forward(
+        self,
+        ids: Tensor,
+        kinds: Tensor,
+        ends: Tensor,
+        facts: Tensor,
+        users: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: object,
+    ) -> dict[str, Tensor]:
+        """Binary cross-entropy, and the pairwise loss over those rows of one user that stand in this batch.
+
+        Returns:
+            `loss`, a scalar, and `logits`, float32[batch].
+        """
+        logits, given = self.logits(ids, kinds, ends, facts), labels[:, 0]
+        counts = given != IGNORED
+        total = functional.binary_cross_entropy_with_logits(logits[counts], given[counts], reduction="sum")
+        if self.pairwise and self.training:
+            total = total + self.pairwise * counts.sum() * _pairwise(logits, given, users)
+        number = counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / number, "logits": logits}
+
+    def logits(self, ids: Tensor, kinds: Tensor, ends: Tensor, facts: Tensor) -> Tensor:
+        """Scores float32[batch] of pairs, padded on the right."""
+        table = self.tokens(self.text_vectors, self._factors())
+        tokens = functional.embedding(ids, table) + self.kinds(kinds)
+        rows = torch.arange(len(ids), device=ids.device)
+        asked = torch.zeros_like(tokens).index_put((rows, ends), self.facts(facts).to(tokens.dtype))
+        hidden = self.body(tokens + asked)[rows, ends]
+        logits: Tensor = self.head(hidden)[:, 0].float()
+        return logits
+
+    def _factors(self) -> Tensor:
+        factors: Tensor = self.item_factors  # type: ignore[assignment]
+        if not self.training or self.factor_dropout == 0.0:
+            return factors
+        kept = torch.rand(len(factors), 1, device=factors.device) >= self.factor_dropout
+        return torch.where(kept, factors, torch.nan)
+
+
+def _pairwise(logits: Tensor, labels: Tensor, users: Tensor) -> Tensor:
+    """Mean logistic loss over a user's pairs of a liked and a disliked row (Rendle et al. 2009, BPR); 0 without any."""
+    same = (users[:, None] == users[None, :]) & (users >= 0)[:, None]
+    pairs = same & (labels[:, None] == 1.0) & (labels[None, :] == 0.0)
+    if not pairs.any():
+        return logits.sum() * 0.0
+    return functional.softplus(logits[None, :] - logits[:, None])[pairs].mean()
+
+
+@dataclass(eq=False)
+class LightJudgeScorer:
+    """A trained light judge as a scorer; NaN for an unknown item and for a history without a known one."""
+
+    model: LightJudge
+    form: PairFormat
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """Judge every candidate for every query: float32[queries, candidates]."""
+        pairs = [query for query in queries for _ in candidates.ids]
+        return self.score_pairs(pairs, candidates.ids * len(queries)).reshape(len(queries), len(candidates))
+
+    @torch.inference_mode()
+    def score_pairs(self, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
+        """Judge one item per query: float32[queries]."""
+        self.model.eval()
+        device, collate = next(self.model.parameters()).device, PairCollator()
+        rows = [row for row, pair in enumerate(zip(queries, items, strict=True)) if self.form.knows(*pair)]
+        pairs = {row: self.form.pair(queries[row], items[row]) for row in rows}
+        rows.sort(key=lambda row: len(pairs[row].ids))
+        result = np.full(len(items), np.nan, dtype=np.float32)
+        for start in range(0, len(rows), PAIRS_IN_BATCH):
+            part = rows[start : start + PAIRS_IN_BATCH]
+            batch = {name: value.to(device) for name, value in collate([pairs[row] for row in part]).items()}
+            logits = self.model.logits(batch["ids"], batch["kinds"], batch["ends"], batch["facts"])
+            result[part] = logits.cpu().numpy()
+        return result
