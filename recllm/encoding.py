@@ -25,7 +25,7 @@ class SequenceScorer:
         index: the items, in the order of `heads`.
         heads: float32[items, width], vectors that queries are compared with; NaN rows for unknown items.
         bias: float32[items].
-        new: float32[items, width], `heads` as they would be if no item had events; None where nobody asks.
+        new: float32[items, width + 1], heads and bias as they would be without any events; None where nobody asks.
         progress: gets the number of queries done, batch by batch.
     """
 
@@ -74,11 +74,11 @@ class SequenceScorer:
         return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
 
     def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
-        """Scores of the candidates by what is known without events, their bias 0: float32[queries, candidates]."""
+        """Scores of the candidates by what is known without events: float32[queries, candidates]."""
         assert self.new is not None
         rows = self.index.rows(candidates.ids)
         heads = np.where((rows >= 0)[:, None], self.new[rows], np.float32(np.nan))
-        return dot_scores(self.query_vectors(queries)[:, :-1], heads)
+        return dot_scores(self.query_vectors(queries), heads)
 
 
 def shared_paths(rows: list[tuple[int, list[int]]]) -> list[tuple[list[int], list[int]]]:

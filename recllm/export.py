@@ -253,6 +253,7 @@ def _write_content(
         arrays[f"{name}.heads"], arrays[f"{name}.bias"] = item_heads(model)
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
+            arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()
     save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / VECTORS)
     fusion = Fusion.load(run.folder / "fusion.json")
     scorers: dict[str, Any] = parts.scorers()

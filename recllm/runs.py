@@ -17,6 +17,7 @@ from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
 from recllm.itemitem import EaseSettings, TransitionSettings
 from recllm.mf import FactorSettings
+from recllm.neighbours import NeighbourSettings
 from recllm.recency import RecencySettings
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.weighing import FusionSettings
@@ -217,6 +218,7 @@ class Run(Settings):
     recency: RecencySettings = RecencySettings()
     ease: EaseSettings = EaseSettings()
     transitions: TransitionSettings = TransitionSettings()
+    neighbours: NeighbourSettings = NeighbourSettings()
     fusion: FusionSettings = FusionSettings()
     export: ExportSettings = ExportSettings()
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
 from recllm.itemitem import EASE, Transitions
 from recllm.mf import ImplicitMF
+from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores, VectorScorer
@@ -42,6 +43,7 @@ FITTED: dict[str, Any] = {
     "ease": EASE,
     "transitions": Transitions,
     "text": TextSimilarity,
+    "neighbours": Neighbours,
 }
 """Kinds of scorers without a graph."""
 
@@ -110,21 +112,22 @@ class TableScorer(SequenceScorer):
         index: ItemIndex,
         heads: NDArray[np.float32],
         bias: NDArray[np.float32],
+        cold_bias: float,
     ) -> None:
         super().__init__(onnx_encode(graph, table), history, index, heads, bias)
-        self.graph, self.table = graph, table
+        self.graph, self.table, self.cold_bias = graph, table, cold_bias
 
     def grown(self, index: ItemIndex, tokens: NDArray[np.float32], heads: NDArray[np.float32]) -> "TableScorer":
-        """The same with new items at the end of `index`; their bias is 0, as for every item without events.
+        """The same with new items at the end of `index`; their bias is that of every item without events.
 
         A text history passes over new items: the table has no vectors for words that no old item has.
         """
-        bias = np.concatenate([self.items[:, -1], np.zeros(len(heads), dtype=np.float32)])
+        bias = np.concatenate([self.items[:, -1], np.full(len(heads), self.cold_bias, dtype=np.float32)])
         table, heads = np.concatenate([self.table, tokens]), np.concatenate([self.items[:, :-1], heads])
         history = self.history
         if history.texts is not None:
             history = replace(history, texts=history.texts + (None,) * len(tokens))
-        return TableScorer(self.graph, table, history, index, heads, bias)
+        return TableScorer(self.graph, table, history, index, heads, bias, self.cold_bias)
 
 
 def onnx_encode(session: Any, table: NDArray[np.float32]) -> Encode:  # noqa: ANN401  onnxruntime is untyped
@@ -255,12 +258,13 @@ class Recommender:
         if self._item_encoder is None:
             raise RecllmError("This bundle has no item encoder, so it cannot take new items. Export it again.")
         catalog = self.catalog.with_items(records)
-        index = ItemIndex(catalog.ids)
         new = [catalog.record(item_id) for item_id in catalog.ids[len(self.index) :]]
         text = self._item_encoder(new)
         scorers = {
-            name: _grown(scorer, index, text, self._item_graphs.get(name)) for name, scorer in self.scorers.items()
+            name: _grown(scorer, catalog, text, self._item_graphs.get(name)) for name, scorer in self.scorers.items()
         }
+        if "neighbours" in scorers and isinstance(similar := scorers.get("text"), TextSimilarity):
+            scorers["neighbours"] = cast(Neighbours, self.scorers["neighbours"]).grown(catalog, similar.vectors)
         return Recommender(
             catalog=catalog,
             scorers=scorers,
@@ -273,8 +277,9 @@ class Recommender:
         )
 
 
-def _grown(scorer: VectorScorer, index: ItemIndex, text: NDArray[np.float32], graph: Any) -> VectorScorer:  # noqa: ANN401
-    """A scorer that knows the new items at the end of `index` by their text; one that reads no text stays as it is."""
+def _grown(scorer: VectorScorer, catalog: Catalog, text: NDArray[np.float32], graph: Any) -> VectorScorer:  # noqa: ANN401
+    """A scorer that knows the new items at the catalogue's end by their text; one that reads none stays as it is."""
+    index = ItemIndex(catalog.ids)
     if isinstance(scorer, Popularity):
         old = scorer.item_vectors(ItemIndex(index.ids[: len(index) - len(text)]))[:, 0]
         return Popularity(index, np.concatenate([old, np.zeros(len(text), dtype=np.float32)]))
@@ -345,5 +350,5 @@ def _load_scorer(
     if kind != "sequence":
         raise unknown("kind of scorer in the bundle", kind, [*FITTED, "sequence"])
     history = HistoryFormat.from_dict(read_json(folder / f"{name}.json"))
-    graph = session(f"{name}.onnx")
-    return TableScorer(graph, arrays[f"{name}.table"], history, index, arrays[f"{name}.heads"], arrays[f"{name}.bias"])
+    table, heads, bias, cold_bias = (arrays[f"{name}.{part}"] for part in ("table", "heads", "bias", "cold_bias"))
+    return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item())

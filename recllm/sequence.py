@@ -128,6 +128,7 @@ class NextItemModel(nn.Module):
         self.query = nn.Linear(width, head_width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
         self.bias = nn.Parameter(torch.zeros(len(features.index)))
+        self.cold_bias = nn.Parameter(torch.zeros(()))  # of an item without factors: what learns of events learns none
         self.lead, self.factor_dropout = lead, factor_dropout
         # Not persistent: the vectors are saved once for all models of a run, not in every checkpoint.
         self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)
@@ -176,7 +177,7 @@ class NextItemModel(nn.Module):
         queries = self.encode(ids, ends, self.table(factors))
         chosen = labels != IGNORED
         heads = self.heads(self.text_vectors, factors)
-        bias = torch.where(self.warm, self.bias, -torch.inf)  # type: ignore[arg-type]
+        bias = torch.where(self.warm, self.biases(factors), -torch.inf)  # type: ignore[arg-type]
         logits = (queries[chosen] @ heads.T.to(queries.dtype)).float() + bias
         logits = _without_seen(logits, labels, chosen, seen)
         total = functional.cross_entropy(logits, labels[chosen], reduction="sum")
@@ -184,6 +185,10 @@ class NextItemModel(nn.Module):
         if not self.training:
             output["ranks"] = _last_ranks(logits.detach(), labels, chosen)
         return output
+
+    def biases(self, factors: Tensor) -> Tensor:
+        """Item biases float32[items]; one for all items without factors, a NaN row of float32[items, factors]."""
+        return torch.where(torch.isnan(factors[:, 0]), self.cold_bias, self.bias)
 
     def _dropped_factors(self) -> Tensor:
         factors: Tensor = self.item_factors  # type: ignore[assignment]

@@ -245,6 +245,7 @@ def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
     model.heads.load_state_dict(light.heads.state_dict())
     model.bias.data.copy_(light.bias.data)
     model.log_scale.data.copy_(light.log_scale.data)
+    model.cold_bias.data.copy_(light.cold_bias.data)
 
 
 def _readable(sequences: list[NDArray[np.int64]], history: HistoryFormat) -> list[NDArray[np.int64]]:

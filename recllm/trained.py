@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from recllm.lm import (
 )
 from recllm.loop import load_trained
 from recllm.mf import ImplicitMF
+from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
 from recllm.progress import Progress
 from recllm.prompts import compile_prompt, load_prompt
@@ -57,6 +58,7 @@ class Collaborative:
     ease: EASE | None
     transitions: Transitions | None
     text: TextSimilarity
+    neighbours: Neighbours | None
     vectors: RawVectors
     features: ItemFeatures
     text_standard: Standard
@@ -69,7 +71,8 @@ class Collaborative:
             result["ease"] = self.ease
         if self.transitions is not None:
             result["transitions"] = self.transitions
-        return result | {"text": self.text}
+        result["text"] = self.text
+        return result if self.neighbours is None else result | {"neighbours": self.neighbours}
 
 
 def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
@@ -96,6 +99,10 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors) -> None:
         fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
     for scorer in fading.values():
         scorer.save(folder)
+    if run.model.task == "next_item" and run.neighbours.neighbours:
+        text, base = cast(TextSimilarity, fading["text"]), cast(EASE | ImplicitMF, fading.get("ease", fading["mf"]))
+        count = run.neighbours.neighbours
+        Neighbours.fit(task.dataset.catalog, text.vectors, task.warm, base, count=count).save(folder)
     write_json(
         folder / HALF_LIVES, {name: {str(key): value for key, value in own.items()} for name, own in figures.items()}
     )
@@ -155,6 +162,7 @@ def load_collaborative(run: Run, task: Task) -> Collaborative:
         EASE.load(folder) if (folder / "ease.json").is_file() else None,
         Transitions.load(folder) if (folder / "transitions.json").is_file() else None,
         TextSimilarity.load(folder),
+        Neighbours.load(folder) if (folder / "neighbours.json").is_file() else None,
         vectors,
         features,
         text_standard,
@@ -306,9 +314,10 @@ def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
 
 @torch.inference_mode()
 def new_item_heads(model: NextItemModel) -> NDArray[np.float32]:
-    """Item vectors float32[items, head] from text alone, as of items without events; NaN for an item without text."""
+    """Item vectors and bias float32[items, head + 1] from text alone, as of items without events; NaN without text."""
     text: torch.Tensor = model.text_vectors  # type: ignore[assignment]
     heads = model.heads(text, torch.full_like(model.item_factors, torch.nan))  # type: ignore[arg-type]
+    heads = torch.cat([heads, model.cold_bias.expand(len(heads), 1)], dim=1)
     return torch.where(torch.isnan(text[:, :1]), torch.nan, heads).float().cpu().numpy()
 
 
@@ -318,7 +327,8 @@ def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.fl
     heads = model.heads(model.text_vectors, model.item_factors)
     unknown = torch.isnan(model.text_vectors[:, 0]) & torch.isnan(model.item_factors[:, 0])  # type: ignore[index]
     heads = torch.where(unknown[:, None], torch.nan, heads)
-    return heads.float().cpu().numpy(), model.bias.detach().float().cpu().numpy()
+    bias = model.biases(model.item_factors)  # type: ignore[arg-type]
+    return heads.float().cpu().numpy(), bias.float().cpu().numpy()
 
 
 def sequence_scorer(model: NextItemModel, history: HistoryFormat, task: Task, *, bf16: bool = False) -> SequenceScorer:

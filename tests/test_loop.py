@@ -123,7 +123,15 @@ def test_a_checkpoint_holds_only_what_trains(tiny_lm_folder, tmp_path):
     trained = train(model, tmp_path, history=LM_HISTORY, max_steps=4)
     weights = load_file(tmp_path / "checkpoints" / "light" / "checkpoint-4" / loop.WEIGHTS)
     assert weights.keys() == trained.keys()
-    assert {name.split(".")[0] for name in weights} == {"body", "tokens", "heads", "query", "bias", "log_scale"}
+    assert {name.split(".")[0] for name in weights} == {
+        "body",
+        "tokens",
+        "heads",
+        "query",
+        "bias",
+        "cold_bias",
+        "log_scale",
+    }
     assert all("lora_" in name for name in weights if name.startswith("body."))
     assert frozen
     after = dict(model.named_parameters())

@@ -31,6 +31,7 @@ def test_every_scorer_and_both_fusions_stand_in_the_table(outcome):
             "ease",
             "transitions",
             "text",
+            "neighbours",
             "light",
             "lm",
             FUSION,

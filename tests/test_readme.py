@@ -83,4 +83,6 @@ def test_every_command_of_the_readme_runs_in_its_order(place, small_cache):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("10 (1, 10) ['ease', 'light', 'lm', 'mf', 'popularity', 'text', 'transitions']")
+    assert done.stdout.startswith(
+        "10 (1, 10) ['ease', 'light', 'lm', 'mf', 'neighbours', 'popularity', 'text', 'transitions']"
+    )

@@ -264,7 +264,9 @@ def test_a_text_history_passes_over_new_items_and_scores_them(bundle):
     scorer = bundle.scorers["lm"]
     texts = tuple((len(scorer.history.vocabulary) + row,) for row in range(len(bundle.index)))
     history = replace(scorer.history, texts=texts)
-    text = TableScorer(scorer.graph, scorer.table, history, scorer.index, scorer.items[:, :-1], scorer.items[:, -1])
+    text = TableScorer(
+        scorer.graph, scorer.table, history, scorer.index, scorer.items[:, :-1], scorer.items[:, -1], 0.0
+    )
     index = ItemIndex([*bundle.index.ids, "new"])
     width = scorer.table.shape[1], scorer.items.shape[1] - 1
     grown = text.grown(index, np.ones((1, width[0]), np.float32), np.ones((1, width[1]), np.float32))

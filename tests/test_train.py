@@ -62,6 +62,7 @@ def test_what_a_run_leaves_behind(tiny_run):
         "ease",
         "transitions",
         "text",
+        "neighbours",
         "light",
         "lm",
     )
@@ -236,7 +237,7 @@ def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
     overrides = ["model.name=none", f"model.item_encoder={tiny_encoder_folder}", "light.num_train_epochs=0"]
     run = again(tiny_run, tmp_path, *overrides, "ease.max_items=0", "transitions.max_items=0")
     train_run(run, say=silent)
-    assert Fusion.load(run.folder / "fusion.json").names == ("popularity", "mf", "text")
+    assert Fusion.load(run.folder / "fusion.json").names == ("popularity", "mf", "text", "neighbours")
     assert not (run.folder / "fusion-without-lm.json").exists()
     train_run(run, overwrite=True, say=silent)
 

@@ -1,0 +1,122 @@
+"""Make the tables of README.md and docs/quality.md from benchmarks/results/: `python benchmarks/tables.py [--check]`.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; everything in between is written anew.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "quality.md")
+PLACE = re.compile(r"(<!-- table ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+Result = dict[str, Any]
+
+
+def results() -> dict[str, Result]:
+    """Every kept result, by the name of its file."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(_folder().glob("*.json"))}
+
+
+def _folder() -> Path:
+    return Path(__file__).parent / "results"
+
+
+def rows_of(result: Result, part: str = "all", row_slice: str = "all") -> dict[str, dict[str, Any]]:
+    """The rows of one table by scorer."""
+    rows = result["tables"][part]["rows"]
+    return {row["scorer"]: row for row in rows if row["slice"] == row_slice}
+
+
+def figure(interval: list[float | None]) -> str:
+    """A figure with its interval."""
+    value, low, high = interval
+    assert value is not None
+    ends = "" if low is None or high is None else f" ({low:.3f} … {high:.3f})"
+    return f"{value:.4f}{ends}".replace("0.", ".")
+
+
+def best_reference(rows: dict[str, dict[str, Any]], metric: str) -> str:
+    """The reference with the highest figure."""
+    return max((name for name in rows if name.startswith("ref ")), key=lambda name: rows[name][metric][0])
+
+
+def summary(found: dict[str, Result]) -> Iterator[str]:
+    """One line per ranking result: the best reference beside the fusion."""
+    yield "| set | best reference | its NDCG@10 | fusion without LM | fusion NDCG@10 | HitRate@10 | ratio | seeds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, result in found.items():
+        if result["protocol"] != "topk" or name.endswith("quick"):
+            continue
+        rows = rows_of(result)
+        best = best_reference(rows, "NDCG@10")
+        ratio = rows["fusion"]["NDCG@10"][0] / rows[best]["NDCG@10"][0]
+        without = figure(rows["fusion without lm"]["NDCG@10"]) if "fusion without lm" in rows else "–"
+        cells = [
+            result["data"],
+            best.removeprefix("ref "),
+            figure(rows[best]["NDCG@10"]),
+            without,
+            figure(rows["fusion"]["NDCG@10"]),
+            figure(rows["fusion"]["HitRate@10"]),
+            f"{ratio:.2f}",
+            str(len(result["seeds"])),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def full(result: Result, part: str = "all") -> Iterator[str]:
+    """Every scorer of one result."""
+    rows = rows_of(result, part)
+    metrics = ["AUC", "UAUC"] if "AUC" in result["tables"][part]["metrics"] else ["HitRate@10", "NDCG@10", "MRR"]
+    yield f"| scorer | {' | '.join(metrics)} |"
+    yield "|---" * (len(metrics) + 1) + "|"
+    for name, row in rows.items():
+        yield f"| {name} | {' | '.join(figure(row[metric]) for metric in metrics)} |"
+
+
+def bars(found: dict[str, Result]) -> Iterator[str]:
+    """Every bar of every result, whether it holds or not."""
+    yield "| result | bar | asked | measured | holds |"
+    yield "|---|---|---|---|---|"
+    for name, result in found.items():
+        for bar, facts in result["bars"].items():
+            yield f"| {name} | {bar} | {facts['bar']} | {facts['value']} | {'yes' if facts['holds'] else 'no'} |"
+
+
+def table(name: str, found: dict[str, Result]) -> list[str]:
+    """The lines of a table: `summary`, `bars`, or the name of a result with or without a part behind a colon."""
+    special: dict[str, Callable[[dict[str, Result]], Iterator[str]]] = {"summary": summary, "bars": bars}
+    if name in special:
+        return list(special[name](found))
+    result, _, part = name.partition(": ")
+    if result not in found:
+        sys.exit(f"There is no result '{result}'; kept are: {', '.join(found)}.")
+    return [*full(found[result], part or "all"), "", f"`{found[result]['command']}`"]
+
+
+def written(text: str, found: dict[str, Result]) -> str:
+    """The page with its tables made anew."""
+    return PLACE.sub(lambda place: f"{place[1]}{chr(10).join(table(place[2], found))}\n{place[3]}", text)
+
+
+def main() -> None:
+    """Write the pages, or only say whether they are as the results are."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is behind")
+    check = parser.parse_args().check
+    found = results()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = written(text, found)
+        if new != text and check:
+            sys.exit(f"{page.name} is not what benchmarks/results/ says. Run: python benchmarks/tables.py")
+        page.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
