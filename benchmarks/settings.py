@@ -47,7 +47,7 @@ DATA: dict[str, dict[str, Any]] = {
         "light": {"per_device_train_batch_size": 128, "max_history": 20, "num_train_epochs": 14},
         "ease": {"max_items": 15_000},
         "transitions": {"max_items": 15_000},
-        "train": {"num_train_epochs": 2},
+        "train": {"num_train_epochs": 1},
     },
 }
 """What differs from one data set to another; everything else is equal."""
