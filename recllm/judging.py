@@ -84,7 +84,7 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     folder, train = run.folder / "cf", task.split.train
     if not (folder / "explicit_mf.json").is_file():
         ItemMean.fit(train).save(folder)
-        UserMean.fit(train).save(folder)
+        _fading_user_mean(run, task).save(folder)
         ExplicitMF.fit(train, seed=run.seed).save(folder)
     known = train.histories()
 
@@ -93,6 +93,22 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
 
     means: dict[str, Scorer] = {"item_mean": ItemMean.load(folder), "user_mean": UserMean.load(folder)}
     return scorers | means | {"explicit": AskedAbout(ExplicitMF.load(folder), rated)}
+
+
+def _fading_user_mean(run: Run, task: Task) -> UserMean:
+    """Users' means whose half-life tells validation's labels apart best, by AUC; on a tie nothing fades."""
+    scorer = UserMean.fit(task.split.train)
+    rows = [row for row in labelled_rows(task, "valid", run.seed) if row.query.ratings]
+    labels = np.array([row.label for row in rows])
+    if len(np.unique(labels)) < 2:
+        return scorer
+    index = ItemIndex([rows[0].item_id])  # whichever: the scorer judges users
+    figures: dict[float | None, float] = {}
+    for half_life in (None, *run.recency.half_lives):
+        scorer.half_life = half_life
+        figures[half_life] = auc(labels, scorer.score([row.query for row in rows], index)[:, 0])
+    scorer.half_life = max(figures, key=figures.__getitem__)
+    return scorer
 
 
 def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudge, PairFormat]:

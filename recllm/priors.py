@@ -168,12 +168,15 @@ class ItemMean:
 class UserMean:
     """A user's shrunk mean rating, constant over the candidates: it orders users, not items (for AUC over all rows).
 
-    From the query's own ratings when it has some, else from the user's train ratings, else NaN.
+    From the query's own ratings when it has some, else from the user's train ratings, else NaN. The query's own fade
+    with a half-life: over likes and dislikes that is the recency-weighted share of likes.
     """
 
-    def __init__(self, users: dict[str, float], middle: float, shrinkage: float) -> None:
-        """Keep the train users' means, the global mean and the shrinkage."""
-        self.users, self.middle, self.shrinkage = users, middle, shrinkage
+    def __init__(
+        self, users: dict[str, float], middle: float, shrinkage: float, half_life: float | None = None
+    ) -> None:
+        """Keep the train users' means, the global mean, the shrinkage and the half-life, in ratings."""
+        self.users, self.middle, self.shrinkage, self.half_life = users, middle, shrinkage, half_life
 
     @classmethod
     def fit(cls, interactions: Interactions, *, shrinkage: float = 5.0) -> Self:
@@ -192,13 +195,20 @@ class UserMean:
 
     def _mean(self, query: Query) -> float:
         if query.ratings:
-            return (sum(query.ratings) + self.shrinkage * self.middle) / (len(query.ratings) + self.shrinkage)
+            weights = recency_weights(len(query.ratings), self.half_life).astype(np.float64)
+            total = float(weights @ np.asarray(query.ratings)) + self.shrinkage * self.middle
+            return total / (float(weights.sum()) + self.shrinkage)
         return self.users.get(query.user_id, float("nan")) if query.user_id is not None else float("nan")
 
     def save(self, folder: Path) -> None:
         """Write `user_mean.safetensors` and `user_mean.json`."""
         means = np.array(list(self.users.values()), dtype=np.float32)
-        facts = {"ids": list(self.users), "middle": self.middle, "shrinkage": self.shrinkage}
+        facts = {
+            "ids": list(self.users),
+            "middle": self.middle,
+            "shrinkage": self.shrinkage,
+            "half_life": self.half_life,
+        }
         write_arrays(folder, "user_mean", {"means": means}, facts)
 
     @classmethod
@@ -206,7 +216,7 @@ class UserMean:
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, "user_mean")
         users = dict(zip(facts["ids"], map(float, arrays["means"]), strict=True))
-        return cls(users, facts["middle"], facts["shrinkage"])
+        return cls(users, facts["middle"], facts["shrinkage"], facts.get("half_life"))
 
 
 class TextSimilarity:

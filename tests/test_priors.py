@@ -48,6 +48,16 @@ def test_item_mean_is_shrunk_to_the_global_mean(train):
         ItemMean.fit(events([("u", "a", None, None, 0)]))
 
 
+def test_user_mean_fades_with_the_querys_ratings(train, tmp_path):
+    prior = UserMean.fit(train, shrinkage=2.0)
+    prior.half_life = 1.0
+    query = Query(("x", "y", "z"), ratings=(5.0, 1.0, 1.0))
+    expected = (0.25 * 5.0 + 0.5 + 1.0 + 2.0 * prior.middle) / (1.75 + 2.0)
+    assert prior.score([query], ItemIndex(["x"]))[0, 0] == pytest.approx(expected)
+    prior.save(tmp_path)
+    assert UserMean.load(tmp_path).half_life == 1.0
+
+
 def test_user_mean_takes_the_query_then_train_then_nothing(train):
     prior = UserMean.fit(train, shrinkage=2.0)
     queries = [Query(("a",), "u", (2.0,)), Query(("a",), "u"), Query(("a",), "w"), Query(("a",)), Query((), None, ())]
