@@ -70,6 +70,9 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool) -> dict[str, A
             "head_learning_rate": 2e-3,
         },
     }
+    if own.task == "relevance":
+        # A few thousand labelled rows: a small judge, few passes, else it learns them by heart (LOG.md).
+        values["light"] = {"width": 64, "learning_rate": 1e-3, "num_train_epochs": 5, "max_history": 30}
     if own.split in ("temporal", "cold-items"):
         values["data"]["test_rows"] = TEST_ROWS
     if quick:

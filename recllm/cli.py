@@ -118,6 +118,17 @@ def check(
     commands.check_data(name, interactions, items, column or [], item_column or [])
 
 
+@data.command(epilog=example("recllm data join shops.toml shops"))
+def join(
+    file: Annotated[Path, typer.Argument(metavar="JOIN.toml", help="Names the sources.")],
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="The new data set.")],
+) -> None:
+    """Join several logs into one data set, each with its own ids, weights, clock and kinds of events."""
+    from recllm import commands
+
+    commands.join_data(file, target)
+
+
 @data.command(epilog=example("recllm data preview ml-100k --prompt relevance --user 1 --item 50"))
 def preview(
     name: DataName,

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from recllm.assets import ASSETS
 from recllm.batch import Job, Summary, recommend_file, score_file, score_items_file
 from recllm.data import Catalog, Dataset, Query, read_dataset, read_interactions, read_items
+from recllm.data.join import join_sources
 from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
 from recllm.growing import add_items
@@ -89,6 +90,12 @@ def check_data(
     dataset = read_data(name, interactions, items, columns, item_columns)
     for line in [f"source: {dataset.source}", f"licence: {dataset.licence}", *dataset.report.lines()]:
         say(line)
+
+
+def join_data(file: Path, target: Path) -> None:
+    """Write the data set of a join file and say how to go on."""
+    join_sources(file, target, tell)
+    say(f"Look at it with: recllm data check {target}")
 
 
 def model_tokenizer(name: str) -> Tokenizer:

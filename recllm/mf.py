@@ -51,7 +51,7 @@ def _codes(frame: pl.DataFrame, key: str) -> tuple[list[str], NDArray[np.int64]]
 
 
 def user_items_matrix(interactions: Interactions) -> tuple[ItemIndex, Any]:
-    """The items, and scipy's csr matrix float32[users, items] of event counts.
+    """The items, and scipy's csr matrix float32[users, items] of event counts, or of the sums of their weights.
 
     Raises:
         RecllmError: no interactions, or scipy is not installed.
@@ -61,8 +61,8 @@ def user_items_matrix(interactions: Interactions) -> tuple[ItemIndex, Any]:
     sparse = require("scipy.sparse", "train", "Fitting matrix factorization")
     users, rows = _codes(interactions.frame, "user_id")
     items, columns = _codes(interactions.frame, "item_id")
-    ones = np.ones(len(rows), dtype=np.float32)
-    return ItemIndex(items), sparse.csr_matrix((ones, (rows, columns)), shape=(len(users), len(items)))
+    weights = interactions.weights()
+    return ItemIndex(items), sparse.csr_matrix((weights, (rows, columns)), shape=(len(users), len(items)))
 
 
 class ImplicitMF:

@@ -78,7 +78,7 @@ class Popularity:
         Raises:
             RecllmError: a half-life is asked for and events have no timestamp.
         """
-        frame = interactions.frame.select("item_id", weight=pl.lit(1.0))
+        frame = interactions.frame.select("item_id", weight=pl.Series(interactions.weights().astype(np.float64)))
         if half_life_days is not None:
             times = interactions.frame["timestamp"]
             if times.null_count():
@@ -87,7 +87,8 @@ class Popularity:
                     f"{len(times)} have none. Leave half_life_days out, or give the timestamp column."
                 )
             seconds = times.to_numpy().astype(np.float64)
-            frame = frame.with_columns(weight=np.exp2((seconds - seconds.max()) / (DAY * half_life_days)))
+            fresh = np.exp2((seconds - seconds.max()) / (DAY * half_life_days))
+            frame = frame.with_columns(pl.col("weight") * pl.Series(fresh))
         counts = dict(frame.group_by("item_id", maintain_order=True).agg(pl.col("weight").sum()).iter_rows())
         items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))
         return cls(items, np.log1p(np.array([counts.get(item, 0.0) for item in items.ids], dtype=np.float32)))

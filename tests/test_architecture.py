@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 # fmt: off
 TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
-    "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data",
-    "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate", "recency",
-    "priors", "mf", "itemitem", "neighbours", "histories", "vectors", "encoding", "fitting", "fusion", "weighing",
-    "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "growing", "query_rows", "sheets", "batch", "charts",
-    "report",
+    "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
+    "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
+    "recency", "priors", "mf", "itemitem", "neighbours", "histories", "vectors", "encoding", "fitting", "fusion",
+    "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "growing", "query_rows", "sheets",
+    "batch", "charts", "report",
 ]
 TORCH = [
     "sequence", "lightjudge", "adapters", "lm", "loop", "relevance", "trained", "judging", "train", "outcome", "graphs",

@@ -28,6 +28,7 @@ EVENT_COLUMNS: Guesses = {
     "rating": ("rating", "score", "stars", "overall", "label"),
     "timestamp": ("timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "createdat", "eventtime"),
     "seq": ("seq", "sequence"),
+    "event_weight": ("eventweight",),
 }
 """Our columns of interactions and the names they go by, best first, as `squeezed` writes them."""
 

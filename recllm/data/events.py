@@ -1,6 +1,6 @@
 """Normalise interactions: ids, ratings, time stamps, duplicates, order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -15,11 +15,20 @@ from recllm.errors import RecllmError
 Duplicates = Literal["first", "last", "keep"]
 """Which event of one user with one item stays: the first in time, the last, or all."""
 
+WEIGHT = "weight"
 TIME = "_time"  # float64 seconds: the fraction orders events that share a second
 
 
-def normalise_events(table: Table, mapping: Mapping[str, str], duplicates: Duplicates, checks: Checks) -> pl.DataFrame:
+def normalise_events(
+    table: Table,
+    mapping: Mapping[str, str],
+    duplicates: Duplicates,
+    checks: Checks,
+    extra: Sequence[str] = (),
+) -> pl.DataFrame:
     """Interactions as `Interactions.frame` describes them, with `LINE`; what was dropped or odd goes to `checks`.
+
+    Columns of the file that are named in `extra` are kept as they are.
 
     A user's events are ordered by `seq` where the file has one, else by time, ties in file order; without both, file
     order. Users stand in the order of their first event in time (then by id), without times in file order, so that
@@ -28,7 +37,7 @@ def normalise_events(table: Table, mapping: Mapping[str, str], duplicates: Dupli
     Raises:
         RecllmError: no row is left.
     """
-    raw = table.read(dict.fromkeys(mapping.values()))
+    raw = table.read(dict.fromkeys([*mapping.values(), *extra]))
     columns = {role: raw[column].alias(role) for role, column in mapping.items()}
     frame = pl.DataFrame(
         [
@@ -38,6 +47,8 @@ def normalise_events(table: Table, mapping: Mapping[str, str], duplicates: Dupli
             _ratings(columns.get("rating"), raw[LINE], checks, table.path.name),
             _times(columns.get("timestamp"), raw.height, checks, table.path.name),
             _numbers(columns.get("seq"), "seq", raw.height),
+            *([_weights(columns["event_weight"], table)] if "event_weight" in columns else []),
+            *(raw[name] for name in extra),
         ]
     )
     checks.facts |= {"rows_read": raw.height, "columns": dict(mapping)}
@@ -54,6 +65,8 @@ def normalise_events(table: Table, mapping: Mapping[str, str], duplicates: Dupli
         pl.col("rating").cast(pl.Float32),
         pl.col(TIME).floor().cast(pl.Int64).alias("timestamp"),
         pl.int_range(pl.len(), dtype=pl.Int32).over("_user").alias("seq"),
+        *([pl.col(WEIGHT)] if "event_weight" in columns else []),
+        *extra,
     )
 
 
@@ -62,6 +75,17 @@ def _numbers(column: pl.Series | None, name: str, height: int) -> pl.Series:
         return pl.Series(name, [None], dtype=pl.Float64).new_from_index(0, height)
     number = column.cast(pl.Float64, strict=False).alias(name)
     return number.to_frame().select(pl.when(pl.col(name).is_finite()).then(pl.col(name))).to_series()
+
+
+def _weights(column: pl.Series, table: Table) -> pl.Series:
+    weight = _numbers(column, WEIGHT, len(column)).cast(pl.Float32)
+    bad = (weight.is_null() | (weight <= 0)).arg_true()
+    if len(bad):
+        raise RecllmError(
+            f"{table.path}: row {bad[0] + 1} has an event weight that is no positive number (as {len(bad):,} of "
+            f"{len(column):,} rows). Mend it, or map the column to nothing ([data.columns])."
+        )
+    return weight
 
 
 def _ratings(column: pl.Series | None, lines: pl.Series, checks: Checks, file: str) -> pl.Series:

@@ -1,6 +1,6 @@
 """Read a data set by name, folder or files: `read_dataset("ml-100k")`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -28,6 +28,7 @@ def read_dataset(
     item_columns: Mapping[str, str] | None = None,
     duplicates: Duplicates = "first",
     budget: int = BUDGET,
+    extra: Sequence[str] = (),
 ) -> Dataset:
     """Read, normalise and check a data set.
 
@@ -36,10 +37,12 @@ def read_dataset(
             may be empty where `interactions` is given.
         interactions: the file of interactions, where it is not found by its name.
         items: the file of items, likewise; without any, the catalog holds the ids only.
-        columns: our column (user_id, item_id, rating, timestamp, seq) to the file's, where the guess is wrong.
+        columns: our column (user_id, item_id, rating, timestamp, seq, event_weight) to the file's, where the guess is
+            wrong.
         item_columns: likewise for items (item_id, title, genres, release_year, or a new name for any other).
         duplicates: which event of one user with one item stays.
         budget: most bytes that a file may take in memory.
+        extra: further columns of the interactions' file that are kept as they are.
 
     Raises:
         RecllmError: an unknown name, a file that is missing, empty, broken or too large, or a column that is missing.
@@ -52,7 +55,7 @@ def read_dataset(
         event_file = place if place.is_file() else _event_file(folder)
     item_file = _given(items, folder) if items is not None else _only(folder, ITEM_FILES)
     checks = Checks()
-    events = _read_events(event_file, columns, duplicates, budget, checks)
+    events = _read_events(event_file, columns, duplicates, budget, checks, extra)
     texts = None if item_file is None else _read_items(item_file, item_columns, budget, checks)
     catalog = _completed(events, texts, event_file.name, checks)
     source, licence = _origin(folder)
@@ -94,7 +97,12 @@ def read_items(path: Path, *, columns: Mapping[str, str] | None = None, budget: 
 
 
 def _read_events(
-    path: Path, columns: Mapping[str, str] | None, duplicates: Duplicates, budget: int, checks: Checks
+    path: Path,
+    columns: Mapping[str, str] | None,
+    duplicates: Duplicates,
+    budget: int,
+    checks: Checks,
+    extra: Sequence[str] = (),
 ) -> pl.DataFrame:
     for role in columns or {}:
         if role not in EVENT_COLUMNS:
@@ -102,8 +110,11 @@ def _read_events(
     table = open_table(path, budget)
     mapping = map_columns(table, EVENT_COLUMNS, columns, "data.columns")
     demand(table, mapping, ("user_id", "item_id"), "data.columns")
+    for name in extra:
+        if name not in table.columns:
+            raise unknown(f"column of {path.name}", name, table.columns)
     checks.facts["interactions_file"] = path.name
-    return normalise_events(table, mapping, duplicates, checks)
+    return normalise_events(table, mapping, duplicates, checks, extra)
 
 
 def _read_items(path: Path, columns: Mapping[str, str] | None, budget: int, checks: Checks) -> pl.DataFrame:

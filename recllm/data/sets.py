@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from recllm.data.checks import CheckReport
 from recllm.errors import RecllmError, unknown
@@ -32,7 +33,8 @@ class Interactions:
 
     frame: pl.DataFrame
     """user_id: String, item_id: String, rating: Float32 (nullable), timestamp: Int64 seconds (nullable), seq: Int32.
-    A user's rows stand together and are ordered by seq; users stand in the order of first appearance."""
+    A user's rows stand together and are ordered by seq; users stand in the order of first appearance. A set of several
+    sources also has weight: Float32, what an event counts beside the others."""
 
     def __len__(self) -> int:
         return self.frame.height
@@ -46,7 +48,15 @@ class Interactions:
             column = self.frame[name]
             digest.update(name.encode() + np.packbits(column.is_null().to_numpy()).tobytes())
             digest.update(column.fill_null(0).to_numpy().astype(kind).tobytes())
+        if "weight" in self.frame.columns:
+            digest.update(b"weight" + self.frame["weight"].to_numpy().astype("<f4").tobytes())
         return digest.hexdigest()[:FINGERPRINT_LENGTH]
+
+    def weights(self) -> NDArray[np.float32]:
+        """What each event counts, float32[events]; 1 where nothing else is said."""
+        if "weight" not in self.frame.columns:
+            return np.ones(self.frame.height, dtype=np.float32)
+        return self.frame["weight"].to_numpy().astype(np.float32)
 
     def users(self) -> list[str]:
         """User ids in the order of first appearance."""

@@ -1,0 +1,224 @@
+"""Join several sources into one data set: `recllm data join JOIN.toml FOLDER`.
+
+Shops, apps and platforms log the same people and things under other ids, with other clocks and other kinds of events.
+A join file names each source once; what comes out is one data set that every other command reads.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from recllm.data.events import Duplicates
+from recllm.data.read import read_dataset
+from recllm.data.sets import Dataset
+from recllm.errors import RecllmError, unknown
+from recllm.files import whole_folder
+from recllm.recipes import Settings, parse, read_toml
+
+SEPARATOR = ":"
+"""Stands between a namespace and an id."""
+
+
+class EventKind(Settings):
+    """What one kind of event is worth."""
+
+    weight: float = Field(1.0, gt=0)
+    """Beside the source's own weight."""
+    rating: float | None = None
+    """Taken as the rating where the event has none: a like 5, a dislike 1."""
+
+
+class Source(Settings):
+    """`[[source]]`: one log with its items."""
+
+    name: str
+    """Names it in messages and in the column `source`."""
+    data: str = ""
+    """A fetchable name, a folder, or the name of a folder under RECLLM_DATA."""
+    interactions: str | None = None
+    """A file of its own for the interactions."""
+    items: str | None = None
+    """A file of its own for the items."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name = the file's column, for the interactions."""
+    item_columns: dict[str, str] = Field(default_factory=dict)
+    """Our name = the file's column, for the items."""
+    users: str | None = None
+    """Namespace of the user ids; sources with the same one mean the same people. The source's name if not given; empty
+    leaves the ids as they are."""
+    items_namespace: str | None = None
+    """The same for the item ids."""
+    weight: float = Field(1.0, gt=0)
+    """What one event counts beside those of the other sources."""
+    event: str | None = None
+    """The column that says what kind of event it is."""
+    events: dict[str, EventKind] = Field(default_factory=dict)
+    """By kind what it is worth; events of a kind that is not named here are left out, and counted."""
+    rating_scale: tuple[float, float] | None = None
+    """Lowest and highest rating of this source; brought to 1 … 5."""
+    clock: float = 0.0
+    """Seconds that are added to its time stamps."""
+    duplicates: Duplicates = "first"
+    """Which of several events of one user with one item stays, inside this source; with `event` all of them go on to
+    the join's own rule, for they may be of different kinds."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Source":
+        if bool(self.event) != bool(self.events):
+            raise ValueError("event names a column and events says what its kinds are worth: give both or none")
+        if self.rating_scale is not None and self.rating_scale[0] >= self.rating_scale[1]:
+            raise ValueError("rating_scale is the lowest, then the highest rating")
+        if not self.data and not self.interactions:
+            raise ValueError("give data (a name or a folder) or interactions (a file)")
+        return self
+
+
+class Join(Settings):
+    """A join file."""
+
+    source: tuple[Source, ...] = Field(min_length=1)
+    duplicates: Duplicates = "first"
+    """Which of several events of one user with one item stays, over all sources."""
+    merged_weight: Literal["largest", "sum"] = "largest"
+    """What the event that stays weighs: as the heaviest of those it stands for, or as all of them."""
+
+
+def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
+    """Read every source of a join file and write `target`, a data set of interactions.parquet and items.parquet.
+
+    The event that stays keeps its place and time; its rating is the last one that the user gave. An item that several
+    sources describe takes each column from the first of them that has it.
+
+    Returns:
+        The number of events.
+
+    Raises:
+        RecllmError: a mistake in the join file, a source that cannot be read, times in some sources only, or a target
+            that is there already.
+    """
+    join = parse(Join, read_toml(file), str(file))
+    names = [source.name for source in join.source]
+    if len(set(names)) < len(names):
+        raise RecllmError(f"{file}: two sources have the same name; each needs its own ({', '.join(names)}).")
+    if target.exists():
+        raise RecllmError(f"'{target}' is there already. Name another folder, or remove it.")
+    events, items = [], []
+    for source in join.source:
+        dataset = _read(source)
+        frame = _weighted(source, _with_kinds(source, dataset.interactions.frame), say)
+        events.append(frame)
+        items.append(_named_items(source, dataset))
+    joined = _without_duplicates(_in_time(pl.concat(events), names, events), join)
+    catalog = _merged(items)
+    with whole_folder(target) as part:
+        joined.write_parquet(part / "interactions.parquet")
+        catalog.write_parquet(part / "items.parquet")
+    users, count = joined["user_id"].n_unique(), joined["item_id"].n_unique()
+    say(f"{target}: {len(joined):,} events of {users:,} users with {count:,} items, {len(catalog):,} items in all")
+    return len(joined)
+
+
+def _read(source: Source) -> Dataset:
+    try:
+        return read_dataset(
+            source.data,
+            interactions=source.interactions,
+            items=source.items,
+            columns=source.columns,
+            item_columns=source.item_columns,
+            duplicates="keep" if source.event else source.duplicates,
+            extra=() if source.event is None else (source.event,),
+        )
+    except RecllmError as error:
+        raise RecllmError(f"Source '{source.name}': {error}") from None
+
+
+def _with_kinds(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
+    """Weights and ratings by the kind of event."""
+    if source.event is None:
+        return frame.with_columns(weight=pl.lit(source.weight, pl.Float32))
+    kinds = frame[source.event].cast(pl.String)
+    missing = sorted(set(source.events) - set(kinds.drop_nulls().unique().to_list()))
+    if missing:
+        raise unknown(f"kind of event in '{source.name}'", missing[0], kinds.drop_nulls().unique().sort().to_list())
+    weights = {kind: source.weight * worth.weight for kind, worth in source.events.items()}
+    ratings = {kind: worth.rating for kind, worth in source.events.items()}
+    return frame.with_columns(
+        weight=kinds.replace_strict(weights, default=None, return_dtype=pl.Float32),
+        rating=pl.coalesce(pl.col("rating"), kinds.replace_strict(ratings, default=None, return_dtype=pl.Float32)),
+    )
+
+
+def _weighted(source: Source, frame: pl.DataFrame, say: Callable[[str], None]) -> pl.DataFrame:
+    """One source's events in the common form, its ids in their namespaces, its clock and rating scale set right."""
+    left_out = frame["weight"].null_count()
+    if left_out:
+        say(f"{source.name}: {left_out:,} events of kinds that [source.events] does not name, left out")
+    rating = pl.col("rating")
+    if source.rating_scale is not None:
+        low, high = source.rating_scale
+        rating = 1.0 + 4.0 * (rating - low) / (high - low)
+    frame = frame.filter(pl.col("weight").is_not_null())
+    say(f"{source.name}: {len(frame):,} events of {frame['user_id'].n_unique():,} users")
+    return frame.select(
+        _inside(source.users, source.name, "user_id"),
+        _inside(source.items_namespace, source.name, "item_id"),
+        rating.cast(pl.Float32).alias("rating"),
+        (pl.col("timestamp").cast(pl.Float64) + source.clock).round().cast(pl.Int64).alias("timestamp"),
+        "seq",
+        "weight",
+        pl.lit(source.name).alias("source"),
+    )
+
+
+def _inside(namespace: str | None, name: str, column: str) -> pl.Expr:
+    prefix = name if namespace is None else namespace
+    return pl.col(column) if prefix == "" else pl.concat_str(pl.lit(prefix + SEPARATOR), pl.col(column)).alias(column)
+
+
+def _in_time(frame: pl.DataFrame, names: list[str], events: list[pl.DataFrame]) -> pl.DataFrame:
+    """All events, each user's in time; ties, and events without times, in the order of the sources."""
+    timed = [name for name, own in zip(names, events, strict=True) if not own["timestamp"].null_count()]
+    if timed and len(timed) < len(names):
+        other = next(name for name in names if name not in timed)
+        raise RecllmError(
+            f"Source '{other}' has events without a time stamp and '{timed[0]}' has none such: they cannot be put in "
+            "one order. Give it a timestamp column ([source.columns]), or join only sources of one kind."
+        )
+    # The sort is stable: events of one second stay in the order of the sources, and of each source's own seq.
+    return frame.sort("timestamp", maintain_order=True) if timed else frame
+
+
+def _without_duplicates(frame: pl.DataFrame, join: Join) -> pl.DataFrame:
+    if join.duplicates == "keep":
+        return _numbered(frame)
+    pair = ("user_id", "item_id")
+    weight = pl.col("weight").sum() if join.merged_weight == "sum" else pl.col("weight").max()
+    rating = pl.col("rating").drop_nulls().last()
+    frame = frame.with_columns(weight.over(pair), rating.over(pair).alias("rating"))
+    lone = pl.struct(*pair).is_last_distinct() if join.duplicates == "last" else pl.struct(*pair).is_first_distinct()
+    return _numbered(frame.filter(lone))
+
+
+def _numbered(frame: pl.DataFrame) -> pl.DataFrame:
+    """Each user's events together, numbered; users stand in the order of their first event."""
+    first = frame["user_id"].unique(maintain_order=True).to_frame().with_row_index("_user")
+    ordered = frame.join(first, on="user_id", maintain_order="left").sort("_user", maintain_order=True).drop("_user")
+    ordered = ordered.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).over("user_id").alias("seq"))
+    return ordered.rename({"weight": "event_weight"})
+
+
+def _named_items(source: Source, dataset: Dataset) -> pl.DataFrame:
+    return dataset.catalog.frame.with_columns(_inside(source.items_namespace, source.name, "item_id"))
+
+
+def _merged(items: list[pl.DataFrame]) -> pl.DataFrame:
+    """Every item once; each column from the first source that has a value."""
+    frame = pl.concat(items, how="diagonal")
+    columns: Mapping[str, pl.Expr] = {
+        name: pl.col(name).drop_nulls().first() for name in frame.columns if name != "item_id"
+    }
+    return frame.group_by("item_id", maintain_order=True).agg(**columns)

@@ -1,0 +1,159 @@
+"""Joining sources: namespaces, kinds of events, weights, rating scales, clocks, duplicates, items of several."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from recllm import cli
+from recllm.data import read_dataset
+from recllm.data.join import join_sources
+from recllm.errors import RecllmError
+from recllm.mf import user_items_matrix
+from recllm.priors import Popularity
+from recllm.ranking import ItemIndex
+
+SHOP = """user_id,item_id,kind,timestamp
+ann,1,view,100
+ann,1,buy,160
+ann,2,view,130
+bob,2,like,150
+bob,3,unsubscribe,170
+"""
+APP = """user_id,item_id,rating,timestamp
+ann,2,10,3640
+ann,9,0,3700
+bob,1,5,3690
+"""
+SHOP_ITEMS = "item_id,title,colour\n1,Red shoe,red\n2,Blue shoe,\n3,Hat,grey\n"
+APP_ITEMS = "item_id,title,colour,story\n2,The blue shoe,blue,A long walk\n9,A song,,\n1,Other red shoe,red,\n"
+JOIN = """
+{head}
+[[source]]
+name = "shop"
+interactions = "{folder}/shop.csv"
+items = "{folder}/shop-items.csv"
+users = "people"
+items_namespace = "goods"
+event = "kind"
+weight = 2.0
+events = {{ view = {{ weight = 0.25 }}, buy = {{ weight = 1.0 }}, like = {{ rating = 5 }} }}
+
+[[source]]
+name = "app"
+interactions = "{folder}/app.csv"
+items = "{folder}/app-items.csv"
+users = "people"
+{app}
+rating_scale = [0, 10]
+clock = -3540
+"""
+
+
+@pytest.fixture
+def joined(tmp_path):
+    for name, text in {
+        "shop.csv": SHOP,
+        "app.csv": APP,
+        "shop-items.csv": SHOP_ITEMS,
+        "app-items.csv": APP_ITEMS,
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    def join(head="", app='items_namespace = "goods"', change=lambda text: text):
+        file, target = tmp_path / "join.toml", tmp_path / "joined"
+        file.write_text(change(JOIN.format(folder=tmp_path.as_posix(), head=head, app=app)), encoding="utf-8")
+        lines = []
+        join_sources(file, target, lines.append)
+        return read_dataset(str(target)), lines
+
+    return join
+
+
+def rows(dataset, *columns):
+    return dataset.interactions.frame.select(columns).rows()
+
+
+def test_one_history_of_several_sources_in_one_clock(joined):
+    dataset, lines = joined()
+    assert rows(dataset, "user_id", "item_id", "timestamp", "rating", "weight") == [
+        # The app's clock runs 59 minutes ahead: its 3640 is 100 here. Of one second the first source comes first.
+        ("people:ann", "goods:1", 100, None, 2.0),  # viewed, then bought: where it was first, as heavy as the purchase
+        ("people:ann", "goods:2", 100, 5.0, 1.0),  # rated 10 of 10 before it was viewed in the shop
+        ("people:ann", "goods:9", 160, 1.0, 1.0),
+        ("people:bob", "goods:2", 150, 5.0, 2.0),  # a like
+        ("people:bob", "goods:1", 150, 3.0, 1.0),
+    ]
+    assert lines[:2] == [
+        "shop: 1 events of kinds that [source.events] does not name, left out",
+        "shop: 4 events of 2 users",
+    ]
+
+
+def test_weights_reach_factorization_and_popularity(joined):
+    dataset, _ = joined("merged_weight = 'sum'")
+    items, matrix = user_items_matrix(dataset.interactions)
+    frame = dataset.interactions.frame
+    assert matrix.sum() == pytest.approx(frame["weight"].sum())
+    first = frame.filter((pl.col("user_id") == "people:ann") & (pl.col("item_id") == "goods:1"))
+    assert first["weight"].to_list() == [2.5]  # a view and a purchase: 2 · .25 + 2 · 1
+    weight = frame.filter(pl.col("item_id") == "goods:2")["weight"].sum()
+    popularity = Popularity.fit(dataset.interactions)
+    assert popularity.item_vectors(ItemIndex(["goods:2"]))[0, 0] == pytest.approx(np.log1p(weight))
+    assert "goods:2" in items
+
+
+def test_namespaces_keep_what_is_different_apart(joined):
+    dataset, _ = joined(app="", change=lambda text: text.replace('users = "people"', 'users = ""'))
+    assert set(rows(dataset, "item_id")) == {("goods:1",), ("goods:2",), ("app:1",), ("app:2",), ("app:9",)}
+    assert set(rows(dataset, "user_id")) == {("ann",), ("bob",)}
+
+
+def test_an_item_takes_each_column_from_the_first_source_that_has_it(joined):
+    dataset, _ = joined()
+    record = dataset.catalog.record("goods:2")
+    assert (record["title"], record["colour"], record["story"]) == ("Blue shoe", "blue", "A long walk")
+    assert dataset.catalog.record("goods:9")["title"] == "A song"
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ("first", [("people:ann", 100)]),
+        ("last", [("people:ann", 160)]),
+        ("keep", [("people:ann", 100), ("people:ann", 160)]),
+    ],
+)
+def test_duplicate_rules_over_all_sources(joined, tmp_path, rule, kept):
+    joined(f"duplicates = '{rule}'")
+    frame = pl.read_parquet(tmp_path / "joined" / "interactions.parquet").filter(pl.col("item_id") == "goods:1")
+    assert frame.filter(pl.col("user_id") == "people:ann").select("user_id", "timestamp").rows() == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace('name = "app"', 'name = "shop"'), "two sources have the same name"),
+        (lambda text: text.replace("buy =", "bye ="), "kind of event in 'shop'"),
+        (lambda text: text.replace('event = "kind"', ""), "give both or none"),
+        (lambda text: text.replace('event = "kind"', 'event = "kin"'), "Source 'shop': .*'kin'"),
+        (lambda text: text.replace("rating_scale = [0, 10]", "rating_scale = [5, 5]"), "lowest, then the highest"),
+        (lambda text: text.replace("clock =", "clok ="), "clok"),
+    ],
+)
+def test_mistakes_are_named(joined, change, message):
+    with pytest.raises(RecllmError, match=message):
+        joined(change=change)
+
+
+def test_times_in_some_sources_only_are_refused(joined, tmp_path):
+    pl.read_csv(APP.encode()).drop("timestamp").write_csv(tmp_path / "app.csv")
+    with pytest.raises(RecllmError, match="Source 'app' has events without a time stamp"):
+        joined()
+
+
+def test_the_command_says_how_to_go_on(joined, tmp_path, capsys):
+    joined()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data", "join", str(tmp_path / "join.toml"), str(tmp_path / "joined")])
+    assert stopped.value.code == 2
+    assert "is there already" in capsys.readouterr().err
