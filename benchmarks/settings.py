@@ -29,6 +29,17 @@ PROTOCOLS = {
     "few-shot": Protocol(("tallrec-movie",), "given", "AUC", "relevance"),
 }
 SHORT_PROMPT = Path(__file__).parent / "next_item_short.toml"
+FUSIONS = [
+    "by counts",
+    "without counts",
+    "plain sum",
+    "best single",
+    "stacker",
+    "reciprocal rank",
+    "borda",
+    "levels",
+]
+"""Every kind, so that the results compare them; the best on validation is the fusion of the table."""
 QUICK_STEPS = 60
 """Steps of the language model in a quick run."""
 TEST_ROWS = 20_000
@@ -62,6 +73,7 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool) -> dict[str, A
         "light": {"width": 128, "learning_rate": 2e-3, "num_train_epochs": 10},
         # On a CPU adapters on all linear layers, with dropout, cost more than the frozen model itself.
         "adapter": {"recipe": "lora", "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0},
+        "fusion": {"kinds": FUSIONS},
         "prompt": {"next_item": str(SHORT_PROMPT)},
         "train": {
             "num_train_epochs": 3,

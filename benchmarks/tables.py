@@ -88,9 +88,44 @@ def bars(found: dict[str, Result]) -> Iterator[str]:
             yield f"| {name} | {bar} | {facts['bar']} | {facts['value']} | {'yes' if facts['holds'] else 'no'} |"
 
 
+def fading(found: dict[str, Result]) -> Iterator[str]:
+    """NDCG@10 on validation without fading and with the best half-life, by set and scorer."""
+    yield "| set | scorer | nothing fades | best | half-life of the best, in events |"
+    yield "|---|---|---|---|---|"
+    for name, result in found.items():
+        if result["protocol"] != "topk" or name.endswith("quick"):
+            continue
+        for scorer, figures in result["half_lives"][0].items():
+            best = max(figures, key=figures.__getitem__)
+            plain = figure([figures["None"], None, None]) if "None" in figures else "–"
+            cells = [result["data"], scorer, plain, figure([figures[best], None, None]), best.replace("None", "–")]
+            yield f"| {' | '.join(cells)} |"
+
+
+def fusions(found: dict[str, Result]) -> Iterator[str]:
+    """Validation figures of every fusion that was tried, the mean over the seeds."""
+    kinds = list(dict.fromkeys(kind for each in found.values() for own in each["fusion"] for kind in own["candidates"]))
+    kinds = [kind for kind in kinds if not kind.startswith("only ")]
+    yield f"| result | best single | {' | '.join(kinds)} |"
+    yield "|---" * (len(kinds) + 2) + "|"
+    for name, result in found.items():
+        tried = [own["candidates"] for own in result["fusion"]]
+        single = [max(value for kind, value in own.items() if kind.startswith("only ")) for own in tried]
+        cells = [figure([sum(single) / len(single), None, None])]
+        for kind in kinds:
+            known = [own[kind] for own in tried if kind in own]
+            cells.append(figure([sum(known) / len(known), None, None]) if known else "–")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def table(name: str, found: dict[str, Result]) -> list[str]:
     """The lines of a table: `summary`, `bars`, or the name of a result with or without a part behind a colon."""
-    special: dict[str, Callable[[dict[str, Result]], Iterator[str]]] = {"summary": summary, "bars": bars}
+    special: dict[str, Callable[[dict[str, Result]], Iterator[str]]] = {
+        "summary": summary,
+        "bars": bars,
+        "fading": fading,
+        "fusions": fusions,
+    }
     if name in special:
         return list(special[name](found))
     result, _, part = name.partition(": ")
