@@ -1,0 +1,124 @@
+"""The quality benchmark: pages say what the results say, bars are counted right, references answer as scorers do."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recllm.outcome import FUSION, WITHOUT_LM
+from recllm.results import Table
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name):
+    """A file of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def made(**figures):
+    """A table of three draws around each scorer's NDCG@10 and HitRate@10."""
+    values = {(name, metric, "all"): value for name, value in figures.items() for metric in ("NDCG@10", "HitRate@10")}
+    draws = {key: np.array([value - 0.01, value, value + 0.01]) for key, value in values.items()}
+    return Table(tuple(figures), ("HitRate@10", "NDCG@10"), {"all": (9, 9)}, values, draws)
+
+
+def test_pages_say_what_the_results_say():
+    tables = load("tables")
+    found = tables.results()
+    assert found
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert tables.written(text, found) == text, f"{page.name} is behind; run: python benchmarks/tables.py"
+        assert "<!-- table " in text
+
+
+def test_every_result_says_how_it_was_made():
+    for name, result in load("tables").results().items():
+        assert result["command"].startswith("recllm bench quality -- "), name
+        assert result["versions"]["torch"], name
+        assert result["seeds"], name
+        assert all({"value", "bar", "holds"} <= bar.keys() for bar in result["bars"].values()), name
+
+
+def test_an_unknown_result_is_named():
+    with pytest.raises(SystemExit, match="There is no result 'nothing'"):
+        load("tables").table("nothing", {})
+
+
+def test_bars_of_a_ranking():
+    settings = load("settings")
+    given = argparse.Namespace(protocol="topk", data="x-wines-slim")
+    table = made(**{FUSION: 0.24, WITHOUT_LM: 0.23, "lm": 0.2, "ref EASE": 0.2, "ref ALS": 0.1})
+    bars = settings.bars(given, {"all": table})
+    assert bars["ratio_to_best_reference"] == {"value": 1.2, "bar": 1.1, "holds": True, "best": "ref EASE"}
+    assert bars["above_best_reference_low_end"]["holds"]
+    assert bars["language_model_contributes_low_end"]["value"] == pytest.approx(0.01)
+    low = settings.bars(given, {"all": made(**{FUSION: 0.21, "ref EASE": 0.2})})
+    assert not low["ratio_to_best_reference"]["holds"]
+    assert "language_model_contributes_low_end" not in low
+
+
+def test_bars_of_cold_items_are_against_the_text_cosine():
+    settings = load("settings")
+    tables = {
+        "all": made(**{FUSION: 0.1}),
+        "among cold items": made(**{FUSION: 0.3, "text": 0.2, "ref text cosine": 0.1}),
+    }
+    bars = settings.bars(argparse.Namespace(protocol="cold-item", data="x"), tables)
+    assert bars["ratio_to_text_cosine_among_cold_items"] == {"value": 3.0, "bar": 2.0, "holds": True}
+
+
+def test_every_protocol_has_a_run():
+    from recllm.recipes import parse
+    from recllm.runs import Run
+
+    settings = load("settings")
+    for name, protocol in settings.PROTOCOLS.items():
+        for data in protocol.data:
+            for quick in (False, True):
+                values = settings.run_values(name, data, "none", quick=quick)
+                assert parse(Run, values | {"name": "x"}, "test").data.split == protocol.split
+    assert set(settings.FUSIONS) >= set(parse(Run, {"name": "x", "data": {"name": "y"}}, "test").fusion.kinds)
+
+
+def test_references_are_tuned_on_validation_and_answer_as_scorers(checkerboard_folder, monkeypatch):
+    references = load("references")
+    from recllm.recipes import parse
+    from recllm.runs import Run
+    from recllm.tasks import prepare
+    from recllm.vectors import RawVectors
+
+    run = parse(Run, {"name": "x", "data": {"name": str(checkerboard_folder)}}, "test")
+    task = prepare(run)
+    vectors = np.random.default_rng(0).normal(size=(len(task.index), 4)).astype(np.float32)
+    monkeypatch.setattr(references, "SASREC_EPOCHS", 8)
+    grids = {name: {key: values[:2] for key, values in grid.items()} for name, grid in references.GRIDS.items()}
+    monkeypatch.setattr(references, "GRIDS", grids)
+    names, raw = list(references.GRIDS), RawVectors(task.index.ids, vectors)
+    found = references.tuned_references(task, raw, 0, names, lambda _: None)
+    queries = [example.query for example in task.split.test]
+    for name, reference in found.items():
+        scores = reference.scorer.score(queries, task.index)
+        assert scores.shape == (len(queries), len(task.index)), name
+        assert scores.dtype == np.float32, name
+        best = max(reference.trials.values())
+        chosen = " ".join(f"{key}={value}" for key, value in reference.chosen.items())
+        assert reference.trials[chosen] == best, name
+    again = references.tuned_references(task, raw, 0, ["ref BPR", "ref SASRec"], lambda _: None)
+    for name, reference in again.items():
+        same = found[name].scorer.score(queries, task.index)
+        assert np.array_equal(reference.scorer.score(queries, task.index), same, equal_nan=True), name
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_are_json_without_nan(path):
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
