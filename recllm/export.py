@@ -35,8 +35,8 @@ from recllm.sequence import NextItemModel
 from recllm.tasks import Task
 from recllm.trained import (
     Collaborative,
+    borrowed_heads,
     encoder_name,
-    item_heads,
     load_collaborative,
     load_language,
     load_light,
@@ -168,7 +168,7 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     for opset in sorted({recipe.opset for recipe in loaded.values()}):
         say(f"Writing the ONNX graphs in fp32, opset {opset}")
         _write_graphs(graphs / str(opset), sequences, base, opset)
-    reference = {name: sequence_scorer(*found, task) for name, found in sequences.items()}
+    reference = {name: sequence_scorer(*found, task, parts.neighbours) for name, found in sequences.items()}
     for name, recipe in loaded.items():
         say(f"Bundle '{name}': quantising and comparing with torch")
         results.append(_export(run, task, parts, sequences, base, reference, name, recipe, graphs / str(recipe.opset)))
@@ -250,7 +250,7 @@ def _write_content(
     }
     for name, (model, history) in sequences.items():
         write_json(folder / f"{name}.json", history.to_dict())
-        arrays[f"{name}.heads"], arrays[f"{name}.bias"] = item_heads(model)
+        arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, parts.neighbours)
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
             arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()

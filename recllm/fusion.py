@@ -37,8 +37,9 @@ class Fusion:
 
     A scorer of a later level speaks only where all those of the levels before it are silent.
 
-    Items without events have weights of their own, softplus(θnew_s · [1, user evidence]), without gates: the scorers
-    that live on events are silent there, and what the others say of them has to be weighed against known items.
+    Items without events have weights of their own, θnew_s · [1, user evidence], without gates: the scorers that live on
+    events are silent there, and what the others say of them has to be weighed against known items. These weights may be
+    negative: popularity's, whose z is the same low number for all of them, is what places them among known ones.
 
     z is 0 where a scorer has no score, so each term is exactly that scorer's share. A scorer whose scores are constant
     over a query's candidates has z = 0 there. A candidate that no scorer knows is NaN.
@@ -90,7 +91,7 @@ class Fusion:
             weight = self.gates[place] * self._link(bias if even else bias + by_user * user + by_item * item)
             if apart and self.new is not None:
                 bias, by_user = self.new[place]
-                weight = np.where(cold, softplus(bias + by_user * user), weight)
+                weight = np.where(cold, bias + by_user * user, weight)
             result[name] = np.broadcast_to(weight.astype(np.float32), shape)
         return result
 

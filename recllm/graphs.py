@@ -70,7 +70,8 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
         if before:
             share = build.add("Where", reduce(partial(build.add, "Or"), before), build.constant(0.0), share)
         if fusion.new is not None:
-            own = build.add("Mul", _weight(build, 1.0, np.append(fusion.new[place], 0.0), user, item), z)
+            weight = _weight(build, 1.0, np.append(fusion.new[place], 0.0), user, item, signed=True)
+            own = build.add("Mul", weight, z)
             share = build.add("Where", cold, own, share)  # items without events have weights of their own
         shares.append(share)
     total, any_known = shares[0], known[0]

@@ -257,7 +257,9 @@ def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, r
         epochs=settings.num_train_epochs,
         at_least=rows_at_least(arguments),
         seed=run.seed,
+        block=ROWS_OF_A_USER if run.model.pairwise else 1,
     )
+    model.pairwise = run.model.pairwise
     examples = written(rows, prompts)
     fit(
         model,
@@ -279,12 +281,14 @@ def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, r
 
 
 def written(rows: Sequence[Example], prompts: PairPrompts) -> Examples:
-    """Prompt ids and label of every row, written when they are asked for."""
+    """Prompt ids, label and user of every row, written when they are asked for; a row without a user has −1."""
+    users: dict[str, int] = {}
 
-    def write(place: int) -> tuple[list[int], float]:
+    def write(place: int) -> tuple[list[int], float, int]:
         row = rows[place]
         assert row.label is not None
-        return prompts.whole(row.query, row.item_id), row.label
+        user = -1 if row.query.user_id is None else users.setdefault(row.query.user_id, len(users))
+        return prompts.whole(row.query, row.item_id), row.label, user
 
     return Examples(Made(len(rows), write))
 

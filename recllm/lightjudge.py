@@ -201,7 +201,7 @@ class LightJudge(nn.Module):
         counts = given != IGNORED
         total = functional.binary_cross_entropy_with_logits(logits[counts], given[counts], reduction="sum")
         if self.pairwise and self.training:
-            total = total + self.pairwise * counts.sum() * _pairwise(logits, given, users)
+            total = total + self.pairwise * counts.sum() * inside_users(logits, given, users)
         number = counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / number, "logits": logits}
 
@@ -223,7 +223,7 @@ class LightJudge(nn.Module):
         return torch.where(kept, factors, torch.nan)
 
 
-def _pairwise(logits: Tensor, labels: Tensor, users: Tensor) -> Tensor:
+def inside_users(logits: Tensor, labels: Tensor, users: Tensor) -> Tensor:
     """Mean logistic loss over a user's pairs of a liked and a disliked row (Rendle et al. 2009, BPR); 0 without any."""
     same = (users[:, None] == users[None, :]) & (users >= 0)[:, None]
     pairs = same & (labels[:, None] == 1.0) & (labels[None, :] == 0.0)

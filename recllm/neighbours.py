@@ -156,8 +156,14 @@ class Neighbours:
         return dot_scores(self.query_vectors(queries), self._means(self.items.rows(candidates.ids)))
 
     def _means(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Mean vectors of the neighbours of `rows`, float32[rows, width]; NaN for −1 and where nothing is alike."""
-        vectors = self.base.item_vectors(self.items)
+        return self.means(self.base.item_vectors(self.items), rows)
+
+    def means(self, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Mean of the neighbours' `vectors`, float32[items, width], for each of `rows`.
+
+        Returns:
+            float32[rows, width]; NaN for the row −1 and where nothing is alike.
+        """
         filled, width = np.nan_to_num(vectors), vectors.shape[1]
         result = np.full((len(rows), width), np.nan, dtype=np.float32)
         asked = np.flatnonzero((rows >= 0) & (self.weights[rows].sum(axis=1) > 0))

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
 from recllm.histories import padded
+from recllm.lightjudge import inside_users
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.loop import fast_bf16
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
@@ -33,14 +34,15 @@ SHARED_FROM = 4
 
 @dataclass(frozen=True)
 class RelevanceCollator:
-    """(prompt ids, label) rows to padded tensors."""
+    """(prompt ids, label, number of the user) rows to padded tensors."""
 
-    def __call__(self, rows: Sequence[tuple[list[int], float]]) -> dict[str, Tensor]:
-        """Ids int64[batch, length], lengths int64[batch], labels float32[batch, 1]."""
+    def __call__(self, rows: Sequence[tuple[list[int], float, int]]) -> dict[str, Tensor]:
+        """Ids int64[batch, length], lengths and users int64[batch], labels float32[batch, 1]."""
         return {
-            "ids": torch.from_numpy(padded([ids for ids, _ in rows])),
-            "lengths": torch.tensor([len(ids) for ids, _ in rows]),
-            "labels": torch.tensor([[label] for _, label in rows], dtype=torch.float32),
+            "ids": torch.from_numpy(padded([ids for ids, _, _ in rows])),
+            "lengths": torch.tensor([len(ids) for ids, _, _ in rows]),
+            "users": torch.tensor([user for _, _, user in rows]),
+            "labels": torch.tensor([[label] for _, label, _ in rows], dtype=torch.float32),
         }
 
 
@@ -73,11 +75,21 @@ class RelevanceModel(nn.Module):
         # RoBERTa's relatives count positions from 2.
         self.max_tokens = getattr(config, "max_position_embeddings", ANY_LENGTH) - (0 if base.causal else 2)
         self.difference = nn.Linear(config.hidden_size, 1) if output is None else AnswerDifference(output, answers)
+        self.pairwise = 0.0
+        """Weight of the loss over liked and disliked rows of one user."""
 
     def forward(
-        self, ids: Tensor, lengths: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: object
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        labels: Tensor,
+        users: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: object,
     ) -> dict[str, Tensor]:
         """Binary cross-entropy of `labels` float32[batch, 1], −100 where a row does not count.
+
+        With `pairwise` it also compares the rows of one user, int64[batch] `users`, that stand in this batch.
 
         Returns:
             `loss`, a scalar, and `logits`, float32[batch].
@@ -85,6 +97,8 @@ class RelevanceModel(nn.Module):
         logits, given = self.logits(ids, lengths), labels[:, 0]
         counts = given != IGNORED
         total = functional.binary_cross_entropy_with_logits(logits[counts], given[counts], reduction="sum")
+        if self.pairwise and self.training:
+            total = total + self.pairwise * counts.sum() * inside_users(logits, given, users)
         number = counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / number, "logits": logits}
 

@@ -92,16 +92,20 @@ class Table:
 def averaged(tables: Sequence[Table]) -> Table:
     """The mean of tables of the same rows, as of several seeds; their draws took the same users, so they average too.
 
+    Slices that hold other rows from seed to seed (as those of items that were drawn to be cold) are left out.
+
     Raises:
         ValueError: they have not the same scorers, metrics or rows.
     """
     first = tables[0]
+    counts = {part: own for part, own in first.counts.items() if all(table.counts.get(part) == own for table in tables)}
     for table in tables:
-        if (table.scorers, table.metrics, table.counts) != (first.scorers, first.metrics, first.counts):
+        if (table.scorers, table.metrics) != (first.scorers, first.metrics) or "all" not in counts:
             raise ValueError("only tables of the same scorers, metrics and rows can be averaged")
-    values = {key: float(np.mean([table.values[key] for table in tables])) for key in first.values}
-    draws = {key: np.mean([table.draws[key] for table in tables], axis=0) for key in first.draws}
-    return Table(first.scorers, first.metrics, first.counts, values, draws)
+    keys = [key for key in first.values if key[2] in counts]
+    values = {key: float(np.mean([table.values[key] for table in tables])) for key in keys}
+    draws = {key: np.mean([table.draws[key] for table in tables], axis=0) for key in keys if key in first.draws}
+    return Table(first.scorers, first.metrics, counts, values, draws)
 
 
 def _ends(draws: NDArray[np.float64] | None) -> tuple[float, float]:

@@ -264,7 +264,8 @@ class Recommender:
             name: _grown(scorer, catalog, text, self._item_graphs.get(name)) for name, scorer in self.scorers.items()
         }
         if "neighbours" in scorers and isinstance(similar := scorers.get("text"), TextSimilarity):
-            scorers["neighbours"] = cast(Neighbours, self.scorers["neighbours"]).grown(catalog, similar.vectors)
+            alike = cast(Neighbours, self.scorers["neighbours"]).grown(catalog, similar.vectors)
+            scorers |= {name: _borrowing(scorer, alike) for name, scorer in scorers.items()} | {"neighbours": alike}
         return Recommender(
             catalog=catalog,
             scorers=scorers,
@@ -290,6 +291,17 @@ def _grown(scorer: VectorScorer, catalog: Catalog, text: NDArray[np.float32], gr
     factors = np.full((len(text), graph.get_inputs()[1].shape[1]), np.nan, dtype=np.float32)
     tokens, heads = graph.run(None, {"text": text, "factors": factors})
     return scorer.grown(index, tokens, np.where(np.isnan(text[:, :1]), np.float32(np.nan), heads))
+
+
+def _borrowing(scorer: VectorScorer, alike: Neighbours) -> VectorScorer:
+    """A sequence scorer whose new items take the mean head and bias of the known items most like them."""
+    if not isinstance(scorer, TableScorer):
+        return scorer
+    rows = np.where(alike.known, -1, np.arange(len(alike.known)))
+    borrowed = alike.means(scorer.items, rows)
+    items = np.where(np.isnan(borrowed), scorer.items, borrowed)
+    heads, bias = items[:, :-1], items[:, -1]
+    return TableScorer(scorer.graph, scorer.table, scorer.history, scorer.index, heads, bias, scorer.cold_bias)
 
 
 def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0) -> Recommender:

@@ -329,7 +329,7 @@ def _sequence(
     assert found is not None
     model, history = found
     heavy = isinstance(model.body, LanguageBody)
-    return sequence_scorer(model.to(scoring_device()), history, task, bf16=heavy and fast_bf16())
+    return sequence_scorer(model.to(scoring_device()), history, task, parts.neighbours, bf16=heavy and fast_bf16())
 
 
 def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, dict[str, Scores]]:

@@ -313,15 +313,6 @@ def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
 
 
 @torch.inference_mode()
-def new_item_heads(model: NextItemModel) -> NDArray[np.float32]:
-    """Item vectors and bias float32[items, head + 1] from text alone, as of items without events; NaN without text."""
-    text: torch.Tensor = model.text_vectors  # type: ignore[assignment]
-    heads = model.heads(text, torch.full_like(model.item_factors, torch.nan))  # type: ignore[arg-type]
-    heads = torch.cat([heads, model.cold_bias.expand(len(heads), 1)], dim=1)
-    return torch.where(torch.isnan(text[:, :1]), torch.nan, heads).float().cpu().numpy()
-
-
-@torch.inference_mode()
 def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Item vectors float32[items, head] (NaN for an item with neither text nor factors) and bias float32[items]."""
     heads = model.heads(model.text_vectors, model.item_factors)
@@ -331,11 +322,34 @@ def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.fl
     return heads.float().cpu().numpy(), bias.float().cpu().numpy()
 
 
-def sequence_scorer(model: NextItemModel, history: HistoryFormat, task: Task, *, bf16: bool = False) -> SequenceScorer:
+def borrowed_heads(
+    model: NextItemModel, neighbours: Neighbours | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Item vectors with those of items without events borrowed from the known items most like them.
+
+    A new item's own head, made from its text alone, ranks far worse among new items than the mean of its neighbours'
+    heads (LOG.md): the model has few items to learn from what text means, and learns them by heart. It is kept where an
+    item is like no other.
+
+    Returns:
+        Heads float32[items, head], bias float32[items], and both as they would be if no item had events,
+        float32[items, head + 1].
+    """
+    heads, bias = item_heads(model)
+    whole = np.concatenate([heads, bias[:, None]], axis=1)
+    if neighbours is None:
+        return heads, bias, whole
+    borrowed = neighbours.means(whole, np.arange(len(whole)))
+    new = np.where(np.isnan(borrowed), whole, borrowed)
+    whole = np.where(neighbours.known[:, None], whole, new)
+    return whole[:, :-1], whole[:, -1], new
+
+
+def sequence_scorer(
+    model: NextItemModel, history: HistoryFormat, task: Task, neighbours: Neighbours | None, *, bf16: bool = False
+) -> SequenceScorer:
     """A trained next-item model as a scorer; in float32, unless `bf16` trades digits for speed."""
-    return SequenceScorer(
-        torch_encode(model, bf16=bf16), history, task.index, *item_heads(model), new_item_heads(model)
-    )
+    return SequenceScorer(torch_encode(model, bf16=bf16), history, task.index, *borrowed_heads(model, neighbours))
 
 
 def save_stage(folder: Path, facts: dict[str, object]) -> None:

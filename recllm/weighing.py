@@ -10,7 +10,6 @@ from pydantic import Field
 
 from recllm.errors import RecllmError
 from recllm.fitting import (
-    PLAIN,
     Evidence,
     Problem,
     cross_entropy,
@@ -25,8 +24,6 @@ from recllm.metrics import auc, ndcg
 from recllm.ranking import QUERY_BATCH, Scores, target_ranks
 from recllm.recipes import Settings
 
-SILENT = -30.0
-"""A θ whose weight is as good as 0."""
 NDCG_AT = 10
 
 Kind = Literal[
@@ -220,8 +217,7 @@ def fit_new_items(
 
     In every row `settings.new_share` of the warm items, drawn anew, lose what is known from their events, the target
     as likely as any other. Known items keep their weights; those of new ones are fitted by softmax cross-entropy, and
-    chosen by NDCG@10 in the mixed catalogue among: fitted, the plain sum, the weights of an item with the fewest
-    events.
+    kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
 
     Args:
         fusion: for items with events.
@@ -251,7 +247,7 @@ def fit_new_items(
         return np.take_along_axis(values, columns, 1)
 
     # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
-    known, _ = replace(fusion, new=np.full((len(names), 2), SILENT)).fuse(mixed, n_user[sample], counts)
+    known, _ = replace(fusion, new=np.zeros((len(names), 2))).fuse(mixed, n_user[sample], counts)
     z = np.stack([at(fusion.z(name, mixed[name])) for name in names]) * at(counts == 0)
     base, fixed = cross_entropy(valid), np.nan_to_num(at(known)).astype(np.float64)
 
@@ -261,9 +257,8 @@ def fit_new_items(
     problem = Problem(
         drop_scorers(z, settings.drop, rng), fusion.user(n_user[sample])[:, None], np.zeros(columns.shape), loss
     )
-    fitted = minimise(problem, counts=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
-    fewest = fusion.theta[:, :2] + fusion.theta[:, 2:] * fusion.item(0) * [1.0, 0.0]
-    made = {"fitted": fitted, "plain sum": np.tile([PLAIN, 0.0], (len(names), 1)), "as few events": fewest}
+    fitted = minimise(problem, counts=True, signed=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
+    made = {"fitted": fitted, "plain sum": np.tile([1.0, 0.0], (len(names), 1))}
 
     def figure(theta: NDArray[np.float64]) -> float:
         fused, _ = replace(fusion, new=theta).fuse(mixed, n_user[sample], counts)

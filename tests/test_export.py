@@ -118,7 +118,9 @@ def test_the_bundle_gives_the_torch_scorers_top_10_for_200_users(loaded, models,
     random, catalog = np.random.default_rng(0), task.index.ids
     histories = [tuple(random.choice(catalog, size=random.integers(0, 14), replace=False)) for _ in range(200)]
     queries = [Query(tuple(map(str, history))) for history in histories]
-    scorers = parts.scorers() | {name: sequence_scorer(*found, task) for name, found in models.items()}
+    scorers = parts.scorers() | {
+        name: sequence_scorer(*found, task, parts.neighbours) for name, found in models.items()
+    }
     fused = FusedScorer(scorers, Fusion.load(tiny_run / "fusion.json"), task.split.train.item_counts())
     scores = mask_seen(fused.score(queries, task.index), queries, task.index)
     _, best = top_k(scores, 10)

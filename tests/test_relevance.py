@@ -152,7 +152,7 @@ def train_rows(dataset, prompts, rng, sides):
         for cut in (2, 4, 6, 8) if side in sides else ():
             other = str(2 * rng.integers(12) + 1 - side)
             rows += [
-                (prompts.whole(Query(query.history[:cut]), item), label)
+                (prompts.whole(Query(query.history[:cut]), item), label, -1)
                 for item, label in ((query.history[cut], 1.0), (other, 0.0))
             ]
     return [rows[place] for place in rng.permutation(len(rows))]
