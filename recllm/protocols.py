@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.data import Interactions
-from recllm.evaluate import KnownPairs, KnownScores, evaluate_labels, evaluate_ranking
+from recllm.evaluate import KnownPairs, KnownScores, evaluate_labels, evaluate_ranking, user_codes
 from recllm.fusion import Fusion, evidence
 from recllm.pairs import labelled_rows
 from recllm.ranking import Scorer, Scores, batches, score_pairs
@@ -166,7 +166,8 @@ class LabelledPairs:
         """Fit to tell the labels apart, by AUC."""
         labels = np.array([example.label for example in examples], dtype=np.float64)
         counts = self._evidence(examples)
-        return fit_labels(scores, labels, *counts, settings=self.run.fusion, seed=self.run.seed)
+        users = user_codes(examples)
+        return fit_labels(scores, labels, *counts, users=users, settings=self.run.fusion, seed=self.run.seed)
 
     def fit_new_items(
         self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]

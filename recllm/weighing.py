@@ -25,6 +25,8 @@ from recllm.ranking import QUERY_BATCH, Scores, target_ranks
 from recllm.recipes import Settings
 
 NDCG_AT = 10
+FOLDS = 5
+"""Parts of the users on which fusions of labelled pairs are measured in turn."""
 
 Kind = Literal[
     "by counts", "without counts", "plain sum", "best single", "stacker", "reciprocal rank", "borda", "levels"
@@ -117,20 +119,25 @@ def fit_labels(
     n_user: Counts,
     n_item: Counts,
     *,
+    users: NDArray[np.int64] | None = None,
     settings: FusionSettings | None = None,
     seed: int = 0,
 ) -> Fusion:
-    """Fit on labelled validation pairs by logistic loss, standardised over all rows; choose by AUC as above.
+    """Fit on labelled validation pairs by logistic loss, standardised over all rows; choose by AUC.
 
-    Kinds that need several candidates to a query are passed over.
+    Labelled rows are often many of few users, and weights that were fitted on a user look better there than they are.
+    So what is tried is measured on users that it was not fitted on, in `FOLDS` parts, and the best is fitted on all
+    rows in the end; if a single scorer then is better on these rows, it is kept instead. Kinds that need several
+    candidates to a query are passed over.
 
     Args:
         scores: by scorer, float32[rows].
         labels: 1 and 0, [rows].
         n_user: length of each row's known history, int[rows].
         n_item: train events of each row's item, int[rows].
+        users: number of each row's user, int[rows]; every row its own when not given.
         settings: how to fit.
-        seed: of dropping.
+        seed: of dropping and of the parts.
 
     Raises:
         RecllmError: no scorer, labels of one kind only, or no kind of fusion that pairs can have.
@@ -156,16 +163,51 @@ def fit_labels(
     )
     pairs = {name: given[:, None] for name, given in scores.items()}
     z = drop_scorers(np.stack([base.z(name, pairs[name]) for name in base.names]), settings.drop, rng)
-    problem = Problem(z, base.user(n_user)[:, None], base.item(n_item)[:, None], logistic(label))
+    user, item = base.user(n_user)[:, None], base.item(n_item)[:, None]
+    settings = settings.model_copy(update={"kinds": kinds})
+
+    def fused(fusion: Fusion) -> NDArray[np.float64]:
+        return np.nan_to_num(fusion.fuse(pairs, n_user, n_item[:, None])[0][:, 0]).astype(np.float64)
 
     def figure(fusion: Fusion) -> float:
-        return auc(label, np.nan_to_num(fusion.fuse(pairs, n_user, n_item[:, None])[0][:, 0]))
+        return auc(label, fused(fusion))
 
-    return _best(base, problem, settings.model_copy(update={"kinds": kinds}), figure)
+    def made(rows: NDArray[np.int64]) -> dict[str, Fusion]:
+        return _made(base, Problem(z[:, rows], user[rows], item[rows], logistic(label[rows])), settings, figure)
+
+    outside: dict[str, NDArray[np.float64]] = {}
+    for inside in _folds(np.arange(len(label)) if users is None else users, label, rng):
+        for name, fusion in made(np.flatnonzero(~inside)).items():
+            outside.setdefault(name, np.zeros(len(label)))[inside] = fused(fusion)[inside]
+    every = made(np.arange(len(label)))
+    figures = {name: auc(label, outside[name] if outside else fused(fusion)) for name, fusion in every.items()}
+    best = max(figures, key=figures.__getitem__)
+    singles = [name for name in every if name.startswith("only ")]
+    better = max(singles, key=lambda name: figure(every[name]), default=best)
+    best = better if figure(every[better]) > figure(every[best]) else best
+    return replace(every[best], chosen=best, candidates=figures)
+
+
+def _folds(users: NDArray[np.int64], label: NDArray[np.float64], rng: np.random.Generator) -> list[NDArray[np.bool_]]:
+    """Up to `FOLDS` parts of the users, bool[rows] each; none where what is left of one would have one label only."""
+    known = rng.permutation(np.unique(users))
+    count = min(FOLDS, len(known))
+    parts = [np.isin(users, known[start::count]) for start in range(count)] if count > 1 else []
+    return parts if all(len(np.unique(label[~inside])) == 2 for inside in parts) else []
 
 
 def _best(base: Fusion, problem: Problem, settings: FusionSettings, figure: Callable[[Fusion], float]) -> Fusion:
     """Fit, measure everything that is tried, take the best; on a tie the earlier."""
+    made = _made(base, problem, settings, figure)
+    figures = {name: figure(fusion) for name, fusion in made.items()}
+    best = max(figures, key=figures.__getitem__)
+    return replace(made[best], chosen=best, candidates=figures)
+
+
+def _made(
+    base: Fusion, problem: Problem, settings: FusionSettings, figure: Callable[[Fusion], float]
+) -> dict[str, Fusion]:
+    """Everything that is tried, by name, fitted on the problem; `figure` orders the levels."""
     made: dict[str, Fusion] = {}
     for kind in settings.kinds:
         if kind == "by counts" or kind == "without counts" or kind == "stacker":
@@ -187,9 +229,7 @@ def _best(base: Fusion, problem: Problem, settings: FusionSettings, figure: Call
             made[kind] = replace(base, levels=tuple(order.index(name) for name in base.names))
         elif kind in ("reciprocal rank", "borda"):
             made[kind] = replace(base, standardise=kind)
-    figures = {name: figure(fusion) for name, fusion in made.items()}
-    best = max(figures, key=figures.__getitem__)
-    return replace(made[best], chosen=best, candidates=figures)
+    return made
 
 
 def alone(base: Fusion, name: str) -> Fusion:

@@ -363,6 +363,24 @@ def test_labels_are_fused_over_all_rows():
         fit_labels(scores, np.ones(800), n_user, n_item)
 
 
+def test_weights_of_pairs_are_judged_on_other_users():
+    rng = np.random.default_rng(0)
+    users, labels = np.repeat(np.arange(6), 40), rng.integers(2, size=240)
+    # What most scorers know is who the user is; one knows a little of the labels.
+    scores = {f"noise {n}": rng.normal(size=6)[users] + 0.1 * rng.normal(size=240) for n in range(12)}
+    scores["good"] = labels + rng.normal(size=240) * 1.5
+    scores = {name: own.astype(np.float32) for name, own in scores.items()}
+    counts = np.full(240, 9), np.full(240, 9)
+    settings = FusionSettings(kinds=("stacker", "best single"), l2=0.0, drop=0.0)
+    fusion = fit_labels(scores, labels, *counts, users=users, settings=settings)
+    apart = fit_labels(scores, labels, *counts, settings=settings)
+    fused = fusion.fuse({name: own[:, None] for name, own in scores.items()}, counts[0], counts[1][:, None])[0][:, 0]
+    alone = auc(labels, scores["good"])
+    assert fusion.candidates["stacker"] < apart.candidates["stacker"]
+    assert fusion.candidates["only good"] == pytest.approx(alone)
+    assert auc(labels, fused) >= alone - 1e-9  # on these rows no part tells labels apart better
+
+
 def test_saved_fusion_is_json_and_fuses_the_same(fitted, tmp_path):
     fitted.save(tmp_path / "fusion.json")
     again = Fusion.load(tmp_path / "fusion.json")
