@@ -118,6 +118,22 @@ def fusions(found: dict[str, Result]) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def curve(found: dict[str, Result]) -> Iterator[str]:
+    """The cold-item results by the number of events that were given back."""
+    kept = {
+        (result["data"], int(name.removesuffix("-events").rpartition("-")[2])): result
+        for name, result in found.items()
+        if result["protocol"] == "cold-item"
+    }
+    shown = ("text", "neighbours", "mf", "ease", "transitions", "light", "lm", "fusion")
+    yield f"| set | events | {' | '.join(shown)} |"
+    yield "|---" * (len(shown) + 2) + "|"
+    for (data, events), result in sorted(kept.items(), key=lambda entry: entry[0]):
+        rows = rows_of(result)
+        cells = [figure([rows[name]["NDCG@10"][0], None, None]) if name in rows else "–" for name in shown]
+        yield f"| {data} | {events} | {' | '.join(cells)} |"
+
+
 def table(name: str, found: dict[str, Result]) -> list[str]:
     """The lines of a table: `summary`, `bars`, or the name of a result with or without a part behind a colon."""
     special: dict[str, Callable[[dict[str, Result]], Iterator[str]]] = {
@@ -125,6 +141,7 @@ def table(name: str, found: dict[str, Result]) -> list[str]:
         "bars": bars,
         "fading": fading,
         "fusions": fusions,
+        "curve": curve,
     }
     if name in special:
         return list(special[name](found))
