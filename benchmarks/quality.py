@@ -139,7 +139,7 @@ def main() -> None:
         "benchmark": "quality",
         "protocol": given.protocol,
         "data": Path(given.data).name,
-        "command": "recllm bench quality -- " + shlex.join(sys.argv[1:]),
+        "command": command(),
         "seeds": given.seeds,
         "language_model": given.lm,
         "versions": found[0][2]["environment"]["versions"],
@@ -159,6 +159,15 @@ def main() -> None:
     }
     keep(result, given)
     print(json.dumps({key: result[key] for key in ("benchmark", "protocol", "data", "seeds", "bars")}))
+
+
+def command() -> str:
+    """What makes this result again; where the runs are kept has no part in it."""
+    words = sys.argv[1:]
+    if "--runs" in words:
+        place = words.index("--runs")
+        words = words[:place] + words[place + 2 :]
+    return "recllm bench quality -- " + shlex.join(words)
 
 
 def differences(table: Table, protocol: str) -> dict[str, list[float | None]]:
