@@ -24,7 +24,7 @@ from recllm.itemitem import EASE
 from recllm.mf import FactorSettings, ImplicitMF, user_items_matrix
 from recllm.priors import TextSimilarity
 from recllm.ranking import ItemIndex, Scorer, Scores
-from recllm.recency import Fading, ranking_figure
+from recllm.recency import Fading, RecencySettings, ranking_figure
 from recllm.sequence import LightBody, Windows
 from recllm.tasks import Task
 from recllm.vectors import RawVectors, Standard
@@ -52,8 +52,8 @@ SASREC_EPOCHS = 20
 """The most passes of a SASRec trial; the best epoch on validation is kept."""
 PATIENCE = 3
 """Epochs without a better one after which a SASRec trial ends."""
-TUNED_ON = 2000
-"""The most validation rows that tune a reference."""
+TUNED_ON = RecencySettings().queries
+"""The most validation rows that tune a reference, as many as choose recllm's own half-lives."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def tuned_references(
         names: which references; keys of `GRIDS`.
         say: gets a line per trial.
     """
-    rows = task.split.valid
+    rows = [row for row in task.split.valid if row.item_id in task.index]
     if len(rows) > TUNED_ON:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:TUNED_ON])
         rows = [rows[place] for place in chosen]

@@ -89,7 +89,7 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool) -> dict[str, A
         values["data"]["test_rows"] = TEST_ROWS
     if quick:
         values["train"] |= {"max_steps": QUICK_STEPS, "num_train_epochs": 8}
-    for table, keys in DATA.get(data, {}).items():
+    for table, keys in DATA.get(Path(data).name, {}).items():
         values[table] = values.get(table, {}) | keys
     return values
 
@@ -120,13 +120,13 @@ def _topk(given: argparse.Namespace, table: Table) -> dict[str, Bar]:
     ndcg, hits = (table.interval(FUSION, metric)[0] for metric in ("NDCG@10", "HitRate@10"))
     references = [name for name in table.scorers if name.startswith("ref ")]
     result: dict[str, Bar] = {}
-    if given.data == "amazon-beauty-2014":
+    if Path(given.data).name == "amazon-beauty-2014":
         result |= {"ndcg": _bar(ndcg, 0.0565), "hit_rate": _bar(hits, 0.098)}
-    if given.data == "ml-100k":
+    if Path(given.data).name == "ml-100k":
         result |= {"ndcg": _bar(ndcg, 0.135)}
     if references:
         best = max(references, key=lambda name: table.interval(name, "NDCG@10")[0])
-        wanted = {"x-wines-slim": 1.10, "ml-1m": 1.15}.get(given.data, 1.0)
+        wanted = {"x-wines-slim": 1.10, "ml-1m": 1.15}.get(Path(given.data).name, 1.0)
         result["ratio_to_best_reference"] = _bar(ndcg / table.interval(best, "NDCG@10")[0], wanted) | {"best": best}
         result["above_best_reference_low_end"] = _bar(table.difference(FUSION, best, "NDCG@10")[1], 0.0)
     if "lm" in table.scorers:

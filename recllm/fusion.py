@@ -37,9 +37,10 @@ class Fusion:
 
     A scorer of a later level speaks only where all those of the levels before it are silent.
 
-    Items without events have weights of their own, θnew_s · [1, user evidence], without gates: the scorers that live on
-    events are silent there, and what the others say of them has to be weighed against known items. These weights may be
-    negative: popularity's, whose z is the same low number for all of them, is what places them among known ones.
+    New items, those with fewer than `few` events, have weights of their own, θnew_s · [1, user evidence], and no gates:
+    the scorers that live on events have no say there, and what the others say has to be weighed against known items.
+    These weights may be negative: popularity's, whose z is much the same low number for all of them, is what places
+    them among known ones.
 
     z is 0 where a scorer has no score, so each term is exactly that scorer's share. A scorer whose scores are constant
     over a query's candidates has z = 0 there. A candidate that no scorer knows is NaN.
@@ -67,7 +68,9 @@ class Fusion:
     candidates: Mapping[str, float] = field(default_factory=dict)
     """Validation figure of every candidate: NDCG@10, or AUC for labels."""
     new: NDArray[np.float64] | None = None
-    """float64[scorers, 2], θnew; None: items without events have no weights of their own."""
+    """float64[scorers, 2], θnew; None: new items have no weights of their own."""
+    few: int = 1
+    """Events from which an item is known."""
     chosen_new: str = ""
     """Which of the candidates for new items this is."""
     candidates_new: Mapping[str, float] = field(default_factory=dict)
@@ -81,7 +84,7 @@ class Fusion:
 
     def weights(self, n_user: ArrayLike, n_item: ArrayLike) -> dict[str, NDArray[np.float32]]:
         """Each scorer's weight at given numbers of events: float32, the common shape of `n_user` and `n_item`."""
-        user, item, cold = self.user(n_user), self.item(n_item), np.asarray(n_item) == 0
+        user, item, cold = self.user(n_user), self.item(n_item), np.asarray(n_item) < self.few
         shape = np.broadcast_shapes(user.shape, item.shape)
         apart = self.new is not None and bool(cold.any())
         result = {}
@@ -115,7 +118,7 @@ class Fusion:
         shape = next(iter(scores.values())).shape
         total, known = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
         shares: dict[str, Scores] = {}
-        cold = None if self.new is None else np.broadcast_to(np.asarray(n_item) == 0, shape)
+        cold = None if self.new is None else np.broadcast_to(np.asarray(n_item) < self.few, shape)
         for place, name in enumerate(self.names):
             given = scores.get(name)
             if given is None:
@@ -197,7 +200,7 @@ class Fusion:
             RecllmError: the file is missing or not JSON.
         """
         facts = read_facts(path)
-        facts |= {key: tuple(facts[key]) for key in ("names", "gates", "levels", "means", "deviations")}
+        facts |= {key: tuple(facts.get(key, ())) for key in ("names", "gates", "levels", "means", "deviations")}
         facts |= {key: Evidence(**facts[key]) for key in ("user", "item")}
         facts["theta"] = np.array(facts["theta"], dtype=np.float64).reshape(-1, 3)
         if facts.get("new") is not None:

@@ -57,7 +57,7 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     user = _evidence(build, "n_user", fusion.user, axis=1)  # (users, 1)
     item = _evidence(build, "n_item", fusion.item, axis=0)  # (1, items)
     cold = build.add(
-        "Unsqueeze", build.add("Equal", "n_item", build.constant(0, np.int64)), build.constant([0], np.int64)
+        "Unsqueeze", build.add("Less", "n_item", build.constant(fusion.few, np.int64)), build.constant([0], np.int64)
     )
     products = [_scores(build, name) for name in fusion.names]
     known = [has for _, has in products]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError, require
@@ -36,10 +36,10 @@ class TransitionSettings(Settings):
 
     regularization: float = Field(default=200.0, gt=0)
     """λ of the ridge term."""
-    half_lives: tuple[float, ...] = Field(default=(3.0, 10.0), min_length=1)
+    half_lives: tuple[PositiveFloat, ...] = Field(default=(3.0, 10.0), min_length=1)
     """How fast the past fades while fitting and scoring, in events: the choices, by NDCG@10 on validation."""
     max_history: int = Field(default=50, ge=1)
-    """How many of the last items count."""
+    """How many of the last items count while fitting; when scoring, what has faded counts little anyhow."""
     max_items: int = Field(default=5000, ge=0)
     """As of `[ease]`."""
 

@@ -1,6 +1,7 @@
 """The light judge: a small transformer reads a history with its ratings and says whether a candidate will be liked."""
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
@@ -22,6 +23,8 @@ UNRATED, DISLIKED, LIKED, CANDIDATE = range(4)
 """What is known of an item where it stands."""
 FACTS = 5
 SHRINKAGE = 5.0
+FOLDS = 4
+"""Parts of the training rows; few, so that what the others say of a row's own label is little."""
 PAIRS_IN_BATCH = 512
 """Pairs that are scored at once."""
 
@@ -30,55 +33,63 @@ PAIRS_IN_BATCH = 512
 class LikeShares:
     """How often each item was liked, and each user's items, in the training rows.
 
-    A training row's own label is left out of both, else the model would learn to read it from them.
+    A training row sees the counts of the other folds only. To leave out just the row's own label would not hide it: of
+    one user's rows the liked ones would see a share lower by one like than the disliked ones.
 
     Attributes:
-        items: rows and likes by item.
-        users: rows and likes by user.
+        items: rows and likes by item and fold, float64[folds, 2].
+        users: rows and likes by user and fold, float64[folds, 2].
         middle: share of likes over all rows.
     """
 
-    items: dict[str, tuple[int, float]]
-    users: dict[str, tuple[int, float]]
+    items: dict[str, NDArray[np.float64]]
+    users: dict[str, NDArray[np.float64]]
     middle: float
 
     @classmethod
     def fit(cls, rows: Iterable[Example]) -> Self:
         """Count the labelled rows; each event once, however often a set repeats it."""
-        items: dict[str, tuple[int, float]] = {}
-        users: dict[str, tuple[int, float]] = {}
+        items: dict[str, NDArray[np.float64]] = {}
+        users: dict[str, NDArray[np.float64]] = {}
         likes = {(row.query.user_id, row.item_id): row.label for row in rows if row.label is not None}
         for (user, item), label in likes.items():
             for counts, key in ((items, item), (users, user or "")):
-                number, liked = counts.get(key, (0, 0.0))
-                counts[key] = number + 1, liked + label
-        total = sum(number for number, _ in items.values())
-        return cls(items, users, sum(liked for _, liked in items.values()) / max(total, 1))
+                counts.setdefault(key, np.zeros((FOLDS, 2)))[fold_of(user, item)] += 1.0, label
+        total = sum((counts.sum(axis=0) for counts in items.values()), np.zeros(2))
+        return cls(items, users, float(total[1] / max(total[0], 1.0)))
 
-    def facts(self, query: Query, item: str, likes: Sequence[float], own: float | None = None) -> list[float]:
+    def facts(self, query: Query, item: str, likes: Sequence[float], *, training: bool = False) -> list[float]:
         """Five numbers: the item's share of likes and log count, the user's, and the log length of the history.
 
         Args:
             query: who is asked.
             item: the candidate.
             likes: 1 and 0 of the history's rated items; they stand for the user where there are any.
-            own: the row's own label, to be left out.
+            training: leave the fold of this pair out.
         """
-        in_items = self._less(self.items.get(item, (0, 0.0)), own)
-        in_users = self._less(self.users.get(query.user_id or "", (0, 0.0)), own)
+        left_out = fold_of(query.user_id, item) if training else None
+        in_items = self._counts(self.items.get(item), left_out)
+        in_users = self._counts(self.users.get(query.user_id or ""), left_out)
         if likes:
-            in_users = len(likes), float(sum(likes))
+            in_users = float(len(likes)), float(sum(likes))
         shares = [number for counts in (in_items, in_users) for number in (self._share(counts), math.log1p(counts[0]))]
         return [*shares, math.log1p(len(query.history))]
 
-    def _share(self, counts: tuple[int, float]) -> float:
+    def _share(self, counts: tuple[float, float]) -> float:
         number, liked = counts
         return (liked + SHRINKAGE * self.middle) / (number + SHRINKAGE) - self.middle
 
     @staticmethod
-    def _less(counts: tuple[int, float], own: float | None) -> tuple[int, float]:
-        number, liked = counts
-        return (number - 1, liked - own) if own is not None and number else counts
+    def _counts(counts: NDArray[np.float64] | None, left_out: int | None) -> tuple[float, float]:
+        if counts is None:
+            return 0.0, 0.0
+        number, liked = counts.sum(axis=0) - (0.0 if left_out is None else counts[left_out])
+        return float(number), float(liked)
+
+
+def fold_of(user: str | None, item: str) -> int:
+    """The fold of a pair, the same in every run."""
+    return zlib.crc32(f"{user}\0{item}".encode()) % FOLDS
 
 
 class Pair(NamedTuple):
@@ -114,7 +125,7 @@ class PairFormat:
         return item in self.index and any(own in self.index for own in query.history)
 
     def pair(self, query: Query, item: str, label: float | None = None) -> Pair:
-        """The pair of a training row, whose `label` is left out of the shares, or of a question without one."""
+        """The pair of a training row, whose fold is left out of the shares, or of a question without a label."""
         known = [place for place, own in enumerate(query.history) if own in self.index][-self.limit :]
         ratings = None if query.ratings is None else [query.ratings[place] for place in known]
         kinds = [UNRATED] * len(known)
@@ -122,7 +133,7 @@ class PairFormat:
             kinds = [LIKED if rating >= self.threshold else DISLIKED for rating in ratings]
         rows = self.index.rows([*(query.history[place] for place in known), item]).tolist()
         likes = [] if ratings is None else [float(kind == LIKED) for kind in kinds]
-        facts = self.shares.facts(query, item, likes, label)
+        facts = self.shares.facts(query, item, likes, training=label is not None)
         user = self._users.setdefault(query.user_id, len(self._users)) if query.user_id is not None else -1
         return Pair(rows, [*kinds, CANDIDATE], facts, user, 0.0 if label is None else label)
 

@@ -23,6 +23,8 @@ VALUE_LENGTH = 60
 """Longer values are running text: that is what the text vectors are for."""
 CELLS = 20_000_000
 """Numbers that are held at once while vectors are averaged."""
+MOST_FEW = 16
+"""From so many events on every item is known."""
 BASES: dict[str, Any] = {"ease": EASE, "mf": ImplicitMF}
 
 
@@ -31,6 +33,18 @@ class NeighbourSettings(Settings):
 
     neighbours: int = Field(default=10, ge=0)
     """From how many; 0 leaves the scorer out."""
+    max_items: int = Field(default=20_000, ge=0)
+    """Left out for larger catalogues: every item is compared with every other one."""
+    few_share: float = Field(default=0.1, ge=0, lt=1)
+    """An item with less than this share of the usual number of events (the median over items that have any) is new
+    still, up to `MOST_FEW` events: they say less than its neighbours do. 0: it is known from its first event on."""
+
+
+def few_events(counts: NDArray[np.int64], settings: NeighbourSettings) -> int:
+    """The number of events from which an item is known; at least 1."""
+    if settings.neighbours == 0 or len(counts) > settings.max_items or not (counts > 0).any():
+        return 1
+    return max(1, min(MOST_FEW, round(settings.few_share * float(np.median(counts[counts > 0])))))
 
 
 def features_of(record: Mapping[str, object]) -> Iterator[str]:
@@ -121,7 +135,7 @@ class Neighbours:
         weights: NDArray[np.float32],
         base: EASE | ImplicitMF,
     ) -> None:
-        """Keep neighbours int64[items, k] and weights float32[items, k]; `known`, bool[items], have events."""
+        """Keep neighbours int64[items, k] and weights float32[items, k]; `known`, bool[items], have enough events."""
         self.items, self.known, self.places, self.weights, self.base = items, known, places, weights, base
 
     @classmethod

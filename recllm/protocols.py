@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from recllm.data import Interactions
 from recllm.evaluate import KnownPairs, KnownScores, evaluate_labels, evaluate_ranking, user_codes
 from recllm.fusion import Fusion, evidence
+from recllm.neighbours import few_events
 from recllm.pairs import labelled_rows
 from recllm.ranking import Scorer, Scores, batches, score_pairs
 from recllm.results import Table
@@ -104,8 +105,9 @@ class WholeCatalogue:
         """With weights for items without events; `as_new` are scores as if no item had any."""
         targets = self.task.index.rows(example.item_id for example in examples)
         counts, seen = self._evidence(examples), self._seen(examples)
+        few = few_events(self.task.item_counts, self.run.neighbours)
         return fit_new_items(
-            fusion, scores, as_new, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed
+            fusion, scores, as_new, targets, *counts, seen, few=few, settings=self.run.fusion, seed=self.run.seed
         )
 
     def fuse(self, fusion: Fusion, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Scores:

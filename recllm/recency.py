@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from recllm.data import Query
 from recllm.metrics import ndcg
@@ -18,7 +18,7 @@ NDCG_AT = 10
 class RecencySettings(Settings):
     """`[recency]`: how fast the past of a history fades, for the scorers that sum over its events."""
 
-    half_lives: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
+    half_lives: tuple[PositiveFloat, ...] = (1.0, 3.0, 10.0, 30.0)
     """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation; empty
     leaves all events of a history equal."""
     queries: int = Field(5000, ge=1)

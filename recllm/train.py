@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
-from recllm.files import written
+from recllm.files import read_json, write_json, written
 from recllm.fusion import Fusion
 from recllm.histories import HistoryFormat
 from recllm.judging import load_light_judge, load_relevance, rating_scorers, train_light_judge, train_relevance
@@ -71,6 +71,8 @@ from recllm.vectors import ItemFeatures
 Say = Callable[[str], None]
 BLOCK_SCORES = 20_000_000
 """Scores that are held in memory at once."""
+NEW_ITEM_SCORES = 200_000_000
+"""Scores on which the weights of new items are fitted, in memory at once."""
 VALIDATION_WINDOWS = 256
 """Validation histories that choose the language model's checkpoint; the fusion sees all of them."""
 
@@ -373,13 +375,15 @@ def _write_scores(
 
 def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     """Fit the fusion on validation: with every scorer, and again without the language model for the table."""
-    if (run.folder / "fusion.json").is_file():
+    settings = run.folder / "fusion-settings.json"
+    wanted = run.fusion.model_dump(mode="json")
+    if (run.folder / "fusion.json").is_file() and settings.is_file() and read_json(settings) == wanted:
         return
     scores = known_scores(run, task, parts, say)["valid"]
     say("Fitting the fusion on validation")
     protocol = evaluation_protocol(run, task)
     examples, language = protocol.examples("valid"), protocol.language
-    rows = _some_rows(len(examples), run)
+    rows = _some_rows(len(examples), len(task.index) * len(scores), run)
     as_new = _scores_as_new(run, task, parts, [examples[row] for row in rows], say)
 
     def fitted(given: dict[str, Scores]) -> Fusion:
@@ -393,11 +397,13 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
         others = {name: value for name, value in scores.items() if name != language}
         fitted(others).save(run.folder / f"fusion-without-{language}.json")
     fitted(scores).save(run.folder / "fusion.json")
+    write_json(settings, wanted)
 
 
-def _some_rows(count: int, run: Run) -> NDArray[np.int64]:
-    """The validation rows on which weights of items without events are fitted, in order."""
-    return np.sort(np.random.default_rng(run.seed).permutation(count)[: run.fusion.queries])
+def _some_rows(count: int, cells: int, run: Run) -> NDArray[np.int64]:
+    """The validation rows on which weights of new items are fitted, in order; `cells` scores belong to each."""
+    most = min(run.fusion.queries, max(1, NEW_ITEM_SCORES // cells))
+    return np.sort(np.random.default_rng(run.seed).permutation(count)[:most])
 
 
 def _scores_as_new(run: Run, task: Task, parts: Collaborative, examples: list[Example], say: Say) -> dict[str, Scores]:
@@ -407,7 +413,7 @@ def _scores_as_new(run: Run, task: Task, parts: Collaborative, examples: list[Ex
     result: dict[str, Scores] = {}
     queries = [example.query for example in examples]
     for name, make in scorer_makers(run, task, parts).items():
-        path = run.folder / "scores" / f"{name}-as-new.npy"
+        path = run.folder / "scores" / f"{name}-as-new-{len(examples)}.npy"
         if not path.is_file():
             say(f"Scoring validation with '{name}' as if all items were new")
             scores = score_as_new(make(), queries, task.index)

@@ -30,7 +30,7 @@ from recllm.lm import (
 )
 from recllm.loop import load_trained
 from recllm.mf import ImplicitMF
-from recllm.neighbours import Neighbours
+from recllm.neighbours import Neighbours, few_events
 from recllm.priors import Popularity, TextSimilarity
 from recllm.progress import Progress
 from recllm.prompts import compile_prompt, load_prompt
@@ -99,10 +99,11 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors) -> None:
         fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
     for scorer in fading.values():
         scorer.save(folder)
-    if run.model.task == "next_item" and run.neighbours.neighbours:
+    if run.model.task == "next_item" and run.neighbours.neighbours and len(task.index) <= run.neighbours.max_items:
         text, base = cast(TextSimilarity, fading["text"]), cast(EASE | ImplicitMF, fading.get("ease", fading["mf"]))
         count = run.neighbours.neighbours
-        Neighbours.fit(task.dataset.catalog, text.vectors, task.warm, base, count=count).save(folder)
+        known = task.item_counts >= few_events(task.item_counts, run.neighbours)
+        Neighbours.fit(task.dataset.catalog, text.vectors, known, base, count=count).save(folder)
     write_json(
         folder / HALF_LIVES, {name: {str(key): value for key, value in own.items()} for name, own in figures.items()}
     )
@@ -114,6 +115,7 @@ def _rows_that_choose(run: Run, task: Task) -> tuple[list[Query], NDArray[np.int
     if len(rows) > run.recency.queries:
         order = np.random.default_rng(run.seed).permutation(len(rows))
         rows = [rows[place] for place in np.sort(order[: run.recency.queries])]
+    rows = [row for row in rows if row.item_id in task.index]
     return [row.query for row in rows], task.index.rows(row.item_id for row in rows)
 
 
@@ -322,6 +324,15 @@ def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.fl
     return heads.float().cpu().numpy(), bias.float().cpu().numpy()
 
 
+@torch.inference_mode()
+def text_heads(model: NextItemModel) -> NDArray[np.float32]:
+    """Item vectors and bias from text alone, as of items without events: float32[items, head + 1], NaN without text."""
+    text: torch.Tensor = model.text_vectors  # type: ignore[assignment]
+    heads = model.heads(text, torch.full_like(model.item_factors, torch.nan))  # type: ignore[arg-type]
+    heads = torch.cat([heads, model.cold_bias.expand(len(heads), 1)], dim=1)
+    return torch.where(torch.isnan(text[:, :1]), torch.nan, heads).float().cpu().numpy()
+
+
 def borrowed_heads(
     model: NextItemModel, neighbours: Neighbours | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
@@ -336,11 +347,11 @@ def borrowed_heads(
         float32[items, head + 1].
     """
     heads, bias = item_heads(model)
-    whole = np.concatenate([heads, bias[:, None]], axis=1)
+    whole, new = np.concatenate([heads, bias[:, None]], axis=1), text_heads(model)
     if neighbours is None:
-        return heads, bias, whole
+        return heads, bias, new
     borrowed = neighbours.means(whole, np.arange(len(whole)))
-    new = np.where(np.isnan(borrowed), whole, borrowed)
+    new = np.where(np.isnan(borrowed), new, borrowed)
     whole = np.where(neighbours.known[:, None], whole, new)
     return whole[:, :-1], whole[:, -1], new
 

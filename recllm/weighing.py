@@ -42,7 +42,7 @@ class FusionSettings(Settings):
     """What is tried, the best on validation is kept: softplus weights by event counts or the same everywhere, the plain
     sum of standardised scores, each scorer alone with the others as backup, signed weights by counts (stacker), sums of
     reciprocal ranks or of Borda points, and scorers one after the other (levels), each only where those before it are
-    silent. With "best single" among them no part ranks above the fusion on the rows that choose."""
+    silent. With "best single" among them no part ranks known items above the fusion on the rows that choose."""
     queries: int = Field(2000, ge=1)
     """The most validation queries to fit on."""
     choosing: int = Field(5000, ge=1)
@@ -250,12 +250,13 @@ def fit_new_items(
     n_item: Counts,
     seen: NDArray[np.bool_],
     *,
+    few: int = 1,
     settings: FusionSettings | None = None,
     seed: int = 0,
 ) -> Fusion:
-    """The same fusion with weights for items without events, fitted by taking a part of the items for new.
+    """The same fusion with weights for new items, fitted by taking a part of the known ones for new.
 
-    In every row `settings.new_share` of the warm items, drawn anew, lose what is known from their events, the target
+    In every row `settings.new_share` of the known items, drawn anew, lose what is known from their events, the target
     as likely as any other. Known items keep their weights; those of new ones are fitted by softmax cross-entropy, and
     kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
 
@@ -267,15 +268,17 @@ def fit_new_items(
         n_user: length of each query's known history, int[queries].
         n_item: train events per candidate, int[candidates].
         seen: candidates that are not ranked, bool[queries, candidates].
+        few: events from which an item is known.
         settings: how to fit.
         seed: of the draws.
     """
     settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
-    warm, names = n_item > 0, fusion.names
+    warm, names = n_item >= few, fusion.names
     rows = np.flatnonzero((targets >= 0) & warm[targets])
     sample = np.sort(rng.permutation(rows)[: settings.queries])
     if not len(sample) or settings.new_share == 0.0:
         return fusion
+    fusion = replace(fusion, few=few)
     new = warm & (rng.random((len(sample), len(n_item))) < settings.new_share)
     counts = np.where(new, 0, n_item)
     mixed = {name: np.where(new, as_new[name][sample], scores[name][sample]) for name in names}
@@ -288,7 +291,7 @@ def fit_new_items(
 
     # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
     known, _ = replace(fusion, new=np.zeros((len(names), 2))).fuse(mixed, n_user[sample], counts)
-    z = np.stack([at(fusion.z(name, mixed[name])) for name in names]) * at(counts == 0)
+    z = np.stack([at(fusion.z(name, mixed[name])) for name in names]) * at(counts < few)
     base, fixed = cross_entropy(valid), np.nan_to_num(at(known)).astype(np.float64)
 
     def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
@@ -298,7 +301,9 @@ def fit_new_items(
         drop_scorers(z, settings.drop, rng), fusion.user(n_user[sample])[:, None], np.zeros(columns.shape), loss
     )
     fitted = minimise(problem, counts=True, signed=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
-    made = {"fitted": fitted, "plain sum": np.tile([1.0, 0.0], (len(names), 1))}
+    # What lives on events has no say of a new item, also where it has seen its first few.
+    speaks = np.array([[not np.isnan(as_new[name][sample]).all()] for name in names])
+    made = {"fitted": fitted * speaks, "plain sum": np.tile([1.0, 0.0], (len(names), 1)) * speaks}
 
     def figure(theta: NDArray[np.float64]) -> float:
         fused, _ = replace(fusion, new=theta).fuse(mixed, n_user[sample], counts)

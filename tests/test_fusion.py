@@ -173,12 +173,16 @@ def test_other_kinds_are_chosen_by_name_and_split_into_shares(kind, tmp_path):
     assert not rest[1]["a"].any()
 
 
-def test_what_is_tried_by_default_does_not_rank_below_any_other_kind():
+def test_every_kind_is_measured_as_it_then_ranks():
     scores, targets, n_user, n_item = made()
     every = ("by counts", "without counts", "plain sum", "best single", "stacker", "reciprocal rank", "borda", "levels")
     fusion = fit_ranking(scores, targets, n_user, n_item, settings=QUICK.model_copy(update={"kinds": every}))
     assert set(every) - {"best single"} | {"only a", "only b", "only c"} == set(fusion.candidates)
-    assert fusion.candidates[fusion.chosen] == max(fusion.candidates.values())
+    for kind in ("plain sum", "reciprocal rank", "borda", "stacker"):
+        one = fit_ranking(scores, targets, n_user, n_item, settings=QUICK.model_copy(update={"kinds": (kind,)}))
+        fused, _ = one.fuse(scores, n_user, n_item)
+        assert fusion.candidates[kind] == pytest.approx(figure(fused, targets), abs=1e-3)
+        assert fusion.candidates[fusion.chosen] >= fusion.candidates[kind]
 
 
 def test_ranks_and_points_by_hand():
@@ -249,6 +253,18 @@ def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
     assert figure(fused[~rows], wanted[~rows]) > figure(old[~rows], wanted[~rows]) - 0.1
     shares = after.fuse(mixed, users, counts)[1]
     assert np.allclose(sum(shares.values()), fused)
+
+
+def test_an_items_first_few_events_leave_it_new():
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, few=5, settings=QUICK)
+    assert after.few == 5
+    counts = np.array([0, 4, 5, 100])
+    weights = after.weights(np.array([[9]]), counts)
+    assert weights["a"][0, 0] == weights["a"][0, 1] == 0.0  # it lives on events
+    assert weights["b"][0, 0] == weights["b"][0, 1]
+    assert weights["a"][0, 2] == before.weights(np.array([[9]]), counts)["a"][0, 2]
 
 
 def test_without_a_share_of_new_items_nothing_changes():

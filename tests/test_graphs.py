@@ -125,6 +125,11 @@ def test_items_without_events_have_weights_of_their_own(tmp_path):
     feeds["b_items"][::4] = np.nan
     found = run(tmp_path, given, feeds, n_user, n_item, NONE_SEEN, ITEMS)
     agree(found, expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS))
+    few = replace(given, few=20)
+    agree(
+        run(tmp_path, few, feeds, n_user, n_item, NONE_SEEN, ITEMS),
+        expected(few, feeds, n_user, n_item, NONE_SEEN, ITEMS),
+    )
     plain = run(tmp_path, replace(given, new=None), feeds, n_user, n_item, NONE_SEEN, ITEMS)
     assert not np.array_equal(found[0], plain[0])
 

@@ -8,6 +8,7 @@ from recllm.data import Query
 from recllm.lightjudge import (
     CANDIDATE,
     DISLIKED,
+    FACTS,
     LIKED,
     SHRINKAGE,
     UNRATED,
@@ -16,7 +17,9 @@ from recllm.lightjudge import (
     LikeShares,
     PairCollator,
     PairFormat,
+    fold_of,
 )
+from recllm.metrics import user_aucs
 from recllm.ranking import ItemIndex
 from recllm.sequence import IGNORED
 from recllm.splits import Example
@@ -45,22 +48,41 @@ def form(limit=4):
     return PairFormat(INDEX, LikeShares.fit(ROWS), threshold=4.0, limit=limit)
 
 
-def test_a_rows_own_label_is_left_out_of_the_shares():
+def test_shares_by_hand():
     shares = LikeShares.fit(ROWS)
     assert shares.middle == pytest.approx(1 / 3)
-    assert shares.items == {"2": (2, 1.0), "3": (1, 0.0)}
+    assert {item: counts.sum(axis=0).tolist() for item, counts in shares.items.items()} == {"2": [2, 1], "3": [1, 0]}
 
     def share(number, liked):
         return (liked + SHRINKAGE * shares.middle) / (number + SHRINKAGE) - shares.middle
 
     asked = shares.facts(Query(("1",), "u"), "2", [])
     assert asked == pytest.approx([share(2, 1), np.log(3), share(2, 1), np.log(3), np.log(2)])
-    own = shares.facts(Query(("1",), "u"), "2", [], own=1.0)
-    assert own == pytest.approx([share(1, 0), np.log(2), share(1, 0), np.log(2), np.log(2)])
     nobody = shares.facts(Query((), "w"), "9", [])
     assert nobody == pytest.approx([0.0, 0.0, 0.0, 0.0, 0.0])
     rated = shares.facts(Query(("1", "3"), "w"), "9", [1.0, 1.0])
     assert rated[2:4] == pytest.approx([share(2, 2), np.log(3)])
+    # In training the fold of the pair is left out: here the row itself, and what shares its fold.
+    own = fold_of("u", "2")
+    left = [label for user, item, label in (("u", "2", 1.0), ("v", "2", 0.0)) if fold_of(user, item) != own]
+    trained = shares.facts(Query(("1",), "u"), "2", [], training=True)
+    assert trained[:2] == pytest.approx([share(len(left), sum(left)), np.log1p(len(left))])
+
+
+def test_a_training_rows_shares_do_not_give_its_label_away():
+    random = np.random.default_rng(0)
+    rows = [
+        Example(Query((), f"u{user}"), str(item), float(random.integers(2)))
+        for user in range(60)
+        for item in random.permutation(300)[:40]
+    ]
+    shares = LikeShares.fit(rows)
+    facts = np.array([shares.facts(row.query, row.item_id, [], training=True) for row in rows])
+    users, labels = np.array([row.query.user_id for row in rows]), np.array([row.label for row in rows])
+    for column in range(FACTS):
+        _, inside = user_aucs(np.unique(users, return_inverse=True)[1], labels, facts[:, column])
+        # With only the own label left out, the user's share would give .0 here and the item's almost that.
+        assert 0.3 < np.nanmean(inside) < 0.7
 
 
 def test_a_history_is_marked_and_its_last_items_are_read():

@@ -7,7 +7,15 @@ import pytest
 from recllm.data import Catalog, Query
 from recllm.itemitem import EASE
 from recllm.mf import FactorSettings, ImplicitMF
-from recllm.neighbours import Neighbours, SharedFeatures, features_of, nearest
+from recllm.neighbours import (
+    MOST_FEW,
+    Neighbours,
+    NeighbourSettings,
+    SharedFeatures,
+    features_of,
+    few_events,
+    nearest,
+)
 from recllm.ranking import ItemIndex
 
 WINES = [
@@ -54,6 +62,16 @@ def test_nobody_is_its_own_neighbour_and_nothing_alike_weighs_nothing():
     places, weights = nearest(CATALOG, text, KNOWN, [4], 2)
     assert places[0, 0] == 0  # by its text alone
     assert weights[0].tolist() == [1.0, 0.0]
+
+
+def test_an_item_is_new_below_a_share_of_the_usual_number_of_events():
+    counts, settings = np.array([0, 0, 40, 60, 80, 3]), NeighbourSettings()
+    assert few_events(counts, settings) == 5  # a tenth of 50, the median of 40, 60, 80 and 3
+    assert few_events(counts * 100, settings) == MOST_FEW
+    assert few_events(np.array([0, 1, 2]), settings) == 1
+    assert few_events(np.zeros(3, dtype=np.int64), settings) == 1
+    assert few_events(counts, NeighbourSettings(few_share=0.0)) == 1
+    assert few_events(counts, NeighbourSettings(neighbours=0)) == 1
 
 
 @pytest.fixture(scope="module", params=["ease", "mf"])

@@ -83,7 +83,7 @@ def _weights(column: pl.Series, table: Table) -> pl.Series:
     if len(bad):
         raise RecllmError(
             f"{table.path}: row {bad[0] + 1} has an event weight that is no positive number (as {len(bad):,} of "
-            f"{len(column):,} rows). Mend it, or map the column to nothing ([data.columns])."
+            f"{len(column):,} rows). Mend it, or give the column another name."
         )
     return weight
 

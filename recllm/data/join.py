@@ -58,7 +58,7 @@ class Source(Settings):
     events: dict[str, EventKind] = Field(default_factory=dict)
     """By kind what it is worth; events of a kind that is not named here are left out, and counted."""
     rating_scale: tuple[float, float] | None = None
-    """Lowest and highest rating of this source; brought to 1 … 5."""
+    """Lowest and highest rating of this source; brought to 1 … 5. Ratings by kind of event are not: they are 1 … 5."""
     clock: float = 0.0
     """Seconds that are added to its time stamps."""
     duplicates: Duplicates = "first"
@@ -138,8 +138,12 @@ def _read(source: Source) -> Dataset:
 
 def _with_kinds(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
     """Weights and ratings by the kind of event."""
+    given = pl.col("weight") if "weight" in frame.columns else pl.lit(1.0)  # of a set that was joined before
+    if source.rating_scale is not None:
+        low, high = source.rating_scale
+        frame = frame.with_columns(rating=(1.0 + 4.0 * (pl.col("rating") - low) / (high - low)).cast(pl.Float32))
     if source.event is None:
-        return frame.with_columns(weight=pl.lit(source.weight, pl.Float32))
+        return frame.with_columns(weight=(given * source.weight).cast(pl.Float32))
     kinds = frame[source.event].cast(pl.String)
     missing = sorted(set(source.events) - set(kinds.drop_nulls().unique().to_list()))
     if missing:
@@ -147,7 +151,7 @@ def _with_kinds(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
     weights = {kind: source.weight * worth.weight for kind, worth in source.events.items()}
     ratings = {kind: worth.rating for kind, worth in source.events.items()}
     return frame.with_columns(
-        weight=kinds.replace_strict(weights, default=None, return_dtype=pl.Float32),
+        weight=(given * kinds.replace_strict(weights, default=None, return_dtype=pl.Float32)).cast(pl.Float32),
         rating=pl.coalesce(pl.col("rating"), kinds.replace_strict(ratings, default=None, return_dtype=pl.Float32)),
     )
 
@@ -157,16 +161,12 @@ def _weighted(source: Source, frame: pl.DataFrame, say: Callable[[str], None]) -
     left_out = frame["weight"].null_count()
     if left_out:
         say(f"{source.name}: {left_out:,} events of kinds that [source.events] does not name, left out")
-    rating = pl.col("rating")
-    if source.rating_scale is not None:
-        low, high = source.rating_scale
-        rating = 1.0 + 4.0 * (rating - low) / (high - low)
     frame = frame.filter(pl.col("weight").is_not_null())
     say(f"{source.name}: {len(frame):,} events of {frame['user_id'].n_unique():,} users")
     return frame.select(
         _inside(source.users, source.name, "user_id"),
         _inside(source.items_namespace, source.name, "item_id"),
-        rating.cast(pl.Float32).alias("rating"),
+        pl.col("rating").cast(pl.Float32),
         (pl.col("timestamp").cast(pl.Float64) + source.clock).round().cast(pl.Int64).alias("timestamp"),
         "seq",
         "weight",
