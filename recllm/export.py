@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from recllm.bundle import new_bundle, seal, write_catalog
@@ -21,16 +20,15 @@ from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.files import write_json
-from recllm.fusion import FusedScorer, Fusion
+from recllm.fusion import Fusion
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder
-from recllm.prompts import compile_prompt, load_prompt
+from recllm.parity import Tolerance, failures_of, measure
 from recllm.quantise import quantise
-from recllm.ranking import Scorer, mask_seen
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.runs import Run
-from recllm.runtime import VECTORS, Recommender, load, open_session
+from recllm.runtime import VECTORS
 from recllm.sequence import NextItemModel
 from recllm.tasks import Task
 from recllm.trained import (
@@ -44,19 +42,6 @@ from recllm.trained import (
 )
 
 Say = Callable[[str], None]
-ENCODER_TEXTS = 64
-"""Item texts on which the item encoder's graph is compared."""
-
-
-class Tolerance(Settings):
-    """How far a graph's scores may lie from torch's before its recipe fails."""
-
-    max_difference: float | None = None
-    """Largest difference of a score; not asked where the weights are rounded."""
-    rank_correlation: float
-    """Least mean Spearman correlation over the candidates of a history."""
-    top10_overlap: float
-    """Least mean share of torch's ten best that stay among the ten best."""
 
 
 class CausalQuantisation(Settings):
@@ -197,8 +182,8 @@ def _export(
                 quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump() if causal else None)
             _write_content(part, run, task, parts, sequences, base)
             seal(part, facts)  # so that what is compared is what a user will load
-            result.parity.update(_parity(part, run, task, parts, sequences, base, reference))
-            result.failures.extend(_failures(result.parity, recipe.tolerance))
+            result.parity.update(measure(part, run, task, parts, sequences, base, reference))
+            result.failures.extend(failures_of(result.parity, recipe.tolerance))
             write_json(part / "parity.json", {"tolerance": recipe.tolerance.model_dump(), "measured": result.parity})
             if result.failures:
                 raise _GateError
@@ -338,129 +323,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _parity(
-    folder: Path,
-    run: Run,
-    task: Task,
-    parts: Collaborative,
-    sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
-    base: BaseModel,
-    reference: dict[str, SequenceScorer],
-) -> dict[str, dict[str, float]]:
-    """Fidelity of each history graph, of the whole ranking, of the item graphs and of the item encoder."""
-    random = np.random.default_rng(run.seed)
-    places = np.sort(random.permutation(len(task.split.valid))[: run.export.gate_queries])
-    queries = [task.split.valid[place].query for place in places]
-    bundle = load(folder)
-    result = {
-        name: fidelity(scorer.score(queries, task.index), bundle.scorers[name].score(queries, task.index))
-        for name, scorer in reference.items()
-        if name in bundle.scorers
-    }
-    result["ranking"] = _ranking_parity(bundle, task, parts.scorers() | reference, queries)
-    items = random.permutation(len(task.index))[:ENCODER_TEXTS]
-    for name, (model, _) in sequences.items():
-        result[f"{name} items"] = _item_parity(folder / f"{name}-items.onnx", model, items)
-    result["encoder"] = _encoder_parity(folder, run, task, base, random)
-    return result
-
-
-def _ranking_parity(
-    bundle: Recommender, task: Task, scorers: Mapping[str, Scorer], queries: Sequence[Query]
-) -> dict[str, float]:
-    """Fidelity of the catalogue graph, all items ranked, with the fusion of torch's scores."""
-    fused = FusedScorer({name: scorers[name] for name in bundle.fusion.names}, bundle.fusion, bundle.item_counts)
-    expected = mask_seen(fused.score(queries, task.index), queries, task.index)
-    out = bundle.recommend([query.history for query in queries], k=len(task.index))
-    found = np.full_like(expected, np.nan)
-    for row, ids in enumerate(out.ids):
-        found[row, task.index.rows(ids)] = out.scores[row, : len(ids)]
-    return fidelity(expected, found)
-
-
-def _item_parity(path: Path, model: NextItemModel, rows: NDArray[np.int64]) -> dict[str, float]:
-    """Fidelity of the similarities among item vectors as the item graph makes them."""
-    given = {"text": model.text_vectors[rows], "factors": model.item_factors[rows]}  # type: ignore[index]
-    with torch.inference_mode():
-        expected = model.heads(given["text"], given["factors"]).numpy()
-    found = open_session(path).run(["heads"], {name: value.numpy() for name, value in given.items()})[0]
-    return fidelity(_similarities(expected), _similarities(found))
-
-
-def _encoder_parity(
-    folder: Path, run: Run, task: Task, base: BaseModel, random: np.random.Generator
-) -> dict[str, float]:
-    """Fidelity of the similarities among item texts."""
-    prompt = compile_prompt(load_prompt(run.prompt_file("item"), task="item"), base.tokenizer)
-    token_ids = [ids for ids in prompt.encode_items(task.dataset.catalog) if ids is not None]
-    chosen = [token_ids[place] for place in random.permutation(len(token_ids))[:ENCODER_TEXTS]]
-    session, module = open_session(folder / "encoder.onnx"), EncoderGraph(base)
-    ours, theirs = [], []
-    for ids in chosen:
-        tokens = np.array([ids], dtype=np.int64)
-        mask = np.ones_like(tokens)
-        theirs.append(session.run(None, {"ids": tokens, "mask": mask})[0][0])
-        with torch.inference_mode():
-            ours.append(module(torch.from_numpy(tokens), torch.from_numpy(mask))[0].numpy())
-    return fidelity(_similarities(np.stack(ours)), _similarities(np.stack(theirs)))
-
-
-def _similarities(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    centred = vectors - vectors.mean(axis=0)
-    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
-    return unit @ unit.T
-
-
-def fidelity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, float]:
-    """How well `found` keeps the order of `expected`, float32[rows, columns]: means over the rows.
-
-    Each row is compared on the columns that `expected` scores; a row without any is left out.
-
-    Returns:
-        max_difference (infinite where only one side is a number), rank_correlation (Spearman, ties share their mean
-        rank) and top10_overlap; NaN where there is nothing to compare.
-    """
-    known = ~np.isnan(expected)
-    pairs = [(left[here], right[here]) for left, right, here in zip(expected, found, known, strict=True) if here.any()]
-    same = np.array_equal(known, ~np.isnan(found))
-    if not pairs:
-        return {"max_difference": 0.0 if same else np.inf, "rank_correlation": np.nan, "top10_overlap": np.nan}
-    filled = [(left, np.where(np.isnan(right), -np.inf, right)) for left, right in pairs]
-    return {
-        "max_difference": max(float(np.abs(left - right).max()) for left, right in filled) if same else np.inf,
-        "rank_correlation": float(np.mean([_rank_correlation(*pair) for pair in filled])),
-        "top10_overlap": float(np.mean([_top_overlap(*pair, min(10, len(pair[0]))) for pair in filled])),
-    }
-
-
-def _rank_correlation(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
-    ranks = rankdata(np.stack([left, right]), axis=1)
-    constant = ranks.std(axis=1) == 0
-    if constant.any():
-        return float(constant.all())
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def _top_overlap(left: NDArray[np.float32], right: NDArray[np.float32], k: int) -> float:
-    best, kept = (set(np.argsort(-side, kind="stable")[:k].tolist()) for side in (left, right))
-    return len(best & kept) / k
-
-
-def _failures(parity: dict[str, dict[str, float]], tolerance: Tolerance) -> list[str]:
-    found = []
-    for graph, measured in parity.items():
-        if not np.isfinite(measured["max_difference"]):
-            found.append(f"{graph}: some of its scores are no numbers")
-        elif tolerance.max_difference is not None and measured["max_difference"] > tolerance.max_difference:
-            found.append(
-                f"{graph}: a score differs by {measured['max_difference']:.2g}, allowed {tolerance.max_difference}"
-            )
-        for key, least in (
-            ("rank_correlation", tolerance.rank_correlation),
-            ("top10_overlap", tolerance.top10_overlap),
-        ):
-            if not measured[key] >= least:
-                found.append(f"{graph}: {key} is {measured[key]:.4f}, at least {least} is asked")
-    return found

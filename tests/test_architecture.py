@@ -21,7 +21,7 @@ TORCH_FREE = [
 ]
 TORCH = [
     "sequence", "lightjudge", "adapters", "lm", "loop", "relevance", "trained", "judging", "train", "outcome", "graphs",
-    "quantise", "export", "quickstart", "commands",
+    "quantise", "parity", "export", "quickstart", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

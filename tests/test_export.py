@@ -12,10 +12,11 @@ from recllm import export
 from recllm.bundle import read_manifest
 from recllm.data import Query
 from recllm.errors import RecllmError
-from recllm.export import Tolerance, export_run, fidelity, load_recipe
+from recllm.export import export_run, load_recipe
 from recllm.files import read_json
 from recllm.fusion import FusedScorer, Fusion
 from recllm.lm import load_base, mean_pool
+from recllm.parity import Tolerance, failures_of, fidelity
 from recllm.quantise import quantise
 from recllm.ranking import mask_seen, top_k
 from recllm.runs import load_run
@@ -236,13 +237,13 @@ def test_a_score_that_is_lost_or_no_number_fails_the_gate():
     broken[1, 3] = np.nan
     tolerance = Tolerance(rank_correlation=0.1, top10_overlap=0.1)
     for pair in ((given, broken), (broken, given), (given, np.full_like(given, np.inf))):
-        (said,) = [line for line in export._failures({"lm": fidelity(*pair)}, tolerance) if "no numbers" in line]
+        (said,) = [line for line in failures_of({"lm": fidelity(*pair)}, tolerance) if "no numbers" in line]
         assert said == "lm: some of its scores are no numbers"
 
 
 def test_nothing_to_compare_proves_nothing():
     measured = fidelity(scores([np.nan] * 3), scores([np.nan] * 3))
-    assert len(export._failures({"lm": measured}, Tolerance(rank_correlation=0.1, top10_overlap=0.1))) == 2
+    assert len(failures_of({"lm": measured}, Tolerance(rank_correlation=0.1, top10_overlap=0.1))) == 2
 
 
 def test_fidelity_does_not_take_ties_for_an_order():
@@ -264,6 +265,6 @@ def test_fidelity_does_not_take_ties_for_an_order():
 def test_what_breaks_a_tolerance_is_said(measured, words):
     fine = {"max_difference": 0.0, "rank_correlation": 1.0, "top10_overlap": 1.0}
     tolerance = Tolerance(max_difference=0.1, rank_correlation=0.9, top10_overlap=0.9)
-    assert export._failures({"lm": fine}, tolerance) == []
-    (said,) = export._failures({"lm": fine | measured}, tolerance)
+    assert failures_of({"lm": fine}, tolerance) == []
+    (said,) = failures_of({"lm": fine | measured}, tolerance)
     assert words in said
