@@ -316,7 +316,8 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> int:
             "The benchmarks are not in the installed package, only in a checkout of recllm. Get the sources, "
             "`make install`, and run it there."
         )
-    names = sorted(path.stem for path in folder.glob("*.py"))
+    files = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+    names = [stem for stem, text in files.items() if f'prog="recllm bench {stem}"' in text]  # the others are their parts
     if name not in names:
         raise unknown("benchmark", name, names)
     return subprocess.run([sys.executable, str(folder / f"{name}.py"), *arguments], check=False).returncode
