@@ -317,7 +317,8 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> int:
             "`make install`, and run it there."
         )
     files = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
-    names = [stem for stem, text in files.items() if f'prog="recllm bench {stem}"' in text]  # the others are their parts
+    # The other files are parts of these.
+    names = [stem for stem, text in files.items() if f'prog="recllm bench {stem}"' in text]
     if name not in names:
         raise unknown("benchmark", name, names)
     return subprocess.run([sys.executable, str(folder / f"{name}.py"), *arguments], check=False).returncode
