@@ -1,6 +1,6 @@
 """Weighing: fit the fusion's weights on validation, for rankings, for labelled pairs and for items without events."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from recllm.ranking import QUERY_BATCH, Scores, target_ranks
 from recllm.recipes import Settings
 
 NDCG_AT = 10
+LEAST_KEPT = 0.998
+"""The share of NDCG@10 that weights of new items may leave of what the fusion has without them."""
 FOLDS = 5
 """Parts of the users on which fusions of labelled pairs are measured in turn."""
 
@@ -260,6 +262,10 @@ def fit_new_items(
     as likely as any other. Known items keep their weights; those of new ones are fitted by softmax cross-entropy, and
     kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
 
+    Items that have few events because nobody wants them look as new as those of tomorrow. So what was fitted is tried
+    on the real validation rows too, and new items are placed lower, or left without weights of their own, until
+    NDCG@10 there stays within `LEAST_KEPT`.
+
     Args:
         fusion: for items with events.
         scores: by scorer, float32[queries, candidates].
@@ -278,7 +284,7 @@ def fit_new_items(
     sample = np.sort(rng.permutation(rows)[: settings.queries])
     if not len(sample) or settings.new_share == 0.0:
         return fusion
-    fusion = replace(fusion, few=few)
+    before, fusion = fusion, replace(fusion, few=few)
     new = warm & (rng.random((len(sample), len(n_item))) < settings.new_share)
     counts = np.where(new, 0, n_item)
     mixed = {name: np.where(new, as_new[name][sample], scores[name][sample]) for name in names}
@@ -311,4 +317,26 @@ def fit_new_items(
 
     figures = {name: figure(theta) for name, theta in made.items()}
     best = max(figures, key=figures.__getitem__)
-    return replace(fusion, new=made[best], chosen_new=best, candidates_new=figures)
+    real = np.sort(rng.permutation(np.flatnonzero(targets >= 0))[: settings.queries])
+    masked = seen[real]
+    masked[np.arange(len(real)), targets[real]] = False
+
+    def as_it_is(own: Fusion) -> float:
+        fused, _ = own.fuse({name: scores[name][real] for name in names}, n_user[real], n_item)
+        return float(ndcg(target_ranks(np.where(masked, np.nan, fused), targets[real]), NDCG_AT).mean())
+
+    least = LEAST_KEPT * as_it_is(before)
+    for name, theta in {best: made[best], **_lowered(names, best, made[best])}.items():
+        found = replace(fusion, new=theta, chosen_new=name, candidates_new=figures)
+        if as_it_is(found) >= least:
+            return found
+    return before
+
+
+def _lowered(names: Sequence[str], chosen: str, theta: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """The same weights with new items placed lower and lower among known ones, by popularity's weight."""
+    result = {}
+    for weight in (0.0, 1.0, 3.0) if "popularity" in names else ():
+        result[f"{chosen}, popularity {weight:g}"] = lowered = theta.copy()
+        lowered[names.index("popularity")] = weight, 0.0
+    return result

@@ -255,8 +255,23 @@ def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
     assert np.allclose(sum(shares.values()), fused)
 
 
+def test_idle_items_are_not_lifted_above_known_ones():
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    idle = np.arange(ITEMS) % 2 == 0
+    targets = np.where(idle[targets], targets + 1, targets)  # half of the items has no events, and nobody wants them
+    scores = {name: own.copy() for name, own in scores.items()}
+    scores["a"][np.arange(QUERIES), targets] += 1.0
+    n_item = np.where(idle, 0, n_item)
+    scores["a"][:, idle], scores["popularity"][:, idle] = np.nan, 0.0
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
+    without, found = (figure(fusion.fuse(scores, n_user, n_item)[0], targets) for fusion in (before, after))
+    assert found >= 0.998 * without
+
+
 def test_an_items_first_few_events_leave_it_new():
     scores, as_new, targets, n_user, n_item, seen = cold_start()
+    n_item = np.maximum(n_item, 5)
     before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
     after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, few=5, settings=QUICK)
     assert after.few == 5
