@@ -69,10 +69,10 @@ def test_only_a_quickstart_is_replaced_by_one(walked, tiny_run, tmp_path):
 
 def test_bars_are_computed_from_the_tables():
     class Figures:
-        scorers = ("mf", "light", "fusion")
+        scorers = ("mf unfaded", "light", "fusion")
 
-        def __init__(self, **values):
-            self.values = values
+        def __init__(self, mf, light, fusion):
+            self.values = {"mf unfaded": mf, "light": light, "fusion": fusion}
 
         def interval(self, name, _metric):
             return (self.values[name], 0.0, 1.0)
