@@ -25,8 +25,6 @@ from recllm.ranking import QUERY_BATCH, Scores, target_ranks
 from recllm.recipes import Settings
 
 NDCG_AT = 10
-LEAST_KEPT = 0.998
-"""The share of NDCG@10 that weights of new items may leave of what the fusion has without them."""
 FOLDS = 5
 """Parts of the users on which fusions of labelled pairs are measured in turn."""
 
@@ -55,6 +53,9 @@ class FusionSettings(Settings):
     """Pull of the weights towards the plain sum."""
     new_share: float = Field(0.3, ge=0, lt=1)
     """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out."""
+    new_cost: float = Field(0.002, ge=0, le=1)
+    """The share of NDCG@10 on validation that new items may cost by standing among known ones; 1 places them by the fit
+    alone, as if tomorrow's items were as much in demand as today's."""
     drop: float = Field(0.1, ge=0, lt=1)
     """Probability that a scorer is left out of a row while fitting."""
     iterations: int = Field(100, ge=1)
@@ -264,7 +265,7 @@ def fit_new_items(
 
     Items that have few events because nobody wants them look as new as those of tomorrow. So what was fitted is tried
     on the real validation rows too, and new items are placed lower, or left without weights of their own, until
-    NDCG@10 there stays within `LEAST_KEPT`.
+    NDCG@10 there loses no more than `settings.new_cost`.
 
     Args:
         fusion: for items with events.
@@ -325,7 +326,7 @@ def fit_new_items(
         fused, _ = own.fuse({name: scores[name][real] for name in names}, n_user[real], n_item)
         return float(ndcg(target_ranks(np.where(masked, np.nan, fused), targets[real]), NDCG_AT).mean())
 
-    least = LEAST_KEPT * as_it_is(before)
+    least = (1.0 - settings.new_cost) * as_it_is(before)
     for name, theta in {best: made[best], **_lowered(names, best, made[best])}.items():
         found = replace(fusion, new=theta, chosen_new=name, candidates_new=figures)
         if as_it_is(found) >= least:
@@ -335,8 +336,12 @@ def fit_new_items(
 
 def _lowered(names: Sequence[str], chosen: str, theta: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """The same weights with new items placed lower and lower among known ones, by popularity's weight."""
-    result = {}
-    for weight in (0.0, 1.0, 3.0) if "popularity" in names else ():
-        result[f"{chosen}, popularity {weight:g}"] = lowered = theta.copy()
-        lowered[names.index("popularity")] = weight, 0.0
+    result: dict[str, NDArray[np.float64]] = {}
+    if "popularity" not in names:
+        return result
+    place = names.index("popularity")
+    first = min(float(theta[place, 0]), 0.0)  # negative: its z is low for new items, so that it lifts them
+    for weight in (0.75 * first, 0.5 * first, 0.25 * first, 0.0, 1.0, 3.0):
+        result[f"{chosen}, popularity {weight:.2f}"] = lowered = theta.copy()
+        lowered[place] = weight, 0.0
     return result
