@@ -21,9 +21,6 @@ Counts = NDArray[np.int64]
 BACKUP = 1e-6
 """Gate of the scorers beside a single chosen one: they speak only where it is silent (no history, unknown item), and so
 quietly that an item which it does not know stands where it would put an average one."""
-SILENT = -30.0
-"""A θ whose weight is as good as 0."""
-NDCG_AT = 10
 
 
 @dataclass(frozen=True, eq=False)

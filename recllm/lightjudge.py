@@ -15,7 +15,7 @@ from torch.nn import functional
 from recllm.data import Query
 from recllm.histories import padded
 from recllm.ranking import ItemIndex, Scores
-from recllm.sequence import IGNORED, ItemProjection, LightBody
+from recllm.sequence import IGNORED, ItemProjection, LightBody, drop_factors
 from recllm.splits import Example
 from recllm.vectors import ItemFeatures
 
@@ -209,12 +209,8 @@ class LightJudge(nn.Module):
             `loss`, a scalar, and `logits`, float32[batch].
         """
         logits, given = self.logits(ids, kinds, ends, facts), labels[:, 0]
-        counts = given != IGNORED
-        total = functional.binary_cross_entropy_with_logits(logits[counts], given[counts], reduction="sum")
-        if self.pairwise and self.training:
-            total = total + self.pairwise * counts.sum() * inside_users(logits, given, users)
-        number = counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / number, "logits": logits}
+        weight = self.pairwise if self.training else 0.0
+        return {"loss": judged_loss(logits, given, users, weight, num_items_in_batch), "logits": logits}
 
     def logits(self, ids: Tensor, kinds: Tensor, ends: Tensor, facts: Tensor) -> Tensor:
         """Scores float32[batch] of pairs, padded on the right."""
@@ -228,10 +224,19 @@ class LightJudge(nn.Module):
 
     def _factors(self) -> Tensor:
         factors: Tensor = self.item_factors  # type: ignore[assignment]
-        if not self.training or self.factor_dropout == 0.0:
-            return factors
-        kept = torch.rand(len(factors), 1, device=factors.device) >= self.factor_dropout
-        return torch.where(kept, factors, torch.nan)
+        return drop_factors(factors, self.factor_dropout) if self.training else factors
+
+
+def judged_loss(logits: Tensor, labels: Tensor, users: Tensor, pairwise: float, number: Tensor | int | None) -> Tensor:
+    """Binary cross-entropy of float32[batch] labels (−100 where a row does not count), and `pairwise` inside users.
+
+    `number` is the count of labels over all devices and accumulation steps, Trainer's own; None takes this batch's.
+    """
+    counts = labels != IGNORED
+    total = functional.binary_cross_entropy_with_logits(logits[counts], labels[counts], reduction="sum")
+    if pairwise:
+        total = total + pairwise * counts.sum() * inside_users(logits, labels, users)
+    return total / (counts.sum().clamp(min=1) if number is None else number)
 
 
 def inside_users(logits: Tensor, labels: Tensor, users: Tensor) -> Tensor:

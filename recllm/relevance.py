@@ -10,18 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import DynamicCache
 
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
 from recllm.histories import padded
-from recllm.lightjudge import inside_users
+from recllm.lightjudge import judged_loss
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.loop import fast_bf16
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
-from recllm.sequence import IGNORED
 
 SUFFIXES_IN_BATCH = 16
 PAIR_TOKENS = 4096
@@ -95,12 +93,8 @@ class RelevanceModel(nn.Module):
             `loss`, a scalar, and `logits`, float32[batch].
         """
         logits, given = self.logits(ids, lengths), labels[:, 0]
-        counts = given != IGNORED
-        total = functional.binary_cross_entropy_with_logits(logits[counts], given[counts], reduction="sum")
-        if self.pairwise and self.training:
-            total = total + self.pairwise * counts.sum() * inside_users(logits, given, users)
-        number = counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / number, "logits": logits}
+        weight = self.pairwise if self.training else 0.0
+        return {"loss": judged_loss(logits, given, users, weight, num_items_in_batch), "logits": logits}
 
     def logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores float32[batch] of whole prompts, int64[batch, length], padded on the right."""

@@ -47,6 +47,13 @@ class ItemProjection(nn.Module):
         return functional.rms_norm(result, (result.shape[-1],), self.gain, 1e-6)
 
 
+def drop_factors(factors: Tensor, share: float) -> Tensor:
+    """Factors float32[items, width] of which a random share of the items has lost theirs (NaN rows)."""
+    if share == 0.0:
+        return factors
+    return torch.where(torch.rand(len(factors), 1, device=factors.device) >= share, factors, torch.nan)
+
+
 class LightBody(nn.Module):
     """A small pre-norm causal transformer over item tokens (SASRec, Kang & McAuley 2018, with full softmax)."""
 
@@ -192,10 +199,7 @@ class NextItemModel(nn.Module):
 
     def _dropped_factors(self) -> Tensor:
         factors: Tensor = self.item_factors  # type: ignore[assignment]
-        if not self.training or self.factor_dropout == 0.0:
-            return factors
-        kept = torch.rand(len(factors), 1, device=factors.device) >= self.factor_dropout
-        return torch.where(kept, factors, torch.nan)
+        return drop_factors(factors, self.factor_dropout) if self.training else factors
 
 
 def _without_seen(logits: Tensor, labels: Tensor, chosen: Tensor, seen: Tensor) -> Tensor:
