@@ -27,16 +27,11 @@ from recllm.loop import (
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Made, earlier_events, labelled_rows, training_pairs
+from recllm.pointwise import PairPrompts
 from recllm.priors import ItemMean, UserMean
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scorer, Scores
-from recllm.relevance import (
-    PairPrompts,
-    RelevanceCollator,
-    RelevanceModel,
-    RelevanceScorer,
-    answer_output,
-)
+from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
 from recllm.runs import Run
 from recllm.splits import Example, like_threshold
 from recllm.tasks import Task

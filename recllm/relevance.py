@@ -1,33 +1,29 @@
 """Relevance: will this user like this candidate? Two rows of the output matrix at one position, one prefix per user."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from recllm.data import Catalog, Query
+from recllm.cascade import Prefix, joined, read_prefix, read_suffixes, shares_prefixes
+from recllm.data import Catalog
 from recllm.errors import RecllmError
 from recllm.histories import padded
 from recllm.lightjudge import judged_loss
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.loop import fast_bf16
+from recllm.pointwise import Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
-from recllm.ranking import ItemIndex, Scores
 
-SUFFIXES_IN_BATCH = 16
-PAIR_TOKENS = 4096
-"""Tokens of whole prompts that are read at once."""
+TOKENS_AT_ONCE = 4096, 65536
+"""Tokens that are read at once, on a CPU and on a GPU."""
 ANY_LENGTH = 1 << 20
 """Longest prompt of a model that states no limit."""
-SHARED_FROM = 4
-"""Items of one history from which reading the history once is faster than whole prompts."""
 
 
 @dataclass(frozen=True)
@@ -111,123 +107,93 @@ class RelevanceModel(nn.Module):
             return self.difference(hidden.float())
 
 
-@dataclass(frozen=True, eq=False)
-class PairPrompts:
-    """Prompts of (query, item) pairs, the same for training and scoring; every item is tokenised once.
+@dataclass(eq=False)
+class TorchReader:
+    """The relevance model as what `PointwiseScorer` asks."""
 
-    Attributes:
-        prompt: the compiled relevance prompt.
-        catalog: the items that can be written.
-        model: knows how long a prompt may be; the oldest items of a history that does not fit are left out.
-    """
-
-    prompt: CompiledPrompt
-    catalog: Catalog
     model: RelevanceModel
 
-    @cached_property
-    def _items(self) -> dict[str, list[int] | None]:
-        return dict(zip(self.catalog.ids, self.prompt.encode_items(self.catalog), strict=True))
+    @property
+    def causal(self) -> bool:
+        """As the model's."""
+        return self.model.causal
+
+    @property
+    def max_tokens(self) -> int:
+        """As the model's."""
+        return self.model.max_tokens
+
+    @property
+    def tokens_at_once(self) -> int:
+        """As many as keep the device busy; more would only take memory."""
+        return TOKENS_AT_ONCE[self._device.type == "cuda"]
 
     @cached_property
-    def candidates(self) -> dict[str, list[int]]:
-        """What stands behind the prefix, by the id of every item that has text."""
-        end = [] if self.model.causal else self.prompt.end
-        suffixes = zip(self.catalog.ids, self.prompt.encode_suffixes(self.catalog), strict=True)
-        return {item: ids + end for item, ids in suffixes if ids is not None}
+    def shares(self) -> bool:
+        """Whether candidates can share a prefix: tried once."""
+        return self.causal and shares_prefixes(self.model.body)
 
-    @cached_property
-    def _room(self) -> int:
-        # One bound for all candidates, so that they share one prefix.
-        return self.model.max_tokens - max(map(len, self.candidates.values()), default=0)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
-    def knows(self, query: Query) -> bool:
-        """Whether an item of the history can be written."""
-        return any(self._items.get(item) is not None for item in query.history)
+    def whole(self, ids: Ids, lengths: Ids) -> NDArray[np.float32]:
+        """Answers float32[rows] to whole prompts."""
+        return _array(self.model.logits(self._tensor(ids), self._tensor(lengths)))
 
-    def prefix(self, query: Query) -> list[int]:
-        """Everything up to the candidate."""
-        kept = [place for place, item in enumerate(query.history) if self._items.get(item) is not None]
-        kept = kept[-self.prompt.prompt.max_history :]
-        while True:
-            ratings = None if query.ratings is None else [query.ratings[place] for place in kept]
-            ids = self.prompt.prefix_ids([self._items[query.history[place]] for place in kept], ratings)
-            if len(ids) <= self._room or not kept:
-                return ids
-            kept = kept[1:]
+    def read(self, ids: Ids, lengths: Ids) -> Prefix:
+        """Keys and values of prefixes."""
+        return read_prefix(self.model.body, self._tensor(ids), self._tensor(lengths))
 
-    def whole(self, query: Query, item_id: str) -> list[int]:
-        """The whole prompt of an item that is among the candidates."""
-        return self.prefix(query) + self.candidates[item_id]
+    def take(self, prefixes: Prefix, row: int) -> tuple[Prefix, int]:
+        """One user's prefix, and its bytes."""
+        own = prefixes.of(row)
+        return own, own.bytes
+
+    def join(self, prefixes: Sequence[Prefix]) -> Prefix:
+        """Prefixes of one user each, together."""
+        return joined(prefixes)
+
+    def answers(self, prefixes: Prefix, ids: Ids, lengths: Ids) -> NDArray[np.float32]:
+        """Answers float32[users, candidates] after continuations of the prefixes."""
+        users = len(prefixes.lengths)
+        hidden = read_suffixes(self.model.body, prefixes, self._tensor(ids).expand(users, *ids.shape))
+        last = hidden[:, torch.arange(len(ids), device=hidden.device), self._tensor(lengths) - 1]
+        return _array(self.model.answer(last))
+
+    def _tensor(self, ids: Ids) -> Tensor:
+        return torch.from_numpy(ids).to(self._device)
 
 
-@dataclass
-class RelevanceScorer:
-    """The relevance model as a scorer; the history is read once per user, whatever the number of candidates.
+def _array(scores: Tensor) -> NDArray[np.float32]:
+    return scores.float().cpu().numpy()
 
-    Attributes:
+
+class RelevanceScorer(PointwiseScorer):
+    """The relevance model as a scorer, as `PointwiseScorer`; the model is left in the mode that it was in.
+
+    Args:
         model: the relevance model.
         prompt: the compiled relevance prompt.
         catalog: the items that can be written.
-        calibrated: take off the score of the same candidate after an empty history (content-free calibration, Zhao et
-            al. 2021). A causal model only.
+        calibrated: take off what the model says after an empty history.
         bf16: read in bf16.
         progress: gets the number of queries done.
+        keep_bytes: memory for the prefixes of returning users.
     """
 
-    model: RelevanceModel
-    prompt: CompiledPrompt
-    catalog: Catalog
-    calibrated: bool = True
-    bf16: bool = False
-    progress: Callable[[int], None] = lambda _: None
-    _empty: dict[str, float] = field(default_factory=dict, repr=False)
-
-    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
-        """Score every candidate for every query: float32[queries, candidates]; NaN for an item without text.
-
-        A history without a known item is NaN: what the model says of it is the calibration itself.
-        """
-        columns = [row for row, item in enumerate(candidates.ids) if item in self.prompts.candidates]
-        result = np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
-        if not columns:
-            return result
-        suffixes = [self.prompts.candidates[candidates.ids[row]] for row in columns]
-        empty = self._calibration([candidates.ids[row] for row in columns])
-        with self._reading():
-            for row, query in enumerate(queries):
-                if self.prompts.knows(query):
-                    result[row, columns] = self._after(self.prompts.prefix(query), suffixes) - empty
-                self.progress(1)
-        return result
-
-    def score_pairs(self, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
-        """Score one item per query: float32[queries], NaN as above.
-
-        A history that comes with several items is read once; other pairs are whole prompts, in length order.
-        """
-        rows: dict[Query, list[int]] = {}
-        for row, (query, item) in enumerate(zip(queries, items, strict=True)):
-            if item in self.prompts.candidates:
-                rows.setdefault(query, []).append(row)
-        result = np.full(len(queries), np.nan, dtype=np.float32)
-        single: list[int] = []
-        for query, own in rows.items():
-            if self.model.causal and len(own) >= SHARED_FROM:
-                index = ItemIndex(dict.fromkeys(items[row] for row in own))
-                result[own] = self.score([query], index)[0, index.rows(items[row] for row in own)]
-            elif self.prompts.knows(query):
-                single += own
-        if single:
-            empty = self._calibration([items[row] for row in single])
-            with self._reading():
-                result[single] = self._whole([(queries[row], items[row]) for row in single]) - empty
-        return result
-
-    @cached_property
-    def prompts(self) -> PairPrompts:
-        """What the model reads."""
-        return PairPrompts(self.prompt, self.catalog, self.model)
+    def __init__(
+        self,
+        model: RelevanceModel,
+        prompt: CompiledPrompt,
+        catalog: Catalog,
+        calibrated: bool = True,
+        bf16: bool = False,
+        progress: Callable[[int], None] = lambda _: None,
+        keep_bytes: int = 0,
+    ) -> None:
+        super().__init__(TorchReader(model), prompt, catalog, calibrated, keep_bytes, progress)
+        self.model, self.bf16 = model, bf16
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -236,73 +202,6 @@ class RelevanceScorer:
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             yield
         self.model.train(was_training)
-
-    def _whole(self, pairs: Sequence[tuple[Query, str]]) -> NDArray[np.float32]:
-        """Scores float32[pairs] of whole prompts, read in batches of one length as nearly as may be."""
-        written = [self.prompts.whole(query, item) for query, item in pairs]
-        order = sorted(range(len(written)), key=lambda place: len(written[place]))
-        result = np.zeros(len(written), dtype=np.float32)
-        device, start = next(self.model.parameters()).device, 0
-        while start < len(order):
-            # As many as fit by the first, which is the shortest: the next ones are hardly longer.
-            places = order[start : start + max(1, PAIR_TOKENS // len(written[order[start]]))]
-            batch = [written[place] for place in places]
-            lengths = torch.tensor([len(ids) for ids in batch], device=device)
-            scores = self.model.logits(torch.from_numpy(padded(batch)).to(device), lengths)
-            result[places] = scores.float().cpu().numpy()
-            start += len(places)
-            self.progress(len(places))
-        return result
-
-    def _calibration(self, items: Sequence[str]) -> NDArray[np.float32]:
-        if not self.calibrated or not self.model.causal:
-            return np.zeros(len(items), dtype=np.float32)
-        missing = [item for item in dict.fromkeys(items) if item not in self._empty]
-        if missing:
-            suffixes = [self.prompts.candidates[item] for item in missing]
-            with self._reading():
-                scores = self._after(self.prompt.empty_prefix, suffixes)
-            self._empty.update(zip(missing, scores.tolist(), strict=True))
-        return np.array([self._empty[item] for item in items], dtype=np.float32)
-
-    def _after(self, prefix: list[int], suffixes: list[list[int]]) -> NDArray[np.float32]:
-        """Scores float32[suffixes] of suffixes that follow one prefix."""
-        order = sorted(range(len(suffixes)), key=lambda place: len(suffixes[place]))
-        device = next(self.model.parameters()).device
-        cache = self._read_prefix(torch.tensor([prefix], device=device)) if self.model.causal else None
-        result = np.zeros(len(suffixes), dtype=np.float32)
-        for start in range(0, len(order), SUFFIXES_IN_BATCH):
-            places = order[start : start + SUFFIXES_IN_BATCH]
-            batch = [suffixes[place] for place in places]
-            scores = self._pairs(prefix, batch, device) if cache is None else self._suffixes(cache, len(prefix), batch)
-            result[places] = scores.float().cpu().numpy()
-        return result
-
-    def _read_prefix(self, ids: Tensor) -> DynamicCache:
-        return self.model.body(input_ids=ids, use_cache=True).past_key_values
-
-    def _suffixes(self, cache: DynamicCache, prefix_length: int, batch: list[list[int]]) -> Tensor:
-        shared = copy.deepcopy(cache)  # the model appends to the cache it is given
-        shared.batch_repeat_interleave(len(batch))
-        device = next(self.model.parameters()).device
-        ids = torch.from_numpy(padded(batch)).to(device)
-        lengths = torch.tensor([len(row) for row in batch], device=device)
-        steps = torch.arange(ids.shape[1], device=device)
-        mask = torch.ones(len(batch), prefix_length + ids.shape[1], dtype=torch.long, device=device)
-        mask[:, prefix_length:] = (steps < lengths[:, None]).long()
-        hidden = self.model.body(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(prefix_length + steps).expand(len(batch), -1),
-            past_key_values=shared,
-            use_cache=True,
-        ).last_hidden_state
-        return self.model.answer(hidden[torch.arange(len(batch), device=device), lengths - 1])
-
-    def _pairs(self, prefix: list[int], batch: list[list[int]], device: torch.device) -> Tensor:
-        rows = [prefix + suffix for suffix in batch]
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        return self.model.logits(torch.from_numpy(padded(rows)).to(device), lengths)
 
 
 def answer_output(base: BaseModel) -> nn.Linear | None:

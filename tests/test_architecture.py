@@ -15,13 +15,13 @@ TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
-    "recency", "priors", "mf", "itemitem", "neighbours", "histories", "vectors", "encoding", "fitting", "fusion",
-    "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "growing", "query_rows", "sheets",
-    "batch", "charts", "report",
+    "recency", "priors", "mf", "itemitem", "neighbours", "histories", "vectors", "encoding", "pointwise", "fitting",
+    "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "growing", "query_rows",
+    "sheets", "batch", "charts", "report",
 ]
 TORCH = [
-    "sequence", "lightjudge", "adapters", "lm", "loop", "relevance", "trained", "judging", "train", "outcome", "graphs",
-    "quantise", "parity", "export", "quickstart", "commands",
+    "sequence", "lightjudge", "adapters", "lm", "loop", "cascade", "relevance", "trained", "judging", "train", "outcome",
+    "graphs", "quantise", "parity", "export", "quickstart", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

@@ -13,9 +13,10 @@ from recllm.errors import RecllmError
 from recllm.lm import BaseModel, load_base
 from recllm.loop import Examples, fit
 from recllm.metrics import auc
+from recllm.pointwise import PairPrompts
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, score_pairs
-from recllm.relevance import PairPrompts, RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
+from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
 
 
 def model_of(folder, prompt):
@@ -99,7 +100,7 @@ def test_batches_and_order_do_not_change_a_score(which, request, checkerboard, m
     order = np.random.default_rng(0).permutation(len(index))
     shuffled = scorer.score(QUERIES[::-1], ItemIndex(index.ids[place] for place in order))
     assert shuffled[::-1] == pytest.approx(whole[:, order], abs=1e-5)
-    monkeypatch.setattr(relevance, "SUFFIXES_IN_BATCH", 3)
+    monkeypatch.setattr(relevance, "TOKENS_AT_ONCE", (40, 40))
     assert scorer.score(QUERIES, index) == pytest.approx(whole, abs=1e-5)
     items = [index.ids[place] for place in order[: len(QUERIES)]]
     pairs = score_pairs(scorer, QUERIES, items)

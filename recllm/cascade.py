@@ -1,0 +1,228 @@
+"""Cascade attention: many short continuations of one prefix, whose keys and values are computed once and never copied.
+
+Each attention has a part against the shared prefix, one large matrix product for all continuations, and a part against
+the continuation itself, joined under one softmax (Juravsky et al. 2024, *Hydragen*; Ye et al. 2024, *Cascade
+inference*). It is one function in transformers' attention interface, so that every causal family that goes through
+that interface has it, without copied modelling code.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from recllm.errors import RecllmError
+
+NAME = "recllm_cascade"
+SAME = 1e-2
+"""Largest difference of hidden states, as a share of the largest one, that rounding explains, in bf16 too."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values of the prefixes of some users, padded on the right.
+
+    Attributes:
+        keys: per layer float[users, key-value heads, length, width], already rotated.
+        values: the same shape.
+        lengths: int64[users], the real length of each.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    lengths: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """What it takes of memory."""
+        return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
+
+    def of(self, row: int) -> "Prefix":
+        """A copy of one user's prefix, without padding."""
+        length = int(self.lengths[row])
+        keys, values = ([part[row : row + 1, :, :length].clone() for part in own] for own in (self.keys, self.values))
+        return Prefix(tuple(keys), tuple(values), self.lengths[row : row + 1].clone())
+
+
+def joined(prefixes: Sequence[Prefix]) -> Prefix:
+    """The users of several prefixes together, padded to the longest."""
+    if len(prefixes) == 1:
+        return prefixes[0]
+    reach = max(prefix.keys[0].shape[2] for prefix in prefixes)
+
+    def together(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([functional.pad(part, (0, 0, 0, reach - part.shape[2])) for part in parts])
+
+    return Prefix(
+        tuple(map(together, zip(*(prefix.keys for prefix in prefixes), strict=True))),
+        tuple(map(together, zip(*(prefix.values for prefix in prefixes), strict=True))),
+        torch.cat([prefix.lengths for prefix in prefixes]),
+    )
+
+
+def read_prefix(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prefix:
+    """Keys and values of `ids`, int64[users, length], padded on the right to their `lengths`, int64[users].
+
+    Padding needs no mask: attention looks back only, and what is behind a prefix's length is left out later.
+
+    Raises:
+        RecllmError: a model whose layers keep something else than keys and values.
+    """
+    # Without the configuration every layer keeps all of its keys, also one with a sliding window.
+    cache = DynamicCache()
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    if not layers or not all(type(layer) is DynamicLayer and layer.keys is not None for layer in layers):
+        raise RecllmError(f"{type(model).__name__} keeps no keys and values per layer, so prefixes cannot be shared.")
+    # Under autocast products take them in its precision anyway: half the memory, and no cast at every use.
+    kind = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else None
+    keys, values = ([getattr(layer, name).to(kind) for layer in layers] for name in ("keys", "values"))
+    return Prefix(tuple(keys), tuple(values), lengths)
+
+
+def read_suffixes(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
+    """Hidden states of continuations of each prefix.
+
+    Args:
+        model: the body that `read_prefix` was given.
+        prefix: of some users.
+        ids: int64[users, continuations, length], padded on the right.
+
+    Returns:
+        float[users, continuations, length, width].
+    """
+    users, count, length = ids.shape
+    steps = torch.arange(length, device=ids.device)
+    positions = (prefix.lengths[:, None, None] + steps).expand(users, count, length)
+    with _cascading(model):
+        hidden = model(
+            input_ids=ids.reshape(users * count, length),
+            position_ids=positions.reshape(users * count, length),
+            use_cache=False,
+            recllm_prefix=prefix,
+        ).last_hidden_state
+    return hidden.view(users, count, length, -1)  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether a causal model reads continuations of a kept prefix as it reads the whole, tried on a few tokens.
+
+    A family may keep something else than keys and values, share them between layers, or add to its attention what
+    cascade attention does not know: then the hidden states differ, and prompts are to be read whole.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 8, device=device)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        whole = model(input_ids=ids, use_cache=False).last_hidden_state[0, -3:].float()
+        prefix = read_prefix(model, ids[:, :4], torch.tensor([4], device=device))
+        parts = read_suffixes(model, prefix, ids[None, :, 4:])[0, 0].float()
+    except Exception:  # whatever a family raises that cannot do it
+        return False
+    finally:
+        model.train(was_training)
+    return bool((whole - parts).abs().max() <= SAME * whole.abs().max())
+
+
+@contextmanager
+def _cascading(model: nn.Module) -> Iterator[None]:
+    """With cascade attention in place of the model's own."""
+    config = _pretrained(model).config
+    own = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever PEFT has put around it."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def cascade_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    recllm_prefix: Prefix,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """One layer's attention of continuations over their prefix and themselves; transformers' attention signature.
+
+    Args:
+        module: the attention layer; it knows its number.
+        query: float[users · continuations, heads, length, width].
+        key: float[users · continuations, key-value heads, length, width].
+        value: the same.
+        attention_mask: none; the mask follows from the positions.
+        scaling: of the products; by default width^−½.
+        dropout: has no part in it, models only read here.
+        recllm_prefix: keys and values of the prefixes.
+        sliding_window: how many positions a query looks back, itself included.
+        softcap: Gemma 2's bound of the logits.
+
+    Returns:
+        float[users · continuations, length, heads, width], and no weights.
+    """
+    del attention_mask, dropout
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    before, behind = recllm_prefix.keys[layer], recllm_prefix.values[layer]
+    users, kinds, reach, width = before.shape
+    rows, heads, length = query.shape[:3]
+    groups = heads // kinds
+    query = (query * (width**-0.5 if scaling is None else scaling)).contiguous()
+    # (users, kinds, continuations · groups · length, width): every query of a user against one copy of the keys.
+    spread = query.view(users, -1, kinds, groups, length, width).transpose(1, 2)
+    far = (spread.reshape(users, kinds, -1, width) @ before.transpose(-1, -2)).view(*spread.shape[:-1], reach)
+    near = query.view(rows, kinds, groups * length, width) @ key.transpose(-1, -2)
+    near = near.view(users, -1, kinds, groups, length, length).transpose(1, 2)
+    far, near = far.float(), near.float()  # as everywhere, the softmax is taken in float32
+    if softcap is not None:
+        far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
+    far, near = _masked(far, near, recllm_prefix.lengths, sliding_window)
+    # Softmax over both parts without joining them: they share the largest logit and the sum.
+    top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
+    far, near = torch.exp(far - top), torch.exp(near - top)
+    total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+    read = (far.reshape(users, kinds, -1, reach) @ behind).view(spread.shape)
+    own = near.transpose(1, 2).reshape(rows, kinds, groups * length, length) @ value
+    own = own.view(users, -1, kinds, groups, length, width).transpose(1, 2)
+    mixed = (read + own) / total  # (users, kinds, continuations, groups, length, width)
+    return mixed.permute(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, width), None
+
+
+def _masked(far: Tensor, near: Tensor, lengths: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """−∞ where a query must not look: padding, what comes after it, and what lies before its window."""
+    length, reach = far.shape[-2:]
+    place, step = torch.arange(reach, device=far.device), torch.arange(length, device=far.device)
+    hidden = (place >= lengths[:, None])[:, None, None, None, None, :]  # (users, 1, 1, 1, 1, reach)
+    later = step > step[:, None]
+    if window is not None:
+        at = lengths[:, None] + step  # (users, length), the position of each query
+        hidden = hidden | (at[:, :, None] - place >= window)[:, None, None, None]
+        later = later | (step[:, None] - step >= window)
+    return far.masked_fill(hidden, -torch.inf), near.masked_fill(later, -torch.inf)
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """The mask of cascade attention, which makes its own."""
+
+
+AttentionInterface.register(NAME, cascade_attention)
+AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,0 +1,125 @@
+"""Pointwise relevance: blocks of like length, groups of users, prefixes that are kept for returning users."""
+
+import numpy as np
+import pytest
+
+from recllm import pointwise
+from recllm.data import Query
+from recllm.pointwise import CALL_TOKENS, KeptPrefixes, PointwiseScorer
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.ranking import ItemIndex
+
+
+def own_number(ids):
+    """A number that every token and place of a text has its part in."""
+    return float(np.sin(np.asarray(ids, dtype=np.float64) * np.arange(1, len(ids) + 1)).sum())
+
+
+class CountingReader:
+    """Answers by the text alone, and keeps account of what it read."""
+
+    causal, max_tokens, shares = True, 512, True
+
+    def __init__(self, tokens_at_once=512):
+        self.tokens_at_once = tokens_at_once
+        self.passes, self.prefixes_read = [], []
+
+    def whole(self, ids, lengths):
+        self.passes.append(ids.shape)
+        return np.array([own_number(row[:length]) for row, length in zip(ids, lengths, strict=True)], dtype=np.float32)
+
+    def read(self, ids, lengths):
+        self.passes.append(ids.shape)
+        rows = [tuple(row[:length].tolist()) for row, length in zip(ids, lengths, strict=True)]
+        self.prefixes_read += rows
+        return rows
+
+    def take(self, prefixes, row):
+        return [prefixes[row]], 10 * len(prefixes[row])
+
+    def join(self, prefixes):
+        return [row for own in prefixes for row in own]
+
+    def answers(self, prefixes, ids, lengths):
+        self.passes.append((len(prefixes) * len(ids), ids.shape[1]))
+        rows = [[own_number([*prefix, *row[:n]]) for row, n in zip(ids, lengths, strict=True)] for prefix in prefixes]
+        return np.array(rows, dtype=np.float32)
+
+
+@pytest.fixture
+def make(tiny_tokenizer, checkerboard):
+    prompt = compile_prompt(load_prompt("relevance"), tiny_tokenizer)
+
+    def scorer(keep_bytes=0, **reader):
+        return PointwiseScorer(CountingReader(**reader), prompt, checkerboard.catalog, False, keep_bytes)
+
+    return scorer
+
+
+QUERIES = [Query(tuple(map(str, range(count)))) for count in (3, 9, 1, 5, 5)] + [Query(("x",)), Query(())]
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1_000, 1_000_000])
+@pytest.mark.parametrize("tokens", [1, 150, 400, 100_000])
+def test_every_pair_gets_the_answer_to_its_own_text(make, checkerboard, keep_bytes, tokens):
+    scorer, index = make(keep_bytes, tokens_at_once=tokens), ItemIndex([*checkerboard.catalog.ids, "x"])
+    counted = []
+    scorer.progress = counted.append
+    for _ in range(2):
+        found = scorer.score(QUERIES, index)
+        assert np.isnan(found[5:]).all()
+        assert np.isnan(found[:, -1]).all()
+        for row, query in enumerate(QUERIES[:5]):
+            texts = [scorer.prompts.whole(query, item) for item in checkerboard.catalog.ids]
+            assert found[row, :-1] == pytest.approx([own_number(ids) for ids in texts], abs=1e-3)
+    assert sum(counted) == 2 * len(QUERIES)
+    assert scorer.kept.size <= keep_bytes
+    longest = max(len(scorer.prompts.prefix(query)) for query in QUERIES)
+    assert all(rows * length <= max(tokens, length, longest) for rows, length in scorer.reader.passes)
+
+
+def test_a_returning_users_prefix_is_read_once(make, checkerboard):
+    scorer, index = make(1_000_000), ItemIndex(checkerboard.catalog.ids)
+    scorer.score(QUERIES[:3], index)
+    assert len(scorer.reader.prefixes_read) == 3
+    scorer.score(QUERIES[:5], index)  # the last two are one history
+    assert len(scorer.reader.prefixes_read) == 4
+    scorer.score(QUERIES[:5], index)
+    assert len(scorer.reader.prefixes_read) == 4
+
+
+def test_the_least_recently_used_prefix_goes_first():
+    kept = KeptPrefixes(30)
+    kept.add((1,), "a", 10)
+    kept.add((2,), "b", 10)
+    kept.add((3,), "c", 10)
+    assert kept.get((1,)) == "a"
+    kept.add((4,), "d", 15)
+    assert [kept.get((key,)) for key in (1, 2, 3, 4)] == ["a", None, None, "d"]
+    assert (len(kept), kept.size) == (2, 25)
+    kept.add((5,), "too large", 31)
+    assert kept.get((5,)) is None
+    assert kept.get((1,)) == "a"
+
+
+def cost(blocks, lengths):
+    return sum(CALL_TOKENS + max(lengths[place] for place in block) * len(block) for block in blocks)
+
+
+def test_blocks_cost_the_least_of_all_ways_to_cut():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.choice([5, 6, 9, 15, 40], 12).tolist()
+        blocks = pointwise._blocks(lengths, 10_000)
+        assert sorted(place for block in blocks for place in block) == list(range(12))
+        order = np.argsort(lengths, kind="stable").tolist()
+        every = []
+        for cuts in range(1 << 11):
+            stops = [place + 1 for place in range(11) if cuts >> place & 1]
+            every.append(cost(np.split(order, stops), lengths))
+        assert cost(blocks, lengths) == min(every)
+
+
+def test_no_block_is_larger_than_a_pass():
+    assert [len(block) for block in pointwise._blocks([10] * 25, 100)] == [10, 10, 5]
+    assert [len(block) for block in pointwise._blocks([10] * 3, 4)] == [1, 1, 1]
