@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 from recllm.errors import RecllmError
+from recllm.lm import given_positions
 
 NAME = "recllm_cascade"
 SAME = 1e-2
@@ -76,7 +77,8 @@ def read_prefix(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prefix:
     """
     # Without the configuration every layer keeps all of its keys, also one with a sliding window.
     cache = DynamicCache()
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    given = given_positions(ids.shape[0], ids.shape[1], ids.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
     layers: list[Any] = cache.layers
     if not layers or not all(type(layer) is DynamicLayer and layer.keys is not None for layer in layers):
         raise RecllmError(f"{type(model).__name__} keeps no keys and values per layer, so prefixes cannot be shared.")

@@ -1,10 +1,7 @@
 """Export a trained run: merge the adapter, write ONNX graphs, quantise, compare with torch, seal the bundle."""
 
-import logging
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +28,7 @@ from recllm.runs import Run
 from recllm.runtime import VECTORS
 from recllm.sequence import NextItemModel
 from recllm.tasks import Task
+from recllm.tracing import write_graph
 from recllm.trained import (
     Collaborative,
     borrowed_heads,
@@ -122,7 +120,7 @@ class EncoderGraph(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Mean-pooled hidden states float32[texts, width]."""
         given = {}
-        if self.causal:  # a row of positions for every text, for the reason that LanguageBody states
+        if self.causal:  # a row of positions for every text, for the reason that `given_positions` states
             given = {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)}
         hidden = self.model(input_ids=ids, attention_mask=mask, **given).last_hidden_state
         return mean_pool(hidden.float(), mask)
@@ -273,53 +271,3 @@ def _write_graphs(
         write_graph(ItemGraph(model), items, folder / f"{name}-items.onnx", ("tokens", "heads"), opset)
     texts = {name: (torch.ones(2, 7, dtype=torch.long), ("batch", "length")) for name in ("ids", "mask")}
     write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("vectors",), opset)
-
-
-def write_graph(
-    module: nn.Module,
-    example: Mapping[str, tuple[Tensor, tuple[str, ...]]],
-    path: Path,
-    outputs: tuple[str, ...],
-    opset: int,
-) -> None:
-    """Export a module with the weights inside the file.
-
-    Args:
-        module: what is exported.
-        example: per input a value and the names of its first dimensions, those that vary.
-        path: where the graph is written.
-        outputs: names of the results.
-        opset: the ONNX version of the operators.
-    """
-    values = tuple(value.clone() for value, _ in example.values())
-    named = [dict(enumerate(names)) for _, names in example.values()]
-    dimensions = {name: torch.export.Dim(name, min=1) for names in named for name in names.values()}
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval().cpu(),
-            values,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(example),
-            output_names=list(outputs),
-            dynamic_shapes=tuple({place: dimensions[name] for place, name in names.items()} for names in named),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(str(path), external_data=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on its own insides; its errors are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -239,6 +239,18 @@ def item_vectors(
     return RawVectors.load(path)
 
 
+def given_positions(batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    """Positions and mask of histories that are padded on the right, where the model is being exported; else nothing.
+
+    A row for every history: ONNX's RotaryEmbedding (opset 23) does not broadcast the one row that is the default. The
+    mask keeps transformers from looking for packed sequences in these positions.
+    """
+    if not torch.compiler.is_exporting():
+        return {}
+    positions = torch.arange(length, device=device).expand(batch, -1)
+    return {"attention_mask": torch.ones(batch, length, dtype=torch.long, device=device), "position_ids": positions}
+
+
 class LanguageBody(nn.Module):
     """A causal language model as the body of a next-item model: input vectors in, hidden states out."""
 
@@ -248,14 +260,7 @@ class LanguageBody(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states float32[batch, length, width]; right padding needs no mask, for attention only looks back."""
-        given: dict[str, Tensor] = {}
-        if torch.compiler.is_exporting():
-            # A row for every history: ONNX's RotaryEmbedding (opset 23) does not broadcast the one row that is the
-            # default; shape[0], because len() would fix the batch. The mask keeps transformers from looking for packed
-            # sequences in these positions.
-            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-            given = {"attention_mask": mask, "position_ids": positions}
+        given = given_positions(tokens.shape[0], tokens.shape[1], tokens.device)
         hidden = self.model(inputs_embeds=tokens, use_cache=False, **given).last_hidden_state
         return hidden.float()
 

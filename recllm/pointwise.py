@@ -70,7 +70,10 @@ class Reader(Reads, Protocol):
         ...
 
     def answers(self, prefixes: Any, ids: Ids, lengths: Ids) -> NDArray[np.float32]:  # noqa: ANN401
-        """Answers float32[users, candidates] after continuations int64[candidates, length], the same for all users."""
+        """Answers float32[users, candidates] after continuations int64[users, candidates, length] of the prefixes.
+
+        They are padded on the right to their `lengths`, int64[users, candidates].
+        """
         ...
 
 
@@ -286,7 +289,9 @@ class PointwiseScorer:
             read = self._prefixes([prefixes[place] for place in places])
             result = np.zeros((len(places), len(suffixes)), dtype=np.float32)
             for block, text, length in zip(blocks, texts, lengths, strict=True):
-                result[:, block] = self.reader.answers(read, text, length)
+                shape = len(places), len(block)
+                own = np.tile(text, (shape[0], 1, 1)), np.tile(length, (shape[0], 1))
+                result[:, block] = self.reader.answers(read, *own)
             yield places, result
 
     def _prefixes(self, written: Sequence[list[int]]) -> Any:  # noqa: ANN401

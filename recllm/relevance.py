@@ -156,13 +156,17 @@ class TorchReader:
 
     def answers(self, prefixes: Prefix, ids: Ids, lengths: Ids) -> NDArray[np.float32]:
         """Answers float32[users, candidates] after continuations of the prefixes."""
-        users = len(prefixes.lengths)
-        hidden = read_suffixes(self.model.body, prefixes, self._tensor(ids).expand(users, *ids.shape))
-        last = hidden[:, torch.arange(len(ids), device=hidden.device), self._tensor(lengths) - 1]
-        return _array(self.model.answer(last))
+        hidden = read_suffixes(self.model.body, prefixes, self._tensor(ids))
+        return _array(self.model.answer(at_ends(hidden, self._tensor(lengths) - 1)))
 
     def _tensor(self, ids: Ids) -> Tensor:
         return torch.from_numpy(ids).to(self._device)
+
+
+def at_ends(hidden: Tensor, ends: Tensor) -> Tensor:
+    """Of float[users, candidates, length, width] the place `ends`, int64[users, candidates], of each."""
+    at = ends[..., None, None].expand(*ends.shape, 1, hidden.shape[-1])
+    return torch.gather(hidden, 2, at)[:, :, 0]
 
 
 def _array(scores: Tensor) -> NDArray[np.float32]:

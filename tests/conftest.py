@@ -1,8 +1,9 @@
 """Small models and data by construction: what every test may lean on without network or training luck."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -10,6 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from recllm.data import Catalog, CheckReport, Dataset, Interactions
+
+if TYPE_CHECKING:  # heavy, and most tests do without
+    import torch
 
 USERS, ITEMS = 40, 24
 COLOURS = ("Red", "Blue")
@@ -148,6 +152,12 @@ def tiny_encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_word_toke
 
 
 @pytest.fixture(scope="session")
+def tiny_family() -> "Callable[..., torch.nn.Module]":
+    """Makes the body of a tiny model of a family, by its name in transformers; keys override its configuration."""
+    return _model_of
+
+
+@pytest.fixture(scope="session")
 def checkerboard() -> Dataset:
     """Even users have ten even (red) items each, odd users ten odd (blue) ones, all rated 5.
 
@@ -219,6 +229,43 @@ def small_cache(
     (models / "smollm2-135m-instruct").symlink_to(tiny_lm_folder)
     (models / "minilm-l6").symlink_to(tiny_encoder_folder)
     return cache
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+# Windows shorter than the prompts, so that a query does not see all of its prefix, nor all of its own continuation.
+FAMILIES: dict[str, dict[str, object]] = {
+    "Llama": {},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": 3},
+    "Gemma": {},
+    "Gemma2": {"sliding_window": 7, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 5},
+    "Gemma3Text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "Phi3": {"sliding_window": 6},
+}
+
+
+def _model_of(family: str, **config: object) -> "torch.nn.Module":
+    import torch
+    import transformers
+
+    own = getattr(transformers, f"{family}Config")(**SMALL | FAMILIES.get(family, {}) | config)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(own)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:  # at the usual scale a tiny attention is flat, and hides a wrong mask
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
 
 
 def _checkerboard(liked: int, disliked: int) -> Dataset:

@@ -41,9 +41,13 @@ class CountingReader:
         return [row for own in prefixes for row in own]
 
     def answers(self, prefixes, ids, lengths):
-        self.passes.append((len(prefixes) * len(ids), ids.shape[1]))
-        rows = [[own_number([*prefix, *row[:n]]) for row, n in zip(ids, lengths, strict=True)] for prefix in prefixes]
-        return np.array(rows, dtype=np.float32)
+        self.passes.append((ids.shape[0] * ids.shape[1], ids.shape[2]))
+        rows = zip(prefixes, ids, lengths, strict=True)
+        return np.array([list(map(own_number, joined(*row))) for row in rows], dtype=np.float32)
+
+
+def joined(prefix, ids, lengths):
+    return [[*prefix, *row[:length]] for row, length in zip(ids, lengths, strict=True)]
 
 
 @pytest.fixture
