@@ -21,8 +21,8 @@ from recllm.errors import RecllmError
 from recllm.lm import given_positions
 
 NAME = "recllm_cascade"
-SAME = 1e-2
-"""Largest difference of hidden states, as a share of the largest one, that rounding explains, in bf16 too."""
+SAME = 1e-3
+"""Largest difference of hidden states, as a share of the largest one, that rounding explains."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,13 @@ class Prefix:
         keys: per layer float[users, key-value heads, length, width], already rotated.
         values: the same shape.
         lengths: int64[users], the real length of each.
+        padded: whether one is shorter than another, so that its padding has to be masked.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     lengths: Tensor
+    padded: bool = True
 
     @property
     def bytes(self) -> int:
@@ -48,7 +50,7 @@ class Prefix:
         """A copy of one user's prefix, without padding."""
         length = int(self.lengths[row])
         keys, values = ([part[row : row + 1, :, :length].clone() for part in own] for own in (self.keys, self.values))
-        return Prefix(tuple(keys), tuple(values), self.lengths[row : row + 1].clone())
+        return Prefix(tuple(keys), tuple(values), self.lengths[row : row + 1].clone(), padded=False)
 
 
 def joined(prefixes: Sequence[Prefix]) -> Prefix:
@@ -64,6 +66,7 @@ def joined(prefixes: Sequence[Prefix]) -> Prefix:
         tuple(map(together, zip(*(prefix.keys for prefix in prefixes), strict=True))),
         tuple(map(together, zip(*(prefix.values for prefix in prefixes), strict=True))),
         torch.cat([prefix.lengths for prefix in prefixes]),
+        any(prefix.keys[0].shape[2] < reach for prefix in prefixes),
     )
 
 
@@ -85,7 +88,8 @@ def read_prefix(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prefix:
     # Under autocast products take them in its precision anyway: half the memory, and no cast at every use.
     kind = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else None
     keys, values = ([getattr(layer, name).to(kind) for layer in layers] for name in ("keys", "values"))
-    return Prefix(tuple(keys), tuple(values), lengths)
+    padded = torch.compiler.is_exporting() or bool((lengths < ids.shape[1]).any())
+    return Prefix(tuple(keys), tuple(values), lengths, padded)
 
 
 def read_suffixes(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
@@ -124,9 +128,10 @@ def shares_prefixes(model: nn.Module) -> bool:
     was_training = model.training
     model.eval()
     try:
-        whole = model(input_ids=ids, use_cache=False).last_hidden_state[0, -3:].float()
-        prefix = read_prefix(model, ids[:, :4], torch.tensor([4], device=device))
-        parts = read_suffixes(model, prefix, ids[None, :, 4:])[0, 0].float()
+        with torch.autocast(device.type, enabled=False):  # where rounding hides less
+            whole = model(input_ids=ids, use_cache=False).last_hidden_state[0, -3:].float()
+            prefix = read_prefix(model, ids[:, :4], torch.tensor([4], device=device))
+            parts = read_suffixes(model, prefix, ids[None, :, 4:])[0, 0].float()
     except Exception:  # whatever a family raises that cannot do it
         return False
     finally:
@@ -197,11 +202,14 @@ def cascade_attention(
     far, near = far.float(), near.float()  # as everywhere, the softmax is taken in float32
     if softcap is not None:
         far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
-    far, near = _masked(far, near, recllm_prefix.lengths, sliding_window)
-    # Softmax over both parts without joining them: they share the largest logit and the sum.
+    _mask(far, near, recllm_prefix, sliding_window)
+    # Softmax over both parts without joining them: they share the largest logit and the sum. In place, for the logits
+    # are the largest tensors here, and on a CPU every new one costs more than its arithmetic.
     top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
-    far, near = torch.exp(far - top), torch.exp(near - top)
+    far.sub_(top).exp_()
+    near.sub_(top).exp_()
     total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+    far, near = far.to(behind.dtype), near.to(behind.dtype)
     read = (far.reshape(users, kinds, -1, reach) @ behind).view(spread.shape)
     own = near.transpose(1, 2).reshape(rows, kinds, groups * length, length) @ value
     own = own.view(users, -1, kinds, groups, length, width).transpose(1, 2)
@@ -209,17 +217,18 @@ def cascade_attention(
     return mixed.permute(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, width), None
 
 
-def _masked(far: Tensor, near: Tensor, lengths: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """−∞ where a query must not look: padding, what comes after it, and what lies before its window."""
+def _mask(far: Tensor, near: Tensor, prefix: Prefix, window: int | None) -> None:
+    """Write −∞ where a query must not look: padding, what comes after it, and what lies before its window."""
     length, reach = far.shape[-2:]
     place, step = torch.arange(reach, device=far.device), torch.arange(length, device=far.device)
-    hidden = (place >= lengths[:, None])[:, None, None, None, None, :]  # (users, 1, 1, 1, 1, reach)
-    later = step > step[:, None]
+    near.masked_fill_(step > step[:, None], -torch.inf)
+    if prefix.padded:
+        hidden = place >= prefix.lengths[:, None]  # (users, reach)
+        far.masked_fill_(hidden[:, None, None, None, None, :], -torch.inf)
     if window is not None:
-        at = lengths[:, None] + step  # (users, length), the position of each query
-        hidden = hidden | (at[:, :, None] - place >= window)[:, None, None, None]
-        later = later | (step[:, None] - step >= window)
-    return far.masked_fill(hidden, -torch.inf), near.masked_fill(later, -torch.inf)
+        at = prefix.lengths[:, None] + step  # (users, length), the position of each query
+        far.masked_fill_((at[:, :, None] - place >= window)[:, None, None, None], -torch.inf)
+        near.masked_fill_(step[:, None] - step >= window, -torch.inf)
 
 
 def _no_mask(*_: object, **__: object) -> None:

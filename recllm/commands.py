@@ -204,7 +204,8 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     """Export a trained run and print each graph's fidelity; 1 where no recipe kept its tolerance."""
     run = load_run(folder)
     needs("Exporting", EXPORTING)
-    from recllm.export import export_run, load_recipe
+    from recllm.export import export_run
+    from recllm.gate import load_recipe
     from recllm.tasks import prepare
 
     for name in recipes:

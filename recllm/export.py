@@ -2,9 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +11,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from recllm.bundle import new_bundle, seal, write_catalog
+from recllm.bundle import write_catalog
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.files import write_json
 from recllm.fusion import Fusion
+from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_recipe
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder
-from recllm.parity import Tolerance, failures_of, measure
+from recllm.parity import measure
 from recllm.quantise import quantise
-from recllm.recipes import Settings, find_recipe, parse, read_toml
+from recllm.rankexport import export_ranker
+from recllm.recipes import find_recipe
 from recllm.runs import Run
 from recllm.runtime import VECTORS
 from recllm.sequence import NextItemModel
@@ -40,50 +41,6 @@ from recllm.trained import (
 )
 
 Say = Callable[[str], None]
-
-
-class CausalQuantisation(Settings):
-    """Keys of ONNX Runtime's MatMulNBitsQuantizer for causal models."""
-
-    bits: int = 8
-    block_size: int = 32
-    accuracy_level: int = 0
-
-
-class ExportRecipe(Settings):
-    """One file of export/."""
-
-    precision: Literal["fp32", "fp16", "int8"]
-    opset: int
-    tolerance: Tolerance
-    causal: CausalQuantisation = CausalQuantisation()
-
-
-def load_recipe(name: str) -> ExportRecipe:
-    """Read an export recipe.
-
-    Raises:
-        RecllmError: an unknown recipe or key.
-    """
-    path = find_recipe("export", name)
-    return parse(ExportRecipe, read_toml(path), str(path))
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What became of one recipe.
-
-    Attributes:
-        recipe: its name.
-        folder: the bundle, or None where the recipe failed its gate.
-        parity: per graph the measured fidelity.
-        failures: what broke the tolerance, in words.
-    """
-
-    recipe: str
-    folder: Path | None
-    parity: dict[str, dict[str, float]]
-    failures: list[str]
 
 
 class SequenceGraph(nn.Module):
@@ -129,19 +86,17 @@ class EncoderGraph(nn.Module):
 def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: Say = print) -> list[Exported]:
     """Write one bundle per recipe that keeps its tolerance, as `bundle-NAME` in the run's folder.
 
-    A recipe that fails its gate is reported and writes nothing (an older bundle of its name stays); the others go on.
+    A recipe that fails its gate is reported and writes nothing (an older bundle of its name stays); the others go on. A
+    run that judges pairs gives its language model as a bundle that ranks candidates.
 
     Raises:
         RecllmError: the run is not trained, or an unknown recipe.
     """
     loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
-    if run.model.task == "relevance":
-        raise RecllmError(
-            f"{run.folder} judges pairs (model.task = 'relevance'), and a bundle ranks the catalogue: only runs of the "
-            "next item are exported. Score pairs in Python with recllm.judging.load_relevance."
-        )
     if not (run.folder / "fusion.json").is_file():
         raise RecllmError(f"{run.folder} has no fitted fusion. Train the run first: recllm train {run.folder}/run.toml")
+    if run.model.task == "relevance":
+        return export_ranker(run, task, loaded, say)
     parts = load_collaborative(run, task)
     models = {"light": load_light(run, task, parts.features), "lm": load_language(run, task, parts.features)}
     sequences = {name: found for name, found in models.items() if found is not None}
@@ -170,30 +125,17 @@ def _export(
     recipe: ExportRecipe,
     graphs: Path,
 ) -> Exported:
-    folder = run.folder / f"bundle-{Path(name).stem}"
-    result = Exported(name, folder, {}, [])
-    facts = _facts(run, task, name, sequences)
-    try:
-        with new_bundle(folder, facts) as part:
-            for path in graphs.glob("*.onnx"):
-                causal = path.stem in sequences or (path.stem == "encoder" and base.causal)
-                quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump() if causal else None)
-            _write_content(part, run, task, parts, sequences, base)
-            seal(part, facts)  # so that what is compared is what a user will load
-            result.parity.update(measure(part, run, task, parts, sequences, base, reference))
-            result.failures.extend(failures_of(result.parity, recipe.tolerance))
-            write_json(part / "parity.json", {"tolerance": recipe.tolerance.model_dump(), "measured": result.parity})
-            if result.failures:
-                raise _GateError
-    except _GateError:
-        if folder.exists():
-            result.failures.append(f"{folder} is an older bundle, of before this export")
-        return Exported(name, None, result.parity, result.failures)
-    return result
+    def fill(part: Path) -> None:
+        for path in graphs.glob("*.onnx"):
+            causal = path.stem in sequences or (path.stem == "encoder" and base.causal)
+            quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump() if causal else None)
+        _write_content(part, run, task, parts, sequences, base)
 
+    def measured(part: Path) -> Parity:
+        return measure(part, run, task, parts, sequences, base, reference)
 
-class _GateError(Exception):
-    """The recipe's tolerance is broken: nothing is written."""
+    folder, facts = run.folder / f"bundle-{Path(name).stem}", _facts(run, task, name, sequences)
+    return gated(folder, facts, name, recipe, fill, measured)
 
 
 def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[str, Any]:
@@ -204,12 +146,7 @@ def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[s
         "scorers": {scorer: "sequence" if scorer in sequences else scorer for scorer in names},
         "model": run.model.name,
         "item_encoder": encoder_name(run),
-        "data": {
-            "name": task.dataset.name,
-            "source": task.dataset.source,
-            "licence": task.dataset.licence,
-            "fingerprints": task.fingerprints(),
-        },
+        "data": data_facts(task),
     }
 
 

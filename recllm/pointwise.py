@@ -22,6 +22,8 @@ Ids = NDArray[np.int64]
 
 CALL_TOKENS = 32
 """What a pass costs beside its tokens, in tokens: a shorter block has to save more padding than that."""
+ALIKE = 0.8
+"""Users with fewer candidates than this share of another's are not read with that one: the gap is padding."""
 SHARED_FROM = 4
 """Items of one history from which reading the history once is faster than whole prompts."""
 
@@ -189,19 +191,33 @@ class PointwiseScorer:
 
         A history without a known item is NaN: what the model says of it is the calibration itself.
         """
-        columns = [row for row, item in enumerate(candidates.ids) if item in self.prompts.candidates]
-        result = np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
-        known = [row for row, query in enumerate(queries) if self.prompts.knows(query)]
+        scored = self.score_lists(queries, [candidates.ids] * len(queries))
+        return np.stack(scored) if scored else np.zeros((0, len(candidates)), dtype=np.float32)
+
+    def score_lists(self, queries: Sequence[Query], items: Sequence[Sequence[str]]) -> list[NDArray[np.float32]]:
+        """Score each query's own candidates: per query float32[its candidates], NaN as above."""
+        result = [np.full(len(own), np.nan, dtype=np.float32) for own in items]
+        written = {
+            own: [place for place, item in enumerate(own) if item in self.prompts.candidates]
+            for own in set(map(tuple, items))
+        }
+        columns = [written[tuple(own)] for own in items]
+        known = [row for row, query in enumerate(queries) if columns[row] and self.prompts.knows(query)]
         self.progress(len(queries) - len(known))
-        if not columns or not known:
-            self.progress(len(known))
+        if not known:
             return result
-        suffixes = [self.prompts.candidates[candidates.ids[row]] for row in columns]
-        empty = self._calibration([candidates.ids[row] for row in columns])
+        asked = {
+            item: self.prompts.candidates[item] for row in known for item in (items[row][at] for at in columns[row])
+        }
+        empty = self._calibration(list(asked))
         prefixes = [self.prompts.prefix(queries[row]) for row in known]
+        suffixes = [[asked[items[row][at]] for at in columns[row]] for row in known]
         with self._reading():
             for places, answers in self._after(prefixes, suffixes):
-                result[np.ix_([known[place] for place in places], columns)] = answers - empty
+                for place, own in zip(places, answers, strict=True):
+                    row = known[place]
+                    offsets = [empty[items[row][at]] for at in columns[row]]
+                    result[row][columns[row]] = own - np.array(offsets, dtype=np.float32)
                 self.progress(len(places))
         return result
 
@@ -215,18 +231,30 @@ class PointwiseScorer:
             if item in self.prompts.candidates:
                 rows.setdefault(query, []).append(row)
         result = np.full(len(queries), np.nan, dtype=np.float32)
-        single: list[int] = []
-        for query, own in rows.items():
-            if self.reader.shares and len(own) >= SHARED_FROM:
-                index = ItemIndex(dict.fromkeys(items[row] for row in own))
-                result[own] = self.score([query], index)[0, index.rows(items[row] for row in own)]
-            elif self.prompts.knows(query):
-                single += own
+        shared = {query: own for query, own in rows.items() if self.reader.shares and len(own) >= SHARED_FROM}
+        scored = self.score_lists(list(shared), [[items[row] for row in own] for own in shared.values()])
+        for own, scores in zip(shared.values(), scored, strict=True):
+            result[own] = scores
+        single = [
+            row for query, own in rows.items() if query not in shared and self.prompts.knows(query) for row in own
+        ]
         if single:
             empty = self._calibration([items[row] for row in single])
             with self._reading():
                 written = [self.prompts.whole(queries[row], items[row]) for row in single]
-                result[single] = self._whole(written, self.progress) - empty
+                result[single] = self._whole(written, self.progress)
+            result[single] -= np.array([empty[items[row]] for row in single], dtype=np.float32)
+        return result
+
+    def answers(self, prefixes: Sequence[list[int]], suffixes: Sequence[list[int]]) -> NDArray[np.float32]:
+        """What the model says of every continuation of every prefix, both token ids: float32[prefixes, suffixes].
+
+        Not calibrated; `score` is this for histories and items.
+        """
+        result = np.zeros((len(prefixes), len(suffixes)), dtype=np.float32)
+        with self._reading():
+            for places, answers in self._after(prefixes, [suffixes] * len(prefixes)):
+                result[places] = answers
         return result
 
     @cached_property
@@ -245,7 +273,7 @@ class PointwiseScorer:
 
     def _whole(self, written: Sequence[list[int]], progress: Callable[[int], None]) -> NDArray[np.float32]:
         """Answers float32[prompts] to whole prompts, read in batches of one length as nearly as may be."""
-        order = sorted(range(len(written)), key=lambda place: len(written[place]))
+        order = _by_length(written)
         result = np.zeros(len(written), dtype=np.float32)
         start = 0
         while start < len(order):
@@ -257,42 +285,55 @@ class PointwiseScorer:
             progress(len(places))
         return result
 
-    def _calibration(self, items: Sequence[str]) -> NDArray[np.float32]:
+    def _calibration(self, items: Sequence[str]) -> dict[str, float]:
+        """What is taken off each item's answers."""
         if not self.calibrated or not self.reader.causal:
-            return np.zeros(len(items), dtype=np.float32)
+            return dict.fromkeys(items, 0.0)
         missing = [item for item in dict.fromkeys(items) if item not in self._empty]
         if missing:
             suffixes = [self.prompts.candidates[item] for item in missing]
-            with self._reading():
-                ((_, scores),) = self._after([self.prompt.empty_prefix], suffixes)
-            self._empty.update(zip(missing, scores[0].tolist(), strict=True))
-        return np.array([self._empty[item] for item in items], dtype=np.float32)
+            (scores,) = self.answers([self.prompt.empty_prefix], suffixes)
+            self._empty.update(zip(missing, scores.tolist(), strict=True))
+        return self._empty
 
     def _after(
-        self, prefixes: Sequence[list[int]], suffixes: Sequence[list[int]]
-    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-        """Places of some prefixes, and answers float32[places, suffixes] to all suffixes behind them."""
+        self, prefixes: Sequence[list[int]], suffixes: Sequence[Sequence[list[int]]]
+    ) -> Iterator[tuple[list[int], list[NDArray[np.float32]]]]:
+        """Places of some prefixes, and for each the answers float32[its suffixes] behind it."""
         if not self.reader.shares:
             for place, prefix in enumerate(prefixes):
-                yield [place], self._whole([prefix + suffix for suffix in suffixes], lambda _: None)[None]
+                yield [place], [self._whole([prefix + suffix for suffix in suffixes[place]], lambda _: None)]
             return
-        blocks = _blocks(list(map(len, suffixes)), self.reader.tokens_at_once)
-        texts = [padded([suffixes[place] for place in block]) for block in blocks]
-        lengths = [np.array([len(suffixes[place]) for place in block], dtype=np.int64) for block in blocks]
-        largest = max(text.size for text in texts)
-        order = sorted(range(len(prefixes)), key=lambda place: len(prefixes[place]))
+        # The most suffixes and the longest prefix last: they are taken from the end.
+        order = sorted(range(len(prefixes)), key=lambda place: (len(suffixes[place]), len(prefixes[place])))
         while order:
-            # Neither the prefixes together nor their largest block is more than one pass may read.
-            tokens = max(largest, len(prefixes[order[-1]]))
+            first = order[-1]
+            # Neither the prefixes together nor what stands behind them is much more than one pass may read.
+            tokens = max(len(prefixes[first]), sum(map(len, suffixes[first])))
             places = order[-max(1, self.reader.tokens_at_once // tokens) :]
+            places = [place for place in places if len(suffixes[place]) >= ALIKE * len(suffixes[first])]
             del order[-len(places) :]
             read = self._prefixes([prefixes[place] for place in places])
-            result = np.zeros((len(places), len(suffixes)), dtype=np.float32)
-            for block, text, length in zip(blocks, texts, lengths, strict=True):
-                shape = len(places), len(block)
-                own = np.tile(text, (shape[0], 1, 1)), np.tile(length, (shape[0], 1))
-                result[:, block] = self.reader.answers(read, *own)
-            yield places, result
+            yield places, self._behind(read, [suffixes[place] for place in places])
+
+    def _behind(self, read: Any, suffixes: Sequence[Sequence[list[int]]]) -> list[NDArray[np.float32]]:  # noqa: ANN401
+        """Answers of each user's suffixes; the users' shortest are read together, then the next ones."""
+        most = max(map(len, suffixes))
+        # A user with fewer suffixes than another has empty ones, which stand first.
+        orders = [_by_length(own) for own in suffixes]
+        texts = [
+            [[0]] * (most - len(own)) + [own[at] for at in order] for own, order in zip(suffixes, orders, strict=True)
+        ]
+        lengths = np.array([list(map(len, own)) for own in texts], dtype=np.int64)  # (users, most)
+        result = np.zeros(lengths.shape, dtype=np.float32)
+        for block in _blocks(lengths.max(axis=0).tolist(), self.reader.tokens_at_once // len(suffixes)):
+            ids = padded([own[place] for own in texts for place in block])
+            own_lengths = lengths[:, block]
+            result[:, block] = self.reader.answers(read, ids.reshape(*own_lengths.shape, -1), own_lengths)
+        answers = [np.zeros(len(own), dtype=np.float32) for own in suffixes]
+        for own, order, row in zip(answers, orders, result, strict=True):
+            own[order] = row[most - len(order) :]
+        return answers
 
     def _prefixes(self, written: Sequence[list[int]]) -> Any:  # noqa: ANN401
         """The prefixes together; those that are kept are not read again."""
@@ -310,6 +351,10 @@ class PointwiseScorer:
 
     def _read(self, written: Sequence[list[int]]) -> Any:  # noqa: ANN401
         return self.reader.read(padded(written), np.array(list(map(len, written)), dtype=np.int64))
+
+
+def _by_length(texts: Sequence[list[int]]) -> list[int]:
+    return sorted(range(len(texts)), key=lambda place: len(texts[place]))
 
 
 def _blocks(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from recllm.errors import RecllmError
-from recllm.export import Exported, export_run
+from recllm.export import export_run
 from recllm.fusion import Fusion
+from recllm.gate import Exported
 from recllm.mf import ImplicitMF
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
 from recllm.ranking import Scores

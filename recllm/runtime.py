@@ -317,6 +317,11 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
     """
     place = Path(folder)
     manifest = read_manifest(place)
+    if "scorers" not in manifest:
+        raise RecllmError(
+            f"'{place}' is a bundle that ranks candidates; it recommends behind one of the catalogue: recllm recommend "
+            f"BUNDLE --ranker {place}"
+        )
     catalog = read_catalog(place)
     arrays = load_file(place / VECTORS)
     index = ItemIndex(catalog.ids)

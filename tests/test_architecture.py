@@ -16,12 +16,13 @@ TORCH_FREE = [
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
     "recency", "priors", "mf", "itemitem", "neighbours", "histories", "vectors", "encoding", "pointwise", "fitting",
-    "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "onnxreader", "growing",
+    "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "onnxreader", "ranker", "growing",
     "query_rows", "sheets", "batch", "charts", "report",
 ]
 TORCH = [
     "sequence", "lightjudge", "adapters", "lm", "loop", "cascade", "relevance", "trained", "judging", "train",
-    "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "export", "quickstart", "commands",
+    "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "gate",
+    "rankexport", "export", "quickstart", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

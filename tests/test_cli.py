@@ -144,7 +144,7 @@ def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, 
 
 
 def test_export_prints_parity_and_fails_only_when_every_recipe_does(capsys, tiny_run, monkeypatch):
-    from recllm.export import Exported
+    from recllm.gate import Exported
 
     parity = {"lm": {"max_difference": 0.5, "rank_correlation": 0.25, "top10_overlap": 0.1}}
     failed = Exported("int8", None, parity, ["lm: rank_correlation is 0.2500, at least 0.98 is asked"])

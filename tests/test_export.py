@@ -12,9 +12,10 @@ from recllm import export
 from recllm.bundle import read_manifest
 from recllm.data import Query
 from recllm.errors import RecllmError
-from recllm.export import export_run, load_recipe
+from recllm.export import export_run
 from recllm.files import read_json
 from recllm.fusion import FusedScorer, Fusion
+from recllm.gate import load_recipe
 from recllm.lm import load_base, mean_pool
 from recllm.parity import Tolerance, failures_of, fidelity
 from recllm.quantise import quantise

@@ -82,6 +82,27 @@ def test_every_pair_gets_the_answer_to_its_own_text(make, checkerboard, keep_byt
     assert all(rows * length <= max(tokens, length, longest) for rows, length in scorer.reader.passes)
 
 
+def test_each_query_has_candidates_of_its_own(make, checkerboard):
+    scorer = make(tokens_at_once=400)
+    rng = np.random.default_rng(0)
+    catalog = checkerboard.catalog.ids
+    items = [rng.choice(catalog, count, replace=False).tolist() for count in (7, 1, 24, 6, 0, 3, 3)]
+    items[0][2] = "x"
+    found = scorer.score_lists(QUERIES, items)
+    assert [len(own) for own in found] == [7, 1, 24, 6, 0, 3, 3]
+    for own, query, named in zip(found[:5], QUERIES, items, strict=False):
+        texts = [np.nan if item == "x" else own_number(scorer.prompts.whole(query, item)) for item in named]
+        assert own == pytest.approx(texts, abs=1e-3, nan_ok=True)
+    assert all(np.isnan(own).all() for own in found[5:])
+
+
+def test_users_with_few_candidates_are_not_padded_to_those_with_many(make, checkerboard):
+    scorer = make(tokens_at_once=100_000)
+    scorer.score_lists(QUERIES[:3], [checkerboard.catalog.ids, ["1", "2"], ["3", "4"]])
+    assert scorer.reader.passes[0][0] == 1  # the first pass reads one prefix, not all three
+    assert max(rows for rows, _ in scorer.reader.passes) <= 24
+
+
 def test_a_returning_users_prefix_is_read_once(make, checkerboard):
     scorer, index = make(1_000_000), ItemIndex(checkerboard.catalog.ids)
     scorer.score(QUERIES[:3], index)

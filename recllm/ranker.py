@@ -1,0 +1,214 @@
+"""The ranker: a relevance model from its bundle, and a catalogue's best reordered by it; neither needs torch."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from recllm.bundle import read_catalog, read_manifest
+from recllm.data import Catalog, Query
+from recllm.errors import RecllmError, unknown
+from recllm.files import read_json
+from recllm.fitting import moments, standardised
+from recllm.onnxreader import OnnxReader
+from recllm.pointwise import PointwiseScorer
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.ranking import ItemIndex, Scores
+from recllm.runtime import Recommendations, Recommender
+
+SETTINGS, PROMPT = "ranker.json", "relevance.toml"
+KIND = "ranker"
+"""The manifest's `kind` of a bundle that ranks; one that recommends has none."""
+RANKER_SHARE = "ranker"
+"""The ranker's name among the shares."""
+CANDIDATES_AT_ONCE = 25
+"""Candidates that are judged between two looks at the clock, where there is a limit of time."""
+
+
+class RanksLists(Protocol):
+    """A scorer that takes each query's own candidates."""
+
+    def score_lists(self, queries: Sequence[Query], items: Sequence[Sequence[str]]) -> list[NDArray[np.float32]]:
+        """Per query float32[its candidates], NaN where nothing is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankerSettings:
+    """What a ranker bundle says of its model.
+
+    Attributes:
+        max_tokens: the longest prompt.
+        max_history: how many of the last items are written.
+        like_at: the rating from which an item counts as liked.
+        calibrated: whether the score after an empty history is taken off.
+    """
+
+    max_tokens: int
+    max_history: int
+    like_at: float
+    calibrated: bool
+
+
+class Ranker(PointwiseScorer):
+    """A loaded ranker bundle, a scorer of whatever candidates it is given."""
+
+    def __init__(self, reader: OnnxReader, catalog: Catalog, folder: Path, settings: RankerSettings, keep: int) -> None:
+        prompt = load_prompt(str(folder / PROMPT), task="relevance")
+        prompt = prompt.model_copy(update={"max_history": settings.max_history})
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        compiled = compile_prompt(prompt, tokenizer, settings.like_at)
+        super().__init__(reader, compiled, catalog, settings.calibrated, keep)
+
+    def rank(
+        self,
+        histories: Sequence[Sequence[str]],
+        items: Sequence[str],
+        ratings: Sequence[Sequence[float]] | None = None,
+    ) -> Scores:
+        """Scores of `items` after every history, float32[histories, items]; NaN where nothing is known.
+
+        Args:
+            histories: item ids, oldest first; an item without text is passed over.
+            items: the candidates.
+            ratings: as long as the histories, where liked and disliked items are to be told apart.
+
+        Raises:
+            RecllmError: an item that the catalogue has not, or ratings of another length than their history.
+        """
+        for item in items:
+            if item not in self.catalog:
+                raise unknown("item", item, self.catalog.ids)
+        given = [None] * len(histories) if ratings is None else [tuple(own) for own in ratings]
+        for row, (history, own) in enumerate(zip(histories, given, strict=True)):
+            if own is not None and len(own) != len(history):
+                raise RecllmError(f"Row {row}: {len(own)} ratings for {len(history)} items of the history.")
+        queries = [Query(tuple(history), None, own) for history, own in zip(histories, given, strict=True)]
+        return self.score(queries, ItemIndex(items))
+
+
+def load_ranker(
+    folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0, keep_bytes: int = 256 << 20
+) -> Ranker:
+    """Load a ranker bundle; neither torch nor transformers is imported.
+
+    Args:
+        folder: the bundle, as `recllm export` wrote it of a run that judges pairs.
+        provider: cpu, cuda or tensorrt; never another one than asked for.
+        threads: inside one operator; 0 leaves it to ONNX Runtime.
+        keep_bytes: memory for the histories of returning users, which are not read again; 0 keeps none.
+
+    Raises:
+        RecllmError: not a ranker bundle, damaged, or the provider is not there.
+    """
+    place = Path(folder)
+    manifest = read_manifest(place)
+    if manifest.get("kind") != KIND:
+        raise RecllmError(f"'{place}' is a bundle that recommends, not one that ranks. Load it with recllm.load.")
+    settings = RankerSettings(**read_json(place / SETTINGS))
+    reader = OnnxReader.open(place, settings.max_tokens, provider, threads)
+    return Ranker(reader, read_catalog(place), place, settings, keep_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class TwoStage:
+    """Retrieve with the whole-catalogue graph, judge its best by a ranker, and add both scores, standardised.
+
+    Attributes:
+        recommender: retrieves.
+        ranker: judges; an item that it does not know keeps its first score.
+        top: how many items of each user are judged.
+        weight: of the ranker's score beside the first one.
+        seconds: the most time per user that judging may take, looked at after every 25 candidates of all users; what
+            is not judged by then stands behind what is. None: no limit, and the same answer every time.
+    """
+
+    recommender: Recommender
+    ranker: RanksLists
+    top: int = 100
+    weight: float = 1.0
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.top < 1 or self.weight < 0 or (self.seconds is not None and self.seconds <= 0):
+            raise RecllmError(
+                f"top={self.top}, weight={self.weight} and seconds={self.seconds}: the first must be at least 1, the "
+                "second not negative, the third positive."
+            )
+
+    def recommend(
+        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True
+    ) -> Recommendations:
+        """The `k` best items after every history, with the ranker's share beside the others.
+
+        Args:
+            histories: as `Recommender.recommend` takes them.
+            k: how many.
+            exclude_seen: leave the history's own items out.
+
+        Raises:
+            RecllmError: k is not between 1 and the number of items.
+        """
+        self.recommender.check_k(k)
+        depth = min(max(self.top, k), len(self.recommender.index))
+        first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen)
+        judged = self._judged([Query(tuple(history)) for history in histories], [ids[: self.top] for ids in first.ids])
+        ids: list[list[str]] = []
+        scores = np.full((len(judged), k), np.nan, dtype=np.float32)
+        shares = {name: np.full((len(judged), k), np.nan, dtype=np.float32) for name in (*first.shares, RANKER_SHARE)}
+        for row, own in enumerate(judged):
+            count = len(first.ids[row])
+            parts = {name: share[row, :count] for name, share in first.shares.items()}
+            total, parts = self._fused(first.scores[row, :count], parts, own)
+            order = np.argsort(-total, kind="stable")[:k]
+            ids.append([first.ids[row][place] for place in order])
+            scores[row, : len(order)] = total[order]
+            for name, part in parts.items():
+                shares[name][row, : len(order)] = part[order]
+        return Recommendations(ids, scores, shares)
+
+    def _judged(self, queries: Sequence[Query], items: Sequence[Sequence[str]]) -> list[NDArray[np.float32]]:
+        """The ranker's scores of each query's first items; fewer than there are where the time is up."""
+        if self.seconds is None:
+            return self.ranker.score_lists(queries, items)
+        end = time.monotonic() + self.seconds * len(queries)
+        found: list[list[NDArray[np.float32]]] = [[] for _ in queries]
+        for start in range(0, max(map(len, items), default=0), CANDIDATES_AT_ONCE):
+            part = [own[start : start + CANDIDATES_AT_ONCE] for own in items]
+            for own, scores in zip(found, self.ranker.score_lists(queries, part), strict=True):
+                own.append(scores)
+            if time.monotonic() >= end:
+                break
+        return [np.concatenate([np.zeros(0, dtype=np.float32), *own]) for own in found]
+
+    def _fused(
+        self, scores: NDArray[np.float32], shares: dict[str, NDArray[np.float32]], judged: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """Scores of one user's items, float32[items], and what each scorer has in them; they sum to the scores.
+
+        Both stages are standardised over the items that were judged. Of the others the ranker takes off so much that
+        the first of them stands behind the last judged one.
+        """
+        count = len(judged)
+        mean, deviation = moments(scores[None, :count])
+        scale = float(deviation[0, 0]) or 1.0
+        # Each share gives up its own mean, so that they still sum to the standardised score.
+        parts = {
+            name: _scaled(share, float(share[:count].mean()) if count else 0.0, scale) for name, share in shares.items()
+        }
+        total = _scaled(scores, float(mean[0, 0]), scale)
+        ranker = np.zeros(len(scores), dtype=np.float32)
+        ranker[:count] = self.weight * standardised(judged[None], *moments(judged[None]))[0]
+        if 0 < count < len(scores):
+            ranker[count:] = min(0.0, float((total + ranker)[:count].min() - total[count:].max()))
+        return total + ranker, parts | {RANKER_SHARE: ranker}
+
+
+def _scaled(values: NDArray[np.float32], mean: float, scale: float) -> NDArray[np.float32]:
+    return ((values - mean) / scale).astype(np.float32)

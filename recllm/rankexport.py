@@ -1,0 +1,100 @@
+"""Export of a run that judges pairs: its language model as a ranker bundle, gated like every other."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from recllm.bundle import write_catalog
+from recllm.errors import RecllmError
+from recllm.files import write_json
+from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
+from recllm.judging import load_relevance
+from recllm.lm import model_folder
+from recllm.parity import fidelity
+from recllm.quantise import quantise
+from recllm.ranker import KIND, PROMPT, SETTINGS, RankerSettings, load_ranker
+from recllm.rankgraphs import write_rank_graphs
+from recllm.ranking import ItemIndex
+from recllm.recipes import find_recipe
+from recllm.relevance import RelevanceScorer
+from recllm.runs import Run
+from recllm.splits import like_threshold
+from recllm.tasks import Task
+
+Say = Callable[[str], None]
+GATE_CANDIDATES = 100
+"""Candidates on which each history of the gate is compared."""
+
+
+def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say: Say) -> list[Exported]:
+    """Write the run's language model as one ranker bundle per recipe that keeps its tolerance.
+
+    Only the language model: the other scorers of a run that judges pairs hold its users' ratings, and stay with it.
+
+    Raises:
+        RecllmError: the run has no language model, or one whose candidates cannot share a prefix.
+    """
+    if run.model.name == "none":
+        raise RecllmError(
+            f"{run.folder} judges pairs without a language model, and a ranker bundle is one. Name it in model.name."
+        )
+    scorer = load_relevance(run, task)
+    scorer.bf16 = False  # what is exported is compared in float32
+    scorer.model.cpu()
+    graphs, results = run.folder / "graphs", []
+    for opset in sorted({recipe.opset for recipe in recipes.values()}):
+        say(f"Writing the ONNX graphs in fp32, opset {opset}")
+        (graphs / str(opset)).mkdir(parents=True, exist_ok=True)
+        write_rank_graphs(scorer.model, graphs / str(opset), opset)
+    for name, recipe in recipes.items():
+        say(f"Bundle '{name}': quantising and comparing with torch")
+        results.append(_export(run, task, scorer, name, recipe, graphs / str(recipe.opset)))
+    shutil.rmtree(graphs)
+    return results
+
+
+def _export(run: Run, task: Task, scorer: RelevanceScorer, name: str, recipe: ExportRecipe, graphs: Path) -> Exported:
+    settings = RankerSettings(
+        scorer.model.max_tokens,
+        scorer.prompt.prompt.max_history,
+        like_threshold(task.split.train, run.data.like_at),
+        scorer.calibrated,
+    )
+    facts = {
+        "kind": KIND,
+        "name": run.name,
+        "recipe": Path(name).stem,
+        "model": run.model.name,
+        "adapter": run.adapter.recipe,
+        "data": data_facts(task),
+    }
+
+    def fill(part: Path) -> None:
+        for path in graphs.glob("*.onnx"):
+            quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump())
+        shutil.copy(find_recipe("prompts", run.prompt_file("relevance")), part / PROMPT)
+        shutil.copy(_tokenizer(run), part / "tokenizer.json")
+        write_catalog(part, task.dataset.catalog)
+        write_json(part / SETTINGS, asdict(settings))
+
+    def measured(part: Path) -> Parity:
+        return {"ranker": _parity(part, run, task, scorer)}
+
+    return gated(run.folder / f"bundle-{Path(name).stem}", facts, name, recipe, fill, measured)
+
+
+def _tokenizer(run: Run) -> Path:
+    return model_folder(run.model.name) / "tokenizer.json"
+
+
+def _parity(folder: Path, run: Run, task: Task, scorer: RelevanceScorer) -> dict[str, float]:
+    """Fidelity of the answers to some validation histories about some items."""
+    random = np.random.default_rng(run.seed)
+    queries = list(dict.fromkeys(row.query for row in task.split.valid if scorer.prompts.knows(row.query)))
+    chosen = [queries[place] for place in np.sort(random.permutation(len(queries))[: run.export.gate_queries])]
+    items = [item for item in task.index.ids if item in scorer.prompts.candidates]
+    asked = ItemIndex([items[place] for place in random.permutation(len(items))[:GATE_CANDIDATES]])
+    return fidelity(scorer.score(chosen, asked), load_ranker(folder, keep_bytes=0).score(chosen, asked))
