@@ -202,12 +202,10 @@ def cascade_attention(
     far, near = far.float(), near.float()  # as everywhere, the softmax is taken in float32
     if softcap is not None:
         far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
-    _mask(far, near, recllm_prefix, sliding_window)
-    # Softmax over both parts without joining them: they share the largest logit and the sum. In place, for the logits
-    # are the largest tensors here, and on a CPU every new one costs more than its arithmetic.
+    far, near = _masked(far, near, recllm_prefix, sliding_window)
+    # Softmax over both parts without joining them: they share the largest logit and the sum.
     top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
-    far.sub_(top).exp_()
-    near.sub_(top).exp_()
+    far, near = _odds(far, top), _odds(near, top)
     total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
     far, near = far.to(behind.dtype), near.to(behind.dtype)
     read = (far.reshape(users, kinds, -1, reach) @ behind).view(spread.shape)
@@ -217,18 +215,33 @@ def cascade_attention(
     return mixed.permute(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, width), None
 
 
-def _mask(far: Tensor, near: Tensor, prefix: Prefix, window: int | None) -> None:
-    """Write −∞ where a query must not look: padding, what comes after it, and what lies before its window."""
+def _masked(far: Tensor, near: Tensor, prefix: Prefix, window: int | None) -> tuple[Tensor, Tensor]:
+    """−∞ where a query must not look: padding, what comes after it, and what lies before its window."""
     length, reach = far.shape[-2:]
     place, step = torch.arange(reach, device=far.device), torch.arange(length, device=far.device)
-    near.masked_fill_(step > step[:, None], -torch.inf)
+    near = _barred(near, step > step[:, None])
     if prefix.padded:
         hidden = place >= prefix.lengths[:, None]  # (users, reach)
-        far.masked_fill_(hidden[:, None, None, None, None, :], -torch.inf)
+        far = _barred(far, hidden[:, None, None, None, None, :])
     if window is not None:
         at = prefix.lengths[:, None] + step  # (users, length), the position of each query
-        far.masked_fill_((at[:, :, None] - place >= window)[:, None, None, None], -torch.inf)
-        near.masked_fill_(step[:, None] - step >= window, -torch.inf)
+        far = _barred(far, (at[:, :, None] - place >= window)[:, None, None, None])
+        near = _barred(near, step[:, None] - step >= window)
+    return far, near
+
+
+# In place, for the logits are the largest tensors here, and on a CPU every new one costs more than its arithmetic; but
+# the exporter takes no such operators.
+
+
+def _barred(logits: Tensor, where: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        return logits.masked_fill(where, -torch.inf)
+    return logits.masked_fill_(where, -torch.inf)
+
+
+def _odds(logits: Tensor, top: Tensor) -> Tensor:
+    return torch.exp(logits - top) if torch.compiler.is_exporting() else logits.sub_(top).exp_()
 
 
 def _no_mask(*_: object, **__: object) -> None:

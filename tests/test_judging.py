@@ -6,12 +6,14 @@ import numpy as np
 import polars as pl
 import pytest
 
+import recllm
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.files import read_json
 from recllm.judging import AskedAbout, load_relevance, rating_scorers
 from recllm.outcome import FUSION, evaluate_run
+from recllm.ranker import load_ranker
 from recllm.ranking import ItemIndex
 from recllm.runs import Run, load_run
 from recllm.tasks import prepare
@@ -257,10 +259,34 @@ def test_the_given_split_is_prepared(given_folder, tiny_lm_folder, tiny_encoder_
     assert (len(task.split.train), len(task.split.valid), len(task.split.test)) == (320, 80, 160)
 
 
-def test_a_run_that_judges_is_not_exported(trained):
+def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     run, task = trained
-    with pytest.raises(RecllmError, match=r"judges pairs .* only runs of the next item are exported"):
-        export_run(run, task, say=lambda _: None)
+    if "encoder" in run.model.name:
+        with pytest.raises(RecllmError, match=r"Only causal models .* are exported for ranking"):
+            export_run(run, task, ["fp32"], say=lambda _: None)
+        return
+    (result,) = export_run(run, task, ["fp32"], say=lambda _: None)
+    assert result.folder == run.folder / "bundle-fp32"
+    assert result.parity["ranker"]["max_difference"] < 1e-3
+    ranker, scorer = load_ranker(result.folder), load_relevance(run, task)
+    queries = [row.query for row in task.split.test[:7]]
+    histories, ratings = [query.history for query in queries], [query.ratings for query in queries]
+    found = ranker.rank(histories, task.index.ids, ratings)
+    assert found == pytest.approx(scorer.score(queries, task.index), abs=1e-3, nan_ok=True)
+    assert not np.allclose(ranker.rank(histories, task.index.ids), found, equal_nan=True)  # ratings are written
+    with pytest.raises(RecllmError, match=r"is a bundle that ranks candidates; it recommends behind one"):
+        recllm.load(result.folder)
+    with pytest.raises(RecllmError, match=r"Row 1: 0 ratings for 2 items"):
+        ranker.rank([(), ("1", "2")], task.index.ids, [(), ()])
+    with pytest.raises(RecllmError, match=r"Unknown item .nothing."):
+        ranker.rank([("1",)], ["nothing"])
+
+
+def test_without_a_language_model_there_is_nothing_to_rank_with(trained):
+    run, task = trained
+    run = run.model_copy(update={"model": run.model.model_copy(update={"name": "none"})})
+    with pytest.raises(RecllmError, match=r"judges pairs without a language model"):
+        export_run(run, task, ["fp32"], say=lambda _: None)
 
 
 def test_rows_that_were_disliked_are_no_events_to_predict(given_folder, tiny_lm_folder, tiny_encoder_folder, tmp_path):

@@ -1,0 +1,91 @@
+"""Two stages: the catalogue's best, reordered by a ranker; shares sum to scores, a limit of time loses nothing."""
+
+import numpy as np
+import pytest
+
+import recllm
+from recllm import ranker
+from recllm.errors import RecllmError
+from recllm.ranker import TwoStage, load_ranker
+
+HISTORIES = [["0", "2", "4"], ["1"], [], ["x"]]
+
+
+class Opinionated:
+    """Likes items with a high number; knows nothing of item 7, nor of an empty history."""
+
+    def __init__(self):
+        self.asked = []
+
+    def score_lists(self, queries, items):
+        self.asked.append([list(own) for own in items])
+        return [
+            np.array([np.nan if item == "7" or not query.history else float(item) for item in own], dtype=np.float32)
+            for query, own in zip(queries, items, strict=True)
+        ]
+
+
+@pytest.fixture(scope="module")
+def recommender(tiny_bundle):
+    return recllm.load(tiny_bundle)
+
+
+def test_the_best_are_reordered_and_shares_sum(recommender):
+    judge = Opinionated()
+    found = TwoStage(recommender, judge, top=8, weight=1e6).recommend(HISTORIES, 5)
+    first = recommender.recommend(HISTORIES, 8)
+    assert judge.asked == [first.ids]
+    for row in (0, 1):
+        order = sorted((int(item) for item in first.ids[row] if item != "7"), reverse=True)
+        assert found.ids[row][:3] == [str(item) for item in order[:3]]
+    assert found.ids[2] == first.ids[2][:5]  # nothing was said of an empty history
+    assert list(found.shares) == [*first.shares, "ranker"]
+    assert sum(found.shares.values()) == pytest.approx(found.scores, rel=1e-4, abs=1e-3)
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+
+
+def test_without_weight_the_first_order_stays(recommender):
+    found = TwoStage(recommender, Opinionated(), top=8, weight=0.0).recommend(HISTORIES, 12)
+    assert found.ids == recommender.recommend(HISTORIES, 12).ids
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+
+
+def test_what_is_not_judged_stands_behind(recommender):
+    found = TwoStage(recommender, Opinionated(), top=4, weight=1e6).recommend(HISTORIES, 12)
+    first = recommender.recommend(HISTORIES, 12)
+    for own, before in zip(found.ids, first.ids, strict=True):
+        assert sorted(own[:4]) == sorted(before[:4])
+        assert own[4:] == before[4:]
+    assert (np.diff(found.scores, axis=1) <= 1e-3).all()
+
+
+def test_when_the_time_is_up_the_rest_stays_behind(recommender, monkeypatch):
+    monkeypatch.setattr(ranker, "CANDIDATES_AT_ONCE", 3)
+    clock = iter([0.0, 1.0, 5.0])  # the start, after three candidates, after six
+    monkeypatch.setattr(ranker.time, "monotonic", lambda: next(clock))
+    judge = Opinionated()
+    found = TwoStage(recommender, judge, top=12, weight=1e6, seconds=1.0).recommend(HISTORIES, 12)
+    first = recommender.recommend(HISTORIES, 12)
+    assert [len(part[0]) for part in judge.asked] == [3, 3]
+    assert [own[6:] for own in found.ids] == [own[6:] for own in first.ids]
+    assert [sorted(own) for own in found.ids] == [sorted(own) for own in first.ids]
+
+
+def test_more_than_there_is(recommender):
+    items = len(recommender.index)
+    found = TwoStage(recommender, Opinionated(), top=1000).recommend([["0"], list(recommender.index.ids)], items)
+    assert [len(own) for own in found.ids] == [items - 1, 0]
+    assert np.isnan(found.scores[1]).all()
+    with pytest.raises(RecllmError, match="k=0 is not possible"):
+        TwoStage(recommender, Opinionated()).recommend([["0"]], 0)
+
+
+@pytest.mark.parametrize("given", [{"top": 0}, {"weight": -1.0}, {"seconds": 0.0}])
+def test_settings_are_checked(recommender, given):
+    with pytest.raises(RecllmError, match="the first must be at least 1"):
+        TwoStage(recommender, Opinionated(), **given)
+
+
+def test_a_bundle_that_recommends_is_no_ranker(tiny_bundle):
+    with pytest.raises(RecllmError, match=r"is a bundle that recommends, not one that ranks"):
+        load_ranker(tiny_bundle)
