@@ -22,6 +22,8 @@ from recllm.sequence import NextItemModel
 from recllm.tasks import Task
 from recllm.trained import Collaborative
 
+GRID = 1e-5
+"""Scores nearer than this, or this share of the largest one, are equal: of their order float32 says nothing."""
 ENCODER_TEXTS = 64
 """Item texts on which the item encoder's graph is compared."""
 
@@ -122,14 +124,25 @@ def fidelity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[
     if not pairs:
         return {"max_difference": 0.0 if same else np.inf, "rank_correlation": np.nan, "top10_overlap": np.nan}
     filled = [(left, np.where(np.isnan(right), -np.inf, right)) for left, right in pairs]
+    steps = [GRID * max(1.0, float(np.abs(left).max())) for left, _ in filled]
+    ranked = [(_levels(left, step), _levels(right, step)) for (left, right), step in zip(filled, steps, strict=True)]
     return {
         "max_difference": max(float(np.abs(left - right).max()) for left, right in filled) if same else np.inf,
-        "rank_correlation": float(np.mean([_rank_correlation(*pair) for pair in filled])),
-        "top10_overlap": float(np.mean([_top_overlap(*pair, min(10, len(pair[0]))) for pair in filled])),
+        "rank_correlation": float(np.mean([_rank_correlation(*pair) for pair in ranked])),
+        "top10_overlap": float(np.mean([_top_overlap(*pair, min(10, len(pair[0]))) for pair in ranked])),
     }
 
 
-def _rank_correlation(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
+def _levels(scores: NDArray[np.float32], step: float) -> NDArray[np.int64]:
+    """The place of each score among the distinct ones, int64[scores]; neighbours within `step` are one level."""
+    order = np.argsort(scores, kind="stable")
+    levels = np.zeros(len(scores), dtype=np.int64)
+    with np.errstate(invalid="ignore"):  # −∞ beside −∞
+        levels[order[1:]] = np.cumsum(np.diff(scores[order]) > step)
+    return levels
+
+
+def _rank_correlation(left: NDArray[np.int64], right: NDArray[np.int64]) -> float:
     ranks = rankdata(np.stack([left, right]), axis=1)
     constant = ranks.std(axis=1) == 0
     if constant.any():
@@ -137,7 +150,7 @@ def _rank_correlation(left: NDArray[np.float32], right: NDArray[np.float32]) -> 
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def _top_overlap(left: NDArray[np.float32], right: NDArray[np.float32], k: int) -> float:
+def _top_overlap(left: NDArray[np.int64], right: NDArray[np.int64], k: int) -> float:
     best, kept = (set(np.argsort(-side, kind="stable")[:k].tolist()) for side in (left, right))
     return len(best & kept) / k
 
