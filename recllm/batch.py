@@ -13,6 +13,7 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.progress import Progress
 from recllm.query_rows import BadRow, QueryRow, check_source, count_rows, read_rows
+from recllm.ranker import TwoStage
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.runtime import Recommender
 from recllm.sheets import Rejects, check_target, sheet
@@ -93,7 +94,7 @@ class Job:
             raise RecllmError(f"'{self.target}' is the input itself; name another file for the answers.")
 
 
-def recommend_file(recommender: Recommender, job: Job, *, k: int = 10, exclude_seen: bool = True) -> Summary:
+def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10, exclude_seen: bool = True) -> Summary:
     """The `k` best items for every row: `user_id, rank, item_id, score, share_<scorer>…`.
 
     A row without `user_id` is named by its line. Bad rows go to `<target>.rejects.jsonl` and never stop the job.

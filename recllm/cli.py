@@ -203,6 +203,7 @@ def export(
         "recllm recommend runs/films/bundle-int8 --history '50 181' -k 5",
         "recllm recommend runs/films/bundle-int8 users.jsonl --out recommendations.parquet",
         "recllm recommend runs/films/bundle-int8 ids.csv --interactions log.csv --out recommendations.csv",
+        "recllm recommend runs/films/bundle-int8 --history '50 181' --ranker runs/judge/bundle-fp32 --rank-top 50",
     )
 )
 def recommend(
@@ -216,6 +217,14 @@ def recommend(
     provider: Provider = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="Inside one operator; 0 leaves it to ONNX Runtime.")] = 0,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Also items of the history itself.")] = False,
+    ranker: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Reorder the best by the language model of this bundle.")
+    ] = None,
+    rank_top: Annotated[int, typer.Option(min=1, help="How many of the best are reordered.")] = 100,
+    rank_weight: Annotated[float, typer.Option(min=0.0, help="Of the ranker's score beside the first one.")] = 1.0,
+    rank_seconds: Annotated[
+        float | None, typer.Option(help="The most seconds per user; the answer then depends on the machine.")
+    ] = None,
     interactions: Log = None,
     column: Column = None,
     overwrite: Overwrite = False,
@@ -227,13 +236,14 @@ def recommend(
         raise RecllmError("Give either a file of rows and --out FILE, or one history: --history 'ID ID'.")
     if history is not None and out is not None:
         raise RecllmError("--history answers on the screen; for --out FILE give a file of rows instead.")
+    stages = commands.Stages(bundle, provider, threads, ranker, rank_top, rank_weight, rank_seconds)
     if history is not None:
-        commands.recommend_history(bundle, history, k, provider, threads, include_seen=include_seen)
+        commands.recommend_history(stages, history, k, include_seen=include_seen)
         return
     if source is None or out is None:
         raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
     job = commands.batch_job(source, out, interactions, column or [], overwrite=overwrite)
-    commands.recommend_rows(bundle, job, k, provider, threads, include_seen=include_seen)
+    commands.recommend_rows(stages, job, k, include_seen=include_seen)
 
 
 @app.command(

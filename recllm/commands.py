@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
 from recllm.growing import add_items
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
+from recllm.ranker import TwoStage, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.results import Table
 from recllm.runs import check_same_data, load_run
-from recllm.runtime import load
+from recllm.runtime import Recommender, load
 from recllm.splits import like_threshold
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
@@ -236,16 +238,40 @@ def log_histories(path: Path, columns: dict[str, str]) -> dict[str, Query]:
     return read_interactions(path, columns=columns).histories()
 
 
-def recommend_rows(bundle: Path, job: Job, k: int, provider: str, threads: int, *, include_seen: bool) -> None:
+@dataclass(frozen=True)
+class Stages:
+    """What recommends: a bundle, and behind it a ranker where one is named."""
+
+    bundle: Path
+    provider: str
+    threads: int
+    ranker: Path | None
+    top: int
+    weight: float
+    seconds: float | None
+
+    def open(self) -> TwoStage | Recommender:
+        """Load what is named.
+
+        Raises:
+            RecllmError: no bundle of its kind, or the provider is not there.
+        """
+        recommender = load(self.bundle, provider=self.provider, threads=self.threads)
+        if self.ranker is None:
+            return recommender
+        ranker = load_ranker(self.ranker, provider=self.provider, threads=self.threads)
+        return TwoStage(recommender, ranker, self.top, self.weight, self.seconds)
+
+
+def recommend_rows(stages: Stages, job: Job, k: int, *, include_seen: bool) -> None:
     """Recommend for every row of a file."""
     job.check()
-    recommender = load(bundle, provider=provider, threads=threads)
-    _report(recommend_file(recommender, job, k=k, exclude_seen=not include_seen), job)
+    _report(recommend_file(stages.open(), job, k=k, exclude_seen=not include_seen), job)
 
 
-def recommend_history(bundle: Path, history: str, k: int, provider: str, threads: int, *, include_seen: bool) -> None:
+def recommend_history(stages: Stages, history: str, k: int, *, include_seen: bool) -> None:
     """Print the best items after one history, with the share of each scorer."""
-    recommender = load(bundle, provider=provider, threads=threads)
+    recommender = stages.open()
     try:
         items = [str(item) for item in split_ids(history)]
     except ValueError as error:

@@ -142,6 +142,20 @@ class TwoStage:
                 "second not negative, the third positive."
             )
 
+    @property
+    def index(self) -> ItemIndex:
+        """The catalogue's items."""
+        return self.recommender.index
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalogue."""
+        return self.recommender.catalog
+
+    def check_k(self, k: int) -> None:
+        """As `Recommender.check_k`."""
+        self.recommender.check_k(k)
+
     def recommend(
         self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True
     ) -> Recommendations:

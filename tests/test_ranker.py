@@ -1,10 +1,12 @@
 """Two stages: the catalogue's best, reordered by a ranker; shares sum to scores, a limit of time loses nothing."""
 
 import numpy as np
+import polars as pl
 import pytest
 
 import recllm
 from recllm import ranker
+from recllm.batch import Job, recommend_file
 from recllm.errors import RecllmError
 from recllm.ranker import TwoStage, load_ranker
 
@@ -89,3 +91,14 @@ def test_settings_are_checked(recommender, given):
 def test_a_bundle_that_recommends_is_no_ranker(tiny_bundle):
     with pytest.raises(RecllmError, match=r"is a bundle that recommends, not one that ranks"):
         load_ranker(tiny_bundle)
+
+
+def test_a_batch_in_two_stages_has_the_rankers_share(recommender, tmp_path):
+    source, target = tmp_path / "users.jsonl", tmp_path / "out.csv"
+    source.write_text('{"user_id": "a", "history": ["0", "2"]}\n{"user_id": "b", "history": ["1"]}\n', encoding="utf-8")
+    stages = TwoStage(recommender, Opinionated(), top=8)
+    recommend_file(stages, Job(source, target), k=3)
+    frame = pl.read_csv(target, schema_overrides={"item_id": pl.String})
+    expected = stages.recommend([["0", "2"], ["1"]], 3)
+    assert frame["item_id"].to_list() == [item for ids in expected.ids for item in ids]
+    assert frame["share_ranker"].to_list() == pytest.approx(expected.shares["ranker"].ravel(), abs=1e-5)
