@@ -1,7 +1,9 @@
-"""Recommend in batch, file in, file out: chunk by chunk, with progress, bad rows set aside and never in the way."""
+"""Recommend in batch, file in, file out: chunk by chunk, resumable, with bad rows set aside and never in the way."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ from numpy.typing import NDArray
 
 from recllm.data import Query
 from recllm.errors import RecllmError
+from recllm.files import sha256_of
+from recllm.parts import Counts, Parts, is_ours
 from recllm.progress import Progress
 from recllm.query_rows import BadRow, QueryRow, check_source, count_rows, read_rows
 from recllm.ranker import TwoStage
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.runtime import Recommender
-from recllm.sheets import Rejects, check_target, sheet
+from recllm.sheets import check_target
 
 Say = Callable[[str], None]
 Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
@@ -28,28 +32,22 @@ EVERY = 5.0
 
 
 @dataclass
-class Summary:
+class Summary(Counts):
     """What became of a batch job.
 
     Attributes:
-        answered: rows of the input that have an answer.
-        rejected: rows that could not be answered, each in the rejects file with its reason.
-        written: rows of the output.
-        unknown: item ids that the catalogue does not have; they were passed over.
-        seconds: from the first row to the last.
+        seconds: from the first row to the last, of this process.
+        here: rows of the input that this process went through; fewer than all where it went on with a job.
         rejects: the file of the rejected rows, None where there are none.
     """
 
-    answered: int = 0
-    rejected: int = 0
-    written: int = 0
-    unknown: int = 0
     seconds: float = 0.0
+    here: int = 0
     rejects: Path | None = None
 
     def lines(self, target: Path) -> list[str]:
         """Readable text."""
-        rate = self.answered / max(self.seconds, 1e-9)
+        rate = self.here / max(self.seconds, 1e-9)
         lines = [f"{target}: {self.written:,} lines for {self.answered:,} users, {rate:,.0f} users/s"]
         if self.unknown:
             lines.append(f"{self.unknown:,} item ids are not in the catalogue and were passed over")
@@ -66,9 +64,11 @@ class Job:
         source: Parquet, JSONL, CSV or TSV; rows with `history` (item ids, oldest first) or `user_id`.
         target: Parquet, JSONL or CSV by its suffix.
         histories: by user id, for rows that have only that.
-        overwrite: replace `target`.
+        overwrite: replace `target`, and begin anew where a job was begun.
         say: gets lines of progress.
-        chunk: rows that are answered together.
+        chunk: rows that are answered together, and kept when the process is killed.
+        shard: (i, n): only the i-th of n parts of the rows, from 1; the parts one after the other are all rows.
+        facts: what else the answers depend on, as a bundle's files; an unfinished job goes on only with the same.
     """
 
     source: Path
@@ -77,19 +77,43 @@ class Job:
     overwrite: bool = False
     say: Say = field(default=lambda _: None)
     chunk: int = CHUNK
+    shard: tuple[int, int] = (1, 1)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def by(self, chunk: int) -> "Job":
         """The same job in chunks of so many rows."""
         return replace(self, chunk=chunk)
 
+    def knowing(self, **facts: Any) -> "Job":  # noqa: ANN401  anything that JSON can hold
+        """The same job, whose answers depend on `facts` too."""
+        return replace(self, facts={**self.facts, **facts})
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on."""
+        users = None
+        if self.histories is not None:
+            users = _digest(f"{user} {query.history} {query.ratings}" for user, query in self.histories.items())
+        part, parts = self.shard
+        return {
+            "rows": sha256_of(self.source),
+            "histories": users,
+            "chunk": self.chunk,
+            "shard": f"{part}/{parts}",
+            **self.facts,
+        }
+
     def check(self) -> None:
         """Check the files before anything is loaded.
 
         Raises:
-            RecllmError: a source that cannot be read, a target of an unknown kind, or one that exists.
+            RecllmError: a source that cannot be read, a target of an unknown kind, one that exists, or a shard that
+                there is not.
         """
+        part, parts = self.shard
+        if not 1 <= part <= parts:
+            raise RecllmError(f"shard {part}/{parts}: give I/N with I between 1 and N, as 1/4.")
         check_source(self.source)
-        check_target(self.target, overwrite=self.overwrite)
+        check_target(self.target, overwrite=self.overwrite or is_ours(self.target))
         if self.target.exists() and self.target.samefile(self.source):
             raise RecllmError(f"'{self.target}' is the input itself; name another file for the answers.")
 
@@ -116,6 +140,7 @@ def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10
         }
         return _frame(columns | {f"share_{name}": share[kept] for name, share in found.shares.items()})
 
+    job = job.knowing(work="recommend", k=k, exclude_seen=exclude_seen)
     return _run(job, recommender.index, answer, need=())
 
 
@@ -134,7 +159,7 @@ def score_file(recommender: Recommender, job: Job) -> Summary:
         picked = {"score": scores} | {f"share_{name}": share for name, share in shares.items()}
         return _pairs(rows, items, columns, picked)
 
-    return _run(job, index, answer, need=("candidates",))
+    return _run(job.knowing(work="score candidates"), index, answer, need=("candidates",))
 
 
 def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Job) -> Summary:
@@ -155,7 +180,8 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
         scores = scorer.score([Query(row.history, row.user_id) for row in rows], items)
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 
-    return _run(job, known, answer, need=(), unknown=NO_HISTORY)
+    work = {"work": "score items", "items": _digest(items.ids)}
+    return _run(job.knowing(**work), known, answer, need=(), unknown=NO_HISTORY)
 
 
 def _pairs(
@@ -177,50 +203,107 @@ def _frame(columns: Mapping[str, Any]) -> pl.DataFrame:
 
 
 def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...], unknown: str | None = None) -> Summary:
-    """Read, answer and write chunk by chunk; the target appears when the last one is written.
+    """Read, answer and keep part by part; the target appears when the last one is there.
 
     Rows whose history has items, and none that is known, are set aside for the reason `unknown`, where it is given.
+    A job that was killed goes on behind its last part, and ends with the same bytes.
     """
     job.check()
     total = count_rows(job.source)
+    part, parts = job.shard
+    chunks = -(-total // job.chunk)
+    first, last = chunks * (part - 1) // parts, chunks * part // parts if part < parts else None
     rows = read_rows(job.source, histories=job.histories, need=need)
-    summary, progress = Summary(), Progress(total, "users", job.say, EVERY)
-    rejects = Rejects(job.target)
+    kept = Parts(job.target, job.identity(), overwrite=job.overwrite)
     try:
-        with sheet(job.target) as out:
-            for chunk in _chunks(rows, job.chunk):
-                good = [row for each in chunk if (row := _checked(each, index, rejects, summary, unknown)) is not None]
-                if good:
-                    out.add(answer(good))
-                summary.answered += len(good)
-                summary.written, summary.rejected = out.rows, rejects.count
-                progress.add(len(chunk), f", {summary.rejected:,} set aside" if summary.rejected else "")
-            if not summary.answered:
-                raise RecllmError(
-                    f"No row of {job.source} could be answered: {rejects.first or 'it has no rows'}. "
-                    "Rows need 'history', a list of item ids, oldest first."
-                )
+        if kept.done:
+            job.say(f"Going on behind {kept.counts.answered + kept.counts.rejected:,} rows that are done")
+        here = islice(rows, (first + kept.done) * job.chunk, None if last is None else last * job.chunk)
+        ours = (total if last is None else min(total, last * job.chunk)) - (first + kept.done) * job.chunk
+        progress = Progress(max(ours, 0), "users", job.say, EVERY)
+        summary = Summary()
+        for chunk in () if kept.complete else _chunks(here, job.chunk):
+            rejects: list[dict[str, Any]] = []
+            counts = Counts()
+            good = [row for each in chunk if (row := _checked(each, index, rejects, counts, unknown)) is not None]
+            frame = _answered(answer, good) if good else None
+            counts.answered, counts.rejected = len(good), len(rejects)
+            counts.written = 0 if frame is None else frame.height
+            kept.add(frame, rejects, counts)
+            summary.here += len(chunk)
+            gone = kept.counts.rejected
+            progress.add(len(chunk), f", {gone:,} set aside" if gone else "")
+        if not kept.counts.answered and parts == 1:
+            reason = kept.first or "it has no rows"
+            kept.refuse(rejects_of(job.target))
+            kept.remove()
+            raise RecllmError(
+                f"No row of {job.source} could be answered: {reason}. Rows need 'history', a list of item ids, oldest "
+                "first."
+            )
+        summary.rejects = kept.finish(rejects_of(job.target))
     finally:
-        summary.rejects = rejects.close()
+        kept.close()
+    summary.add(kept.counts)
     summary.seconds = progress.seconds
     return summary
 
 
+def rejects_of(target: Path) -> Path:
+    """Where the rows go that could not be answered: line, reason and row of each."""
+    return target.with_name(f"{target.name}.rejects.jsonl")
+
+
+def _answered(answer: Answer, rows: Sequence[QueryRow]) -> pl.DataFrame:
+    """The answers; where memory does not suffice, those of either half.
+
+    Raises:
+        RecllmError: a single row is too much.
+    """
+    try:
+        return answer(rows)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+    if len(rows) == 1:
+        raise RecllmError(f"Memory does not suffice for line {rows[0].line} alone. Free some, or shorten its history.")
+    half = len(rows) // 2
+    return pl.concat([_answered(answer, rows[:half]), _answered(answer, rows[half:])])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether numpy, ONNX Runtime or a GPU's runtime could not have the memory that they asked for."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "failed to allocate memory" in text
+
+
+def _digest(texts: Iterable[str]) -> str:
+    """The first 16 digits of the sha256 of some texts, in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def _checked(
-    row: QueryRow | BadRow, index: ItemIndex, rejects: Rejects, summary: Summary, unknown: str | None
+    row: QueryRow | BadRow, index: ItemIndex, rejects: list[dict[str, Any]], counts: Counts, unknown: str | None
 ) -> QueryRow | None:
     """Count unknown items; set aside what cannot be answered."""
+
+    def refuse(reason: str) -> None:
+        rejects.append({"line": row.line, "reason": reason, "row": row.fields})
+
     if isinstance(row, BadRow):
-        rejects.add(row.line, row.reason, row.fields)
+        refuse(row.reason)
         return None
     known = [item in index for item in row.candidates or ()]
     if known and not any(known):
-        rejects.add(row.line, "none of the candidates is in the catalogue", row.fields)
+        refuse("none of the candidates is in the catalogue")
         return None
     if unknown is not None and row.history and not any(item in index for item in row.history):
-        rejects.add(row.line, unknown, row.fields)
+        refuse(unknown)
         return None
-    summary.unknown += sum(item not in index for item in row.history) + known.count(False)
+    counts.unknown += sum(item not in index for item in row.history) + known.count(False)
     return row
 
 

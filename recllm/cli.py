@@ -88,6 +88,9 @@ Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this .p
 Log = Annotated[
     Path | None, typer.Option("--interactions", metavar="FILE", help="The log with the histories of rows without one.")
 ]
+Shard = Annotated[
+    str, typer.Option(metavar="I/N", help="Only the I-th of N parts of the rows; each goes to a file of its own.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Provider = Annotated[str, typer.Option(help="cpu, cuda or tensorrt; never another one than asked for.")]
 TextModel = Annotated[str, typer.Option(metavar="NAME", help="A fetchable name, a hub id or a local folder.")]
@@ -227,6 +230,7 @@ def recommend(
     ] = None,
     interactions: Log = None,
     column: Column = None,
+    shard: Shard = "1/1",
     overwrite: Overwrite = False,
 ) -> None:
     """Recommend from a bundle: file in, file out, or one history to the screen. Needs no torch."""
@@ -242,7 +246,7 @@ def recommend(
         return
     if source is None or out is None:
         raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
-    job = commands.batch_job(source, out, interactions, column or [], overwrite=overwrite)
+    job = commands.batch_job(source, out, interactions, column or [], shard, overwrite=overwrite)
     commands.recommend_rows(stages, job, k, include_seen=include_seen)
 
 
@@ -265,6 +269,7 @@ def score(
     provider: Provider = "cpu",
     interactions: Log = None,
     column: Column = None,
+    shard: Shard = "1/1",
     overwrite: Overwrite = False,
 ) -> None:
     """Score items for users, zero-shot: by their text and an untrained language model, or by a bundle."""
@@ -276,7 +281,7 @@ def score(
         raise RecllmError(
             f"--provider {provider} is for --bundle; a language model takes the GPU by itself where there is one."
         )
-    job = commands.batch_job(users, out, interactions, column or [], overwrite=overwrite)
+    job = commands.batch_job(users, out, interactions, column or [], shard, overwrite=overwrite)
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)
     elif items is not None:

@@ -16,10 +16,12 @@ from tokenizers import Tokenizer
 
 from recllm.assets import ASSETS
 from recllm.batch import Job, Summary, recommend_file, score_file, score_items_file
+from recllm.bundle import MANIFEST
 from recllm.data import Catalog, Dataset, Query, read_dataset, read_interactions, read_items
 from recllm.data.join import join_sources
 from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
+from recllm.files import sha256_of
 from recllm.growing import add_items
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
@@ -226,11 +228,20 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     return 0 if any(result.folder is not None for result in results) else 1
 
 
-def batch_job(source: Path, target: Path, interactions: Path | None, columns: Sequence[str], *, overwrite: bool) -> Job:
-    """The files of a batch job; histories are read where a log is given."""
+def batch_job(
+    source: Path, target: Path, interactions: Path | None, columns: Sequence[str], shard: str, *, overwrite: bool
+) -> Job:
+    """The files of a batch job; histories are read where a log is given.
+
+    Raises:
+        RecllmError: a log that cannot be read, or a shard that is not I/N.
+    """
     given = mapping(columns, "--column")
+    part, slash, parts = shard.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal()):
+        raise RecllmError(f"--shard {shard}: give I/N with I between 1 and N, as --shard 1/4.")
     histories = None if interactions is None else log_histories(interactions, given)
-    return Job(source, target, histories, overwrite, tell)
+    return Job(source, target, histories, overwrite, tell, shard=(int(part), int(parts)))
 
 
 def log_histories(path: Path, columns: dict[str, str]) -> dict[str, Query]:
@@ -250,8 +261,8 @@ class Stages:
     weight: float
     seconds: float | None
 
-    def open(self) -> TwoStage | Recommender:
-        """Load what is named.
+    def open(self, keep_bytes: int = 0) -> TwoStage | Recommender:
+        """Load what is named; `keep_bytes` of memory for the histories of returning users.
 
         Raises:
             RecllmError: no bundle of its kind, or the provider is not there.
@@ -259,14 +270,23 @@ class Stages:
         recommender = load(self.bundle, provider=self.provider, threads=self.threads)
         if self.ranker is None:
             return recommender
-        ranker = load_ranker(self.ranker, provider=self.provider, threads=self.threads)
+        ranker = load_ranker(self.ranker, provider=self.provider, threads=self.threads, keep_bytes=keep_bytes)
         return TwoStage(recommender, ranker, self.top, self.weight, self.seconds)
 
 
 def recommend_rows(stages: Stages, job: Job, k: int, *, include_seen: bool) -> None:
     """Recommend for every row of a file."""
     job.check()
+    job = job.knowing(bundle=_bundle_digest(stages.bundle))
+    if stages.ranker is not None:
+        job = job.knowing(ranker=_bundle_digest(stages.ranker), top=stages.top, weight=stages.weight)
     _report(recommend_file(stages.open(), job, k=k, exclude_seen=not include_seen), job)
+
+
+def _bundle_digest(bundle: Path) -> str:
+    """What answers depend on: the manifest knows every file of the bundle."""
+    path = bundle / MANIFEST
+    return sha256_of(path) if path.is_file() else ""
 
 
 def recommend_history(stages: Stages, history: str, k: int, *, include_seen: bool) -> None:
@@ -300,6 +320,7 @@ def add_to_bundle(bundle: Path, items: Path, target: Path, provider: str) -> Non
 def score_candidates(bundle: Path, job: Job, provider: str) -> None:
     """Score the candidates that rows name, by a bundle."""
     job.check()
+    job = job.knowing(bundle=_bundle_digest(bundle))
     _report(score_file(load(bundle, provider=provider), job), job)
 
 
@@ -316,7 +337,8 @@ def score_zero_shot(items: Path, history_items: Path | None, job: Job, model: st
     catalog = Catalog(both)
     scorer = zero_shot_scorer(model, prompt, catalog, tell)
     # Every row costs a pass per item: few rows at once keep the progress lines coming.
-    _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(catalog.ids), job.by(4)), job)
+    job = job.by(4).knowing(model=model, prompt=prompt, text=catalog.fingerprint())
+    _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(catalog.ids), job), job)
 
 
 def _report(summary: Summary, job: Job) -> None:

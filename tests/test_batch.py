@@ -1,6 +1,7 @@
 """Batch: every format in and out gives the same answers, chunks join, bad rows are set aside with the reason."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ from recllm import batch
 from recllm.batch import Job, recommend_file, score_file, score_items_file
 from recllm.data import Query
 from recllm.errors import RecllmError
+from recllm.parts import Parts
 from recllm.query_rows import BadRow, count_rows, read_rows
 from recllm.ranking import ItemIndex
 
@@ -175,18 +177,144 @@ def test_a_file_that_exists_stays_unless_it_may_be_replaced(tmp_path, recommende
     assert read(target).height == len(HISTORIES)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
-def test_a_job_that_breaks_leaves_nothing(suffix, tmp_path, recommender, monkeypatch):
-    source, target = write(tmp_path / "in.jsonl", HISTORIES), tmp_path / f"out{suffix}"
-    answers = iter([recommender.recommend([["0"]], k=1)])
+def many(path, rows=23):
+    """Rows of some histories, of which every seventh cannot be answered."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for row in range(rows):
+        history = "nothing" if row % 7 == 5 else rng.integers(0, 24, rng.integers(0, 6)).astype(str).tolist()
+        lines.append(json.dumps({"user_id": f"u{row}", "history": history if row % 7 != 5 else 3}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
-    def once(histories, k, **_):
-        return next(answers)
 
-    monkeypatch.setattr(recommender, "recommend", once)
-    with pytest.raises(StopIteration):
-        recommend_file(recommender, Job(source, target, chunk=1), k=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+def broken(*_, **__):
+    raise RuntimeError("the lights went out")
+
+
+def no_memory(*_, **__):
+    raise RuntimeError("CUDA out of memory")
+
+
+def once_only(answer):
+    """The same function, which fails from the second call on."""
+    calls = []
+
+    def once(*given, **keys):
+        calls.append(given)
+        return answer(*given, **keys) if len(calls) == 1 else broken()
+
+    return once
+
+
+def files(folder):
+    """The bytes of every file of a folder, but for the input."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "in.jsonl"}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_job_that_breaks_goes_on_and_ends_with_the_same_bytes(suffix, tmp_path, recommender, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+        many(folder / "in.jsonl")
+    expected = recommend_file(recommender, Job(whole / "in.jsonl", whole / f"out{suffix}", chunk=4), k=3)
+    asked, answer = [], recommender.recommend
+
+    def fails(histories, k, **keys):
+        asked.append(len(histories))
+        if len(asked) in (3, 5):
+            broken()
+        return answer(histories, k, **keys)
+
+    monkeypatch.setattr(recommender, "recommend", fails)
+    job = Job(cut / "in.jsonl", cut / f"out{suffix}", chunk=4)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            recommend_file(recommender, job, k=3)
+        assert not job.target.exists()
+    lines = []
+    found = recommend_file(recommender, replace(job, say=lines.append), k=3)
+    assert lines[0] == "Going on behind 12 rows that are done"
+    assert len(asked) == 6 + 2
+    assert files(cut) == files(whole)
+    assert (found.answered, found.rejected, found.written) == (expected.answered, expected.rejected, expected.written)
+    assert found.here == 23 - 12
+
+
+def test_another_job_is_not_taken_for_the_one_that_was_begun(tmp_path, recommender, monkeypatch):
+    source, target = many(tmp_path / "in.jsonl"), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(recommender, "recommend", once_only(recommender.recommend))
+        with pytest.raises(RuntimeError):
+            recommend_file(recommender, Job(source, target, chunk=4), k=3)
+    with pytest.raises(RecllmError, match=r"begun by another job and is not finished; what differs: k\. Run that one"):
+        recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    many(source, rows=24)
+    with pytest.raises(RecllmError, match=r"what differs: rows\."):
+        recommend_file(recommender, Job(source, target, chunk=4), k=3)
+    assert recommend_file(recommender, Job(source, target, chunk=4, overwrite=True), k=2).here == 24
+    assert not (tmp_path / ".out.csv.parts").exists()
+
+
+def test_a_job_that_is_running_is_left_alone(tmp_path, recommender):
+    source, target = many(tmp_path / "in.jsonl"), tmp_path / "out.csv"
+    job = Job(source, target)
+    running = Parts(target, {}, overwrite=False)
+    with pytest.raises(RecllmError, match="Another process is writing"):
+        recommend_file(recommender, job, k=1)
+    running.close()
+    recommend_file(recommender, job, k=1)
+
+
+def test_a_job_that_was_killed_while_it_joined_its_parts(tmp_path, recommender, monkeypatch):
+    source, target = many(tmp_path / "in.jsonl"), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "remove", broken)
+        with pytest.raises(RuntimeError):
+            recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    assert target.exists()
+    before = target.read_bytes()
+    summary = recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    assert summary.here == 0
+    assert files(tmp_path) == {
+        "out.csv": before,
+        "out.csv.rejects.jsonl": (tmp_path / "out.csv.rejects.jsonl").read_bytes(),
+    }
+    with pytest.raises(RecllmError, match="exists already"):
+        recommend_file(recommender, Job(source, target, chunk=4), k=2)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_shards_together_are_the_whole(parts, tmp_path, recommender):
+    source = many(tmp_path / "in.jsonl")
+    recommend_file(recommender, Job(source, tmp_path / "whole.jsonl", chunk=4), k=2)
+    shards = [tmp_path / f"{part}.jsonl" for part in range(1, parts + 1)]
+    for part, target in enumerate(shards, start=1):
+        recommend_file(recommender, Job(source, target, chunk=4, shard=(part, parts)), k=2)
+    assert b"".join(target.read_bytes() for target in shards) == (tmp_path / "whole.jsonl").read_bytes()
+    with pytest.raises(RecllmError, match="shard 4/3: give I/N"):
+        recommend_file(recommender, Job(source, tmp_path / "4.jsonl", shard=(4, 3)), k=2)
+
+
+def test_where_memory_does_not_suffice_half_the_rows_are_tried(tmp_path, recommender, monkeypatch):
+    source, target = many(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    recommend_file(recommender, Job(source, tmp_path / "whole.jsonl"), k=2)
+    asked, answer = [], recommender.recommend
+
+    def small(histories, k, **keys):
+        asked.append(len(histories))
+        if len(histories) > 6:
+            raise MemoryError
+        return answer(histories, k, **keys)
+
+    monkeypatch.setattr(recommender, "recommend", small)
+    recommend_file(recommender, Job(source, target), k=2)
+    assert asked == [20, 10, 5, 5, 10, 5, 5]
+    assert read(target)["item_id"].to_list() == read(tmp_path / "whole.jsonl")["item_id"].to_list()
+    monkeypatch.setattr(recommender, "recommend", no_memory)
+    with pytest.raises(RecllmError, match="Memory does not suffice for line 1 alone"):
+        recommend_file(recommender, Job(source, tmp_path / "none.jsonl"), k=2)
 
 
 def test_candidates_of_each_row_get_their_scores(tmp_path, recommender):

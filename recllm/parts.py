@@ -1,0 +1,203 @@
+"""Answers of a batch job, part by part beside the target, until all are there: killed at any moment, it goes on."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+
+from recllm.errors import RecllmError
+from recllm.files import written
+from recllm.sheets import join_frames, write_frame
+
+try:
+    import fcntl
+except ImportError:  # Windows; there two processes on one target are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+JOURNAL = "journal.jsonl"
+COMPLETE = {"complete": True}
+"""The journal's line behind the last part."""
+
+
+@dataclass
+class Counts:
+    """What became of some rows.
+
+    Attributes:
+        answered: rows of the input that have an answer.
+        rejected: rows that could not be answered.
+        written: rows of the output.
+        unknown: item ids that the catalogue does not have; they were passed over.
+    """
+
+    answered: int = 0
+    rejected: int = 0
+    written: int = 0
+    unknown: int = 0
+
+    def add(self, other: "Counts") -> None:
+        """Take the other's rows in."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Parts:
+    """The folder of a job that is not finished, `.NAME.parts` beside the target, and its journal.
+
+    A part is a file of answers and one of rejected rows, each written under a temporary name and renamed, and then a
+    line of the journal: only with that line it counts, so a part that was being written when the process was killed is
+    written again. The journal's first line says which job this is.
+    """
+
+    def __init__(self, target: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Begin the job, or go on with it.
+
+        Args:
+            target: the file that is written in the end.
+            job: what makes it this job: whatever its answers depend on.
+            overwrite: begin anew where another job was begun here.
+
+        Raises:
+            RecllmError: another job was begun here, or is running.
+        """
+        self.target, self.suffix = target, target.suffix.lower()
+        self.folder = folder_of(target)
+        self.counts, self.done, self.first = Counts(), 0, ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._journal = self._locked()
+        before = self._lines()
+        if before and before[0] != job:
+            if not overwrite:
+                self._journal.close()
+                raise RecllmError(_another(target, self.folder, before[0], job))
+            before = []
+        if not before:
+            for path in self.folder.iterdir():
+                if path.name != JOURNAL:
+                    path.unlink()
+            self._journal.truncate(0)
+            self._note(dict(job))
+        self.complete = COMPLETE in before
+        for line in before[1:]:
+            if line == COMPLETE:
+                continue
+            self.done += 1
+            self.first = self.first or line.pop("first")
+            line.pop("first", None)
+            self.counts.add(Counts(**line))
+
+    def add(self, frame: pl.DataFrame | None, rejects: Sequence[Mapping[str, Any]], counts: Counts) -> None:
+        """Keep the next part: its answers (None for none), rejected rows, and what became of its rows."""
+        if rejects:
+            lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rejects]
+            _keep(self._rejects(self.done), lambda path: path.write_text("".join(lines), encoding="utf-8"))
+        if frame is not None:
+            _keep(self._answers(self.done), lambda path: write_frame(frame, path, self.suffix))
+        first = f"line {rejects[0]['line']}: {rejects[0]['reason']}" if rejects else ""
+        self.first = self.first or first
+        self._note(asdict(counts) | {"first": first})
+        self.counts.add(counts)
+        self.done += 1
+
+    def finish(self, rejects: Path) -> Path | None:
+        """Join all parts into the target and the file of rejected rows, and remove the folder.
+
+        Args:
+            rejects: where the rejected rows go; a file of an earlier job is replaced, or removed where there are none.
+
+        Returns:
+            The file of rejected rows, or None.
+        """
+        if not self.complete:
+            self._note(COMPLETE)  # from here on the target may be there, and is ours
+        refused = self.refuse(rejects)
+        answers = [path for part in range(self.done) if (path := self._answers(part)).is_file()]
+        with written(self.target) as temporary:
+            join_frames(answers, temporary, self.suffix)
+        self.remove()
+        return refused
+
+    def refuse(self, rejects: Path) -> Path | None:
+        """Join the rejected rows alone, as `finish` does."""
+        refused = [path for part in range(self.done) if (path := self._rejects(part)).is_file()]
+        if not refused:
+            rejects.unlink(missing_ok=True)
+            return None
+        with written(rejects) as temporary, temporary.open("wb") as out:
+            for path in refused:
+                with path.open("rb") as stream:
+                    shutil.copyfileobj(stream, out)
+        return rejects
+
+    def remove(self) -> None:
+        """Take the parts away."""
+        self._journal.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave the parts, where there are any, for another time."""
+        self._journal.close()
+        if not self.done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _answers(self, part: int) -> Path:
+        return self.folder / f"{part:08}{self.suffix}"
+
+    def _rejects(self, part: int) -> Path:
+        return self.folder / f"{part:08}.rejects"
+
+    def _locked(self) -> IO[str]:
+        """The journal, held by this process alone; the system lets go of it however the process ends."""
+        journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            journal.close()
+            raise RecllmError(f"Another process is writing '{self.target}' at this moment. Wait for it.") from None
+        return journal
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The journal's lines; a last one that was cut off is taken away."""
+        self._journal.seek(0)
+        text = self._journal.read()
+        whole = text[: text.rfind("\n") + 1]
+        self._journal.truncate(len(whole.encode()))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        self._journal.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+
+def folder_of(target: Path) -> Path:
+    """Where the parts of an unfinished job lie."""
+    return target.with_name(f".{target.name}.parts")
+
+
+def is_ours(target: Path) -> bool:
+    """Whether a job was killed while it wrote `target`, or behind it: then the file that is there is its own."""
+    journal = folder_of(target) / JOURNAL
+    return journal.is_file() and json.dumps(COMPLETE) in journal.read_text(encoding="utf-8").splitlines()
+
+
+def _keep(path: Path, write: Any) -> None:  # noqa: ANN401  a function of a path
+    """Write a file that is on the disk, whole, when this returns."""
+    with written(path) as temporary:
+        write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _another(target: Path, folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changed = ", ".join(name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name))
+    return (
+        f"'{target}' was begun by another job and is not finished; what differs: {changed}. Run that one again to "
+        f"finish it, begin anew by --overwrite, or name another file. (Its parts are in '{folder}'.)"
+    )
