@@ -117,8 +117,11 @@ class Parts:
             self._note(COMPLETE)  # from here on the target may be there, and is ours
         refused = self.refuse(rejects)
         answers = [path for part in range(self.done) if (path := self._answers(part)).is_file()]
-        with written(self.target) as temporary:
-            join_frames(answers, temporary, self.suffix)
+        # Inside the folder until it is whole: a kill leaves nothing beside the target.
+        joined = self.folder / "joined"
+        join_frames(answers, joined, self.suffix)
+        _on_disk(joined)
+        joined.replace(self.target)
         self.remove()
         return refused
 
@@ -128,10 +131,12 @@ class Parts:
         if not refused:
             rejects.unlink(missing_ok=True)
             return None
-        with written(rejects) as temporary, temporary.open("wb") as out:
+        joined = self.folder / "joined.rejects"
+        with joined.open("wb") as out:
             for path in refused:
                 with path.open("rb") as stream:
                     shutil.copyfileobj(stream, out)
+        joined.replace(rejects)
         return rejects
 
     def remove(self) -> None:
@@ -191,8 +196,12 @@ def _keep(path: Path, write: Any) -> None:  # noqa: ANN401  a function of a path
     """Write a file that is on the disk, whole, when this returns."""
     with written(path) as temporary:
         write(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        _on_disk(temporary)
+
+
+def _on_disk(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _another(target: Path, folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
