@@ -308,6 +308,16 @@ def add(
     commands.add_to_bundle(bundle, source, out or bundle, provider)
 
 
+@app.command(epilog=example("recllm doctor", "recllm doctor runs/films/bundle-int8"))
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle to look at too.")] = None,
+) -> None:
+    """Say what is installed, what is wrong with it, and the mend. Exits with 1 where something is wrong."""
+    from recllm import commands
+
+    raise typer.Exit(commands.see_doctor(bundle))
+
+
 @app.command(epilog=example("recllm quickstart", "recllm quickstart --json --out runs/demo --seed 1"))
 def quickstart(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The run's folder.")] = Path("runs/quickstart"),

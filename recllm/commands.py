@@ -346,6 +346,17 @@ def _report(summary: Summary, job: Job) -> None:
         say(line)
 
 
+def see_doctor(bundle: Path | None) -> int:
+    """Print what is there and what is wrong, with the mend; 1 where something is."""
+    from recllm.doctor import examine
+
+    wrong = 0
+    for finding in examine(bundle):
+        say(finding.line())
+        wrong += finding.mark == "wrong"
+    return 1 if wrong else 0
+
+
 def run_quickstart(out: Path, steps: int | None, seed: int, *, resume: bool, as_json: bool) -> None:
     """Run the demo; with `as_json` standard output has nothing but the result."""
     needs("The quickstart", (*TRAINING, *EXPORTING))

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,14 +91,21 @@ def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:  #
     options.log_severity_level = 3  # warnings about unused initialisers say nothing to a user
     ort.set_default_logger_severity(FATAL)  # a provider that fails speaks on its own, and we say it below
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        with redirect_stdout(StringIO()):  # where it falls back it prints a frame of asterisks
+            session = ort.InferenceSession(str(path), options, providers=[wanted])
+    except Exception as error:  # its exceptions share no class but this
+        reason = " ".join(str(error).split())[:300]
+        raise RecllmError(
+            f"onnxruntime {ort.__version__} cannot open {path}: {reason}. Install a newer onnxruntime, or export the "
+            "bundle again by a recipe with a lower opset."
+        ) from None
     finally:
         ort.set_default_logger_severity(WARNING)
     if session.get_providers()[0] != wanted:
         # ONNX Runtime falls back to the CPU without a word when the provider's libraries cannot be loaded.
         raise RecllmError(
             f"ONNX Runtime could not load the libraries of '{provider}' and would have run on the CPU. "
-            "Install CUDA and cuDNN for this onnxruntime-gpu, or ask for the provider cpu."
+            "Install CUDA and cuDNN (and TensorRT, for tensorrt) for this onnxruntime-gpu, or ask for the provider cpu."
         )
     return session
 

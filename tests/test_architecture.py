@@ -17,7 +17,7 @@ TORCH_FREE = [
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
     "recency", "priors", "mf", "itemitem", "neighbours", "histories", "vectors", "encoding", "pointwise", "fitting",
     "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "runtime", "onnxreader", "ranker", "growing",
-    "query_rows", "sheets", "parts", "batch", "charts", "report",
+    "query_rows", "sheets", "parts", "batch", "doctor", "charts", "report",
 ]
 TORCH = [
     "sequence", "lightjudge", "adapters", "lm", "loop", "cascade", "relevance", "trained", "judging", "train",

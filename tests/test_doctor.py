@@ -1,0 +1,87 @@
+"""The doctor: what is there is found, what is wrong is named with its mend."""
+
+import shutil
+
+import onnx
+import pytest
+
+from recllm import doctor
+from recllm.bundle import seal
+from recllm.cli import main
+from recllm.doctor import Finding, examine
+
+
+def marks(findings):
+    return {finding.text.split(",")[0].split(" >=")[0]: finding.mark for finding in findings}
+
+
+def test_this_installation_is_well(capsys, tiny_bundle):
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", str(tiny_bundle)])
+    said = capsys.readouterr().out
+    assert left.value.code == 0
+    assert "ok     onnxruntime-gpu" in said
+    assert "ok     provider cpu" in said
+    assert "ok     extra 'train'" in said
+    assert "recommends by popularity, mf" in said
+    assert "ok     graph catalogue.onnx" in said
+    assert "WRONG" not in said
+
+
+def test_a_provider_that_is_missing_is_no_fault_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(doctor, "_has_gpu", lambda provider: provider == "cpu")
+    assert doctor._provider("cuda").mark == "none"
+    monkeypatch.setattr(doctor, "_has_gpu", lambda provider: True)
+    found = doctor._provider("cuda")
+    assert found.mark == "wrong"
+    assert "Install CUDA and cuDNN" in found.mend
+
+
+@pytest.mark.parametrize(
+    ("installed", "mark", "text"),
+    [
+        ({}, "wrong", 'pip install "recllm[gpu]"'),
+        ({"onnxruntime": "1.30"}, "ok", ""),
+        ({"onnxruntime": "1.30", "onnxruntime-gpu": "1.31"}, "wrong", "pip uninstall -y onnxruntime onnxruntime-gpu,"),
+    ],
+)
+def test_one_runtime_and_no_more(monkeypatch, installed, mark, text):
+    monkeypatch.setattr(doctor, "_installed", lambda: installed)
+    found = doctor._runtime()
+    assert (found.mark, text in found.mend) == (mark, True)
+
+
+def test_an_extra_that_is_half_there_or_too_old_is_named(monkeypatch):
+    whole = dict(doctor._requirements("train"))
+    assert whole["torch"] == "2.10"
+    monkeypatch.setattr(doctor, "_installed", lambda: whole | {"peft": "0.18.9", "torch": "2.13.0+cpu"})
+    found = doctor._extra("train", "train")
+    assert found.mark == "wrong"
+    assert "lacks peft >= 0.19 (there is 0.18.9)" in found.text
+    monkeypatch.setattr(doctor, "_installed", dict)
+    assert doctor._extra("train", "train").mark == "none"
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert "export RECLLM_CACHE=FOLDER" in doctor._cache().mend
+
+
+def test_a_damaged_bundle_and_one_of_another_opset(tiny_bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    model = onnx.load(folder / "light.onnx")
+    model.opset_import[0].version = 99
+    onnx.save(model, folder / "light.onnx")
+    assert "is damaged" in [finding.mend for finding in examine(folder)][-1]
+    manifest = doctor.read_manifest(tiny_bundle)
+    seal(folder, {key: manifest[key] for key in ("scorers", "recipe")})
+    found = {finding.text: finding for finding in examine(folder)}
+    assert found["graph light.onnx"].mark == "wrong"
+    assert "export the bundle again by a recipe with a lower opset" in found["graph light.onnx"].mend
+    assert found["graph catalogue.onnx"].mark == "ok"
+
+
+def test_a_finding_is_a_line_and_its_mend():
+    assert Finding("wrong", "a", "b").line() == "WRONG  a\n         b"
+    assert Finding("none", "a").line() == "-      a"
