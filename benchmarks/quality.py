@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=0, help="events given back of each cold item (cold-item)")
     parser.add_argument("--shots", type=int, default=64, help="training rows (few-shot)")
     parser.add_argument(
-        "--references", nargs="*", default=list(GRIDS), metavar="NAME", help="which to tune; default all"
+        "--references", nargs="*", default=list(GRIDS), choices=[*GRIDS, []], metavar="NAME", help="which; default all"
     )
     parser.add_argument("--runs", type=Path, help="keep the runs here, and go on with those that are there")
     parser.add_argument(

@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a causal language model")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     rounds, share, few = (7, SHARE, 3) if given.quick else (15, 1, 7)
     folder = model_folder(given.model, lambda line: print(line, file=sys.stderr))
     vocabulary = load_config(folder).vocab_size

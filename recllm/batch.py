@@ -17,7 +17,7 @@ from recllm.files import sha256_of
 from recllm.parts import Counts, Parts, is_ours
 from recllm.progress import Progress
 from recllm.query_rows import BadRow, QueryRow, check_source, count_rows, read_rows
-from recllm.ranker import TwoStage
+from recllm.ranker import RanksLists, TwoStage
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.runtime import Recommender
 from recllm.sheets import check_target
@@ -160,6 +160,31 @@ def score_file(recommender: Recommender, job: Job) -> Summary:
         return _pairs(rows, items, columns, picked)
 
     return _run(job.knowing(work="score candidates"), index, answer, need=("candidates",))
+
+
+def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
+    """Score the `candidates` (item ids) of every row by a ranker alone: `user_id, item_id, score`.
+
+    Args:
+        ranker: judges pairs.
+        known: the items that it has text of.
+        job: files and progress.
+
+    Raises:
+        RecllmError: as `recommend_file`.
+    """
+
+    def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
+        asked = [[item for item in row.candidates if item in known] for row in rows]
+        scores = ranker.score_lists([Query(row.history, row.user_id) for row in rows], asked)
+        columns = {
+            "user_id": [row.user_id for row, own in zip(rows, asked, strict=True) for _ in own],
+            "item_id": [item for own in asked for item in own],
+            "score": np.concatenate(scores),
+        }
+        return _frame(columns)
+
+    return _run(job.knowing(work="rank candidates"), known, answer, need=("candidates",))
 
 
 def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Job) -> Summary:

@@ -15,7 +15,7 @@ import typer
 from tokenizers import Tokenizer
 
 from recllm.assets import ASSETS
-from recllm.batch import Job, Summary, recommend_file, score_file, score_items_file
+from recllm.batch import Job, Summary, rank_file, recommend_file, score_file, score_items_file
 from recllm.bundle import MANIFEST
 from recllm.data import Catalog, Dataset, Query, read_dataset, read_interactions, read_items
 from recllm.data.join import join_sources
@@ -25,7 +25,7 @@ from recllm.files import sha256_of
 from recllm.growing import add_items
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
-from recllm.ranker import TwoStage, load_ranker
+from recllm.ranker import TwoStage, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.results import Table
 from recllm.runs import check_same_data, load_run
@@ -35,6 +35,8 @@ from recllm.splits import like_threshold
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
 PARTS = ("test", "valid")
+RANKED_TOGETHER = 64
+"""Rows that a language model judges between two progress lines."""
 
 say = typer.echo
 tell = partial(typer.echo, err=True)
@@ -280,6 +282,7 @@ def recommend_rows(stages: Stages, job: Job, k: int, *, include_seen: bool) -> N
     job = job.knowing(bundle=_bundle_digest(stages.bundle))
     if stages.ranker is not None:
         job = job.knowing(ranker=_bundle_digest(stages.ranker), top=stages.top, weight=stages.weight)
+        job = job.by(RANKED_TOGETHER)
     _report(recommend_file(stages.open(), job, k=k, exclude_seen=not include_seen), job)
 
 
@@ -321,7 +324,11 @@ def score_candidates(bundle: Path, job: Job, provider: str) -> None:
     """Score the candidates that rows name, by a bundle."""
     job.check()
     job = job.knowing(bundle=_bundle_digest(bundle))
-    _report(score_file(load(bundle, provider=provider), job), job)
+    if is_ranker(bundle):
+        ranker = load_ranker(bundle, provider=provider, keep_bytes=0)
+        _report(rank_file(ranker, ItemIndex(ranker.catalog.ids), job.by(RANKED_TOGETHER)), job)
+    else:
+        _report(score_file(load(bundle, provider=provider), job), job)
 
 
 def score_zero_shot(items: Path, history_items: Path | None, job: Job, model: str, prompt: str) -> None:

@@ -108,12 +108,21 @@ def load_ranker(
         RecllmError: not a ranker bundle, damaged, or the provider is not there.
     """
     place = Path(folder)
-    manifest = read_manifest(place)
-    if manifest.get("kind") != KIND:
+    read_manifest(place)
+    if not is_ranker(place):
         raise RecllmError(f"'{place}' is a bundle that recommends, not one that ranks. Load it with recllm.load.")
     settings = RankerSettings(**read_json(place / SETTINGS))
     reader = OnnxReader.open(place, settings.max_tokens, provider, threads)
     return Ranker(reader, read_catalog(place), place, settings, keep_bytes)
+
+
+def is_ranker(folder: Path) -> bool:
+    """Whether a bundle ranks candidates.
+
+    Raises:
+        RecllmError: not a bundle.
+    """
+    return read_manifest(folder, verify=False).get("kind") == KIND
 
 
 @dataclass(frozen=True, eq=False)

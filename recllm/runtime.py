@@ -328,8 +328,8 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
     manifest = read_manifest(place)
     if "scorers" not in manifest:
         raise RecllmError(
-            f"'{place}' is a bundle that ranks candidates; it recommends behind one of the catalogue: recllm recommend "
-            f"BUNDLE --ranker {place}"
+            f"'{place}' is a bundle that ranks candidates. It recommends behind one of the catalogue (recllm recommend "
+            f"BUNDLE --ranker {place}), and scores the candidates that rows name: recllm score --bundle {place}"
         )
     catalog = read_catalog(place)
     arrays = load_file(place / VECTORS)

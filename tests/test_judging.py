@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 import recllm
+from recllm.cli import main
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.export import export_run
@@ -274,10 +275,17 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     found = ranker.rank(histories, task.index.ids, ratings)
     assert found == pytest.approx(scorer.score(queries, task.index), abs=1e-3, nan_ok=True)
     assert not np.allclose(ranker.rank(histories, task.index.ids), found, equal_nan=True)  # ratings are written
-    with pytest.raises(RecllmError, match=r"is a bundle that ranks candidates; it recommends behind one"):
+    with pytest.raises(RecllmError, match=r"is a bundle that ranks candidates. It recommends behind one"):
         recllm.load(result.folder)
     with pytest.raises(RecllmError, match=r"Row 1: 0 ratings for 2 items"):
         ranker.rank([(), ("1", "2")], task.index.ids, [(), ()])
+    source, target = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    row = {"user_id": "a", "history": list(histories[0]), "candidates": [*task.index.ids[:3], "nothing"]}
+    source.write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(SystemExit, match="0"):
+        main(["score", "--bundle", str(result.folder), "--users", str(source), "--out", str(target)])
+    scores = [json.loads(line)["score"] for line in target.read_text(encoding="utf-8").splitlines()]
+    assert scores == pytest.approx(ranker.rank([histories[0]], task.index.ids[:3])[0], abs=1e-4)
     with pytest.raises(RecllmError, match=r"Unknown item .nothing."):
         ranker.rank([("1",)], ["nothing"])
 
