@@ -25,7 +25,7 @@ from recllm.splits import like_threshold
 from recllm.tasks import Task
 
 Say = Callable[[str], None]
-GATE_CANDIDATES = 100
+GATE_CANDIDATES = 50
 """Candidates on which each history of the gate is compared."""
 
 
