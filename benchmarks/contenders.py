@@ -1,4 +1,4 @@
-"""One contender of the speed benchmark in a process of its own: `python benchmarks/contenders.py NAME FOLDER MODEL`.
+"""One contender of the speed benchmark in a process of its own: `contenders.py NAME FOLDER MODEL VOCABULARY`.
 
 It reads one line of JSON per round from standard input, does that work once, and answers with one line: the seconds it
 took and the scores. Between rounds it waits for the next line, so that contenders can take turns.
@@ -6,6 +6,7 @@ took and the scores. Between rounds it waits for the next line, so that contende
 
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ Rank = Callable[[list[int], list[list[int]]], Scores]
 BATCH = 16
 """Full prompts that are read together; more are no faster on two cores."""
 KEPT_BYTES = 1 << 30
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "0"))
+"""As torch's."""
 
 
 def work(round_: Mapping[str, int], vocabulary: int) -> tuple[list[int], list[list[int]]]:
@@ -117,7 +120,7 @@ def naive_onnx(folder: Path, model_name: str) -> Rank:
     """A full prompt per candidate by one graph; answer rows only, at the last position only."""
     from recllm.runtime import open_session
 
-    session = open_session(folder / "whole.onnx")
+    session = open_session(folder / "whole.onnx", threads=THREADS)
 
     def rank(history: list[int], candidates: list[list[int]]) -> Scores:
         answers = []
@@ -135,7 +138,7 @@ def recllm_onnx(folder: Path, model_name: str, *, recipe: str = "fp32", keep: bo
     from recllm.onnxreader import OnnxReader
     from recllm.pointwise import PointwiseScorer
 
-    reader = OnnxReader.open(folder / recipe, 1 << 20)
+    reader = OnnxReader.open(folder / recipe, 1 << 20, threads=THREADS)
     scorer = PointwiseScorer(reader, None, None, keep_bytes=KEPT_BYTES if keep else 0)  # type: ignore[arg-type]
     return lambda history, candidates: scorer.answers([history], candidates)[0]
 

@@ -1,8 +1,8 @@
 """Seconds of what a user waits for, as ratios inside one run: `recllm bench speed -- [--quick]`.
 
 Ranks candidates after one history with every contender in a process of its own, in turns: full prompts, copied
-prefixes, one sequence with a tree mask, recllm in torch and in ONNX Runtime. Shows how cost grows with candidates and
-with the catalogue, what int8 and length order give the encoder, and how long `recllm --help` takes. Ends with one line
+prefixes, one sequence with a tree mask, recllm in torch and in ONNX Runtime. Shows how cost grows with candidates,
+what int8 and length order give the encoder, and how long `recllm --help` takes. Ends with one line
 of JSON that has the bars.
 """
 

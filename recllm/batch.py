@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import sha256_of
-from recllm.parts import Counts, Parts, is_ours
+from recllm.parts import Counts, Parts, is_ours, sweep
 from recllm.progress import Progress
 from recllm.query_rows import BadRow, QueryRow, check_source, count_rows, read_rows
 from recllm.ranker import RanksLists, TwoStage
@@ -27,6 +27,8 @@ Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
 CHUNK = 512
 """Rows that are answered and written together; no more of the input or of the answers is held in memory."""
 NO_HISTORY = "no item of the history is known; name the file that has their text: --history-items FILE"
+PAIRS = ["user_id", "item_id", "score"]
+"""Columns of scores of named items."""
 EVERY = 5.0
 """Seconds between two lines of progress."""
 
@@ -113,6 +115,7 @@ class Job:
         if not 1 <= part <= parts:
             raise RecllmError(f"shard {part}/{parts}: give I/N with I between 1 and N, as 1/4.")
         check_source(self.source)
+        sweep(self.target)
         check_target(self.target, overwrite=self.overwrite or is_ours(self.target))
         if self.target.exists() and self.target.samefile(self.source):
             raise RecllmError(f"'{self.target}' is the input itself; name another file for the answers.")
@@ -141,7 +144,8 @@ def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10
         return _frame(columns | {f"share_{name}": share[kept] for name, share in found.shares.items()})
 
     job = job.knowing(work="recommend", k=k, exclude_seen=exclude_seen)
-    return _run(job, recommender.index, answer, need=())
+    columns = ["user_id", "rank", "item_id", "score", *(f"share_{name}" for name in recommender.share_names)]
+    return _run(job, recommender.index, answer, columns, need=())
 
 
 def score_file(recommender: Recommender, job: Job) -> Summary:
@@ -159,7 +163,8 @@ def score_file(recommender: Recommender, job: Job) -> Summary:
         picked = {"score": scores} | {f"share_{name}": share for name, share in shares.items()}
         return _pairs(rows, items, columns, picked)
 
-    return _run(job.knowing(work="score candidates"), index, answer, need=("candidates",))
+    columns = [*PAIRS, *(f"share_{name}" for name in recommender.share_names)]
+    return _run(job.knowing(work="score candidates"), index, answer, columns, need=("candidates",))
 
 
 def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
@@ -184,7 +189,7 @@ def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
         }
         return _frame(columns)
 
-    return _run(job.knowing(work="rank candidates"), known, answer, need=("candidates",))
+    return _run(job.knowing(work="rank candidates"), known, answer, PAIRS, need=("candidates",))
 
 
 def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Job) -> Summary:
@@ -206,7 +211,7 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 
     work = {"work": "score items", "items": _digest(items.ids)}
-    return _run(job.knowing(**work), known, answer, need=(), unknown=NO_HISTORY)
+    return _run(job.knowing(**work), known, answer, PAIRS, need=(), unknown=NO_HISTORY)
 
 
 def _pairs(
@@ -224,10 +229,18 @@ def _pairs(
 
 def _frame(columns: Mapping[str, Any]) -> pl.DataFrame:
     """The columns with null for NaN: what is not known looks the same in every kind of file."""
-    return pl.DataFrame(columns).with_columns(pl.col(pl.Float32).fill_nan(None))
+    return pl.DataFrame(columns, schema=_schema(columns)).with_columns(pl.col(pl.Float32).fill_nan(None))
 
 
-def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...], unknown: str | None = None) -> Summary:
+def _schema(columns: Iterable[str]) -> dict[str, Any]:
+    """The kind of every column, also where a part has no line."""
+    kinds = {"user_id": pl.String, "item_id": pl.String, "rank": pl.Int32}
+    return {name: kinds.get(name, pl.Float32) for name in columns}
+
+
+def _run(
+    job: Job, index: ItemIndex, answer: Answer, columns: Sequence[str], *, need: tuple[str, ...], unknown: str = ""
+) -> Summary:
     """Read, answer and keep part by part; the target appears when the last one is there.
 
     Rows whose history has items, and none that is known, are set aside for the reason `unknown`, where it is given.
@@ -236,16 +249,15 @@ def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...], u
     job.check()
     total = count_rows(job.source)
     part, parts = job.shard
-    chunks = -(-total // job.chunk)
-    first, last = chunks * (part - 1) // parts, chunks * part // parts if part < parts else None
+    first, last = total * (part - 1) // parts, total * part // parts if part < parts else None
     rows = read_rows(job.source, histories=job.histories, need=need)
     kept = Parts(job.target, job.identity(), overwrite=job.overwrite)
     try:
         if kept.done:
             job.say(f"Going on behind {kept.counts.answered + kept.counts.rejected:,} rows that are done")
-        here = islice(rows, (first + kept.done) * job.chunk, None if last is None else last * job.chunk)
-        ours = (total if last is None else min(total, last * job.chunk)) - (first + kept.done) * job.chunk
-        progress = Progress(max(ours, 0), "users", job.say, EVERY)
+        begin = first + kept.done * job.chunk
+        here = islice(rows, begin, None if last is None else max(begin, last))
+        progress = Progress(max((total if last is None else last) - begin, 0), "users", job.say, EVERY)
         summary = Summary()
         for chunk in () if kept.complete else _chunks(here, job.chunk):
             rejects: list[dict[str, Any]] = []
@@ -266,7 +278,7 @@ def _run(job: Job, index: ItemIndex, answer: Answer, *, need: tuple[str, ...], u
                 f"No row of {job.source} could be answered: {reason}. Rows need 'history', a list of item ids, oldest "
                 "first."
             )
-        summary.rejects = kept.finish(rejects_of(job.target))
+        summary.rejects = kept.finish(rejects_of(job.target), pl.DataFrame(schema=_schema(columns)))
     finally:
         kept.close()
     summary.add(kept.counts)
@@ -311,7 +323,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _checked(
-    row: QueryRow | BadRow, index: ItemIndex, rejects: list[dict[str, Any]], counts: Counts, unknown: str | None
+    row: QueryRow | BadRow, index: ItemIndex, rejects: list[dict[str, Any]], counts: Counts, unknown: str
 ) -> QueryRow | None:
     """Count unknown items; set aside what cannot be answered."""
 
@@ -325,7 +337,7 @@ def _checked(
     if known and not any(known):
         refuse("none of the candidates is in the catalogue")
         return None
-    if unknown is not None and row.history and not any(item in index for item in row.history):
+    if unknown and row.history and not any(item in index for item in row.history):
         refuse(unknown)
         return None
     counts.unknown += sum(item not in index for item in row.history) + known.count(False)

@@ -66,7 +66,7 @@ def joined(prefixes: Sequence[Prefix]) -> Prefix:
         tuple(map(together, zip(*(prefix.keys for prefix in prefixes), strict=True))),
         tuple(map(together, zip(*(prefix.values for prefix in prefixes), strict=True))),
         torch.cat([prefix.lengths for prefix in prefixes]),
-        any(prefix.keys[0].shape[2] < reach for prefix in prefixes),
+        any(prefix.padded or prefix.keys[0].shape[2] < reach for prefix in prefixes),
     )
 
 
@@ -123,6 +123,8 @@ def shares_prefixes(model: nn.Module) -> bool:
     A family may keep something else than keys and values, share them between layers, or add to its attention what
     cascade attention does not know: then the hidden states differ, and prompts are to be read whole.
     """
+    if not _tells_windows(model):
+        return False
     device = next(model.parameters()).device
     ids = torch.arange(1, 8, device=device)[None]
     was_training = model.training
@@ -137,6 +139,15 @@ def shares_prefixes(model: nn.Module) -> bool:
     finally:
         model.train(was_training)
     return bool((whole - parts).abs().max() <= SAME * whole.abs().max())
+
+
+def _tells_windows(model: nn.Module) -> bool:
+    """Whether layers that look back a limited way say so to their attention, which the short trial cannot see."""
+    kinds = set(getattr(_pretrained(model).config, "layer_types", None) or ())
+    if not kinds - {"full_attention"}:
+        return True
+    layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
+    return kinds <= {"full_attention", "sliding_attention"} and all(hasattr(own, "sliding_window") for own in layers)
 
 
 @contextmanager

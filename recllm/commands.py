@@ -14,6 +14,7 @@ import polars as pl
 import typer
 from tokenizers import Tokenizer
 
+from recllm import __version__
 from recllm.assets import ASSETS
 from recllm.batch import Job, Summary, rank_file, recommend_file, score_file, score_items_file
 from recllm.bundle import MANIFEST
@@ -27,6 +28,7 @@ from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
 from recllm.ranker import TwoStage, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
+from recllm.recipes import find_recipe
 from recllm.results import Table
 from recllm.runs import check_same_data, load_run
 from recllm.runtime import Recommender, load
@@ -263,8 +265,8 @@ class Stages:
     weight: float
     seconds: float | None
 
-    def open(self, keep_bytes: int = 0) -> TwoStage | Recommender:
-        """Load what is named; `keep_bytes` of memory for the histories of returning users.
+    def open(self) -> TwoStage | Recommender:
+        """Load what is named. A batch has no returning users, and kept histories could change last digits.
 
         Raises:
             RecllmError: no bundle of its kind, or the provider is not there.
@@ -272,16 +274,21 @@ class Stages:
         recommender = load(self.bundle, provider=self.provider, threads=self.threads)
         if self.ranker is None:
             return recommender
-        ranker = load_ranker(self.ranker, provider=self.provider, threads=self.threads, keep_bytes=keep_bytes)
+        ranker = load_ranker(self.ranker, provider=self.provider, threads=self.threads, keep_bytes=0)
         return TwoStage(recommender, ranker, self.top, self.weight, self.seconds)
 
 
 def recommend_rows(stages: Stages, job: Job, k: int, *, include_seen: bool) -> None:
     """Recommend for every row of a file."""
     job.check()
-    job = job.knowing(bundle=_bundle_digest(stages.bundle))
+    job = job.knowing(
+        bundle=_bundle_digest(stages.bundle), provider=stages.provider, threads=stages.threads, recllm=__version__
+    )
     if stages.ranker is not None:
-        job = job.knowing(ranker=_bundle_digest(stages.ranker), top=stages.top, weight=stages.weight)
+        job = job.knowing(
+            ranker=_bundle_digest(stages.ranker), top=stages.top, weight=stages.weight, seconds=stages.seconds
+        )
+
         job = job.by(RANKED_TOGETHER)
     _report(recommend_file(stages.open(), job, k=k, exclude_seen=not include_seen), job)
 
@@ -323,7 +330,7 @@ def add_to_bundle(bundle: Path, items: Path, target: Path, provider: str) -> Non
 def score_candidates(bundle: Path, job: Job, provider: str) -> None:
     """Score the candidates that rows name, by a bundle."""
     job.check()
-    job = job.knowing(bundle=_bundle_digest(bundle))
+    job = job.knowing(bundle=_bundle_digest(bundle), provider=provider, recllm=__version__)
     if is_ranker(bundle):
         ranker = load_ranker(bundle, provider=provider, keep_bytes=0)
         _report(rank_file(ranker, ItemIndex(ranker.catalog.ids), job.by(RANKED_TOGETHER)), job)
@@ -344,7 +351,9 @@ def score_zero_shot(items: Path, history_items: Path | None, job: Job, model: st
     catalog = Catalog(both)
     scorer = zero_shot_scorer(model, prompt, catalog, tell)
     # Every row costs a pass per item: few rows at once keep the progress lines coming.
-    job = job.by(4).knowing(model=model, prompt=prompt, text=catalog.fingerprint())
+    job = job.by(4).knowing(
+        model=model, prompt=sha256_of(find_recipe("prompts", prompt)), text=catalog.fingerprint(), recllm=__version__
+    )
     _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(catalog.ids), job), job)
 
 

@@ -22,6 +22,7 @@ RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Two packages over the same files; others, as onnxruntime-directml, are found by their name's beginning."""
 IDENTITY = "CAgSADo3ChAKAXgSAXkiCElkZW50aXR5EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ=="
 """A graph of one Identity, opset 13, to try a provider with."""
+REINSTALL = "install one of them anew: pip uninstall -y onnxruntime onnxruntime-gpu, pip install onnxruntime-gpu"
 EXTRAS = {"train": "train, score zero-shot and export"}
 Mark = Literal["ok", "none", "wrong"]
 
@@ -90,15 +91,15 @@ def _provider(name: str) -> Finding:
         try:
             open_session(path, name)
         except RecllmError as error:
-            # A provider that this ONNX Runtime was built with and cannot load lacks its libraries.
-            broken = name == "cpu" or "could not load" in str(error)
-            return Finding("wrong" if broken and _has_gpu(name) else "none", f"provider {name}", str(error))
+            return Finding("wrong" if _has_gpu(name) else "none", f"provider {name}", str(error))
+        except Exception as error:  # what is left of a package whose files are gone fails in its own ways
+            return Finding("wrong", f"provider {name}: {type(error).__name__}, {error}", REINSTALL)
     return Finding("ok", f"provider {name}")
 
 
 def _has_gpu(provider: str) -> bool:
-    """Whether the machine has what the provider is for; without a GPU its libraries are not missed."""
-    return provider == "cpu" or Path("/proc/driver/nvidia/version").exists()
+    """Whether the provider's libraries are missed: not without a GPU, and TensorRT's never, which no extra brings."""
+    return provider == "cpu" or (provider == "cuda" and Path("/proc/driver/nvidia/version").exists())
 
 
 def _extra(extra: str, purpose: str) -> Finding:
@@ -154,4 +155,6 @@ def _tried(text: str, work: Callable[[], object]) -> Finding:
         work()
     except RecllmError as error:
         return Finding("wrong", text, str(error))
+    except Exception as error:
+        return Finding("wrong", f"{text}: {type(error).__name__}, {error}", REINSTALL)
     return Finding("ok", text)

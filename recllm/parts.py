@@ -70,6 +70,7 @@ class Parts:
         self.counts, self.done, self.first = Counts(), 0, ""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._journal = self._locked()
+        self._kept: list[Counts] = []
         before = self._lines()
         if before and before[0] != job:
             if not overwrite:
@@ -77,53 +78,75 @@ class Parts:
                 raise RecllmError(_another(target, self.folder, before[0], job))
             before = []
         if not before:
+            # The journal first: a kill between the two must not leave lines whose parts are gone.
+            self._journal.truncate(0)
+            os.fsync(self._journal.fileno())
             for path in self.folder.iterdir():
                 if path.name != JOURNAL:
                     path.unlink()
-            self._journal.truncate(0)
             self._note(dict(job))
         self.complete = COMPLETE in before
         for line in before[1:]:
             if line == COMPLETE:
                 continue
-            self.done += 1
-            self.first = self.first or line.pop("first")
-            line.pop("first", None)
-            self.counts.add(Counts(**line))
+            self.first = self.first or line["first"]
+            self._count(Counts(**{name: line[name] for name in asdict(self.counts)}))
 
     def add(self, frame: pl.DataFrame | None, rejects: Sequence[Mapping[str, Any]], counts: Counts) -> None:
         """Keep the next part: its answers (None for none), rejected rows, and what became of its rows."""
         if rejects:
-            lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rejects]
-            _keep(self._rejects(self.done), lambda path: path.write_text("".join(lines), encoding="utf-8"))
+            text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rejects)
+            # Half of a surrogate pair, as a cut emoji is, stays an escape, which is what JSON has for it.
+            data = text.encode("utf-8", "backslashreplace")
+            _keep(self._rejects(self.done), lambda path: path.write_bytes(data))
         if frame is not None:
             _keep(self._answers(self.done), lambda path: write_frame(frame, path, self.suffix))
         first = f"line {rejects[0]['line']}: {rejects[0]['reason']}" if rejects else ""
         self.first = self.first or first
         self._note(asdict(counts) | {"first": first})
+        self._count(counts)
+
+    def _count(self, counts: Counts) -> None:
+        self._kept.append(counts)
         self.counts.add(counts)
         self.done += 1
 
-    def finish(self, rejects: Path) -> Path | None:
+    def finish(self, rejects: Path, empty: pl.DataFrame) -> Path | None:
         """Join all parts into the target and the file of rejected rows, and remove the folder.
 
         Args:
             rejects: where the rejected rows go; a file of an earlier job is replaced, or removed where there are none.
+            empty: what is written where no row has an answer.
 
         Returns:
             The file of rejected rows, or None.
+
+        Raises:
+            RecllmError: a part that the journal has is not there.
         """
+        self._check_whole()
         if not self.complete:
             self._note(COMPLETE)  # from here on the target may be there, and is ours
         refused = self.refuse(rejects)
         answers = [path for part in range(self.done) if (path := self._answers(part)).is_file()]
         # Inside the folder until it is whole: a kill leaves nothing beside the target.
         joined = self.folder / "joined"
-        join_frames(answers, joined, self.suffix)
+        if answers:
+            join_frames(answers, joined, self.suffix)
+        else:
+            write_frame(empty, joined, self.suffix)
         _on_disk(joined)
         joined.replace(self.target)
         self.remove()
         return refused
+
+    def _check_whole(self) -> None:
+        for part, counts in enumerate(self._kept):
+            lacks = counts.written and not self._answers(part).is_file()
+            if lacks or (counts.rejected and not self._rejects(part).is_file()):
+                raise RecllmError(
+                    f"Part {part} of '{self.target}' is gone from '{self.folder}'. Remove that folder, and begin anew."
+                )
 
     def refuse(self, rejects: Path) -> Path | None:
         """Join the rejected rows alone, as `finish` does."""
@@ -140,9 +163,11 @@ class Parts:
         return rejects
 
     def remove(self) -> None:
-        """Take the parts away."""
+        """Take the parts away: in one step from under their name, so that a kill leaves all of them or none."""
+        gone = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.gone")
+        self.folder.replace(gone)
         self._journal.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def close(self) -> None:
         """Leave the parts, where there are any, for another time."""
@@ -169,14 +194,12 @@ class Parts:
 
     def _lines(self) -> list[dict[str, Any]]:
         """The journal's lines; a last one that was cut off is taken away."""
-        self._journal.seek(0)
-        text = self._journal.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._journal.truncate(len(whole.encode()))
-        return [json.loads(line) for line in whole.splitlines()]
+        lines, size = _whole_lines(self.folder / JOURNAL)
+        self._journal.truncate(size)
+        return [json.loads(line) for line in lines]
 
     def _note(self, line: Mapping[str, Any]) -> None:
-        self._journal.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
@@ -189,7 +212,20 @@ def folder_of(target: Path) -> Path:
 def is_ours(target: Path) -> bool:
     """Whether a job was killed while it wrote `target`, or behind it: then the file that is there is its own."""
     journal = folder_of(target) / JOURNAL
-    return journal.is_file() and json.dumps(COMPLETE) in journal.read_text(encoding="utf-8").splitlines()
+    return journal.is_file() and json.dumps(COMPLETE) in _whole_lines(journal)[0]
+
+
+def sweep(target: Path) -> None:
+    """Take away what a kill left while the parts of a finished job were being removed."""
+    for path in target.parent.glob(f"{folder_of(target).name}.*.gone"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _whole_lines(journal: Path) -> tuple[list[str], int]:
+    """The lines that end, and their bytes."""
+    data = journal.read_bytes()
+    size = data.rfind(b"\n") + 1
+    return data[:size].decode("utf-8").split("\n")[:-1], size
 
 
 def _keep(path: Path, write: Any) -> None:  # noqa: ANN401  a function of a path

@@ -22,6 +22,8 @@ Ids = NDArray[np.int64]
 
 CALL_TOKENS = 32
 """What a pass costs beside its tokens, in tokens: a shorter block has to save more padding than that."""
+STRETCH = 64
+"""Items whose answers after an empty history are read together."""
 ALIKE = 0.8
 """Users with fewer candidates than this share of another's are not read with that one: the gap is padding."""
 SHARED_FROM = 4
@@ -252,6 +254,8 @@ class PointwiseScorer:
         Not calibrated; `score` is this for histories and items.
         """
         result = np.zeros((len(prefixes), len(suffixes)), dtype=np.float32)
+        if not suffixes:
+            return result
         with self._reading():
             for places, answers in self._after(prefixes, [suffixes] * len(prefixes)):
                 result[places] = answers
@@ -261,6 +265,12 @@ class PointwiseScorer:
     def prompts(self) -> PairPrompts:
         """What the model reads."""
         return PairPrompts(self.prompt, self.catalog, self.reader)
+
+    @cached_property
+    def _stretches(self) -> tuple[list[str], dict[str, int]]:
+        """The items that can be written, and the place of each."""
+        items = list(self.prompts.candidates)
+        return items, {item: place for place, item in enumerate(items)}
 
     @cached_property
     def kept(self) -> KeptPrefixes:
@@ -289,11 +299,13 @@ class PointwiseScorer:
         """What is taken off each item's answers."""
         if not self.calibrated or not self.reader.causal:
             return dict.fromkeys(items, 0.0)
-        missing = [item for item in dict.fromkeys(items) if item not in self._empty]
-        if missing:
-            suffixes = [self.prompts.candidates[item] for item in missing]
-            (scores,) = self.answers([self.prompt.empty_prefix], suffixes)
-            self._empty.update(zip(missing, scores.tolist(), strict=True))
+        # Whole stretches of the catalogue: the batch that an item is read in, and with it its last digits, must not
+        # hang on what was asked before.
+        catalogue, places = self._stretches
+        for number in sorted({places[item] // STRETCH for item in items if item not in self._empty}):
+            part = catalogue[number * STRETCH : (number + 1) * STRETCH]
+            (scores,) = self.answers([self.prompt.empty_prefix], [self.prompts.candidates[item] for item in part])
+            self._empty.update(zip(part, scores.tolist(), strict=True))
         return self._empty
 
     def _after(
@@ -306,10 +318,11 @@ class PointwiseScorer:
             return
         # The most suffixes and the longest prefix last: they are taken from the end.
         order = sorted(range(len(prefixes)), key=lambda place: (len(suffixes[place]), len(prefixes[place])))
+        longest = max(map(len, prefixes), default=0)
         while order:
             first = order[-1]
             # Neither the prefixes together nor what stands behind them is much more than one pass may read.
-            tokens = max(len(prefixes[first]), sum(map(len, suffixes[first])))
+            tokens = max(longest, sum(map(len, suffixes[first])))
             places = order[-max(1, self.reader.tokens_at_once // tokens) :]
             places = [place for place in places if len(suffixes[place]) >= ALIKE * len(suffixes[first])]
             del order[-len(places) :]

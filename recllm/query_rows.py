@@ -251,7 +251,10 @@ def _identifier(value: Any) -> str:  # noqa: ANN401
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{_named(value)} is no id")
-    return str(value).strip()
+    text = str(value).strip()
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{text!a:.60} has half of a character, which no file can hold")
+    return text
 
 
 def _named(value: Any) -> str:  # noqa: ANN401

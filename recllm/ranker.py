@@ -90,7 +90,7 @@ class Ranker(PointwiseScorer):
             if own is not None and len(own) != len(history):
                 raise RecllmError(f"Row {row}: {len(own)} ratings for {len(history)} items of the history.")
         queries = [Query(tuple(history), None, own) for history, own in zip(histories, given, strict=True)]
-        return self.score(queries, ItemIndex(items))
+        return np.array(self.score_lists(queries, [items] * len(queries))).reshape(len(queries), len(items))
 
 
 def load_ranker(
@@ -161,6 +161,11 @@ class TwoStage:
         """The catalogue."""
         return self.recommender.catalog
 
+    @property
+    def share_names(self) -> tuple[str, ...]:
+        """Whose shares a score has."""
+        return (*self.recommender.share_names, RANKER_SHARE)
+
     def check_k(self, k: int) -> None:
         """As `Recommender.check_k`."""
         self.recommender.check_k(k)
@@ -189,7 +194,7 @@ class TwoStage:
             count = len(first.ids[row])
             parts = {name: share[row, :count] for name, share in first.shares.items()}
             total, parts = self._fused(first.scores[row, :count], parts, own)
-            order = np.argsort(-total, kind="stable")[:k]
+            order = np.lexsort((-total, np.arange(count) >= len(own)))[:k]
             ids.append([first.ids[row][place] for place in order])
             scores[row, : len(order)] = total[order]
             for name, part in parts.items():
@@ -229,7 +234,12 @@ class TwoStage:
         ranker = np.zeros(len(scores), dtype=np.float32)
         ranker[:count] = self.weight * standardised(judged[None], *moments(judged[None]))[0]
         if 0 < count < len(scores):
-            ranker[count:] = min(0.0, float((total + ranker)[:count].min() - total[count:].max()))
+            least = (total + ranker)[:count].min()
+            ranker[count:] = min(0.0, float(least - total[count:].max()))
+            # Rounding may lift the first of them a digit above the last judged one.
+            return np.minimum(total + ranker, np.where(np.arange(len(scores)) < count, np.inf, least)), parts | {
+                RANKER_SHARE: ranker
+            }
         return total + ranker, parts | {RANKER_SHARE: ranker}
 
 

@@ -203,9 +203,11 @@ class RelevanceScorer(PointwiseScorer):
     def _reading(self) -> Iterator[None]:
         was_training, device = self.model.training, next(self.model.parameters()).device
         self.model.eval()
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            yield
-        self.model.train(was_training)
+        try:
+            with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                yield
+        finally:
+            self.model.train(was_training)
 
 
 def answer_output(base: BaseModel) -> nn.Linear | None:

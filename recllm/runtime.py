@@ -2,9 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,10 +89,15 @@ def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:  #
     options.log_severity_level = 3  # warnings about unused initialisers say nothing to a user
     ort.set_default_logger_severity(FATAL)  # a provider that fails speaks on its own, and we say it below
     try:
-        with redirect_stdout(StringIO()):  # where it falls back it prints a frame of asterisks
-            session = ort.InferenceSession(str(path), options, providers=[wanted])
+        # Its Python wrapper would else go on with the CPU by itself, now and in later runs.
+        session = ort.InferenceSession(str(path), options, providers=[wanted], enable_fallback=0)
     except Exception as error:  # its exceptions share no class but this
         reason = " ".join(str(error).split())[:300]
+        if provider != "cpu":
+            raise RecllmError(
+                f"ONNX Runtime cannot open {path} with '{provider}': {reason}. Install what that provider needs, free "
+                "memory on the device, or ask for the provider cpu."
+            ) from None
         raise RecllmError(
             f"onnxruntime {ort.__version__} cannot open {path}: {reason}. Install a newer onnxruntime, or export the "
             "bundle again by a recipe with a lower opset."
@@ -190,6 +193,11 @@ class Recommender:
         self.index = ItemIndex(catalog.ids)
         self._items = {f"{name}_items": scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
         self._n_item = evidence([], self.index, self.item_counts)[1]
+
+    @property
+    def share_names(self) -> tuple[str, ...]:
+        """Whose shares a score has."""
+        return tuple(self.scorers)
 
     def recommend(
         self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True

@@ -9,11 +9,11 @@ import pytest
 from polars.testing import assert_frame_equal
 
 import recllm
-from recllm import batch
+from recllm import batch, parts
 from recllm.batch import Job, recommend_file, score_file, score_items_file
 from recllm.data import Query
 from recllm.errors import RecllmError
-from recllm.parts import Parts
+from recllm.parts import Parts, folder_of
 from recllm.query_rows import BadRow, count_rows, read_rows
 from recllm.ranking import ItemIndex
 
@@ -285,14 +285,79 @@ def test_a_job_that_was_killed_while_it_joined_its_parts(tmp_path, recommender, 
         recommend_file(recommender, Job(source, target, chunk=4), k=2)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_shards_together_are_the_whole(parts, tmp_path, recommender):
+def parts_of(recommender, source, target, monkeypatch):
+    """A job that was killed when all of its parts were there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "finish", broken)
+        with pytest.raises(RuntimeError):
+            recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    return folder_of(target)
+
+
+def test_a_part_that_is_gone_is_no_part_without_answers(tmp_path, recommender, monkeypatch):
+    source, target = many(tmp_path / "in.jsonl"), tmp_path / "out.csv"
+    folder = parts_of(recommender, source, target, monkeypatch)
+    (folder / "00000002.csv").unlink()
+    with pytest.raises(RecllmError, match=r"Part 2 of .* is gone from .* Remove that folder"):
+        recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    assert not target.exists()
+
+
+def test_a_kill_while_parts_are_removed_leaves_the_output_alone(tmp_path, recommender, monkeypatch):
+    source, target = many(tmp_path / "in.jsonl"), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.shutil, "rmtree", broken)
+        with pytest.raises(RuntimeError):
+            recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    before = target.read_bytes()
+    assert not folder_of(target).exists()
+    with pytest.raises(RecllmError, match="exists already"):
+        recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    assert files(tmp_path).keys() == {"out.csv", "out.csv.rejects.jsonl"}
+    assert target.read_bytes() == before
+
+
+def test_a_journal_is_read_whatever_stands_in_it(tmp_path, recommender, monkeypatch):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [
+        {"user_id": "a\u2028b", "history": 3},
+        {"history": 7, "name": "\ud83d"},
+        {"user_id": "\ud83d", "history": []},
+    ]
+    rows += [{"user_id": "c", "history": ["1"]}] * 3
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder = parts_of(recommender, source, target, monkeypatch)
+    with (folder / "journal.jsonl").open("ab") as stream:
+        stream.write('{"answered": "ä'.encode()[:-1])  # torn inside a character
+    summary = recommend_file(recommender, Job(source, target, chunk=4), k=2)
+    assert (summary.answered, summary.rejected, summary.here) == (3, 3, 0)
+    refused = [json.loads(line) for line in summary.rejects.read_text(encoding="utf-8").split("\n") if line]
+    assert refused[1]["row"]["name"] == "\ud83d"
+    assert "has half of a character" in refused[2]["reason"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_shard_without_an_answer_is_a_table_without_rows(suffix, tmp_path, recommender):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"history": 3}\n{"history": ["1"]}\n', encoding="utf-8")
+    empty, full = (tmp_path / f"{part}{suffix}" for part in (1, 2))
+    for part, target in enumerate((empty, full), start=1):
+        recommend_file(recommender, Job(source, target, shard=(part, 2)), k=2)
+    assert read(full).height == 2
+    if suffix != ".jsonl":
+        assert read(empty).columns == read(full).columns
+        assert read(empty).height == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shards_together_are_the_whole(count, tmp_path, recommender):
     source = many(tmp_path / "in.jsonl")
     recommend_file(recommender, Job(source, tmp_path / "whole.jsonl", chunk=4), k=2)
-    shards = [tmp_path / f"{part}.jsonl" for part in range(1, parts + 1)]
+    shards = [tmp_path / f"{part}.jsonl" for part in range(1, count + 1)]
     for part, target in enumerate(shards, start=1):
-        recommend_file(recommender, Job(source, target, chunk=4, shard=(part, parts)), k=2)
-    assert b"".join(target.read_bytes() for target in shards) == (tmp_path / "whole.jsonl").read_bytes()
+        recommend_file(recommender, Job(source, target, chunk=4, shard=(part, count)), k=2)
+    together = pl.concat([read(target) for target in shards])
+    assert_frame_equal(together, read(tmp_path / "whole.jsonl"), check_exact=False)
     with pytest.raises(RecllmError, match="shard 4/3: give I/N"):
         recommend_file(recommender, Job(source, tmp_path / "4.jsonl", shard=(4, 3)), k=2)
 

@@ -71,3 +71,13 @@ def test_a_family_that_cannot_share_is_found_out(family, config, tiny_family):
             torch.nn.init.constant_(layer.self_attn.sinks, 3.0)
     assert not shares_prefixes(model)
     assert not model.training
+
+
+def test_a_window_that_attention_is_not_told_of_is_not_trusted(tiny_family):
+    model = tiny_family("Mistral")
+    assert shares_prefixes(model)
+    model.config.layer_types = ["full_attention", "sliding_attention", "chunked_attention"]
+    assert not shares_prefixes(model)
+    model = tiny_family("Llama")
+    model.config.layer_types = ["sliding_attention"] * 3  # its attention knows no window
+    assert not shares_prefixes(model)

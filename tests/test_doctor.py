@@ -37,6 +37,15 @@ def test_a_provider_that_is_missing_is_no_fault_without_a_gpu(monkeypatch):
     assert "Install CUDA and cuDNN" in found.mend
 
 
+def test_a_package_whose_files_are_gone(monkeypatch):
+    def gone(*_):
+        raise AttributeError("module 'onnxruntime' has no attribute 'get_available_providers'")
+
+    monkeypatch.setattr(doctor, "open_session", gone)
+    found = doctor._provider("cpu")
+    assert (found.mark, "pip uninstall -y" in found.mend) == ("wrong", True)
+
+
 @pytest.mark.parametrize(
     ("installed", "mark", "text"),
     [

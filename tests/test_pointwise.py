@@ -113,6 +113,17 @@ def test_a_returning_users_prefix_is_read_once(make, checkerboard):
     assert len(scorer.reader.prefixes_read) == 4
 
 
+def test_what_is_read_to_calibrate_does_not_hang_on_what_was_asked_before(make, checkerboard):
+    first, second = make(), make()
+    first.calibrated = second.calibrated = True
+    first.score_lists(QUERIES[:1], [["3", "4"]])
+    first.score_lists(QUERIES[:1], [["5", "3"]])
+    second.score_lists(QUERIES[:1], [["5", "3"]])
+    shape = (len(checkerboard.catalog.ids), first.reader.passes[1][1])  # the whole stretch
+    assert first.reader.passes.count(shape) == second.reader.passes.count(shape) == 1
+    assert first.answers([[1]], []).shape == (1, 0)
+
+
 def test_the_least_recently_used_prefix_goes_first():
     kept = KeptPrefixes(30)
     kept.add((1,), "a", 10)

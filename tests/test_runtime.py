@@ -219,7 +219,7 @@ def test_a_silent_fall_back_is_an_error(tiny_bundle, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     session = ort.InferenceSession
     monkeypatch.setattr(
-        ort, "InferenceSession", lambda path, options, providers: session(path, options, ["CPUExecutionProvider"])
+        ort, "InferenceSession", lambda path, options, **_: session(path, options, ["CPUExecutionProvider"])
     )
     with pytest.raises(RecllmError, match=r"could not load the libraries of 'cuda' and would have run on the CPU"):
         recllm.load(tiny_bundle, provider="cuda")
