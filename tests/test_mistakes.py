@@ -213,7 +213,7 @@ MISTAKES = {
     ),
     "the provider is not there": (
         lambda s: ["recommend", str(s.bundle), "--history", "0", "--provider", "tensorrt"],
-        r"The provider 'tensorrt' is not in this ONNX Runtime|cannot open .* with 'tensorrt': .*ask for the provider cpu",
+        r"The provider 'tensorrt' is not in this ONNX Runtime|cannot open .* with 'tensorrt': .*ask for the provider",
     ),
     "the provider is unknown": (
         lambda s: ["recommend", str(s.bundle), "--history", "0", "--provider", "gpu"],
