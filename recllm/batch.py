@@ -66,7 +66,7 @@ class Job:
         source: Parquet, JSONL, CSV or TSV; rows with `history` (item ids, oldest first) or `user_id`.
         target: Parquet, JSONL or CSV by its suffix.
         histories: by user id, for rows that have only that.
-        overwrite: replace `target`, and begin anew where a job was begun.
+        overwrite: replace `target`, and begin anew where another job was begun.
         say: gets lines of progress.
         chunk: rows that are answered together, and kept when the process is killed.
         shard: (i, n): only the i-th of n parts of the rows, from 1; the parts one after the other are all rows.
