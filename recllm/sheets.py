@@ -40,9 +40,9 @@ def write_frame(frame: pl.DataFrame, path: Path, suffix: str) -> None:
 def join_frames(parts: Sequence[Path], target: Path, suffix: str) -> None:
     """Write all parts as one file, read one after the other; the same parts give the same bytes."""
     if suffix == ".parquet":
-        pl.concat([pl.scan_parquet(part, glob=False) for part in parts]).sink_parquet(
-            target, row_group_size=ROW_GROUP, maintain_order=True
-        )
+        # One scan of many files, and not many scans: those are all opened at once, and take memory by their number.
+        scan = pl.scan_parquet(list(parts), glob=False)
+        scan.sink_parquet(target, row_group_size=ROW_GROUP, maintain_order=True)
         return
     with target.open("wb") as out:
         for number, part in enumerate(parts):
