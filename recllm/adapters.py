@@ -2,25 +2,42 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import peft
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from recllm.bottleneck import BottleneckSettings, bottlenecks, insert_bottlenecks
 from recllm.errors import RecllmError, unknown
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.runs import AdapterSettings
+
+BOTTLENECK = "bottleneck"
+"""The tuner that is recllm's own."""
+MERGE_TOLERANCE = 1e-3
+"""Largest difference of a hidden state that merging may make, relative to the largest hidden state."""
+UNSUPPORTED = {
+    "loftq": "it changes the quantised base model, and recllm merges over the base in full precision; 'pissa' does not",
+    "eva": "it needs a pass over the training data before training, which recllm does not make; 'pissa' needs none",
+    "corda": "it needs a pass over the training data before training, which recllm does not make; 'pissa' needs none",
+    "lora_ga": "it needs gradients before training, which recllm does not make; 'pissa' needs none",
+}
+"""Initialisations of LoRA that are refused, with the reason."""
+PLACEHOLDER_STEPS = 1_000_000
+"""AdaLoRA wants its number of steps before anybody knows it; training sets the right one."""
 
 
 class AdapterRecipe(Settings):
     """One file of adapters/."""
 
     tuner: str
-    """PEFT's name of the method, in lower case."""
+    """PEFT's name of the method, in lower case, or `bottleneck`."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """PEFT's own keys."""
+    """PEFT's own keys, or those of `BottleneckSettings`."""
     quantization: dict[str, Any] | None = None
     """transformers' BitsAndBytesConfig keys for the base model."""
 
@@ -29,26 +46,34 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
     """Read the recipe (of `file`, where a run keeps it) and put the run file's keys over it; before any model loads.
 
     Raises:
-        RecllmError: an unknown recipe, tuner or key, with the nearest right one.
+        RecllmError: an unknown recipe, tuner or key, with the nearest right one; or a method that cannot be served.
     """
     path = find_recipe("adapters", file or settings.recipe)
     recipe = parse(AdapterRecipe, read_toml(path), str(path))
     recipe = recipe.model_copy(update={"config": recipe.config | settings.overrides()})
-    known = {field.name for field in dataclasses.fields(_config_class(recipe.tuner))}
+    known = _keys(recipe.tuner)
     for key in recipe.config:
         if key not in known:
             raise unknown(f"key of the adapter '{recipe.tuner}'", key, known)
+    if recipe.tuner == BOTTLENECK:
+        parse(BottleneckSettings, recipe.config, str(path))
+    start = str(recipe.config.get("init_lora_weights", "")).lower()
+    if start in UNSUPPORTED:
+        raise RecllmError(f"adapter.init_lora_weights = '{start}' is not supported: {UNSUPPORTED[start]}.")
     return recipe
 
 
-def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> peft.PeftModel:
+def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
     """Freeze `model` and add the recipe's trainable modules to it.
 
     Raises:
-        RecllmError: PEFT refuses the configuration for this model.
+        RecllmError: PEFT refuses the configuration for this model, or a bottleneck finds no place in it.
     """
+    if recipe.tuner == BOTTLENECK:
+        return insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
+    given = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
     try:
-        config = _config_class(recipe.tuner)(**recipe.config)
+        config = _config_class(recipe.tuner)(**given | recipe.config)
         with warnings.catch_warnings():
             # PEFT 0.21 asks for the attribute that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -58,12 +83,55 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> peft.PeftModel:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold the adapter's weights into the base model's; a model without an adapter comes back as it is."""
-    return model.merge_and_unload() if isinstance(model, peft.PeftModel) else model
+    """Fold the adapter's weights into the base model's, and prove that nothing has changed.
+
+    A model without an adapter comes back as it is, and so does one with bottleneck adapters: what is not linear cannot
+    be folded, and stays as two small products in every place.
+
+    Raises:
+        RecllmError: the merged model's hidden states are not those of the model with its adapter.
+    """
+    if not isinstance(model, peft.PeftModel):
+        return model
+    before = _probe(model)
+    merged: nn.Module = model.merge_and_unload()
+    after = _probe(merged)
+    difference = float((after - before).abs().max() / before.abs().max())
+    if not difference <= MERGE_TOLERANCE:  # a NaN is no proof either
+        raise RecllmError(
+            f"Merging the adapter changes the model's hidden states by {difference:.1e} of their size, and at most "
+            f"{MERGE_TOLERANCE:.0e} is allowed. Train with another recipe, such as 'lora'."
+        )
+    return merged
+
+
+@torch.inference_mode()
+def _probe(model: nn.Module) -> Tensor:
+    """Hidden states float32[1, 8, width] of the vocabulary's first tokens."""
+    model.eval()
+    device = next(model.parameters()).device
+    hidden: Tensor = model(input_ids=torch.arange(8, device=device)[None]).last_hidden_state
+    return hidden.float()
+
+
+def can_merge(model: nn.Module) -> bool:
+    """Whether an adapter of this model folds into the base model's weights."""
+    return not any(bottlenecks(model))
+
+
+def _keys(tuner: str) -> Mapping[str, Any]:
+    if tuner == BOTTLENECK:
+        return BottleneckSettings.model_fields
+    return {field.name: field for field in dataclasses.fields(_config_class(tuner))}
 
 
 def _config_class(tuner: str) -> type[peft.PeftConfig]:
     classes = {str(kind.value).lower(): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if tuner not in classes:
-        raise unknown("tuner", tuner, classes)
+        raise unknown("tuner", tuner, [BOTTLENECK, *classes])
+    if issubclass(classes[tuner], peft.PromptLearningConfig):
+        raise RecllmError(
+            f"The tuner '{tuner}' is not supported: it puts learnt tokens before the prompt, and neither item tokens "
+            "nor the shared prefix of a ranker have a place for them. Take a recipe of adapters/, such as 'lora'."
+        )
     return classes[tuner]

@@ -9,21 +9,15 @@ import torch
 from transformers import EvalPrediction
 
 from recllm.adapters import AdapterRecipe, attach, merge
+from recllm.checkpoints import load_trained, save_trained
 from recllm.data import Query
+from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.errors import RecllmError
+from recllm.examples import Examples
 from recllm.files import read_json
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
 from recllm.lm import load_base, model_folder, scoring_device
-from recllm.loop import (
-    Examples,
-    fast_bf16,
-    fit,
-    load_trained,
-    precision_keys,
-    process_state,
-    rows_at_least,
-    save_trained,
-)
+from recllm.loop import fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Made, earlier_events, labelled_rows, training_pairs

@@ -1,20 +1,18 @@
 """The one training loop: Hugging Face's Trainer over windows in a fixed order; LoRA or light is only what trains."""
 
-import json
+import gc
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import (
@@ -23,92 +21,38 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging as hf_logging
 
+from recllm.adalora import RankBudget, orthogonality
+from recllm.checkpoints import WEIGHTS, Seal, SoundBest, last_checkpoint, load_trained, save_trained, trained_values
+from recllm.devices import on_cpu, process_state
 from recllm.errors import RecllmError, require, unknown
-from recllm.files import written
-from recllm.histories import HistoryFormat, padded
+from recllm.examples import Examples, WholeBatches, collate_counted
+from recllm.files import read_json, write_json, written
 from recllm.metrics import hit_rate, ndcg
-from recllm.progress import Progress
-from recllm.sequence import IGNORED
+from recllm.watching import MetricsFile, NonFiniteLossError, StepLines
 
-WEIGHTS = "model.safetensors"
 METRIC = "eval_ndcg@10"
-CHANGED = "Was the run file changed?"
 EVALUATIONS = 10
 """Validations, and with them checkpoints, in a stage of training."""
-PATIENCE = timedelta(days=7)
-"""How long the other processes wait while the first one encodes items or scores; ten minutes are the default."""
-WHOLE = (WEIGHTS, "trainer_state.json", "optimizer.pt", "scheduler.pt")
-"""Files of a checkpoint that was written to its end."""
-
-
-class Examples(Dataset[Any]):
-    """Training examples in the order in which they are seen, all epochs one after the other."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> Any:  # noqa: ANN401  whatever the collator reads
-        return self.rows[place]
-
-
-class WholeBatches(Dataset[Any]):
-    """Examples with a note whether they count: the first ones come again until all processes have whole batches.
-
-    accelerate would repeat rows by itself, and they would be learnt twice: two processes would not reach the losses of
-    one.
-    """
-
-    def __init__(self, examples: Examples, rows: int) -> None:
-        """Fill up to a multiple of `rows`, the rows of one round over all processes."""
-        self.examples, self.length = examples, math.ceil(len(examples) / rows) * rows
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, place: int) -> tuple[Any, bool]:
-        return self.examples[place % len(self.examples)], place < len(self.examples)
-
-
-def collate_counted(
-    collator: Callable[[Any], dict[str, Tensor]], rows: Sequence[tuple[Any, bool]]
-) -> dict[str, Tensor]:
-    """A batch by `collator`, in which rows that do not count have no labels."""
-    batch = collator([row for row, _ in rows])
-    batch["labels"][[not counts for _, counts in rows]] = IGNORED
-    return batch
+ADJUSTED = "adjusted.json"
+"""In the folder of a stage's checkpoints: what training has changed by itself."""
 
 
 @dataclass(frozen=True)
-class NextItemCollator:
-    """Windows of item rows to padded ids, ends and labels; without any randomness, so that resuming is exact."""
+class Adjusted:
+    """What training has changed by itself to go on.
 
-    history: HistoryFormat
-    last_only: bool = False
-    """Only the last item is a label (validation)."""
+    Attributes:
+        rate: the learning rates are multiplied by it.
+        parts: micro-batches into which a batch of one device is divided.
+    """
 
-    def __call__(self, windows: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
-        """Item rows, oldest first, the last only a label, to int64 tensors as `NextItemModel.forward` takes them."""
-        inputs = [self.history.fitting(window[:-1]) for window in windows]
-        paths = [self.history.ids(rows) for rows in inputs]
-        labels = [window[len(window) - len(rows) :].tolist() for window, rows in zip(windows, inputs, strict=True)]
-        if self.last_only:
-            labels = [[IGNORED] * (len(row) - 1) + row[-1:] for row in labels]
-        columns = {
-            "ids": padded([ids for ids, _ in paths]),
-            "ends": padded([ends for _, ends in paths]),
-            "labels": padded(labels, IGNORED),
-            "seen": padded([rows.tolist() for rows in inputs], IGNORED),
-        }
-        return {name: torch.from_numpy(column) for name, column in columns.items()}
+    rate: float = 1.0
+    parts: int = 1
 
 
 class OrderedTrainer(Trainer):
@@ -116,6 +60,10 @@ class OrderedTrainer(Trainer):
 
     adapter_learning_rate: float | None = None
     """For parameters of the body; None takes the one rate for all."""
+    rate: float = 1.0
+    """All learning rates are multiplied by it."""
+    kept_batches: Path
+    """Where the batch of a loss that is no number is kept."""
     valid_collator: Callable[[Any], dict[str, Tensor]]
     data_collator: Callable[[Any], dict[str, Tensor]]
 
@@ -144,14 +92,56 @@ class OrderedTrainer(Trainer):
             [
                 {
                     "params": parameters,
-                    "lr": rate if in_body else self.args.learning_rate,
+                    "lr": self.rate * (rate if in_body else self.args.learning_rate),
                     "weight_decay": self.args.weight_decay if decays else 0.0,
                 }
                 for (in_body, decays), parameters in sorted(groups.items())
             ],
             **options,
         )
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *given: Any, **named: Any) -> Any:  # noqa: ANN401
+        """The model's loss, with what AdaLoRA adds to it in training."""
+        result = super().compute_loss(model, inputs, *given, **named)
+        if model.training and isinstance(result, Tensor):
+            result = result + orthogonality(model) / self.current_gradient_accumulation_steps
+        return result
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A step forward and back; a loss that is no number on any process ends training on all, its batch kept."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        bad = (~torch.isfinite(loss.detach())).float()
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad, "sum")
+        if bad.item():
+            step = self.state.global_step + 1
+            if not torch.isfinite(loss).item():
+                self._keep_batch(inputs, step)
+            raise NonFiniteLossError("loss", float(loss), step)
+        return loss
+
+    def _keep_batch(self, inputs: dict[str, Any], step: int) -> None:
+        name = f"{self.kept_batches.name}-step-{step}-process-{self.args.process_index}.safetensors"
+        tensors = {key: value.cpu().contiguous() for key, value in inputs.items() if isinstance(value, Tensor)}
+        with written(self.kept_batches.with_name(name)) as temporary:
+            save_file(tensors, temporary)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What the checkpoint has, at this trainer's rates: they may have been halved since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        factor = self._peaks[0] / scheduler.base_lrs[0]
+        if factor != 1.0:
+            scheduler.base_lrs = list(self._peaks)
+            scheduler._last_lr = [last * factor for last in scheduler._last_lr]
+            for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+                group["initial_lr"], group["lr"] = peak, group["lr"] * factor
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -166,86 +156,6 @@ class OrderedTrainer(Trainer):
         load_trained(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
 
 
-class MetricsFile(TrainerCallback):
-    """Append what Trainer logs to a JSON-lines file, and stop on a loss that is no number."""
-
-    def __init__(self, path: Path, scorer: str) -> None:
-        self.path, self.scorer = path, scorer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        """Take out what lies behind the checkpoint from which training goes on: those steps come again."""
-        if not state.is_world_process_zero or not self.path.is_file():
-            return
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if _whole(line)]
-        kept = [line for line in lines if line["scorer"] != self.scorer or line["step"] <= state.global_step]
-        with written(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: object,
-    ) -> None:
-        """Write one line per log, on the first process only."""
-        if not state.is_world_process_zero or logs is None:
-            return
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"scorer": self.scorer, "step": state.global_step} | logs) + "\n")
-        for key in ("loss", "eval_loss"):
-            if key in logs and not math.isfinite(float(logs[key])):
-                raise RecllmError(
-                    f"The {key} of '{self.scorer}' is {logs[key]} at step {state.global_step}. "
-                    "Lower the learning rate (train.learning_rate, train.head_learning_rate; light.learning_rate for "
-                    "'light') and start anew: --overwrite."
-                )
-
-
-def _whole(line: str) -> bool:
-    """Whether a line of the metrics file was written to its end; a killed process may leave a part of the last one."""
-    return line.startswith("{") and line.endswith("}")
-
-
-class StepLines(TrainerCallback):
-    """Says how far training is: at every validation, and every few seconds in between."""
-
-    def __init__(self, scorer: str, metric: str, say: Callable[[str], None]) -> None:
-        self.scorer, self.metric, self.say = scorer, metric, say
-        self.progress, self.loss = Progress(0, "steps", say), math.nan
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        """Begin to count; a resumed run counts what is left."""
-        self.progress = Progress(state.max_steps - state.global_step, f"{self.scorer} steps", self.say)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Count a step."""
-        self.progress.add(1, self._loss())
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: object,
-    ) -> None:
-        """Keep the loss; tell a validation."""
-        given = logs or {}
-        self.loss = float(given.get("loss", self.loss))
-        if self.metric in given:
-            name = self.metric.removeprefix("eval_").upper()
-            self.progress.tell(f"{self._loss()}, validation {name} {given[self.metric]:.4f}")
-
-    def _loss(self) -> str:
-        return "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
-
-
 def check_trainer_keys(keys: dict[str, Any]) -> None:
     """Refuse keys of `[train]` that are not Trainer's, before any model loads.
 
@@ -256,34 +166,6 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     for key in keys:
         if key not in known:
             raise unknown("key in [train]", key, known)
-
-
-def on_cpu() -> bool:
-    """Whether training runs on the CPU: accelerate is told so, or there is no accelerator."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def process_state() -> PartialState:
-    """The processes that train together, set up at the first call.
-
-    Without an accelerator `PartialState` has to be told that it is on the CPU, else every process of a launcher takes
-    itself for the only one.
-    """
-    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
-
-
-def fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 in hardware (AMX or AVX-512 BF16); without it a CPU is slower in bf16."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def precision_keys(precision: str) -> dict[str, bool]:
-    """Trainer's keys for a precision; `auto` is bf16 where it is fast."""
-    if precision == "auto":
-        precision = "bf16" if fast_bf16() else "fp32"
-    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
 
 
 def rows_of_a_step(arguments: dict[str, Any]) -> int:
@@ -301,13 +183,6 @@ def steps_of(examples: int, arguments: dict[str, Any]) -> int:
     """Steps over `examples` with Trainer's keys, on all processes together."""
     most: int = arguments.get("max_steps", -1)
     return most if most > 0 else math.ceil(examples / rows_of_a_step(arguments))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in `folder`, or None; one that was cut off while it was written is passed over."""
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
-    whole = [path for _, path in sorted(numbered) if all((path / name).is_file() for name in WHOLE)]
-    return str(whole[-1]) if whole else None
 
 
 def fit(
@@ -369,25 +244,138 @@ def fit(
     } | arguments
     options.setdefault("save_steps", options["eval_steps"])
     boards = _own_tensorboard(options, folder / "tensorboard" / scorer)
-    settings = _training_arguments(options)
-    if settings.n_gpu > 1:
-        settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
-    # One process has nobody to wait for: its last batch may be short.
-    round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
-    trainer = OrderedTrainer(
-        model=model,
-        args=settings,
-        data_collator=partial(collate_counted, collator),
-        train_dataset=WholeBatches(train, round_rows),
-        eval_dataset=valid,
-        compute_metrics=compute_metrics,
-        callbacks=[MetricsFile(folder / "metrics.jsonl", scorer), StepLines(scorer, metric, say), *boards]
-        + ([EarlyStoppingCallback(patience)] if patience else []),
-    )
-    trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
-    trainer.adapter_learning_rate, trainer.valid_collator = adapter_learning_rate, valid_collator
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
+
+    def trainer(adjusted: Adjusted) -> OrderedTrainer:
+        settings = _training_arguments(_divided(options, adjusted.parts))
+        if settings.n_gpu > 1:
+            settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
+        # One process has nobody to wait for: its last batch may be short.
+        round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
+        made = OrderedTrainer(
+            model=model,
+            args=settings,
+            data_collator=partial(collate_counted, collator),
+            train_dataset=WholeBatches(train, round_rows),
+            eval_dataset=valid,
+            compute_metrics=compute_metrics,
+            callbacks=[SoundBest(say), RankBudget(), MetricsFile(folder / "metrics.jsonl", scorer)]
+            + [StepLines(scorer, metric, say), *boards]
+            + ([EarlyStoppingCallback(patience)] if patience else [])
+            + [Seal()],  # last: a seal stands under everything that belongs to a checkpoint
+        )
+        made.remove_callback(PrinterCallback)  # prints a dictionary per log line
+        made.adapter_learning_rate, made.rate, made.valid_collator = (
+            adapter_learning_rate,
+            adjusted.rate,
+            valid_collator,
+        )
+        made.kept_batches = folder / f"no-number-{scorer}"
+        return made
+
+    _train_on(trainer, model, checkpoints, scorer=scorer, resume=resume, say=say)
     process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
+
+
+def _train_on(
+    trainer: Callable[[Adjusted], OrderedTrainer],
+    model: nn.Module,
+    checkpoints: Path,
+    *,
+    scorer: str,
+    resume: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Train to the end; what can be mended by going back to the last good checkpoint is mended, each in its measure."""
+    start = trained_values(model)
+    note = checkpoints / ADJUSTED
+    adjusted = Adjusted(**read_json(note)) if resume and note.is_file() else Adjusted()
+    while True:
+        made = trainer(adjusted)
+        found = last_checkpoint(checkpoints, say) if resume else None
+        try:
+            with _quiet_about(adjusted):
+                made.train(resume_from_checkpoint=found)
+        except NonFiniteLossError as error:
+            adjusted = _slower(adjusted, error, made.kept_batches, scorer, say)
+        except Exception as error:  # the device's libraries raise many kinds
+            if not should_reduce_batch_size(error):
+                raise
+            adjusted = _smaller(adjusted, made.args.train_batch_size, say)
+        else:
+            return
+        del made
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if process_state().is_main_process:
+            write_json(note, asdict(adjusted))
+        process_state().wait_for_everyone()
+        model.load_state_dict(start, strict=False)  # where there is no checkpoint yet
+        resume = True
+
+
+def _slower(
+    adjusted: Adjusted, error: NonFiniteLossError, kept: Path, scorer: str, say: Callable[[str], None]
+) -> Adjusted:
+    """Half the learning rate, once.
+
+    Raises:
+        RecllmError: it has been halved before.
+    """
+    files = sorted(path.name for path in kept.parent.glob(f"{kept.name}-step-{error.step}-*"))
+    batch = f" The batch is kept as {kept.parent / files[0]}." if files else ""
+    what = f"The {error.key} of '{scorer}' is {error.value} at step {error.step}"
+    if adjusted.rate < 1.0:
+        raise RecllmError(
+            f"{what}, at half the learning rate too.{batch} Lower the learning rate (train.learning_rate, "
+            "train.head_learning_rate; light.learning_rate for 'light') and start anew: --overwrite."
+        ) from None
+    say(f"{what}.{batch} Going back to the last good checkpoint, with half the learning rate")
+    return replace(adjusted, rate=0.5)
+
+
+def _smaller(adjusted: Adjusted, rows: int, say: Callable[[str], None]) -> Adjusted:
+    """Micro-batches of half the rows.
+
+    Raises:
+        RecllmError: a single row does not fit, or several processes train.
+    """
+    fewer = math.ceil(rows / 2)
+    if process_state().num_processes > 1:
+        raise RecllmError(
+            f"Out of memory with {rows} rows at once on a device. Take fewer (--set train.per_device_train_batch_size="
+            f"{fewer} --set train.gradient_accumulation_steps=2): with several processes this is not done by itself."
+        ) from None
+    if rows == 1:
+        raise RecllmError(
+            "Out of memory with a single row. Take shorter histories (model.max_history), a smaller model, the recipe "
+            "'qlora', or train.gradient_checkpointing = true."
+        ) from None
+    say(f"Out of memory with {rows} rows at once: going on with {fewer}, and the same rows in a step")
+    return replace(adjusted, parts=adjusted.parts * 2)
+
+
+def _divided(options: dict[str, Any], parts: int) -> dict[str, Any]:
+    """Trainer's keys with the rows of a device divided into micro-batches; a step has the same rows."""
+    if parts == 1:
+        return options
+    rows = options["per_device_train_batch_size"]
+    return options | {
+        "per_device_train_batch_size": math.ceil(rows / parts),
+        "gradient_accumulation_steps": options.get("gradient_accumulation_steps", 1) * parts,
+    }
+
+
+@contextmanager
+def _quiet_about(adjusted: Adjusted) -> Iterator[None]:
+    """Without Trainer's warning that a checkpoint has another batch size, where that is our own doing."""
+    level = hf_logging.get_verbosity()
+    if adjusted.parts > 1:
+        hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
 
 
 def _own_tensorboard(options: dict[str, Any], folder: Path) -> list[TrainerCallback]:
@@ -414,27 +402,3 @@ def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """NDCG@10 and HitRate@10 from the ranks that a next-item model returns while validating."""
     ranks = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
     return {"ndcg@10": float(ndcg(ranks, 10).mean()), "hit_rate@10": float(hit_rate(ranks, 10).mean())}
-
-
-def save_trained(model: nn.Module, path: Path) -> None:
-    """Write the parameters that train as safetensors, whole or not at all."""
-    kept = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if value.requires_grad}
-    with written(path) as temporary:
-        save_file(kept, temporary, metadata={"format": "pt"})
-
-
-def load_trained(model: nn.Module, path: Path) -> None:
-    """Read what `save_trained` wrote into the same parameters.
-
-    Raises:
-        RecllmError: the file has other parameters than the model trains, or others' shapes.
-    """
-    weights = load_file(path)
-    expected = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    for name in sorted(set(weights) | set(expected)):
-        if name not in weights or name not in expected:
-            raise RecllmError(f"{path} does not fit this run: '{name}' is in one of them only. {CHANGED}")
-        if weights[name].shape != expected[name].shape:
-            shapes = f"{list(weights[name].shape)} and not {list(expected[name].shape)}"
-            raise RecllmError(f"{path} does not fit this run: '{name}' has the shape {shapes}. {CHANGED}")
-    model.load_state_dict(weights, strict=False)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from recllm.cascade import Prefix, joined, read_prefix, read_suffixes, shares_prefixes
 from recllm.data import Catalog
+from recllm.devices import fast_bf16
 from recllm.errors import RecllmError
 from recllm.histories import padded
 from recllm.lightjudge import judged_loss
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
-from recllm.loop import fast_bf16
 from recllm.pointwise import Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 

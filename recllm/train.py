@@ -14,26 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from recllm.checkpoints import save_trained
+from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
+from recllm.examples import Examples, NextItemCollator
 from recllm.files import read_json, write_json, written
 from recllm.fusion import Fusion
 from recllm.histories import HistoryFormat
 from recllm.judging import load_light_judge, load_relevance, rating_scorers, train_light_judge, train_relevance
 from recllm.lm import LanguageBody, scoring_device
-from recllm.loop import (
-    Examples,
-    NextItemCollator,
-    check_trainer_keys,
-    fast_bf16,
-    fit,
-    precision_keys,
-    process_state,
-    ranking_metrics,
-    rows_at_least,
-    save_trained,
-    steps_of,
-)
+from recllm.loop import check_trainer_keys, fit, ranking_metrics, rows_at_least, steps_of
 from recllm.process import set_up
 from recllm.progress import Progress
 from recllm.protocols import EvaluationProtocol, evaluation_protocol

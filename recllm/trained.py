@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from recllm.adapters import AdapterRecipe, load_adapter, merge
+from recllm.checkpoints import load_trained
 from recllm.data import Interactions, Query
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError
@@ -28,7 +29,6 @@ from recllm.lm import (
     not_causal,
     scoring_device,
 )
-from recllm.loop import load_trained
 from recllm.mf import ImplicitMF
 from recllm.neighbours import Neighbours, few_events
 from recllm.priors import Popularity, TextSimilarity

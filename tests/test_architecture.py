@@ -20,7 +20,8 @@ TORCH_FREE = [
     "query_rows", "sheets", "parts", "batch", "doctor", "charts", "report",
 ]
 TORCH = [
-    "sequence", "lightjudge", "adapters", "lm", "loop", "cascade", "relevance", "trained", "judging", "train",
+    "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints", "watching",
+    "adalora", "loop", "cascade", "relevance", "trained", "judging", "train",
     "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "gate",
     "rankexport", "export", "quickstart", "commands",
 ]

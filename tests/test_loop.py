@@ -11,10 +11,13 @@ from transformers import TrainerCallback
 
 from recllm import loop
 from recllm.adapters import AdapterRecipe
+from recllm.checkpoints import WEIGHTS, last_checkpoint, load_trained, save_trained
+from recllm.devices import fast_bf16, precision_keys
 from recllm.errors import RecllmError
+from recllm.examples import Examples, NextItemCollator, WholeBatches, collate_counted
 from recllm.histories import HistoryFormat, item_token_history
 from recllm.lm import load_base, next_item_model
-from recllm.loop import Examples, NextItemCollator, check_trainer_keys, fit, last_checkpoint, precision_keys
+from recllm.loop import check_trainer_keys, fit
 from recllm.ranking import ItemIndex
 from recllm.runs import ModelSettings
 from recllm.sequence import IGNORED, LightBody, NextItemModel, Windows
@@ -49,7 +52,17 @@ def language(folder):
     return next_item_model(base, LORA, item_features(), np.ones(ITEMS, dtype=bool), LM_HISTORY, settings)
 
 
-def train(model, folder, *, history=LIGHT_HISTORY, resume=False, scorer="light", patience=None, **arguments):
+def train(
+    model,
+    folder,
+    *,
+    history=LIGHT_HISTORY,
+    resume=False,
+    scorer="light",
+    patience=None,
+    say=lambda _: None,
+    **arguments,
+):
     windows = Windows(CYCLES, 6, epochs=2, seed=0)
     given = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "eval_steps": 4, "logging_steps": 1, "seed": 0}
     fit(
@@ -62,7 +75,7 @@ def train(model, folder, *, history=LIGHT_HISTORY, resume=False, scorer="light",
         folder=folder,
         scorer=scorer,
         compute_metrics=loop.ranking_metrics,
-        say=lambda _: None,
+        say=say,
         patience=patience,
         resume=resume,
     )
@@ -92,13 +105,7 @@ class Kill(TrainerCallback):
 def test_a_killed_and_resumed_training_equals_the_uninterrupted_one(kind, tiny_lm_folder, tmp_path, monkeypatch):
     make, history = (light, LIGHT_HISTORY) if kind == "light" else (language, LM_HISTORY)
     straight = train(make(tiny_lm_folder), tmp_path / "straight", history=history, max_steps=12)
-    with monkeypatch.context() as patch:
-        metrics_file = loop.MetricsFile
-        patch.setattr(loop, "MetricsFile", lambda *given: [metrics_file(*given), Kill(4)])
-        trainer = loop.OrderedTrainer
-        patch.setattr(loop, "OrderedTrainer", lambda callbacks, **given: trainer(callbacks=callbacks[0], **given))
-        with pytest.raises(Killed):
-            train(make(tiny_lm_folder), tmp_path / "killed", history=history, max_steps=12)
+    killed_at(4, monkeypatch, lambda: train(make(tiny_lm_folder), tmp_path / "killed", history=history, max_steps=12))
     assert last_checkpoint(tmp_path / "killed" / "checkpoints" / "light").endswith("checkpoint-4")
     torch.rand(7)  # another random state than the one that was left
     resumed = train(make(tiny_lm_folder), tmp_path / "killed", history=history, max_steps=12, resume=True)
@@ -121,7 +128,7 @@ def test_a_checkpoint_holds_only_what_trains(tiny_lm_folder, tmp_path):
     model = language(tiny_lm_folder)
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     trained = train(model, tmp_path, history=LM_HISTORY, max_steps=4)
-    weights = load_file(tmp_path / "checkpoints" / "light" / "checkpoint-4" / loop.WEIGHTS)
+    weights = load_file(tmp_path / "checkpoints" / "light" / "checkpoint-4" / WEIGHTS)
     assert weights.keys() == trained.keys()
     assert {name.split(".")[0] for name in weights} == {
         "body",
@@ -142,16 +149,16 @@ def test_a_checkpoint_holds_only_what_trains(tiny_lm_folder, tmp_path):
 
 def test_rows_that_fill_up_a_batch_teach_nothing():
     windows = Examples([np.arange(place, place + 4) for place in range(5)])
-    filled = loop.WholeBatches(windows, 4)
+    filled = WholeBatches(windows, 4)
     assert len(filled) == 8
     rows = [filled[place] for place in range(4, 8)]
     assert [counts for _, counts in rows] == [True, False, False, False]
-    plain, counted = NextItemCollator(LIGHT_HISTORY), loop.collate_counted(NextItemCollator(LIGHT_HISTORY), rows)
-    assert counted["labels"].tolist() == [[5, 6, 7], *[[loop.IGNORED] * 3] * 3]
+    plain, counted = NextItemCollator(LIGHT_HISTORY), collate_counted(NextItemCollator(LIGHT_HISTORY), rows)
+    assert counted["labels"].tolist() == [[5, 6, 7], *[[IGNORED] * 3] * 3]
     model = light().eval()
     few = model(**plain([windows[4]]))["loss"]
     assert float(model(**counted, num_items_in_batch=3)["loss"].detach()) == pytest.approx(float(few.detach()))
-    assert len(loop.WholeBatches(windows, 1)) == 5
+    assert len(WholeBatches(windows, 1)) == 5
 
 
 def test_two_learning_rates(tiny_lm_folder, tmp_path, monkeypatch):
@@ -206,7 +213,7 @@ def test_the_best_weights_stay(tmp_path, monkeypatch):
     figures = iter([0.9, 0.5, 0.4])
     monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": next(figures)})
     kept = train(light(), tmp_path, max_steps=12)
-    best = load_file(tmp_path / "checkpoints" / "light" / "checkpoint-4" / loop.WEIGHTS)
+    best = load_file(tmp_path / "checkpoints" / "light" / "checkpoint-4" / WEIGHTS)
     assert all(torch.equal(kept[name], best[name]) for name in best)
 
 
@@ -287,15 +294,131 @@ def test_a_stage_is_validated_several_times_where_nothing_is_said(tmp_path):
     assert not list((tmp_path / "checkpoints").rglob("events.out.tfevents.*"))
 
 
-def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path):
-    model = light()
+def test_a_loss_that_stays_no_number_stops_with_the_way_out_and_the_batch(tmp_path):
+    model, said = light(), []
     with torch.no_grad():
         model.query.weight.fill_(torch.nan)
     with pytest.raises(
-        RecllmError, match=r"The loss of 'light' is nan at step 1\. Lower the learning rate .*--overwrite"
-    ):
-        train(model, tmp_path)
-    assert len(lines(tmp_path)) == 1
+        RecllmError, match=r"The loss of 'light' is nan at step 1, at half the learning rate too\. .*--overwrite"
+    ) as error:
+        train(model, tmp_path, say=said.append)
+    assert any("Going back to the last good checkpoint, with half the learning rate" in line for line in said)
+    (kept,) = tmp_path.glob("*.safetensors")
+    assert kept.name == "no-number-light-step-1-process-0.safetensors"
+    assert str(kept) in str(error.value)
+    batch = load_file(kept)
+    assert batch["ids"].shape[0] == 8
+    assert {"ids", "ends", "labels", "seen"} <= batch.keys()
+
+
+class OnceNoNumber(NextItemModel):
+    """A light model whose loss is no number in one step, the first time that it comes to it."""
+
+    at, steps = 6, 0
+
+    def forward(self, ids, ends, labels, seen, num_items_in_batch=None, **_):
+        result = super().forward(ids, ends, labels, seen, num_items_in_batch)
+        if self.training:
+            self.steps += 1
+            if self.steps == self.at:
+                result["loss"] = result["loss"] * torch.nan
+        return result
+
+
+def once_no_number():
+    model = light()
+    model.__class__ = OnceNoNumber
+    return model
+
+
+def rates(folder):
+    return {line["step"]: line["learning_rate"] for line in lines(folder) if "learning_rate" in line}
+
+
+def test_after_one_loss_that_is_no_number_training_goes_back_with_half_the_rate(tmp_path):
+    said = []
+    weights = train(once_no_number(), tmp_path / "once", max_steps=12, say=said.append)
+    train(light(), tmp_path / "straight", max_steps=12)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert sum("step 6" in line for line in said) == 1
+    found, straight = rates(tmp_path / "once"), rates(tmp_path / "straight")
+    assert sorted(found) == list(range(1, 13))
+    for step, rate in found.items():
+        assert rate == pytest.approx(straight[step] * (1.0 if step <= 4 else 0.5))
+
+
+def test_half_the_rate_stays_after_a_kill(tmp_path, monkeypatch):
+    straight = train(once_no_number(), tmp_path / "straight", max_steps=12)
+    killed_at(8, monkeypatch, lambda: train(once_no_number(), tmp_path / "killed", max_steps=12))
+    resumed = train(light(), tmp_path / "killed", max_steps=12, resume=True)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert rates(tmp_path / "killed") == rates(tmp_path / "straight")
+
+
+class Cramped(NextItemModel):
+    """A light model on a device that has memory for five rows."""
+
+    def forward(self, ids, ends, labels, seen, num_items_in_batch=None, **_):
+        if self.training and len(ids) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(ids, ends, labels, seen, num_items_in_batch)
+
+
+def without_dropout(kind):
+    torch.manual_seed(0)
+    warm = np.ones(ITEMS, dtype=bool)
+    body = LightBody(16, layers=1, heads=2, positions=6, dropout=0.0)
+    return kind(body, item_features(), width=16, head_width=16, warm=warm, token_scale=1.0)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(tmp_path):
+    said = []
+    train(without_dropout(NextItemModel), tmp_path / "roomy", per_device_train_batch_size=16)
+    train(without_dropout(Cramped), tmp_path / "cramped", per_device_train_batch_size=16, say=said.append)
+    assert [line for line in said if "Out of memory" in line] == [
+        "Out of memory with 16 rows at once: going on with 8, and the same rows in a step",
+        "Out of memory with 8 rows at once: going on with 4, and the same rows in a step",
+    ]
+    losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("roomy", "cramped")]
+    assert len(losses[0]) > 3
+    assert np.allclose(losses[0], losses[1], atol=1e-5)
+
+
+def test_a_single_row_that_does_not_fit_is_one_message(tmp_path):
+    class Tiny(NextItemModel):
+        def forward(self, **given):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(RecllmError, match=r"Out of memory with a single row\. Take shorter histories"):
+        train(without_dropout(Tiny), tmp_path, per_device_train_batch_size=2)
+
+
+def damaged(checkpoint, file):
+    data = bytearray((checkpoint / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (checkpoint / file).write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", WEIGHTS, "rng_state.pth", "sha256.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_told(file, tmp_path, monkeypatch):
+    straight, said = train(light(), tmp_path / "straight", max_steps=12), []
+    killed_at(8, monkeypatch, lambda: train(light(), tmp_path / "killed", max_steps=12))
+    damaged(tmp_path / "killed" / "checkpoints" / "light" / "checkpoint-8", file)
+    resumed = train(light(), tmp_path / "killed", max_steps=12, resume=True, say=said.append)
+    assert any("The checkpoint checkpoint-8 is damaged (" in line for line in said)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_damaged_best_checkpoint_is_forgotten_and_told(tmp_path, monkeypatch):
+    figures = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": next(figures)})
+    killed_at(8, monkeypatch, lambda: train(light(), tmp_path, max_steps=12))
+    checkpoints, said = tmp_path / "checkpoints" / "light", []
+    damaged(checkpoints / "checkpoint-4", WEIGHTS)
+    kept = train(light(), tmp_path, max_steps=12, resume=True, say=said.append)
+    assert any(line.startswith("The best checkpoint, checkpoint-4, is damaged or gone") for line in said)
+    last = load_file(checkpoints / "checkpoint-12" / WEIGHTS)
+    assert all(torch.equal(kept[name], last[name]) for name in last)
 
 
 def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
@@ -312,15 +435,15 @@ def test_what_trainer_refuses_is_one_message(tmp_path):
 
 
 def test_weights_of_another_run_are_refused(tmp_path):
-    loop.save_trained(light(), tmp_path / "light.safetensors")
+    save_trained(light(), tmp_path / "light.safetensors")
     other = light()
     other.bias.requires_grad_(False)
     with pytest.raises(RecllmError, match=r"does not fit this run: 'bias' is in one of them only"):
-        loop.load_trained(other, tmp_path / "light.safetensors")
+        load_trained(other, tmp_path / "light.safetensors")
     wide = light()
     wide.query = torch.nn.Linear(16, 20)
     with pytest.raises(RecllmError, match=r"does not fit this run: 'query\.bias' has the shape"):
-        loop.load_trained(wide, tmp_path / "light.safetensors")
+        load_trained(wide, tmp_path / "light.safetensors")
 
 
 def test_no_checkpoint_starts_from_the_beginning(tmp_path):
@@ -346,4 +469,4 @@ def test_labels_of_training_and_validation():
 def test_precision_by_name():
     assert precision_keys("fp32") == {"bf16": False, "fp16": False}
     assert precision_keys("bf16") == {"bf16": True, "fp16": False}
-    assert precision_keys("auto")["bf16"] is loop.fast_bf16()
+    assert precision_keys("auto")["bf16"] is fast_bf16()

@@ -10,8 +10,9 @@ from recllm import relevance
 from recllm.adapters import AdapterRecipe, attach
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
+from recllm.examples import Examples
 from recllm.lm import BaseModel, load_base
-from recllm.loop import Examples, fit
+from recllm.loop import fit
 from recllm.metrics import auc
 from recllm.pointwise import PairPrompts
 from recllm.prompts import compile_prompt, load_prompt

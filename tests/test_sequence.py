@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from recllm.examples import NextItemCollator
 from recllm.histories import HistoryFormat
-from recllm.loop import NextItemCollator
 from recllm.ranking import ItemIndex
 from recllm.sequence import IGNORED, ItemProjection, LightBody, NextItemModel, Windows
 from recllm.splits import leave_last_out

@@ -1,0 +1,122 @@
+"""Bottleneck adapters (Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022): two small products in a layer."""
+
+import math
+from collections.abc import Iterator
+
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from recllm.errors import RecllmError, unknown
+from recllm.recipes import Settings
+
+ATTENTION_OUT = (
+    "o_proj",
+    "out_proj",
+    "attention.output.dense",
+    "attn.c_proj",
+    "self_attention.dense",
+    "attention.dense",
+)
+"""Ends of the names of the last product of an attention, in the families of transformers."""
+FEED_FORWARD_OUT = ("down_proj", "fc2", "output.dense", "mlp.c_proj", "dense_4h_to_h", "lin2")
+"""Ends of the names of the last product of a feed-forward block."""
+FEED_FORWARD = ("mlp", "feed_forward", "ffn")
+"""Ends of the names of whole feed-forward blocks, for adapters that run beside them."""
+
+
+class BottleneckSettings(Settings):
+    """`[config]` of a bottleneck recipe; the names are AdapterHub's."""
+
+    mh_adapter: bool = False
+    """Adapters behind every attention."""
+    output_adapter: bool = True
+    """Adapters behind every feed-forward block, or beside it."""
+    is_parallel: bool = False
+    """The adapters read what the feed-forward block reads, and are added to what it gives (He et al. 2022)."""
+    reduction_factor: float = Field(default=16, gt=0)
+    """Hidden width of the model over width of the bottleneck."""
+    non_linearity: str = "relu"
+    """Between the two products, by transformers' names of activations."""
+    scaling: float = 1.0
+    """The adapters' part is multiplied by it."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what goes into the bottleneck, in training."""
+    target_modules: list[str] | None = None
+    """Ends of the names of the modules that get an adapter, in place of those of the known families."""
+
+    @field_validator("non_linearity")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ACT2FN:
+            raise ValueError(str(unknown("activation", name, ACT2FN)))
+        return name
+
+
+class Bottleneck(nn.Module):
+    """A module of the frozen model with an adapter behind it or beside it: y + s · up(f(down(y or x))).
+
+    The upper product starts at zero, so that training starts from the frozen model.
+    """
+
+    def __init__(self, wrapped: nn.Module, width: int, settings: BottleneckSettings) -> None:
+        super().__init__()
+        size = max(1, round(width / settings.reduction_factor))
+        self.wrapped, self.parallel, self.scaling = wrapped, settings.is_parallel, settings.scaling
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        self.activation, self.dropout = ACT2FN[settings.non_linearity], nn.Dropout(settings.dropout)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the wrapped module gives for float[..., width], and the adapter's part."""
+        result: Tensor = self.wrapped(hidden)
+        read = hidden if self.parallel else result
+        inner = self.activation(self.down(self.dropout(read.to(self.down.weight.dtype))))
+        return result + (self.scaling * self.up(inner)).to(result.dtype)
+
+
+def insert_bottlenecks(model: PreTrainedModel, settings: BottleneckSettings) -> PreTrainedModel:
+    """Freeze `model` and put trainable adapters into all of its layers, in place.
+
+    Raises:
+        RecllmError: no module of the model has a name that the settings look for.
+    """
+    model.requires_grad_(False)
+    found = [(name, module) for name, module in model.named_modules() if _adapted(name, settings)]
+    if not found:
+        kind = settings.target_modules or _endings(settings)
+        raise RecllmError(
+            f"A model of the kind '{model.config.model_type}' has no module whose name ends in one of "
+            f"{', '.join(kind)}. Name its modules: --set 'adapter.target_modules=[\"…\"]'."
+        )
+    device = next(model.parameters()).device
+    for name, module in found:
+        parent, _, own = name.rpartition(".")
+        wrapped = Bottleneck(module, model.config.hidden_size, settings).to(device)
+        setattr(model.get_submodule(parent), own, wrapped)
+    return model
+
+
+def bottlenecks(model: nn.Module) -> Iterator[Bottleneck]:
+    """The bottleneck adapters of a model."""
+    return (module for module in model.modules() if isinstance(module, Bottleneck))
+
+
+def _endings(settings: BottleneckSettings) -> tuple[str, ...]:
+    if settings.is_parallel:
+        return FEED_FORWARD
+    return ATTENTION_OUT * settings.mh_adapter + FEED_FORWARD_OUT * settings.output_adapter
+
+
+def _adapted(name: str, settings: BottleneckSettings) -> bool:
+    dotted = f".{name}"
+    if settings.target_modules is not None:
+        return any(dotted.endswith(f".{ending}") for ending in settings.target_modules)
+    # BERT's `attention.output.dense` ends like its feed-forward's `output.dense`.
+    behind_attention = any(dotted.endswith(f".{ending}") for ending in ATTENTION_OUT)
+    if behind_attention and not settings.is_parallel:
+        return settings.mh_adapter
+    return any(dotted.endswith(f".{ending}") for ending in _endings(settings))

@@ -1,0 +1,115 @@
+"""Checkpoints: only what trains, sealed by the sha256 of every file, and verified before training goes on from them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recllm.devices import process_state
+from recllm.errors import RecllmError
+from recllm.files import read_json, sha256_of, write_json, written
+
+WEIGHTS = "model.safetensors"
+SEAL = "sha256.json"
+"""In a checkpoint: the sha256 of all other files by name, written when they are all there."""
+CHANGED = "Was the run file changed?"
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that train, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def save_trained(model: nn.Module, path: Path) -> None:
+    """Write the parameters that train as safetensors, whole or not at all."""
+    kept = {name: value.contiguous() for name, value in trained_values(model).items()}
+    with written(path) as temporary:
+        save_file(kept, temporary, metadata={"format": "pt"})
+
+
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Read what `save_trained` wrote into the same parameters.
+
+    Raises:
+        RecllmError: the file has other parameters than the model trains, or others' shapes.
+    """
+    weights = load_file(path)
+    expected = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for name in sorted(set(weights) | set(expected)):
+        if name not in weights or name not in expected:
+            raise RecllmError(f"{path} does not fit this run: '{name}' is in one of them only. {CHANGED}")
+        if weights[name].shape != expected[name].shape:
+            shapes = f"{list(weights[name].shape)} and not {list(expected[name].shape)}"
+            raise RecllmError(f"{path} does not fit this run: '{name}' has the shape {shapes}. {CHANGED}")
+    model.load_state_dict(weights, strict=False)
+
+
+class Seal(TrainerCallback):
+    """Ends every checkpoint by its seal: one that was cut off while it was written has none, and does not count."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Seal what was saved, when all processes have saved their part."""
+        process_state().wait_for_everyone()
+        if state.is_world_process_zero:
+            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+
+def seal(folder: Path) -> None:
+    """Write the sha256 of every file of a checkpoint."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SEAL)
+    write_json(folder / SEAL, {path.name: sha256_of(path) for path in files})
+
+
+def damage(folder: Path) -> str | None:
+    """The first file of a sealed checkpoint that is not what was sealed, or None."""
+    try:
+        sealed = read_json(folder / SEAL)
+    except (OSError, ValueError):
+        return SEAL
+    for name, digest in sealed.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            return str(name)
+    return None
+
+
+def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -> str | None:
+    """The newest good checkpoint in `folder`, or None.
+
+    One that was cut off while it was written is passed over; one that is damaged is too, and `say` is told. Both are
+    removed on the first process: training comes to their steps again.
+    """
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    found = None
+    for _, path in sorted(numbered, reverse=True):
+        whole = (path / SEAL).is_file()
+        file = damage(path) if whole else None
+        if whole and file is None:
+            found = str(path)
+            break
+        if file is not None:
+            say(f"The checkpoint {path.name} is damaged ({file} is not what was saved); going on from an earlier one")
+        # Not while another process still looks at it.
+        process_state().wait_for_everyone()
+        if process_state().is_main_process:
+            shutil.rmtree(path)
+    return found
+
+
+class SoundBest(TrainerCallback):
+    """Forgets the best checkpoint where it is damaged or gone: the next validation is the best one then."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Look at the best checkpoint of the state that training goes on from."""
+        best = state.best_model_checkpoint
+        if best is None or ((Path(best) / SEAL).is_file() and damage(Path(best)) is None):
+            return
+        self.say(f"The best checkpoint, {Path(best).name}, is damaged or gone; the best one from here on is kept")
+        state.best_model_checkpoint = state.best_metric = state.best_global_step = None

@@ -1,0 +1,38 @@
+"""Where training runs: the processes that train together, the CPU or an accelerator, and the precision that is fast."""
+
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+PATIENCE = timedelta(days=7)
+"""How long the other processes wait while the first one encodes items or scores; ten minutes are the default."""
+
+
+def on_cpu() -> bool:
+    """Whether training runs on the CPU: accelerate is told so, or there is no accelerator."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def process_state() -> PartialState:
+    """The processes that train together, set up at the first call.
+
+    Without an accelerator `PartialState` has to be told that it is on the CPU, else every process of a launcher takes
+    itself for the only one.
+    """
+    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
+
+
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 in hardware (AMX or AVX-512 BF16); without it a CPU is slower in bf16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def precision_keys(precision: str) -> dict[str, bool]:
+    """Trainer's keys for a precision; `auto` is bf16 where it is fast."""
+    if precision == "auto":
+        precision = "bf16" if fast_bf16() else "fp32"
+    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}

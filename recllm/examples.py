@@ -1,0 +1,79 @@
+"""Training examples in a fixed order, and the collator that makes batches of windows of item rows."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from recllm.histories import HistoryFormat, padded
+from recllm.sequence import IGNORED
+
+
+class Examples(Dataset[Any]):
+    """Training examples in the order in which they are seen, all epochs one after the other."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Any:  # noqa: ANN401  whatever the collator reads
+        return self.rows[place]
+
+
+class WholeBatches(Dataset[Any]):
+    """Examples with a note whether they count: the first ones come again until all processes have whole batches.
+
+    accelerate would repeat rows by itself, and they would be learnt twice: two processes would not reach the losses of
+    one.
+    """
+
+    def __init__(self, examples: Examples, rows: int) -> None:
+        """Fill up to a multiple of `rows`, the rows of one round over all processes."""
+        self.examples, self.length = examples, math.ceil(len(examples) / rows) * rows
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> tuple[Any, bool]:
+        return self.examples[place % len(self.examples)], place < len(self.examples)
+
+
+def collate_counted(
+    collator: Callable[[Any], dict[str, Tensor]], rows: Sequence[tuple[Any, bool]]
+) -> dict[str, Tensor]:
+    """A batch by `collator`, in which rows that do not count have no labels."""
+    batch = collator([row for row, _ in rows])
+    batch["labels"][[not counts for _, counts in rows]] = IGNORED
+    return batch
+
+
+@dataclass(frozen=True)
+class NextItemCollator:
+    """Windows of item rows to padded ids, ends and labels; without any randomness, so that resuming is exact."""
+
+    history: HistoryFormat
+    last_only: bool = False
+    """Only the last item is a label (validation)."""
+
+    def __call__(self, windows: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
+        """Item rows, oldest first, the last only a label, to int64 tensors as `NextItemModel.forward` takes them."""
+        inputs = [self.history.fitting(window[:-1]) for window in windows]
+        paths = [self.history.ids(rows) for rows in inputs]
+        labels = [window[len(window) - len(rows) :].tolist() for window, rows in zip(windows, inputs, strict=True)]
+        if self.last_only:
+            labels = [[IGNORED] * (len(row) - 1) + row[-1:] for row in labels]
+        columns = {
+            "ids": padded([ids for ids, _ in paths]),
+            "ends": padded([ends for _, ends in paths]),
+            "labels": padded(labels, IGNORED),
+            "seen": padded([rows.tolist() for rows in inputs], IGNORED),
+        }
+        return {name: torch.from_numpy(column) for name, column in columns.items()}

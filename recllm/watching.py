@@ -1,0 +1,102 @@
+"""What is told of training while it runs: the metrics file, lines of progress, and a loss that is no number."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recllm.files import written
+from recllm.progress import Progress
+
+
+class NonFiniteLossError(Exception):
+    """A loss is NaN or infinite.
+
+    Attributes:
+        key: `loss` or `eval_loss`.
+        value: what it is.
+        step: the step that it was computed for.
+    """
+
+    def __init__(self, key: str, value: float, step: int) -> None:
+        super().__init__(f"{key} is {value} at step {step}")
+        self.key, self.value, self.step = key, value, step
+
+
+class MetricsFile(TrainerCallback):
+    """Append what Trainer logs to a JSON-lines file, and stop on a logged loss that is no number."""
+
+    def __init__(self, path: Path, scorer: str) -> None:
+        self.path, self.scorer = path, scorer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Take out what lies behind the checkpoint from which training goes on: those steps come again."""
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if _whole(line)]
+        kept = [line for line in lines if line["scorer"] != self.scorer or line["step"] <= state.global_step]
+        with written(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        """Write one line per log, on the first process only."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"scorer": self.scorer, "step": state.global_step} | logs) + "\n")
+        for key in ("loss", "eval_loss"):
+            if key in logs and not math.isfinite(float(logs[key])):
+                raise NonFiniteLossError(key, float(logs[key]), state.global_step)
+
+
+def _whole(line: str) -> bool:
+    """Whether a line of the metrics file was written to its end; a killed process may leave a part of the last one."""
+    return line.startswith("{") and line.endswith("}")
+
+
+class StepLines(TrainerCallback):
+    """Says how far training is: at every validation, and every few seconds in between."""
+
+    def __init__(self, scorer: str, metric: str, say: Callable[[str], None]) -> None:
+        self.scorer, self.metric, self.say = scorer, metric, say
+        self.progress, self.loss = Progress(0, "steps", say), math.nan
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Begin to count; a resumed run counts what is left."""
+        self.progress = Progress(state.max_steps - state.global_step, f"{self.scorer} steps", self.say)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Count a step."""
+        self.progress.add(1, self._loss())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        """Keep the loss; tell a validation."""
+        given = logs or {}
+        self.loss = float(given.get("loss", self.loss))
+        if self.metric in given:
+            name = self.metric.removeprefix("eval_").upper()
+            self.progress.tell(f"{self._loss()}, validation {name} {given[self.metric]:.4f}")
+
+    def _loss(self) -> str:
+        return "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
