@@ -73,11 +73,14 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
         return insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
     given = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
     try:
-        config = _config_class(recipe.tuner)(**given | recipe.config)
         with warnings.catch_warnings():
             # PEFT 0.21 asks for the attribute that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            return peft.get_peft_model(model, config)
+            # It knows no norms by their class, and trains them all the same.
+            warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+            # VeRA's random matrices are drawn from their seed wherever they are loaded: that is the recipe's intention.
+            warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B", UserWarning)
+            return peft.get_peft_model(model, _config_class(recipe.tuner)(**given | recipe.config))
     except (ValueError, TypeError) as error:
         raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}' for this model: {error}") from error
 

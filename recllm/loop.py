@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -244,6 +245,7 @@ def fit(
     } | arguments
     options.setdefault("save_steps", options["eval_steps"])
     boards = _own_tensorboard(options, folder / "tensorboard" / scorer)
+    _recompute(model, options)
 
     def trainer(adjusted: Adjusted) -> OrderedTrainer:
         settings = _training_arguments(_divided(options, adjusted.parts))
@@ -376,6 +378,24 @@ def _quiet_about(adjusted: Adjusted) -> Iterator[None]:
         yield
     finally:
         hf_logging.set_verbosity(level)
+
+
+def _recompute(model: nn.Module, options: dict[str, Any]) -> None:
+    """Compute activations twice and keep them once, where the keys ask for it; ours is no model that Trainer knows.
+
+    Raises:
+        RecllmError: the model has no layers of transformers.
+    """
+    for old in ("activation_checkpointing", "gradient_checkpointing"):  # two names of one thing in transformers 5
+        asked, keys = options.pop(old, False), options.pop(f"{old}_kwargs", None)
+        if not asked:
+            continue
+        body = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        if body is None:
+            raise RecllmError(f"train.{old} is for language models, and this scorer has none. Leave it out.")
+        new = hasattr(body, "activation_checkpointing_enable")
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
+        getattr(body, f"{name}_enable")(**{f"{name}_kwargs": keys or {"use_reentrant": False}})
 
 
 def _own_tensorboard(options: dict[str, Any], folder: Path) -> list[TrainerCallback]:

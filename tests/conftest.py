@@ -65,6 +65,11 @@ gate_queries = 8
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Tables in the docs are written by the tests that find them."""
+    parser.addoption("--write-docs", action="store_true", help="write the tables of the docs that tests find")
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer of at most 384 tokens; 0, 1 and 2 are its control tokens."""

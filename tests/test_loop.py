@@ -421,6 +421,22 @@ def test_a_damaged_best_checkpoint_is_forgotten_and_told(tmp_path, monkeypatch):
     assert all(torch.equal(kept[name], last[name]) for name in last)
 
 
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])
+def test_activations_computed_twice_give_the_same_weights(key, tiny_lm_folder, tmp_path):
+    plain = train(language(tiny_lm_folder), tmp_path / "plain", history=LM_HISTORY, max_steps=4)
+    model, calls = language(tiny_lm_folder), []
+    layer = model.body.model.base_model.model.layers[0]
+    layer.self_attn.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    twice = train(model, tmp_path / "twice", history=LM_HISTORY, max_steps=4, **{key: True})
+    assert all(torch.equal(plain[name], twice[name]) for name in plain)
+    assert calls.count(True) >= 8  # each of four steps reads the layer again on its way back
+
+
+def test_a_light_scorer_has_no_activations_to_compute_twice(tmp_path):
+    with pytest.raises(RecllmError, match=r"train\.gradient_checkpointing is for language models"):
+        train(light(), tmp_path, gradient_checkpointing=True)
+
+
 def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
     check_trainer_keys({"gradient_accumulation_steps": 2, "logging_steps": 5})
     with pytest.raises(RecllmError, match=r"Unknown key in \[train\] 'loging_steps'. Did you mean 'logging_steps'"):
