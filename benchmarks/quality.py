@@ -27,8 +27,9 @@ from recllm.ranking import ItemIndex
 from recllm.recipes import parse
 from recllm.results import Table, averaged
 from recllm.runs import ENVIRONMENT, Run, set_key
+from recllm.scoring import known_scores
 from recllm.tasks import Task
-from recllm.train import known_scores, train_run
+from recllm.train import train_run
 from recllm.trained import load_collaborative
 
 RESULTS = Path(__file__).parent / "results"

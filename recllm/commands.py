@@ -171,8 +171,8 @@ def evaluate_folder(folder: Path, part: str) -> None:
     run = load_run(folder)
     needs("Evaluating a run", TRAINING)
     from recllm.outcome import evaluate_run, save_evaluation
+    from recllm.scoring import known_scores
     from recllm.tasks import prepare
-    from recllm.train import known_scores
     from recllm.trained import load_collaborative
 
     trained(run.folder)

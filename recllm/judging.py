@@ -17,7 +17,7 @@ from recllm.examples import Examples
 from recllm.files import read_json
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
 from recllm.lm import load_base, model_folder, scoring_device
-from recllm.loop import fit, rows_at_least
+from recllm.loop import Stage, fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Made, earlier_events, labelled_rows, training_pairs
@@ -153,20 +153,18 @@ def train_light_judge(run: Run, task: Task, parts: Collaborative, *, resume: boo
     )
     examples = Examples(Made(len(rows), lambda place: _pair(form, rows[place])))
     valid = validation_sample(run, task, form.knows, "a known history")
-    fit(
+    stage = Stage(
+        "light",
         model,
         examples,
         Examples([form.pair(row.query, row.item_id)._replace(label=row.label or 0.0) for row in valid]),
         collator=PairCollator(),
         valid_collator=PairCollator(),
         arguments=arguments,
-        folder=run.folder,
-        scorer="light",
         compute_metrics=auc_metric,
-        say=say,
         metric="eval_auc",
-        resume=resume,
     )
+    fit(stage, folder=run.folder, say=say, resume=resume)
     if process_state().is_main_process:
         save_trained(model, folder / "model.safetensors")
         save_stage(folder, {"rows": len(examples)})
@@ -214,19 +212,25 @@ def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool,
     folder = run.folder / "lm"
     if stage_done(folder):
         return
-    model, prompt = relevance_model(run, task, adapter_recipe(run), say)
-    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {trained:,} parameters train")
-    prompts = PairPrompts(prompt, task.dataset.catalog, model)
-    rows = _fit(run, task, model, prompts, resume=resume, say=say) if trained else 0
+    stage = relevance_stage(run, task, say)
+    say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
+    if stage.trained:
+        fit(stage, folder=run.folder, say=say, resume=resume)
     if process_state().is_main_process:
-        save_trained(model, folder / "model.safetensors")
-        save_stage(folder, {"rows": rows, "trained": trained})
+        save_trained(stage.model, folder / "model.safetensors")
+        save_stage(folder, {"rows": len(stage.train) if stage.trained else 0, "trained": stage.trained})
         shutil.rmtree(run.folder / "checkpoints" / "relevance", ignore_errors=True)
     process_state().wait_for_everyone()
 
 
-def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, resume: bool, say: Say) -> int:
+def relevance_stage(run: Run, task: Task, say: Say) -> Stage:
+    """The fine-tuning of the language model to judge pairs; without examples where nothing of it trains.
+
+    Raises:
+        RecllmError: as `train_relevance`.
+    """
+    model, prompt = relevance_model(run, task, adapter_recipe(run), say)
+    prompts = PairPrompts(prompt, task.dataset.catalog, model)
     settings = run.train
     arguments = {
         "learning_rate": settings.head_learning_rate,
@@ -237,36 +241,34 @@ def _fit(run: Run, task: Task, model: RelevanceModel, prompts: PairPrompts, *, r
         **precision_keys(settings.precision),
         **settings.trainer_keys(),
     }
-    rows = training_pairs(
-        task,
-        items=prompts.candidates,
-        like_at=run.data.like_at,
-        max_history=run.model.max_history,
-        limit=run.model.relevance_rows,
-        epochs=settings.num_train_epochs,
-        at_least=rows_at_least(arguments),
-        seed=run.seed,
-        block=ROWS_OF_A_USER if run.model.pairwise else 1,
-    )
+    train, valid = Examples([]), Examples([])
+    if any(value.requires_grad for value in model.parameters()):
+        rows = training_pairs(
+            task,
+            items=prompts.candidates,
+            like_at=run.data.like_at,
+            max_history=run.model.max_history,
+            limit=run.model.relevance_rows,
+            epochs=settings.num_train_epochs,
+            at_least=rows_at_least(arguments),
+            seed=run.seed,
+            block=ROWS_OF_A_USER if run.model.pairwise else 1,
+        )
+        train, valid = written(rows, prompts), written(validation_rows(run, task, prompts), prompts)
     model.pairwise = run.model.pairwise
-    examples = written(rows, prompts)
-    fit(
+    return Stage(
+        "relevance",
         model,
-        examples,
-        written(validation_rows(run, task, prompts), prompts),
+        train,
+        valid,
         collator=RelevanceCollator(),
         valid_collator=RelevanceCollator(),
         arguments=arguments,
-        folder=run.folder,
-        scorer="relevance",
         compute_metrics=auc_metric,
-        say=say,
         metric="eval_auc",
         adapter_learning_rate=settings.learning_rate,
         patience=settings.early_stopping_patience,
-        resume=resume,
     )
-    return len(examples)
 
 
 def written(rows: Sequence[Example], prompts: PairPrompts) -> Examples:

@@ -186,66 +186,86 @@ def steps_of(examples: int, arguments: dict[str, Any]) -> int:
     return most if most > 0 else math.ceil(examples / rows_of_a_step(arguments))
 
 
-def fit(
-    model: nn.Module,
-    train: Examples,
-    valid: Examples,
-    *,
-    collator: Callable[[Any], dict[str, Tensor]],
-    valid_collator: Callable[[Any], dict[str, Tensor]],
-    arguments: dict[str, Any],
-    folder: Path,
-    scorer: str,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
-    say: Callable[[str], None],
-    metric: str = METRIC,
-    adapter_learning_rate: float | None = None,
-    patience: int | None = None,
-    resume: bool = False,
-) -> None:
-    """Train what requires gradients, validate, and leave `model` with the best weights by `metric`.
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What is trained, on what, and how.
 
-    Args:
-        model: returns a dict with `loss`, as Trainer expects; its trainable parameters are updated in place.
+    Attributes:
+        scorer: names the stage in the metrics file, and its folder of checkpoints.
+        model: returns a dict with `loss`, as Trainer expects; what requires gradients is trained in place.
         train: examples in the order in which they are seen.
         valid: examples of the validation.
         collator: makes a batch of training examples.
         valid_collator: makes a batch of validation examples.
         arguments: Trainer's own keys.
-        folder: takes `checkpoints/`, `metrics.jsonl`, and `tensorboard/` where `report_to` names it.
-        scorer: names the lines in the metrics file.
         compute_metrics: turns Trainer's predictions into validation metrics.
-        say: gets lines of progress.
         metric: the checkpoint with the highest value is kept.
         adapter_learning_rate: peak rate of the body's parameters.
         patience: stop after so many validations without a better one.
+    """
+
+    scorer: str
+    model: nn.Module
+    train: Examples
+    valid: Examples
+    collator: Callable[[Any], dict[str, Tensor]]
+    valid_collator: Callable[[Any], dict[str, Tensor]]
+    arguments: dict[str, Any]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    metric: str = METRIC
+    adapter_learning_rate: float | None = None
+    patience: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """Parameters that train."""
+        return sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+
+    @property
+    def steps(self) -> int:
+        """Steps over all examples, on all processes together."""
+        return steps_of(len(self.train), self.arguments)
+
+    def options(self, folder: Path) -> dict[str, Any]:
+        """Trainer's keys, ours and the run file's; checkpoints go into `folder`."""
+        options: dict[str, Any] = {
+            "output_dir": str(folder),
+            "num_train_epochs": 1,  # the examples of all epochs are one sequence
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 10,
+            "logging_nan_inf_filter": False,  # it would hide a loss that is no number
+            "report_to": "none",
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": self.metric,
+            "greater_is_better": True,
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "per_device_eval_batch_size": 32,
+            "disable_tqdm": True,  # we say ourselves how far it is
+            "use_cpu": on_cpu(),
+            "restore_callback_states_from_checkpoint": True,  # the count of validations without a better one
+            "eval_steps": max(1, math.ceil(self.steps / EVALUATIONS)),
+        } | self.arguments
+        options.setdefault("save_steps", options["eval_steps"])
+        return options
+
+
+def fit(stage: Stage, *, folder: Path, say: Callable[[str], None], resume: bool = False) -> None:
+    """Train a stage, validate, and leave its model with the best weights by its metric.
+
+    Args:
+        stage: what is trained.
+        folder: takes `checkpoints/`, `metrics.jsonl`, and `tensorboard/` where `report_to` names it.
+        say: gets lines of progress.
         resume: go on from the last checkpoint, if there is one.
     """
-    checkpoints = folder / "checkpoints" / scorer
-    options: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "num_train_epochs": 1,  # the examples of all epochs are one sequence
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 10,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": metric,
-        "greater_is_better": True,
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-        "per_device_eval_batch_size": 32,
-        "disable_tqdm": True,  # we say ourselves how far it is
-        "use_cpu": on_cpu(),
-        "restore_callback_states_from_checkpoint": True,  # the count of validations without a better one
-        "eval_steps": max(1, math.ceil(steps_of(len(train), arguments) / EVALUATIONS)),
-    } | arguments
-    options.setdefault("save_steps", options["eval_steps"])
-    boards = _own_tensorboard(options, folder / "tensorboard" / scorer)
-    _recompute(model, options)
+    checkpoints = folder / "checkpoints" / stage.scorer
+    options = stage.options(checkpoints)
+    boards = _own_tensorboard(options, folder / "tensorboard" / stage.scorer)
+    _recompute(stage.model, options)
 
     def trainer(adjusted: Adjusted) -> OrderedTrainer:
         settings = _training_arguments(_divided(options, adjusted.parts))
@@ -254,27 +274,24 @@ def fit(
         # One process has nobody to wait for: its last batch may be short.
         round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
         made = OrderedTrainer(
-            model=model,
+            model=stage.model,
             args=settings,
-            data_collator=partial(collate_counted, collator),
-            train_dataset=WholeBatches(train, round_rows),
-            eval_dataset=valid,
-            compute_metrics=compute_metrics,
-            callbacks=[SoundBest(say), RankBudget(), MetricsFile(folder / "metrics.jsonl", scorer)]
-            + [StepLines(scorer, metric, say), *boards]
-            + ([EarlyStoppingCallback(patience)] if patience else [])
+            data_collator=partial(collate_counted, stage.collator),
+            train_dataset=WholeBatches(stage.train, round_rows),
+            eval_dataset=stage.valid,
+            compute_metrics=stage.compute_metrics,
+            callbacks=[SoundBest(say), RankBudget(), MetricsFile(folder / "metrics.jsonl", stage.scorer)]
+            + [StepLines(stage.scorer, stage.metric, say), *boards]
+            + ([EarlyStoppingCallback(stage.patience)] if stage.patience else [])
             + [Seal()],  # last: a seal stands under everything that belongs to a checkpoint
         )
         made.remove_callback(PrinterCallback)  # prints a dictionary per log line
-        made.adapter_learning_rate, made.rate, made.valid_collator = (
-            adapter_learning_rate,
-            adjusted.rate,
-            valid_collator,
-        )
-        made.kept_batches = folder / f"no-number-{scorer}"
+        made.adapter_learning_rate, made.valid_collator = stage.adapter_learning_rate, stage.valid_collator
+        made.rate = adjusted.rate
+        made.kept_batches = folder / f"no-number-{stage.scorer}"
         return made
 
-    _train_on(trainer, model, checkpoints, scorer=scorer, resume=resume, say=say)
+    _train_on(trainer, stage.model, checkpoints, scorer=stage.scorer, resume=resume, say=say)
     process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
 
 

@@ -27,8 +27,9 @@ from recllm.report import (
 from recllm.results import Table
 from recllm.runs import FILE, Run, load_run
 from recllm.runtime import Recommender, load
+from recllm.scoring import known_scores
 from recllm.tasks import Task
-from recllm.train import Clock, known_scores, train_run
+from recllm.train import Clock, train_run
 from recllm.trained import load_collaborative
 
 Say = Callable[[str], None]

@@ -17,8 +17,9 @@ from recllm.outcome import FUSION, evaluate_run
 from recllm.ranker import load_ranker
 from recllm.ranking import ItemIndex
 from recllm.runs import Run, load_run
+from recllm.scoring import known_scores
 from recllm.tasks import prepare
-from recllm.train import known_scores, train_run
+from recllm.train import train_run
 from recllm.trained import load_collaborative
 
 WITHOUT = "fusion without relevance"

@@ -17,7 +17,7 @@ from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, WholeBatches, collate_counted
 from recllm.histories import HistoryFormat, item_token_history
 from recllm.lm import load_base, next_item_model
-from recllm.loop import check_trainer_keys, fit
+from recllm.loop import Stage, check_trainer_keys, fit
 from recllm.ranking import ItemIndex
 from recllm.runs import ModelSettings
 from recllm.sequence import IGNORED, LightBody, NextItemModel, Windows
@@ -65,20 +65,18 @@ def train(
 ):
     windows = Windows(CYCLES, 6, epochs=2, seed=0)
     given = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "eval_steps": 4, "logging_steps": 1, "seed": 0}
-    fit(
+    stage = Stage(
+        scorer,
         model,
         Examples(windows.all()),
         Examples([window[-7:] for window in CYCLES[:6]]),
         collator=NextItemCollator(history),
         valid_collator=NextItemCollator(history, last_only=True),
         arguments=given | arguments,
-        folder=folder,
-        scorer=scorer,
         compute_metrics=loop.ranking_metrics,
-        say=say,
         patience=patience,
-        resume=resume,
     )
+    fit(stage, folder=folder, say=say, resume=resume)
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
@@ -178,19 +176,18 @@ def test_two_learning_rates(tiny_lm_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "OrderedTrainer", Watching)
     model = language(tiny_lm_folder)
     windows = Examples(Windows(CYCLES, 6, epochs=1, seed=0).all())
-    fit(
+    stage = Stage(
+        "lm",
         model,
         windows,
         windows,
         collator=NextItemCollator(LM_HISTORY),
         valid_collator=NextItemCollator(LM_HISTORY, last_only=True),
         arguments={"learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 1, "eval_steps": 1},
-        folder=tmp_path,
-        scorer="lm",
         compute_metrics=loop.ranking_metrics,
-        say=lambda _: None,
         adapter_learning_rate=1e-3,
     )
+    fit(stage, folder=tmp_path, say=lambda _: None)
     rates = {name: rate for name, rate, _ in found}
     decays = {name: decay for name, _, decay in found}
     assert set(rates) == {name for name, value in model.named_parameters() if value.requires_grad}
@@ -277,18 +274,17 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch):
 
 def test_a_stage_is_validated_several_times_where_nothing_is_said(tmp_path):
     windows = Windows(CYCLES, 6, epochs=8, seed=0).all()
-    fit(
+    stage = Stage(
+        "light",
         light(),
         Examples(windows),
         Examples(windows[:4]),
         collator=NextItemCollator(LIGHT_HISTORY),
         valid_collator=NextItemCollator(LIGHT_HISTORY, last_only=True),
         arguments={"per_device_train_batch_size": 8, "learning_rate": 1e-3, "report_to": "tensorboard"},
-        folder=tmp_path,
-        scorer="light",
         compute_metrics=loop.ranking_metrics,
-        say=lambda _: None,
     )
+    fit(stage, folder=tmp_path, say=lambda _: None)
     assert 8 <= len([line for line in lines(tmp_path) if loop.METRIC in line]) <= 11
     assert list((tmp_path / "tensorboard" / "light").glob("events.out.tfevents.*"))
     assert not list((tmp_path / "checkpoints").rglob("events.out.tfevents.*"))

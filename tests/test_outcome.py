@@ -9,8 +9,8 @@ from recllm.files import read_json
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
 from recllm.ranking import mask_seen
 from recllm.runs import load_run
+from recllm.scoring import known_scores
 from recllm.tasks import prepare
-from recllm.train import known_scores
 from recllm.trained import load_collaborative
 
 
@@ -69,7 +69,7 @@ def test_the_models_that_read_the_order_know_what_comes_next(outcome):
 
 def test_scores_are_kept_and_not_computed_again(outcome, monkeypatch):
     run, task, scores, _ = outcome
-    monkeypatch.setattr("recllm.train.load_language", lambda *_: pytest.fail("the language model was loaded again"))
+    monkeypatch.setattr("recllm.scoring.load_language", lambda *_: pytest.fail("the language model was loaded again"))
     again = known_scores(run, task, load_collaborative(run, task), pytest.fail)
     assert np.array_equal(again["test"]["lm"], scores["test"]["lm"])
 

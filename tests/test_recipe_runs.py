@@ -77,7 +77,8 @@ def model_of(folder, recipe):
 
 
 def train(model, place, *, rate, resume=False):
-    loop.fit(
+    stage = loop.Stage(
+        "lm",
         model,
         Examples(Windows(CYCLES, 6, epochs=4, seed=0).all()),
         Examples([window[-7:] for window in CYCLES[:6]]),
@@ -91,13 +92,10 @@ def train(model, place, *, rate, resume=False):
             "eval_steps": STEPS // 2,
             "seed": 0,
         },
-        folder=place,
-        scorer="lm",
         compute_metrics=loop.ranking_metrics,
-        say=lambda _: None,
         adapter_learning_rate=rate,
-        resume=resume,
     )
+    loop.fit(stage, folder=place, say=lambda _: None, resume=resume)
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 

@@ -12,7 +12,7 @@ from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
 from recllm.examples import Examples
 from recllm.lm import BaseModel, load_base
-from recllm.loop import fit
+from recllm.loop import Stage, fit
 from recllm.metrics import auc
 from recllm.pointwise import PairPrompts
 from recllm.prompts import compile_prompt, load_prompt
@@ -184,19 +184,18 @@ def test_training_tells_the_halves_apart(which, sides, request, checkerboard, tm
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     rng, prompts = np.random.default_rng(0), PairPrompts(prompt, checkerboard.catalog, model)
     rows = [row for _ in range(8) for row in train_rows(checkerboard, prompts, rng, sides)]
-    fit(
+    stage = Stage(
+        "relevance",
         model,
         Examples(rows),
         Examples(rows[:64]),
         collator=RelevanceCollator(),
         valid_collator=RelevanceCollator(),
         arguments={"learning_rate": 3e-3, "per_device_train_batch_size": 16, "eval_steps": 40, "warmup_steps": 5},
-        folder=tmp_path,
-        scorer="relevance",
         compute_metrics=lambda found: {"auc": auc(found.label_ids[:, 0], found.predictions.reshape(-1))},
-        say=lambda _: None,
         metric="eval_auc",
     )
+    fit(stage, folder=tmp_path, say=lambda _: None)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
     scorer = RelevanceScorer(model, prompt, checkerboard.catalog)

@@ -3,8 +3,8 @@
 import recllm
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run
 from recllm.runs import load_run
+from recllm.scoring import known_scores
 from recllm.tasks import prepare
-from recllm.train import known_scores
 from recllm.trained import load_collaborative
 
 

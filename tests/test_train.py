@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from recllm import loop, train
+from recllm import loop, nextitem, train
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.fusion import Fusion
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_run, tmp_path, monkeypatch)
 
 def test_a_finished_run_is_not_trained_again(tiny_run, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(nextitem, "fit", lambda *_, **__: pytest.fail("trained again"))
     train_run(load_run(tiny_run), resume=True, say=silent)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

@@ -1,0 +1,163 @@
+"""Next item: the light scorer and the language model trained on windows of histories, and their validation."""
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.checkpoints import save_trained
+from recllm.devices import precision_keys, process_state
+from recllm.examples import Examples, NextItemCollator
+from recllm.histories import HistoryFormat
+from recllm.loop import Stage, fit, ranking_metrics, rows_at_least
+from recllm.runs import Run
+from recllm.sequence import NextItemModel, Windows
+from recllm.tasks import Task
+from recllm.trained import (
+    Collaborative,
+    Say,
+    adapter_recipe,
+    language_model,
+    light_model,
+    load_light,
+    save_stage,
+    stage_done,
+)
+from recllm.vectors import ItemFeatures
+
+VALIDATION_WINDOWS = 256
+"""Validation histories that choose the language model's checkpoint; the fusion sees all of them."""
+
+
+def train_light(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+    """Train the light sequence scorer, unless it is done or the run has none."""
+    settings, folder = run.light, run.folder / "light"
+    if settings.num_train_epochs == 0 or stage_done(folder):
+        return
+    say(f"Training the light sequence scorer, {settings.num_train_epochs} epochs")
+    _train(run, light_stage(run, task, parts.features), resume=resume, say=say)
+
+
+def light_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
+    """The training of the light sequence scorer."""
+    settings = run.light
+    model, history = light_model(run, task, features)
+    windows = Windows(
+        task.sequences(),
+        settings.max_history,
+        settings.num_train_epochs,
+        run.seed,
+        batch=_batch(settings.per_device_train_batch_size),
+    )
+    arguments = {
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "warmup_steps": 0.05,
+        "seed": run.seed,
+        "report_to": run.train.trainer_keys().get("report_to", "none"),
+    }
+    return _stage("light", model, history, windows, arguments, _validation_windows(task, history, run.seed, None))
+
+
+def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+    """Fine-tune the language model for the next item, unless it is done."""
+    if stage_done(run.folder / "lm"):
+        return
+    stage = language_stage(run, task, parts.features, say)
+    say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {stage.trained:,} parameters train")
+    _train(run, stage, resume=resume, say=say)
+
+
+def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> Stage:
+    """The fine-tuning of the language model for the next item."""
+    settings = run.train
+    model, history, _ = language_model(run, task, features, adapter_recipe(run), say)
+    if run.model.heads_from_light and (light := load_light(run, task, features)) is not None:
+        _start_from(model, light[0], say)
+    windows = Windows(
+        _readable(task.sequences(), history),
+        history.limit,
+        settings.num_train_epochs,
+        run.seed,
+        settings.recent_windows,
+        _batch(settings.per_device_train_batch_size),
+    )
+    arguments = {
+        "learning_rate": settings.head_learning_rate,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "max_steps": settings.max_steps,
+        "warmup_steps": 0.05,
+        "seed": run.seed,
+        **precision_keys(settings.precision),
+        **settings.trainer_keys(),
+    }
+    valid = _validation_windows(task, history, run.seed, VALIDATION_WINDOWS)
+    stage = _stage("lm", model, history, windows, arguments, valid)
+    return replace(stage, adapter_learning_rate=settings.learning_rate, patience=settings.early_stopping_patience)
+
+
+def _batch(on_one_device: int) -> int:
+    """Windows in a step on all devices."""
+    devices: int = process_state().num_processes
+    return on_one_device * devices
+
+
+def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
+    """Copy the light model's item side, so that the language model has only histories left to learn."""
+    if model.query.out_features != light.query.out_features:
+        say("The heads start anew: model.head_width is not light.width")
+        return
+    model.heads.load_state_dict(light.heads.state_dict())
+    model.bias.data.copy_(light.bias.data)
+    model.log_scale.data.copy_(light.log_scale.data)
+    model.cold_bias.data.copy_(light.cold_bias.data)
+
+
+def _readable(sequences: list[NDArray[np.int64]], history: HistoryFormat) -> list[NDArray[np.int64]]:
+    if history.texts is None:
+        return sequences
+    return [row[[history.texts[item] is not None for item in row]] for row in sequences]
+
+
+def _stage(
+    scorer: str,
+    model: NextItemModel,
+    history: HistoryFormat,
+    windows: Windows,
+    arguments: dict[str, Any],
+    valid: list[NDArray[np.int64]],
+) -> Stage:
+    return Stage(
+        scorer,
+        model,
+        Examples(windows.all(rows_at_least(arguments))),
+        Examples(valid),
+        collator=NextItemCollator(history),
+        valid_collator=NextItemCollator(history, last_only=True),
+        arguments=arguments,
+        compute_metrics=ranking_metrics,
+    )
+
+
+def _train(run: Run, stage: Stage, *, resume: bool, say: Say) -> None:
+    fit(stage, folder=run.folder, say=say, resume=resume)
+    if process_state().is_main_process:
+        folder = run.folder / stage.scorer
+        save_trained(stage.model, folder / "model.safetensors")
+        save_stage(folder, {"steps": stage.steps, "windows": len(stage.train)})
+        shutil.rmtree(run.folder / "checkpoints" / stage.scorer, ignore_errors=True)
+    process_state().wait_for_everyone()
+
+
+def _validation_windows(task: Task, history: HistoryFormat, seed: int, limit: int | None) -> list[NDArray[np.int64]]:
+    rows = [
+        np.append(history.window(task.index.known(example.query.history)), task.index.rows([example.item_id]))
+        for example in task.split.valid
+    ]
+    rows = [row for row in rows if len(row) > 1 and task.warm[row[-1]]]
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [rows[place] for place in np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]

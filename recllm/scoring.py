@@ -1,0 +1,152 @@
+"""Scores of validation and test by every trained scorer of a run, kept in its folder, and the fusion fitted on them."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.devices import fast_bf16
+from recllm.encoding import SequenceScorer
+from recllm.files import read_json, write_json, written
+from recllm.fusion import Fusion
+from recllm.histories import HistoryFormat
+from recllm.judging import load_light_judge, load_relevance, rating_scorers
+from recllm.lm import LanguageBody, scoring_device
+from recllm.progress import Progress
+from recllm.protocols import EvaluationProtocol, evaluation_protocol
+from recllm.ranking import QUERY_BATCH, Scorer, Scores, batches, score_as_new
+from recllm.relevance import RelevanceScorer
+from recllm.runs import Run
+from recllm.sequence import NextItemModel
+from recllm.splits import Example
+from recllm.tasks import Task
+from recllm.trained import Collaborative, Say, load_language, load_light, sequence_scorer, stage_done
+from recllm.vectors import ItemFeatures
+
+BLOCK_SCORES = 20_000_000
+"""Scores that are held in memory at once."""
+NEW_ITEM_SCORES = 200_000_000
+"""Scores on which the weights of new items are fitted, in memory at once."""
+
+
+def scorer_makers(run: Run, task: Task, parts: Collaborative) -> dict[str, Callable[[], Scorer]]:
+    """What makes every scorer of a trained run, by name; a model is loaded only when its scores are needed."""
+    judged = run.model.task == "relevance"
+    fitted = rating_scorers(run, task, parts) if judged else parts.scorers()
+    makers: dict[str, Callable[[], Scorer]] = {name: partial(_same, scorer) for name, scorer in fitted.items()}
+    if stage_done(run.folder / "light"):
+        sequence = partial(_sequence, load_light, run, task, parts)
+        makers["light"] = partial(load_light_judge, run, task, parts) if judged else sequence
+    if stage_done(run.folder / "lm"):
+        language = partial(load_relevance, run, task) if judged else partial(_sequence, load_language, run, task, parts)
+        makers[evaluation_protocol(run, task).language] = language
+    return makers
+
+
+def _same(scorer: Scorer) -> Scorer:
+    return scorer
+
+
+def _sequence(
+    load: Callable[[Run, Task, ItemFeatures], tuple[NextItemModel, HistoryFormat] | None],
+    run: Run,
+    task: Task,
+    parts: Collaborative,
+) -> Scorer:
+    found = load(run, task, parts.features)
+    assert found is not None
+    model, history = found
+    heavy = isinstance(model.body, LanguageBody)
+    return sequence_scorer(model.to(scoring_device()), history, task, parts.neighbours, bf16=heavy and fast_bf16())
+
+
+def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, dict[str, Scores]]:
+    """Scores of validation and test by every scorer, computed once and kept in the run's folder.
+
+    Validation and test go in together: a user's validation history is the beginning of the test history, and a causal
+    model reads both in one pass.
+    """
+    protocol = evaluation_protocol(run, task)
+    valid, test = protocol.examples("valid"), protocol.examples("test")
+    result: dict[str, dict[str, Scores]] = {"valid": {}, "test": {}}
+    for name, make in scorer_makers(run, task, parts).items():
+        path = run.folder / "scores" / f"{name}.npy"
+        if not path.is_file():
+            say(f"Scoring validation and test with '{name}'")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scorer = make()
+            if isinstance(scorer, SequenceScorer | RelevanceScorer):
+                scorer.progress = Progress(len(valid) + len(test), "rows", say).add
+            with written(path) as part:
+                _write_scores(protocol, scorer, valid, test, part)
+        scores = np.load(path, mmap_mode="r")
+        result["valid"][name], result["test"][name] = scores[: len(valid)], scores[len(valid) :]
+    return result
+
+
+def _write_scores(
+    protocol: EvaluationProtocol, scorer: Scorer, valid: list[Example], test: list[Example], path: Path
+) -> None:
+    """Score block by block into a .npy file: all scores of a large set do not fit into memory."""
+    examples = [*valid, *test]
+    # The same stretch of both parts in one block: it is mostly the same users.
+    places = np.concatenate([np.arange(len(part)) / max(len(part), 1) for part in (valid, test)])
+    order = np.argsort(places, kind="stable")
+    shape = protocol.shape(len(examples))
+    scores = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    for _, rows in batches(order.tolist(), max(QUERY_BATCH, BLOCK_SCORES // max(math.prod(shape[1:]), 1))):
+        scores[rows] = protocol.score(scorer, [examples[row] for row in rows])
+    scores.flush()
+
+
+def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
+    """Fit the fusion on validation: with every scorer, and again without the language model for the table."""
+    settings = run.folder / "fusion-settings.json"
+    wanted = run.fusion.model_dump(mode="json")
+    if (run.folder / "fusion.json").is_file() and settings.is_file() and read_json(settings) == wanted:
+        return
+    scores = known_scores(run, task, parts, say)["valid"]
+    say("Fitting the fusion on validation")
+    protocol = evaluation_protocol(run, task)
+    examples, language = protocol.examples("valid"), protocol.language
+    rows = _some_rows(len(examples), len(task.index) * len(scores), run)
+    as_new = _scores_as_new(run, task, parts, [examples[row] for row in rows], say)
+
+    def fitted(given: dict[str, Scores]) -> Fusion:
+        fusion = protocol.fit(given, examples)
+        if not as_new:
+            return fusion
+        some = {name: np.asarray(value[rows]) for name, value in given.items()}
+        return protocol.fit_new_items(fusion, some, as_new, [examples[row] for row in rows])
+
+    if language in scores:
+        others = {name: value for name, value in scores.items() if name != language}
+        fitted(others).save(run.folder / f"fusion-without-{language}.json")
+    fitted(scores).save(run.folder / "fusion.json")
+    write_json(settings, wanted)
+
+
+def _some_rows(count: int, cells: int, run: Run) -> NDArray[np.int64]:
+    """The validation rows on which weights of new items are fitted, in order; `cells` scores belong to each."""
+    most = min(run.fusion.queries, max(1, NEW_ITEM_SCORES // cells))
+    return np.sort(np.random.default_rng(run.seed).permutation(count)[:most])
+
+
+def _scores_as_new(run: Run, task: Task, parts: Collaborative, examples: list[Example], say: Say) -> dict[str, Scores]:
+    """Scores of some validation rows as if no item had events, by scorer; empty where they are not asked for."""
+    if run.model.task != "next_item" or run.fusion.new_share == 0.0:
+        return {}
+    result: dict[str, Scores] = {}
+    queries = [example.query for example in examples]
+    for name, make in scorer_makers(run, task, parts).items():
+        path = run.folder / "scores" / f"{name}-as-new-{len(examples)}.npy"
+        if not path.is_file():
+            say(f"Scoring validation with '{name}' as if all items were new")
+            scores = score_as_new(make(), queries, task.index)
+            with written(path) as part, part.open("wb") as file:
+                np.save(file, scores)
+        result[name] = np.load(path)
+    return result
