@@ -156,6 +156,7 @@ def preview(
 @app.command(
     epilog=example(
         "recllm train films.toml --set train.learning_rate=2e-4",
+        "recllm train films.toml --dry-run",
         "recllm train films.toml --resume",
         "recllm train films.toml -- --multi_gpu --num_processes 2",
     )
@@ -168,10 +169,18 @@ def train(
     override: Override = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what is done and go on.")] = False,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it will take and show what is read; train nothing.")
+    ] = False,
 ) -> None:
     """Fit and train everything that a run file names."""
     from recllm import commands
 
+    if dry_run:
+        if launcher or resume or overwrite:
+            raise RecllmError("--dry-run measures a run in this process and keeps nothing; give it alone.")
+        commands.plan_training(run, override or [])
+        return
     if launcher:
         raise typer.Exit(commands.launch_training(run, override or [], launcher, resume=resume, overwrite=overwrite))
     commands.train_here(run, override or [], resume=resume, overwrite=overwrite)

@@ -148,6 +148,16 @@ def train_here(path: Path, overrides: Sequence[str], *, resume: bool, overwrite:
     say(f"Trained. Next: recllm evaluate {run.folder}{export}")
 
 
+def plan_training(path: Path, overrides: Sequence[str]) -> None:
+    """Print what training will take and what the model will read."""
+    run = load_run(path, overrides)
+    needs("Planning a run", TRAINING)
+    from recllm.planning import plan_run
+
+    for line in plan_run(run, tell).lines():
+        say(line)
+
+
 def launch_training(
     path: Path, overrides: Sequence[str], flags: Sequence[str], *, resume: bool, overwrite: bool
 ) -> int:

@@ -265,34 +265,50 @@ def fit(stage: Stage, *, folder: Path, say: Callable[[str], None], resume: bool 
     checkpoints = folder / "checkpoints" / stage.scorer
     options = stage.options(checkpoints)
     boards = _own_tensorboard(options, folder / "tensorboard" / stage.scorer)
-    _recompute(stage.model, options)
+    callbacks = [SoundBest(say), MetricsFile(folder / "metrics.jsonl", stage.scorer)]
+    callbacks += [StepLines(stage.scorer, stage.metric, say), *boards]
+    callbacks += [EarlyStoppingCallback(stage.patience)] if stage.patience else []
+    kept = folder / f"no-number-{stage.scorer}"
 
     def trainer(adjusted: Adjusted) -> OrderedTrainer:
-        settings = _training_arguments(_divided(options, adjusted.parts))
-        if settings.n_gpu > 1:
-            settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
-        # One process has nobody to wait for: its last batch may be short.
-        round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
-        made = OrderedTrainer(
-            model=stage.model,
-            args=settings,
-            data_collator=partial(collate_counted, stage.collator),
-            train_dataset=WholeBatches(stage.train, round_rows),
-            eval_dataset=stage.valid,
-            compute_metrics=stage.compute_metrics,
-            callbacks=[SoundBest(say), RankBudget(), MetricsFile(folder / "metrics.jsonl", stage.scorer)]
-            + [StepLines(stage.scorer, stage.metric, say), *boards]
-            + ([EarlyStoppingCallback(stage.patience)] if stage.patience else [])
-            + [Seal()],  # last: a seal stands under everything that belongs to a checkpoint
-        )
-        made.remove_callback(PrinterCallback)  # prints a dictionary per log line
-        made.adapter_learning_rate, made.valid_collator = stage.adapter_learning_rate, stage.valid_collator
-        made.rate = adjusted.rate
-        made.kept_batches = folder / f"no-number-{stage.scorer}"
-        return made
+        return stage_trainer(stage, options, callbacks, kept, adjusted)
 
     _train_on(trainer, stage.model, checkpoints, scorer=stage.scorer, resume=resume, say=say)
     process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
+
+
+def stage_trainer(
+    stage: Stage,
+    options: dict[str, Any],
+    callbacks: list[TrainerCallback],
+    kept: Path,
+    adjusted: Adjusted = Adjusted(),
+) -> OrderedTrainer:
+    """Trainer for a stage; what belongs to a checkpoint is sealed behind all `callbacks`.
+
+    Raises:
+        RecllmError: Trainer refuses the keys, or they ask for something that this model has not.
+    """
+    options = dict(options)
+    _recompute(stage.model, options)
+    settings = _training_arguments(_divided(options, adjusted.parts))
+    if settings.n_gpu > 1:
+        settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
+    # One process has nobody to wait for: its last batch may be short.
+    round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
+    trainer = OrderedTrainer(
+        model=stage.model,
+        args=settings,
+        data_collator=partial(collate_counted, stage.collator),
+        train_dataset=WholeBatches(stage.train, round_rows),
+        eval_dataset=stage.valid,
+        compute_metrics=stage.compute_metrics,
+        callbacks=[RankBudget(), *callbacks, Seal()],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
+    trainer.adapter_learning_rate, trainer.valid_collator = stage.adapter_learning_rate, stage.valid_collator
+    trainer.rate, trainer.kept_batches = adjusted.rate, kept
+    return trainer
 
 
 def _train_on(

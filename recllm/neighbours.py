@@ -23,7 +23,7 @@ VALUE_LENGTH = 60
 """Longer values are running text: that is what the text vectors are for."""
 CELLS = 20_000_000
 """Numbers that are held at once while vectors are averaged."""
-MOST_FEW = 16
+MOST_FEW = 64
 """From so many events on every item is known."""
 BASES: dict[str, Any] = {"ease": EASE, "mf": ImplicitMF}
 
@@ -35,7 +35,7 @@ class NeighbourSettings(Settings):
     """From how many; 0 leaves the scorer out."""
     max_items: int = Field(default=20_000, ge=0)
     """Left out for larger catalogues: every item is compared with every other one."""
-    few_share: float = Field(default=0.1, ge=0, lt=1)
+    few_share: float = Field(default=0.5, ge=0, lt=1)
     """An item with less than this share of the usual number of events (the median over items that have any) is new
     still, up to `MOST_FEW` events: they say less than its neighbours do. 0: it is known from its first event on."""
 

@@ -21,7 +21,7 @@ TORCH_FREE = [
 ]
 TORCH = [
     "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints", "watching",
-    "adalora", "loop", "cascade", "relevance", "trained", "judging", "nextitem", "scoring", "train",
+    "adalora", "loop", "cascade", "relevance", "trained", "judging", "nextitem", "scoring", "planning", "train",
     "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "gate",
     "rankexport", "export", "quickstart", "commands",
 ]

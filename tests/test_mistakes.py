@@ -181,6 +181,10 @@ MISTAKES = {
         lambda s: ["train", str(s.trained)],
         r"tiny is not empty\. Go on with it by --resume, start anew by --overwrite",
     ),
+    "a dry run is to keep something": (
+        lambda s: ["train", s.run(), "--dry-run", "--resume"],
+        r"--dry-run measures a run in this process and keeps nothing; give it alone",
+    ),
     "two run files at once": (
         lambda s: ["train", s.run(), "second.toml"],
         r"Unexpected argument 'second\.toml'\. Flags of accelerate launch stand behind --",

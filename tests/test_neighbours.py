@@ -66,7 +66,7 @@ def test_nobody_is_its_own_neighbour_and_nothing_alike_weighs_nothing():
 
 def test_an_item_is_new_below_a_share_of_the_usual_number_of_events():
     counts, settings = np.array([0, 0, 40, 60, 80, 3]), NeighbourSettings()
-    assert few_events(counts, settings) == 5  # a tenth of 50, the median of 40, 60, 80 and 3
+    assert few_events(counts, settings) == 25  # half of 50, the median of 40, 60, 80 and 3
     assert few_events(counts * 100, settings) == MOST_FEW
     assert few_events(np.array([0, 1, 2]), settings) == 1
     assert few_events(np.zeros(3, dtype=np.int64), settings) == 1

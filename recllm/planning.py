@@ -1,0 +1,268 @@
+"""What a training run will cost, before it is paid: `recllm train RUN.toml --dry-run`."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recllm.devices import on_cpu
+from recllm.errors import RecllmError
+from recllm.examples import Examples, NextItemCollator
+from recllm.histories import HistoryFormat
+from recllm.judging import relevance_stage
+from recllm.lm import load_config, load_tokenizer, model_folder
+from recllm.loop import EVALUATIONS, Stage, check_trainer_keys, stage_trainer
+from recllm.nextitem import language_stage, light_stage
+from recllm.runs import Run
+from recllm.tasks import Task, prepare
+from recllm.trained import Say, check_names, encoder_name
+from recllm.vectors import ItemFeatures
+
+SHOWN = 3
+"""Examples that are shown."""
+ITEMS_SHOWN = 8
+"""Item tokens of a history that are shown, the last ones."""
+TIMED = 3
+"""Steps that are timed at each of two lengths, after one that is not."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage of training takes.
+
+    Attributes:
+        scorer: the stage.
+        rows: training examples of all epochs.
+        tokens: ids that the model reads in training, padding left out.
+        padding: ids that are padding.
+        steps: optimiser steps.
+        trained: parameters that train.
+        frozen: parameters that do not.
+        memory: peak bytes of this process, measured on the longest batch; of the accelerator where there is one.
+        seconds: training and its validations, from measured steps.
+    """
+
+    scorer: str
+    rows: int
+    tokens: int
+    padding: int
+    steps: int
+    trained: int
+    frozen: int
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is trained: its data, the cost of its language model, and examples of what is read."""
+
+    users: int
+    events: int
+    valid: int
+    items: int
+    costs: tuple[Cost, ...]
+    examples: tuple[str, ...] = field(default=())
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        where = "the CPU" if on_cpu() else torch.cuda.get_device_name()
+        lines = [
+            f"{self.events:,} training events of {self.users:,} users, {self.items:,} items, "
+            f"{self.valid:,} validation rows"
+        ]
+        for cost in self.costs:
+            share = cost.padding / max(cost.tokens + cost.padding, 1)
+            lines += [
+                f"{cost.scorer}: {cost.rows:,} examples, {cost.steps:,} steps, {cost.tokens:,} tokens "
+                f"({share:.1%} padding on top)",
+                f"{cost.scorer}: {cost.trained:,} parameters train, {cost.frozen:,} are frozen",
+                f"{cost.scorer}: about {cost.memory / 2**30:.2f} GiB and {_duration(cost.seconds)} on {where}, "
+                "from a few steps",
+            ]
+        for place, example in enumerate(self.examples, start=1):
+            lines += ["", f"Example {place}", example]
+        return lines
+
+
+def plan_run(run: Run, say: Say) -> Plan:
+    """Measure what training a run will take, without writing anything into its folder.
+
+    Examples, tokens and steps are exact. Memory and time are measured: a few steps on the longest batch and on one of
+    the usual length. Item vectors and factors are drawn at random in their right shapes: they would take minutes, and
+    change no cost.
+
+    Raises:
+        RecllmError: a mistake in the run file or in the data, or a batch that does not fit into memory.
+    """
+    check_trainer_keys(run.train.trainer_keys())
+    check_names(run, say)
+    task = prepare(run, say)
+    features = _random_features(run, task)
+    costs, examples = [], []
+    judges = run.model.task == "relevance"
+    if run.light.num_train_epochs and not judges:
+        costs.append(measure(light_stage(run, task, features), say))
+    if run.model.name != "none":
+        stage = relevance_stage(run, task, say) if judges else language_stage(run, task, features, say)
+        if len(stage.train):
+            costs.append(measure(stage, say))
+        examples = shown(run, task, stage)
+    split = task.split
+    users = split.train.frame["user_id"].n_unique()
+    return Plan(users, len(split.train), len(split.valid), len(task.index), tuple(costs), tuple(examples))
+
+
+def _random_features(run: Run, task: Task) -> ItemFeatures:
+    width = load_config(model_folder(encoder_name(run))).hidden_size
+    random = np.random.default_rng(run.seed)
+    text = random.normal(size=(len(task.index), width)).astype(np.float32)
+    factors = random.normal(size=(len(task.index), run.cf.factors)).astype(np.float32)
+    factors[~task.warm] = np.nan
+    return ItemFeatures(task.index, text, factors)
+
+
+def lengths_of(batch: dict[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Ids of each row of a batch that are no padding, int64[rows]."""
+    lengths = batch["lengths"] if "lengths" in batch else batch["ends"].max(dim=1).values + 1
+    return np.asarray(lengths, dtype=np.int64)
+
+
+def measure(stage: Stage, say: Say) -> Cost:
+    """Count what a stage reads, and measure what a step of it takes.
+
+    Raises:
+        RecllmError: a batch does not fit into memory.
+    """
+    options = stage.options(Path("unused"))
+    rows = options["per_device_train_batch_size"]
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    say(f"Counting the tokens of '{stage.scorer}'")
+    counted = _count(stage.train, stage.collator, rows, stage.steps * accumulation)
+    widths = np.array([tokens + padding for _, tokens, padding in counted])
+    places = [int(widths.argmax()), int(np.argsort(widths, kind="stable")[len(widths) // 2])]
+    say(f"Trying steps of '{stage.scorer}'")
+    batches = [[stage.train[row] for row in counted[place][0]] for place in places]
+    trained, frozen = stage.trained, sum(v.numel() for v in stage.model.parameters() if not v.requires_grad)
+    times, validation, memory = _try(stage, batches, accumulation)
+    slope = (times[0] - times[1]) / max(widths[places[0]] - widths[places[1]], 1)
+    slope = max(slope, 0.0) if widths[places[0]] > 1.2 * widths[places[1]] else 0.0
+    step = [times[1] / accumulation + slope / accumulation * (width - widths[places[1]]) for width in widths]
+    seconds = float(np.maximum(step, 0.0).sum()) + EVALUATIONS * validation
+    tokens, padding = sum(own for _, own, _ in counted), sum(own for _, _, own in counted)
+    return Cost(stage.scorer, len(stage.train), tokens, padding, stage.steps, trained, frozen, memory, seconds)
+
+
+def _count(
+    examples: Examples, collator: Callable[[Any], dict[str, torch.Tensor]], rows: int, batches: int
+) -> list[tuple[range, int, int]]:
+    """Per batch its rows, its tokens and its padding."""
+    counted = []
+    for start in range(0, min(len(examples), rows * batches), rows):
+        places = range(start, min(start + rows, len(examples)))
+        batch = collator([examples[row] for row in places])
+        tokens = int(lengths_of(batch).sum())
+        counted.append((places, tokens, batch["ids"].numel() - tokens))
+    return counted
+
+
+class _Watch(TrainerCallback):
+    """Seconds of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Start the watch."""
+        _finish()
+        self.began = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Stop it."""
+        _finish()
+        self.seconds.append(time.monotonic() - self.began)
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _try(stage: Stage, batches: Sequence[list[Any]], accumulation: int) -> tuple[list[float], float, int]:
+    """Seconds of a step on each of two batches, of a validation, and the peak memory."""
+    rows = [row for batch in batches for _ in range((1 + TIMED) * accumulation) for row in batch]
+    watch = _Watch()
+    tried = replace(stage, train=Examples(rows))
+    with tempfile.TemporaryDirectory() as place:
+        off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
+        options = stage.options(Path(place)) | off | {"max_steps": 2 * (1 + TIMED), "logging_steps": 1_000_000}
+        options["per_device_train_batch_size"] = len(batches[0])
+        options.pop("eval_steps"), options.pop("save_steps")
+        trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number")
+        try:
+            trainer.train()
+            began = time.monotonic()
+            trainer.evaluate()
+            _finish()
+            validation = time.monotonic() - began
+        except Exception as error:  # the device's libraries raise many kinds
+            if not should_reduce_batch_size(error):
+                raise
+            raise RecllmError(
+                f"A step of '{stage.scorer}' with {len(batches[0])} rows does not fit into memory. Take fewer (--set "
+                f"train.per_device_train_batch_size={max(1, len(batches[0]) // 2)} --set "
+                f"train.gradient_accumulation_steps={2 * accumulation}), or train.gradient_checkpointing = true."
+            ) from None
+    parts = [watch.seconds[1 : 1 + TIMED], watch.seconds[2 + TIMED :]]
+    return [float(np.median(part)) for part in parts], validation, peak_memory()
+
+
+def peak_memory() -> int:
+    """Peak bytes on the accelerator, or of this process where there is none; 0 where the system does not say."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def shown(run: Run, task: Task, stage: Stage) -> list[str]:
+    """The first training examples as the model reads them, each with its label."""
+    tokenizer = load_tokenizer(model_folder(run.model.name))
+    titles = task.dataset.catalog.frame["title"].to_list()
+    examples = [stage.train[row] for row in range(min(SHOWN, len(stage.train)))]
+    if not isinstance(stage.collator, NextItemCollator):
+        words = {1.0: "liked", 0.0: "not liked"}
+        return [f"{tokenizer.decode(ids, skip_special_tokens=False)}\n→ {words[label]}" for ids, label, _ in examples]
+    history = stage.collator.history
+    return [
+        f"{_written(history, window[:-1], tokenizer, titles)}\n→ {titles[window[-1]]} (and every item above after the "
+        "ones before it)"
+        for window in examples
+    ]
+
+
+def _written(history: HistoryFormat, window: Any, tokenizer: Any, titles: Sequence[str]) -> str:  # noqa: ANN401
+    """A history as the model reads it; item tokens as their titles in brackets."""
+    ids, _ = history.ids(history.fitting(window))
+    words = len(history.vocabulary)
+    text = tokenizer.decode([history.vocabulary[row] for row in ids if row < words], skip_special_tokens=False)
+    items = [f"[{titles[row - words]}]" for row in ids if row >= words]
+    left_out = ["…"] if len(items) > ITEMS_SHOWN else []
+    return " ".join([text, *left_out, *items[-ITEMS_SHOWN:]])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

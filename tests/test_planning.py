@@ -1,0 +1,102 @@
+"""The plan of a run: tokens and steps are those of the training that follows, and nothing is written."""
+
+import pytest
+import torch
+
+from recllm.errors import RecllmError
+from recllm.loop import fit
+from recllm.nextitem import language_stage
+from recllm.planning import Cost, Plan, lengths_of, measure, peak_memory, plan_run
+from recllm.runs import load_run
+from recllm.tasks import prepare
+from recllm.trained import load_collaborative
+
+
+def silent(_):
+    return None
+
+
+def again(tiny_run, tmp_path, *overrides):
+    return load_run(tiny_run, [f"output={tmp_path}", *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.history='text'", "train.num_train_epochs=2"],
+        ["train.max_steps=7", "train.gradient_accumulation_steps=3", "train.per_device_train_batch_size=2"],
+    ],
+    ids=["items", "text", "accumulated"],
+)
+def test_tokens_and_steps_are_those_of_the_training(overrides, tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path, "light.num_train_epochs=0", *overrides)
+    task = prepare(run, silent)
+    features = load_collaborative(load_run(tiny_run), task).features
+    cost = measure(language_stage(run, task, features, silent), silent)
+    stage = language_stage(run, task, features, silent)
+    read = []
+
+    def watch(model, _, batch):
+        if model.training:
+            read.append((int(lengths_of(batch).sum()), batch["ids"].numel()))
+
+    stage.model.register_forward_pre_hook(watch, with_kwargs=True)
+    fit(stage, folder=tmp_path / "out", say=silent)
+    tokens = sum(tokens for tokens, _ in read)
+    assert (cost.tokens, cost.padding) == (tokens, sum(ids for _, ids in read) - tokens)
+    micro = stage.arguments.get("gradient_accumulation_steps", 1)
+    assert cost.steps == -(-len(read) // micro)
+    assert cost.trained == sum(value.numel() for value in stage.model.parameters() if value.requires_grad)
+    assert cost.frozen == sum(value.numel() for value in stage.model.parameters() if not value.requires_grad)
+    assert cost.seconds > 0
+
+
+def test_a_plan_shows_what_is_read_and_writes_nothing(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path / "runs", "train.num_train_epochs=1", "light.num_train_epochs=1")
+    plan = plan_run(run, silent)
+    assert [cost.scorer for cost in plan.costs] == ["light", "lm"]
+    assert (plan.users, plan.events, plan.items) == (40, 320, 24)
+    assert len(plan.examples) == 3
+    for example in plan.examples:
+        read, label = example.split("\n→ ")
+        assert read.startswith("Items one person chose in order:")
+        assert "film" in label
+        shown = int(label.split(" film ")[1].split(" ")[0])
+        before = int(read.rstrip("]").rsplit(" film ", 1)[1])
+        assert shown == (before + 2) % 24  # the checkerboard's order
+    assert not (tmp_path / "runs").exists()
+    text = "\n".join(plan.lines())
+    assert "lm: " in text
+    assert " steps, " in text
+    assert "tokens" in text
+
+
+def test_a_plan_of_judging_shows_prompts_with_their_labels(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path, "model.task='relevance'", "train.num_train_epochs=1", "data.split='leave-last-out'")
+    plan = plan_run(run, silent)
+    assert [cost.scorer for cost in plan.costs] == ["relevance"]
+    assert {example.rsplit("\n→ ", 1)[1] for example in plan.examples} <= {"liked", "not liked"}
+    assert all("Will this person like" in example or "film" in example for example in plan.examples)
+
+
+def test_a_step_that_does_not_fit_is_told_with_the_way_out(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path)
+    task = prepare(run, silent)
+    stage = language_stage(run, task, load_collaborative(load_run(tiny_run), task).features, silent)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    stage.model.body.register_forward_pre_hook(full)
+    with pytest.raises(RecllmError, match=r"A step of 'lm' with 16 rows does not fit .*batch_size=8 .*steps=2"):
+        measure(stage, silent)
+
+
+def test_durations_and_sizes_are_written_for_people():
+    costs = tuple(Cost("lm", 10, 990, 10, 5, 1000, 2000, 3 * 2**30, seconds) for seconds in (12.3, 600.0, 36_000.0))
+    lines = Plan(1, 2, 3, 4, costs).lines()
+    assert "lm: 10 examples, 5 steps, 990 tokens (1.0% padding on top)" in lines
+    for figure in ("3.00 GiB and 12 s on", "and 10 min on", "and 10.0 h on"):
+        assert any(figure in line for line in lines)
+    assert peak_memory() > 2**20
