@@ -186,6 +186,16 @@ def train(
     commands.train_here(run, override or [], resume=resume, overwrite=overwrite)
 
 
+@app.command(epilog=example("recllm tune tune.toml"))
+def tune(
+    file: Annotated[Path, typer.Argument(metavar="TUNE.toml", help="What is searched, and from which run file.")],
+) -> None:
+    """Search over keys of a run file; the same command goes on, also in several processes at once."""
+    from recllm import commands
+
+    commands.tune_file(file)
+
+
 @app.command(epilog=example("recllm evaluate runs/films"))
 def evaluate(
     folder: RunFolder,

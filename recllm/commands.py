@@ -158,6 +158,14 @@ def plan_training(path: Path, overrides: Sequence[str]) -> None:
         say(line)
 
 
+def tune_file(path: Path) -> None:
+    """Search over the keys of a run file."""
+    needs("Tuning", TRAINING)
+    from recllm.tuning import tune
+
+    tune(path, say)
+
+
 def launch_training(
     path: Path, overrides: Sequence[str], flags: Sequence[str], *, resume: bool, overwrite: bool
 ) -> int:

@@ -31,6 +31,7 @@ from recllm.splits import Example, like_threshold
 from recllm.tasks import Task
 from recllm.trained import Collaborative, Say, adapter_recipe, in_full_precision, save_stage, stage_done
 from recllm.vectors import ItemFeatures
+from recllm.watching import Watch
 
 ROWS_OF_A_USER = 8
 """Training rows of one user that stand in a step together, for the loss inside users."""
@@ -121,7 +122,9 @@ def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudg
     return model, PairFormat(task.index, LikeShares.fit(rows), threshold, settings.max_history)
 
 
-def train_light_judge(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+def train_light_judge(
+    run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say, watch: Watch | None = None
+) -> None:
     """Train the light judge on labelled pairs, unless it is done or the run has none.
 
     Raises:
@@ -164,7 +167,7 @@ def train_light_judge(run: Run, task: Task, parts: Collaborative, *, resume: boo
         compute_metrics=auc_metric,
         metric="eval_auc",
     )
-    fit(stage, folder=run.folder, say=say, resume=resume)
+    fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     if process_state().is_main_process:
         save_trained(model, folder / "model.safetensors")
         save_stage(folder, {"rows": len(examples)})
@@ -201,7 +204,9 @@ def relevance_model(
     return RelevanceModel(base, body, answer_output(base), compiled.answer_ids), compiled
 
 
-def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+def train_relevance(
+    run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say, watch: Watch | None = None
+) -> None:
     """Fine-tune the language model to judge pairs, unless it is done.
 
     A causal model without an adapter has nothing to train and is kept as it is, for zero-shot scores.
@@ -215,7 +220,7 @@ def train_relevance(run: Run, task: Task, parts: Collaborative, *, resume: bool,
     stage = relevance_stage(run, task, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
     if stage.trained:
-        fit(stage, folder=run.folder, say=say, resume=resume)
+        fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     if process_state().is_main_process:
         save_trained(stage.model, folder / "model.safetensors")
         save_stage(folder, {"rows": len(stage.train) if stage.trained else 0, "trained": stage.trained})

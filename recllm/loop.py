@@ -34,7 +34,7 @@ from recllm.errors import RecllmError, require, unknown
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import read_json, write_json, written
 from recllm.metrics import hit_rate, ndcg
-from recllm.watching import MetricsFile, NonFiniteLossError, StepLines
+from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
 
 METRIC = "eval_ndcg@10"
 EVALUATIONS = 10
@@ -253,7 +253,9 @@ class Stage:
         return options
 
 
-def fit(stage: Stage, *, folder: Path, say: Callable[[str], None], resume: bool = False) -> None:
+def fit(
+    stage: Stage, *, folder: Path, say: Callable[[str], None], resume: bool = False, watch: Watch | None = None
+) -> None:
     """Train a stage, validate, and leave its model with the best weights by its metric.
 
     Args:
@@ -261,6 +263,7 @@ def fit(stage: Stage, *, folder: Path, say: Callable[[str], None], resume: bool 
         folder: takes `checkpoints/`, `metrics.jsonl`, and `tensorboard/` where `report_to` names it.
         say: gets lines of progress.
         resume: go on from the last checkpoint, if there is one.
+        watch: is told of every validation.
     """
     checkpoints = folder / "checkpoints" / stage.scorer
     options = stage.options(checkpoints)
@@ -268,6 +271,7 @@ def fit(stage: Stage, *, folder: Path, say: Callable[[str], None], resume: bool 
     callbacks = [SoundBest(say), MetricsFile(folder / "metrics.jsonl", stage.scorer)]
     callbacks += [StepLines(stage.scorer, stage.metric, say), *boards]
     callbacks += [EarlyStoppingCallback(stage.patience)] if stage.patience else []
+    callbacks += [Watched(stage.scorer, watch)] if watch else []
     kept = folder / f"no-number-{stage.scorer}"
 
     def trainer(adjusted: Adjusted) -> OrderedTrainer:

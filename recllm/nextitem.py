@@ -26,18 +26,21 @@ from recllm.trained import (
     stage_done,
 )
 from recllm.vectors import ItemFeatures
+from recllm.watching import Watch
 
 VALIDATION_WINDOWS = 256
 """Validation histories that choose the language model's checkpoint; the fusion sees all of them."""
 
 
-def train_light(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+def train_light(
+    run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say, watch: Watch | None = None
+) -> None:
     """Train the light sequence scorer, unless it is done or the run has none."""
     settings, folder = run.light, run.folder / "light"
     if settings.num_train_epochs == 0 or stage_done(folder):
         return
     say(f"Training the light sequence scorer, {settings.num_train_epochs} epochs")
-    _train(run, light_stage(run, task, parts.features), resume=resume, say=say)
+    _train(run, light_stage(run, task, parts.features), resume=resume, say=say, watch=watch)
 
 
 def light_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
@@ -62,13 +65,15 @@ def light_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
     return _stage("light", model, history, windows, arguments, _validation_windows(task, history, run.seed, None))
 
 
-def train_language(run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say) -> None:
+def train_language(
+    run: Run, task: Task, parts: Collaborative, *, resume: bool, say: Say, watch: Watch | None = None
+) -> None:
     """Fine-tune the language model for the next item, unless it is done."""
     if stage_done(run.folder / "lm"):
         return
     stage = language_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {stage.trained:,} parameters train")
-    _train(run, stage, resume=resume, say=say)
+    _train(run, stage, resume=resume, say=say, watch=watch)
 
 
 def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> Stage:
@@ -142,8 +147,8 @@ def _stage(
     )
 
 
-def _train(run: Run, stage: Stage, *, resume: bool, say: Say) -> None:
-    fit(stage, folder=run.folder, say=say, resume=resume)
+def _train(run: Run, stage: Stage, *, resume: bool, say: Say, watch: Watch | None) -> None:
+    fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     if process_state().is_main_process:
         folder = run.folder / stage.scorer
         save_trained(stage.model, folder / "model.safetensors")

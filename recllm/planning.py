@@ -1,5 +1,6 @@
 """What a training run will cost, before it is paid: `recllm train RUN.toml --dry-run`."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -10,15 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from recllm.checkpoints import trained_values
 from recllm.devices import on_cpu
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator
 from recllm.histories import HistoryFormat
 from recllm.judging import relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder
-from recllm.loop import EVALUATIONS, Stage, check_trainer_keys, stage_trainer
+from recllm.loop import Stage, check_trainer_keys, stage_trainer
 from recllm.nextitem import language_stage, light_stage
 from recllm.runs import Run
 from recllm.tasks import Task, prepare
@@ -29,8 +32,10 @@ SHOWN = 3
 """Examples that are shown."""
 ITEMS_SHOWN = 8
 """Item tokens of a history that are shown, the last ones."""
-TIMED = 3
-"""Steps that are timed at each of two lengths, after one that is not."""
+TRIED = (1.0, 1.0, 0.9, 0.75, 0.5, 0.5, 0.25, 0.1)
+"""Which batches are tried, by their place among all by length; the first one is not timed."""
+ALIKE = 1.2
+"""Batches whose lengths differ by less are taken for equally long."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def plan_run(run: Run, say: Say) -> Plan:
     check_trainer_keys(run.train.trainer_keys())
     check_names(run, say)
     task = prepare(run, say)
-    features = _random_features(run, task)
+    features = random_features(run, task)
     costs, examples = [], []
     judges = run.model.task == "relevance"
     if run.light.num_train_epochs and not judges:
@@ -120,7 +125,8 @@ def plan_run(run: Run, say: Say) -> Plan:
     return Plan(users, len(split.train), len(split.valid), len(task.index), tuple(costs), tuple(examples))
 
 
-def _random_features(run: Run, task: Task) -> ItemFeatures:
+def random_features(run: Run, task: Task) -> ItemFeatures:
+    """Item vectors and factors of a run in their right shapes, drawn by its seed."""
     width = load_config(model_folder(encoder_name(run))).hidden_size
     random = np.random.default_rng(run.seed)
     text = random.normal(size=(len(task.index), width)).astype(np.float32)
@@ -129,7 +135,7 @@ def _random_features(run: Run, task: Task) -> ItemFeatures:
     return ItemFeatures(task.index, text, factors)
 
 
-def lengths_of(batch: dict[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def lengths_of(batch: dict[str, torch.Tensor]) -> NDArray[np.int64]:
     """Ids of each row of a batch that are no padding, int64[rows]."""
     lengths = batch["lengths"] if "lengths" in batch else batch["ends"].max(dim=1).values + 1
     return np.asarray(lengths, dtype=np.int64)
@@ -147,17 +153,27 @@ def measure(stage: Stage, say: Say) -> Cost:
     say(f"Counting the tokens of '{stage.scorer}'")
     counted = _count(stage.train, stage.collator, rows, stage.steps * accumulation)
     widths = np.array([tokens + padding for _, tokens, padding in counted])
-    places = [int(widths.argmax()), int(np.argsort(widths, kind="stable")[len(widths) // 2])]
+    order = np.argsort(widths, kind="stable")
+    places = [int(order[round(share * (len(order) - 1))]) for share in TRIED]
     say(f"Trying steps of '{stage.scorer}'")
-    batches = [[stage.train[row] for row in counted[place][0]] for place in places]
     trained, frozen = stage.trained, sum(v.numel() for v in stage.model.parameters() if not v.requires_grad)
-    times, validation, memory = _try(stage, batches, accumulation)
-    slope = (times[0] - times[1]) / max(widths[places[0]] - widths[places[1]], 1)
-    slope = max(slope, 0.0) if widths[places[0]] > 1.2 * widths[places[1]] else 0.0
-    step = [times[1] / accumulation + slope / accumulation * (width - widths[places[1]]) for width in widths]
-    seconds = float(np.maximum(step, 0.0).sum()) + EVALUATIONS * validation
+    batches = [[stage.train[row] for row in counted[place][0]] for place in places]
+    times, validation, memory = _try(stage, batches, rows, accumulation)
+    per_batch = _seconds(widths[places[1:]], np.array(times[1:]) / accumulation, widths)
+    validations = math.ceil(stage.steps / options["eval_steps"])
+    seconds = per_batch + validations * validation
     tokens, padding = sum(own for _, own, _ in counted), sum(own for _, _, own in counted)
     return Cost(stage.scorer, len(stage.train), tokens, padding, stage.steps, trained, frozen, memory, seconds)
+
+
+def _seconds(tried: NDArray[np.int64], times: NDArray[np.float64], widths: NDArray[np.int64]) -> float:
+    """Seconds of all batches: a line through what was measured, by ids in a batch; its mean where all are alike."""
+    if tried.max() < ALIKE * tried.min():
+        return float(times.mean() * len(widths))
+    slope, base = np.polyfit(tried, times, 1)
+    if slope <= 0 or base + slope * widths.min() <= 0:
+        return float(times.sum() / tried.sum() * widths.sum())
+    return float((base + slope * widths).sum())
 
 
 def _count(
@@ -196,33 +212,45 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _try(stage: Stage, batches: Sequence[list[Any]], accumulation: int) -> tuple[list[float], float, int]:
-    """Seconds of a step on each of two batches, of a validation, and the peak memory."""
-    rows = [row for batch in batches for _ in range((1 + TIMED) * accumulation) for row in batch]
+def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: int) -> tuple[list[float], float, int]:
+    """Seconds of a step on each of the batches and of a validation, and the peak memory.
+
+    Args:
+        stage: what is tried; its weights are changed.
+        batches: rows of every step.
+        most: rows of a full batch; shorter ones are filled up by their first rows.
+        accumulation: batches of a step.
+    """
+    rows = []
+    for batch in batches:
+        full = [batch[place % len(batch)] for place in range(most)]
+        rows += full * accumulation
     watch = _Watch()
     tried = replace(stage, train=Examples(rows))
+    kept = trained_values(stage.model)  # as training does, to be able to go back
     with tempfile.TemporaryDirectory() as place:
         off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
-        options = stage.options(Path(place)) | off | {"max_steps": 2 * (1 + TIMED), "logging_steps": 1_000_000}
-        options["per_device_train_batch_size"] = len(batches[0])
+        options = stage.options(Path(place)) | off | {"max_steps": len(batches), "logging_steps": 1_000_000}
         options.pop("eval_steps"), options.pop("save_steps")
-        trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number")
         try:
+            trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number")
             trainer.train()
             began = time.monotonic()
             trainer.evaluate()
             _finish()
             validation = time.monotonic() - began
+            trainer.save_model(place)
         except Exception as error:  # the device's libraries raise many kinds
             if not should_reduce_batch_size(error):
                 raise
             raise RecllmError(
-                f"A step of '{stage.scorer}' with {len(batches[0])} rows does not fit into memory. Take fewer (--set "
-                f"train.per_device_train_batch_size={max(1, len(batches[0]) // 2)} --set "
+                f"A step of '{stage.scorer}' with {most} rows does not fit into memory. Take fewer (--set "
+                f"train.per_device_train_batch_size={max(1, most // 2)} --set "
                 f"train.gradient_accumulation_steps={2 * accumulation}), or train.gradient_checkpointing = true."
             ) from None
-    parts = [watch.seconds[1 : 1 + TIMED], watch.seconds[2 + TIMED :]]
-    return [float(np.median(part)) for part in parts], validation, peak_memory()
+    memory = peak_memory()
+    del kept
+    return watch.seconds, validation, memory
 
 
 def peak_memory() -> int:

@@ -29,6 +29,7 @@ from recllm.runs import (
 from recllm.scoring import fit_fusion
 from recllm.tasks import Task, prepare
 from recllm.trained import check_names, collaborative
+from recllm.watching import Watch
 
 Say = Callable[[str], None]
 
@@ -50,7 +51,13 @@ class Clock:
 
 
 def train_run(
-    run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = print, clock: Clock | None = None
+    run: Run,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+    clock: Clock | None = None,
+    watch: Watch | None = None,
 ) -> Task:
     """Fit and train every scorer of a run and the fusion; everything lies in the run's folder afterwards.
 
@@ -60,6 +67,7 @@ def train_run(
         overwrite: delete the run that the folder holds.
         say: gets one line per stage, on the first process only.
         clock: takes the seconds of each stage.
+        watch: is told of every validation; an exception of its ends the training.
 
     Raises:
         RecllmError: a mistake in the run file or in the data, or a folder that is not empty without `resume`.
@@ -82,11 +90,11 @@ def train_run(
         parts = collaborative(run, task, say)
     with clock.stage("light"):
         light = train_light_judge if run.model.task == "relevance" else train_light
-        light(run, task, parts, resume=resume, say=say)
+        light(run, task, parts, resume=resume, say=say, watch=watch)
     with clock.stage("language model"):
         if run.model.name != "none":
             train = train_relevance if run.model.task == "relevance" else train_language
-            train(run, task, parts, resume=resume, say=say)
+            train(run, task, parts, resume=resume, say=say, watch=watch)
     if state.is_main_process:
         with clock.stage("scores and fusion"):
             fit_fusion(run, task, parts, say)

@@ -66,6 +66,28 @@ def _whole(line: str) -> bool:
     return line.startswith("{") and line.endswith("}")
 
 
+Watch = Callable[[str, int, dict[str, float]], None]
+"""(stage, step, validation metrics), called after every validation; an exception ends the training."""
+
+
+class Watched(TrainerCallback):
+    """Tells somebody outside of every validation."""
+
+    def __init__(self, scorer: str, watch: Watch) -> None:
+        self.scorer, self.watch = scorer, watch
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Pass the metrics on."""
+        self.watch(self.scorer, state.global_step, dict(metrics or {}))
+
+
 class StepLines(TrainerCallback):
     """Says how far training is: at every validation, and every few seconds in between."""
 

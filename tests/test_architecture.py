@@ -23,7 +23,7 @@ TORCH = [
     "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints", "watching",
     "adalora", "loop", "cascade", "relevance", "trained", "judging", "nextitem", "scoring", "planning", "train",
     "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "gate",
-    "rankexport", "export", "quickstart", "commands",
+    "rankexport", "export", "quickstart", "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

@@ -1,0 +1,314 @@
+"""Search over the keys of a run file with Optuna: `recllm tune TUNE.toml`."""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from recllm.charts import Line, line_chart
+from recllm.errors import RecllmError, require, unknown
+from recllm.files import write_json, written
+from recllm.lm import model_folder
+from recllm.outcome import FUSION, evaluate_run
+from recllm.recipes import Settings, parse, read_toml
+from recllm.results import Table
+from recllm.runs import Run, load_run, set_key, write_run
+from recllm.scoring import known_scores, scorer_makers
+from recllm.tasks import Task
+from recllm.train import train_run
+from recllm.trained import VECTORS, load_collaborative, stage_done
+from recllm.vectors import RawVectors
+
+Say = Callable[[str], None]
+JOURNAL, RESULT, BEST, PICTURE = "journal.log", "trials.json", "best.toml", "trials.svg"
+"""What the folder of a search holds beside its trials."""
+FITTED = {"data", "cf", "recency", "ease", "transitions", "neighbours", "prompt", "seed", "model"}
+"""Tables that change what is fitted before training; where none is searched it is fitted once for all trials."""
+TIMED_QUERIES, TIMED_ROUNDS = 64, 3
+"""Validation queries that are scored together to time a user, and how often."""
+STARTUP = 5
+"""Trials that are drawn at random and never cut short, before the search learns from them."""
+
+
+class Range(Settings):
+    """The values of one key: from `low` to `high`, or `choices`."""
+
+    low: float | None = None
+    """The least value; whole numbers where both ends are."""
+    high: float | None = None
+    """The greatest value."""
+    log: bool = False
+    """Drawn evenly by its logarithm."""
+    choices: tuple[str | bool | int | float, ...] | None = None
+    """One of these."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Range":
+        ends = (self.low is not None) + (self.high is not None)
+        if (ends == 2) == (self.choices is not None) or ends == 1:
+            raise ValueError("either low and high, or choices")
+        if self.low is not None and self.high is not None and (self.low > self.high or (self.log and self.low <= 0)):
+            raise ValueError("low is above high, or not above 0 with log")
+        return self
+
+    def draw(self, trial: Any, key: str) -> Any:  # noqa: ANN401  optuna comes without types here
+        """A value of the key for a trial."""
+        if self.choices is not None:
+            return trial.suggest_categorical(key, list(self.choices))
+        assert self.low is not None
+        assert self.high is not None
+        if self.low == int(self.low) and self.high == int(self.high) and not self.log:
+            return trial.suggest_int(key, int(self.low), int(self.high))
+        return trial.suggest_float(key, self.low, self.high, log=self.log)
+
+
+class Limits(Settings):
+    """What the best run may cost at most."""
+
+    milliseconds_per_user: float | None = Field(default=None, gt=0)
+    """To score one user on this machine with all scorers, 64 users at once."""
+    megabytes: float | None = Field(default=None, gt=0)
+    """Of everything that is needed to score: factors, weights, and the base model where one is used per user."""
+
+
+class Search(Settings):
+    """One tune file."""
+
+    run: str
+    """The run file that is searched from, relative to the tune file; its values hold where nothing is searched."""
+    metric: str | None = None
+    """A metric of the validation table; the protocol's first by default (NDCG@10, or AUC where pairs are judged)."""
+    scorer: str = FUSION
+    """Whose metric."""
+    trials: int = Field(default=20, ge=1)
+    """Trials in all, over all workers and all calls."""
+    prune: bool = True
+    """Cut a trial short whose validation is below the median of the others at the same step."""
+    search: dict[str, Range] = Field(min_length=1)
+    """By `table.key`, what is tried."""
+    limits: Limits = Limits()
+    """What the best run may cost at most."""
+
+
+def load_search(path: Path) -> tuple[Search, Run]:
+    """Read a tune file and its run file, and try both ends of every range on it.
+
+    Raises:
+        RecllmError: a mistake in either, or a key that the run file has not.
+    """
+    search = parse(Search, read_toml(path), str(path))
+    file = path.parent / search.run
+    run = load_run(file)
+    for key, values in search.search.items():
+        for value in values.choices or (values.low, values.high):
+            _with(run, {key: value}, run.name, Path(run.output))
+    return search, run
+
+
+def tune(path: Path, say: Say = print) -> Run:
+    """Try runs until there are as many as the tune file asks for; the best run file is written beside the trials.
+
+    Several processes may search at once: they share the journal. A search that was killed goes on where it was; the
+    trial that was running is drawn anew.
+
+    Raises:
+        RecllmError: a mistake in the tune file or the run file, or no trial keeps the limits.
+    """
+    search, run = load_search(path)
+    optuna = require("optuna", "tune", "Tuning")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial is told by us
+    folder = run.folder.with_name(f"{run.name}-tune")
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL)))
+    study = optuna.create_study(storage=storage, study_name=run.name, direction="maximize", load_if_exists=True)
+    _check_same(study, search)
+    done = len(_finished(study))
+    # Workers and later calls draw from where the search is, not the same values again.
+    study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials), n_startup_trials=STARTUP)
+    median = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=0)
+    study.pruner = median if search.prune else optuna.pruners.NopPruner()
+    say(f"Tuning {run.name}: {done} of {search.trials} trials are done")
+
+    def objective(trial: Any) -> float:  # noqa: ANN401  optuna comes without types here
+        try:
+            return _try(search, run, folder, trial, say)
+        except RecllmError as error:
+            say(f"Trial {trial.number} failed: {error}")
+            trial.set_user_attr("error", str(error))
+            raise
+
+    while len(_finished(study)) < search.trials:
+        study.optimize(objective, n_trials=1, catch=(RecllmError,))
+        _write(study, search, run, folder)
+    best = _best(study)
+    errors = [trial.user_attrs["error"] for trial in _finished(study) if "error" in trial.user_attrs]
+    if best is None and errors:
+        raise RecllmError(
+            f"No trial has kept the limits of {path}, and {len(errors)} failed, the first one by: {errors[0]}"
+        )
+    if best is None:
+        raise RecllmError(f"None of {search.trials} trials keeps the limits of {path}. See {folder / RESULT}.")
+    say(
+        f"Best: trial {best.number}, {_metric(search, run)} {best.value:.4f} of '{search.scorer}' on validation; "
+        f"run file: {folder / BEST}"
+    )
+    return _write(study, search, run, folder) or run
+
+
+def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:  # noqa: ANN401
+    values = {key: own.draw(trial, key) for key, own in search.search.items()}
+    tried = _with(run, values, f"trial-{trial.number}", folder)
+    say(f"Trial {trial.number}: " + ", ".join(f"{key} = {value}" for key, value in values.items()))
+    _share_fitted(search, folder, tried)
+    last = "light" if run.model.name == "none" or search.scorer == "light" else "other"
+    base: list[int] = []
+
+    def watch(stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        if (stage == "light") != (last == "light"):
+            return
+        figure = next((value for name, value in metrics.items() if name in ("eval_ndcg@10", "eval_auc")), None)
+        if figure is None:
+            return
+        base.append(step)
+        trial.report(figure, len(base))
+        if trial.should_prune():
+            raise require("optuna", "tune", "Tuning").TrialPruned
+
+    shutil.rmtree(tried.folder / "checkpoints", ignore_errors=True)
+    task = train_run(tried, resume=True, say=_silent, watch=watch)
+    parts = load_collaborative(tried, task)
+    scores = known_scores(tried, task, parts, _silent)["valid"]
+    table = evaluate_run(tried, task, scores, part="valid")
+    metric = _metric(search, run)
+    _check(table, search.scorer, metric)
+    value = table.interval(search.scorer, metric)[0]
+    for name, cost in _costs(search, tried, task).items():
+        trial.set_user_attr(name, cost)
+    for name, limit in search.limits.model_dump(exclude_none=True).items():
+        trial.set_constraint(name, trial.user_attrs[name] - limit)
+    shutil.rmtree(tried.folder / "scores", ignore_errors=True)
+    say(f"Trial {trial.number}: {metric} {value:.4f}")
+    return float(value)
+
+
+def _check(table: Table, scorer: str, metric: str) -> None:
+    if scorer not in table.scorers:
+        raise unknown("scorer", scorer, table.scorers)
+    if metric not in table.metrics:
+        raise unknown("metric", metric, table.metrics)
+
+
+def _metric(search: Search, run: Run) -> str:
+    return search.metric or ("AUC" if run.model.task == "relevance" else "NDCG@10")
+
+
+def _share_fitted(search: Search, folder: Path, tried: Run) -> None:
+    """Take what an earlier trial has fitted before its training, where no searched key changes it."""
+    if any(key.split(".")[0] in FITTED for key in search.search) or (tried.folder / VECTORS).is_file():
+        return
+    for other in sorted(folder.glob("trial-*")):
+        if (other / VECTORS).is_file() and other != tried.folder:
+            shutil.copytree(other / "cf", tried.folder / "cf", dirs_exist_ok=True)
+            RawVectors.load(other / VECTORS).save(tried.folder / VECTORS)
+            return
+
+
+def _costs(search: Search, run: Run, task: Task) -> dict[str, float]:
+    """What the limits of a search are about, as measured."""
+    costs = {}
+    if search.limits.milliseconds_per_user is not None:
+        parts = load_collaborative(run, task)
+        scorers = [make() for make in scorer_makers(run, task, parts).values()]
+        queries = [example.query for example in task.split.valid[:TIMED_QUERIES]]
+        times = []
+        for _ in range(TIMED_ROUNDS):
+            began = time.monotonic()
+            for scorer in scorers:
+                scorer.score(queries, task.index)
+            times.append(time.monotonic() - began)
+        costs["milliseconds_per_user"] = 1000 * statistics.median(times) / max(len(queries), 1)
+    if search.limits.megabytes is not None:
+        folders = [run.folder / name for name in ("cf", "light", "lm")]
+        folders += [model_folder(run.model.name)] if stage_done(run.folder / "lm") else []
+        files = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
+        costs["megabytes"] = sum(path.stat().st_size for path in files) / 2**20
+    return costs
+
+
+def _with(run: Run, values: Mapping[str, Any], name: str, output: Path) -> Run:
+    changed = run.model_dump(mode="json", exclude_none=True) | {"name": name, "output": str(output)}
+    for key, value in values.items():
+        written_value = (
+            f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else value
+        )
+        set_key(changed, f"{key}={written_value}")
+    return parse(Run, changed, f"{run.name} with {', '.join(f'{key} = {value}' for key, value in values.items())}")
+
+
+def _check_same(study: Any, search: Search) -> None:  # noqa: ANN401
+    """Check that a search goes on with what it was begun with; only the number of trials may change."""
+    now = search.model_dump(mode="json", exclude={"trials"})
+    before = study.user_attrs.get("search")
+    if before is None:
+        study.set_user_attr("search", now)
+    elif before != now:
+        changed = ", ".join(name for name in now if now[name] != before.get(name))
+        raise RecllmError(
+            f"This search was begun with another {changed}. Undo the change, or give the run of the tune file another "
+            "name to search anew."
+        )
+
+
+def _finished(study: Any) -> list[Any]:  # noqa: ANN401
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED", "FAIL")]
+
+
+def _keeps(trial: Any) -> bool:  # noqa: ANN401
+    """Whether a trial is within the limits; of one that was cut short nobody knows."""
+    return all(value <= 0 for value in trial.constraints.values())
+
+
+def _best(study: Any) -> Any:  # noqa: ANN401
+    complete = [trial for trial in _finished(study) if trial.state.name == "COMPLETE"]
+    kept = [trial for trial in complete if _keeps(trial)]
+    return max(kept, key=lambda trial: (trial.value, -trial.number), default=None)
+
+
+def _write(study: Any, search: Search, run: Run, folder: Path) -> Run | None:  # noqa: ANN401
+    """Write the trials, the picture, and the best run file."""
+    finished = _finished(study)
+    rows = [
+        {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "error": trial.user_attrs.get("error"),
+            "value": trial.value,
+            "values": trial.params,
+            "costs": {name: trial.user_attrs[name] for name in Limits.model_fields if name in trial.user_attrs},
+            "keeps_the_limits": _keeps(trial),
+        }
+        for trial in finished
+    ]
+    write_json(folder / RESULT, {"metric": _metric(search, run), "scorer": search.scorer, "trials": rows})
+    complete = [row for row in rows if row["state"] == "complete" and row["keeps_the_limits"]]
+    if complete:
+        numbers, values = [row["trial"] for row in complete], [row["value"] for row in complete]
+        leading = [max(values[: place + 1]) for place in range(len(values))]
+        lines = [Line("trial", numbers, values, 0), Line("best so far", numbers, leading, 1)]
+        picture = line_chart(f"Trials of {run.name}", lines, "trial", _metric(search, run))
+        with written(folder / PICTURE) as temporary:
+            temporary.write_text(picture, encoding="utf-8")
+    best = _best(study)
+    if best is None:
+        return None
+    found = _with(run, best.params, run.name, Path(run.output))
+    write_run(found, folder / BEST)
+    return found
+
+
+def _silent(_: str) -> None:
+    return None

@@ -1,0 +1,115 @@
+"""The search finds the better setting, goes on where it was, keeps limits, and refuses what is no key."""
+
+import json
+
+import pytest
+
+from recllm import tuning
+from recllm.errors import RecllmError
+from recllm.runs import load_run, write_run
+from recllm.tuning import Range, load_search, tune
+
+TUNE = """
+run = "base.toml"
+scorer = "light"
+trials = {trials}
+{more}
+[search."light.learning_rate"]
+choices = [1e-6, 5e-3]
+[search."light.layers"]
+low = 1
+high = 2
+"""
+
+
+@pytest.fixture
+def place(tiny_run, tmp_path):
+    """A folder with a run file of the light scorer alone."""
+    overrides = ["name=base", f"output={tmp_path / 'runs'}", "model.name='none'", "light.num_train_epochs=6"]
+    encoder = load_run(tiny_run).model.name
+    write_run(load_run(tiny_run, [*overrides, f"model.item_encoder='{encoder}'"]), tmp_path / "base.toml")
+    return tmp_path
+
+
+def written(place, trials=5, more="", name="tune.toml"):
+    (place / name).write_text(TUNE.format(trials=trials, more=more), encoding="utf-8")
+    return place / name
+
+
+def found(place):
+    return json.loads((place / "runs" / "base-tune" / tuning.RESULT).read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_the_better_setting_is_found_and_the_search_goes_on(place):
+    said = []
+    best = tune(written(place), said.append)
+    assert best.light.learning_rate == 5e-3
+    folder = place / "runs" / "base-tune"
+    assert load_run(folder / tuning.BEST).light.learning_rate == 5e-3
+    assert (folder / tuning.PICTURE).read_text(encoding="utf-8").startswith("<svg")
+    first = found(place)["trials"]
+    assert len(first) == 5
+    assert {trial["values"]["light.layers"] for trial in first} <= {1, 2}
+    assert all((folder / f"trial-{trial['trial']}" / "cf").is_dir() for trial in first)
+    tune(written(place, trials=6), said.append)
+    assert found(place)["trials"][:5] == first
+    assert len(found(place)["trials"]) == 6
+    assert any("5 of 6 trials are done" in line for line in said)
+    with pytest.raises(RecllmError, match=r"was begun with another scorer"):
+        tune(_other_scorer(place), said.append)
+
+
+def _other_scorer(place):
+    text = (place / "tune.toml").read_text(encoding="utf-8").replace('scorer = "light"', 'scorer = "fusion"')
+    (place / "other.toml").write_text(text, encoding="utf-8")
+    return place / "other.toml"
+
+
+@pytest.mark.slow
+def test_the_best_run_keeps_the_limits(place):
+    with pytest.raises(RecllmError, match=r"None of 2 trials keeps the limits of .*tune\.toml\. See .*trials\.json"):
+        tune(written(place, 2, "limits = { megabytes = 1e-3, milliseconds_per_user = 1e-6 }\n"), lambda _: None)
+    trials = found(place)["trials"]
+    assert all(trial["costs"]["megabytes"] > 1e-3 for trial in trials)
+    assert all(trial["costs"]["milliseconds_per_user"] > 1e-6 for trial in trials)
+    assert not any(trial["keeps_the_limits"] for trial in trials)
+
+
+@pytest.mark.slow
+def test_a_trial_below_the_others_is_cut_short(place, monkeypatch):
+    monkeypatch.setattr(tuning, "STARTUP", 1)
+    tune(written(place, 6), lambda _: None)
+    trials = found(place)["trials"]
+    cut = [trial for trial in trials if trial["state"] == "pruned"]
+    # Near ties are cut too; the better rate is not among all that is cut.
+    assert any(trial["values"]["light.learning_rate"] == 1e-6 for trial in cut)
+    assert load_run(place / "runs" / "base-tune" / tuning.BEST).light.learning_rate == 5e-3
+
+
+def test_a_key_that_the_run_has_not_is_refused(place):
+    path = written(place)
+    path.write_text(path.read_text(encoding="utf-8").replace("light.layers", "light.leyers"), encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"Unknown key 'leyers'. Did you mean 'layers'"):
+        load_search(path)
+
+
+@pytest.mark.parametrize("values", [{"low": 1}, {"low": 1, "high": 2, "choices": [1]}, {}, {"low": 2, "high": 1}])
+def test_a_range_is_ends_or_choices(values):
+    with pytest.raises(ValueError, match=r"either low and high, or choices|low is above high"):
+        Range.model_validate(values)
+
+
+@pytest.mark.slow
+def test_a_trial_that_cannot_run_is_told_and_the_search_goes_on(place):
+    path, said = written(place, 4), []
+    text = path.read_text(encoding="utf-8").replace("light.layers", "light.heads").replace("high = 2", "high = 3")
+    path.write_text(text.replace("choices = [1e-6, 5e-3]", "choices = [5e-3, 4e-3]"), encoding="utf-8")
+    # The ends, 1 and 3: a width of 16 is no multiple of 3, and that is told before anything is trained.
+    with pytest.raises(RecllmError, match=r"width 16 is not a multiple of heads 3"):
+        tune(path, said.append)
+    path.write_text(path.read_text(encoding="utf-8").replace("high = 3", "high = 4"), encoding="utf-8")
+    tune(path, said.append)
+    failed = [trial for trial in found(place)["trials"] if trial["state"] == "fail"]
+    assert all(trial["values"]["light.heads"] == 3 for trial in failed)
+    assert sum("failed: " in line for line in said) == len(failed)
