@@ -158,7 +158,7 @@ def preview(
         "recllm train films.toml --set train.learning_rate=2e-4",
         "recllm train films.toml --dry-run",
         "recllm train films.toml --resume",
-        "recllm train films.toml -- --multi_gpu --num_processes 2",
+        "recllm train films.toml --profile gpus -- --num_processes 4",
     )
 )
 def train(
@@ -169,6 +169,10 @@ def train(
     override: Override = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what is done and go on.")] = False,
     overwrite: Overwrite = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, gpu, gpus, or a configuration file of accelerate: launch with it."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it will take and show what is read; train nothing.")
     ] = False,
@@ -177,12 +181,13 @@ def train(
     from recllm import commands
 
     if dry_run:
-        if launcher or resume or overwrite:
+        if launcher or profile or resume or overwrite:
             raise RecllmError("--dry-run measures a run in this process and keeps nothing; give it alone.")
         commands.plan_training(run, override or [])
         return
-    if launcher:
-        raise typer.Exit(commands.launch_training(run, override or [], launcher, resume=resume, overwrite=overwrite))
+    flags = [*(commands.profile_flags(profile) if profile else []), *(launcher or [])]
+    if flags:
+        raise typer.Exit(commands.launch_training(run, override or [], flags, resume=resume, overwrite=overwrite))
     commands.train_here(run, override or [], resume=resume, overwrite=overwrite)
 
 

@@ -37,6 +37,8 @@ from recllm.splits import like_threshold
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
 PARTS = ("test", "valid")
+PROFILES = Path(__file__).parent / "launch"
+"""Configurations of accelerate that come with recllm."""
 RANKED_TOGETHER = 64
 """Rows that a language model judges between two progress lines."""
 
@@ -182,12 +184,29 @@ def launch_training(
     return subprocess.run(command, check=False).returncode
 
 
+def profile_flags(name: str) -> list[str]:
+    """Flags of `accelerate launch` for a shipped profile, or for a configuration file of accelerate.
+
+    Raises:
+        RecllmError: neither.
+    """
+    if name.endswith((".yaml", ".yml", ".json")):
+        if not Path(name).is_file():
+            raise RecllmError(f"There is no file '{name}'. Make one by: accelerate config --config_file {name}")
+        return ["--config_file", name]
+    shipped = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if name not in shipped:
+        raise unknown("profile", name, shipped, "A configuration file of accelerate works too.")
+    return ["--config_file", str(PROFILES / f"{name}.yaml")]
+
+
 def evaluate_folder(folder: Path, part: str) -> None:
     """Measure a trained run and print the table."""
     if part not in PARTS:
         raise unknown("part", part, PARTS)
     run = load_run(folder)
     needs("Evaluating a run", TRAINING)
+    from recllm.cards import write_adapter_card
     from recllm.outcome import evaluate_run, save_evaluation
     from recllm.scoring import known_scores
     from recllm.tasks import prepare
@@ -201,6 +220,7 @@ def evaluate_folder(folder: Path, part: str) -> None:
     for line in [*table.lines(), *difference_lines(table)]:
         say(line)
     say(f"Kept in {save_evaluation(run, {part: table})}")
+    write_adapter_card(run)
 
 
 def trained(folder: Path) -> None:

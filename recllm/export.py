@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from recllm.bundle import write_catalog
+from recllm.cards import write_bundle_card
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
@@ -130,6 +131,7 @@ def _export(
             causal = path.stem in sequences or (path.stem == "encoder" and base.causal)
             quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump() if causal else None)
         _write_content(part, run, task, parts, sequences, base)
+        write_bundle_card(run, part, Path(name).stem, "recommends")
 
     def measured(part: Path) -> Parity:
         return measure(part, run, task, parts, sequences, base, reference)

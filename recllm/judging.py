@@ -9,6 +9,7 @@ import torch
 from transformers import EvalPrediction
 
 from recllm.adapters import AdapterRecipe, attach, merge
+from recllm.cards import save_adapter
 from recllm.checkpoints import load_trained, save_trained
 from recllm.data import Query
 from recllm.devices import fast_bf16, precision_keys, process_state
@@ -223,6 +224,7 @@ def train_relevance(
         fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     if process_state().is_main_process:
         save_trained(stage.model, folder / "model.safetensors")
+        save_adapter(run, stage.model, folder)
         save_stage(folder, {"rows": len(stage.train) if stage.trained else 0, "trained": stage.trained})
         shutil.rmtree(run.folder / "checkpoints" / "relevance", ignore_errors=True)
     process_state().wait_for_everyone()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recllm.cards import save_adapter
 from recllm.checkpoints import save_trained
 from recllm.devices import precision_keys, process_state
 from recllm.examples import Examples, NextItemCollator
@@ -152,6 +153,7 @@ def _train(run: Run, stage: Stage, *, resume: bool, say: Say, watch: Watch | Non
     if process_state().is_main_process:
         folder = run.folder / stage.scorer
         save_trained(stage.model, folder / "model.safetensors")
+        save_adapter(run, stage.model, folder)
         save_stage(folder, {"steps": stage.steps, "windows": len(stage.train)})
         shutil.rmtree(run.folder / "checkpoints" / stage.scorer, ignore_errors=True)
     process_state().wait_for_everyone()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from recllm.bundle import write_catalog
+from recllm.cards import write_bundle_card
 from recllm.errors import RecllmError
 from recllm.files import write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
@@ -79,6 +80,7 @@ def _export(run: Run, task: Task, scorer: RelevanceScorer, name: str, recipe: Ex
         shutil.copy(_tokenizer(run), part / "tokenizer.json")
         write_catalog(part, task.dataset.catalog)
         write_json(part / SETTINGS, asdict(settings))
+        write_bundle_card(run, part, Path(name).stem, "ranks candidates")
 
     def measured(part: Path) -> Parity:
         return {"ranker": _parity(part, run, task, scorer)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from recllm.cards import write_adapter_card
 from recllm.devices import process_state
 from recllm.errors import RecllmError
 from recllm.judging import train_light_judge, train_relevance
@@ -98,6 +99,7 @@ def train_run(
     if state.is_main_process:
         with clock.stage("scores and fusion"):
             fit_fusion(run, task, parts, say)
+            write_adapter_card(run)
     state.wait_for_everyone()
     return task
 

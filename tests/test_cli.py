@@ -130,6 +130,30 @@ def test_train_hands_flags_to_the_launcher(capsys, tmp_path, monkeypatch):
     assert ran == [[*launcher, "-m", "recllm.train", str(run), "--set", "seed=3", "--resume"]]
 
 
+def test_train_launches_with_a_profile(capsys, tmp_path, monkeypatch):
+    run, ran = tmp_path / "run.toml", []
+    run.write_text('[data]\nname = "x"\n', encoding="utf-8")
+
+    def launched(command, check):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(commands.subprocess, "run", launched)
+    recllm_says(capsys, "train", run, "--profile", "gpus", "--", "--num_processes", "4")
+    file = str(commands.PROFILES / "gpus.yaml")
+    assert ran[0][3:] == ["--config_file", file, "--num_processes", "4", "-m", "recllm.train", str(run)]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("cpu", "MULTI_CPU"), ("gpu", "NO"), ("gpus", "MULTI_GPU")])
+def test_accelerate_reads_every_profile(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert sorted(path.stem for path in commands.PROFILES.glob("*.yaml")) == ["cpu", "gpu", "gpus"]
+    config = load_config_from_file(commands.profile_flags(name)[1])
+    assert config.distributed_type == kind
+    assert config.use_cpu is (name == "cpu")
+
+
 def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, tmp_path):
     before = (tiny_run / "evaluation.json").exists()
     out, _ = recllm_says(capsys, "evaluate", tiny_run)

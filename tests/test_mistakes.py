@@ -185,6 +185,14 @@ MISTAKES = {
         lambda s: ["train", s.run(), "--dry-run", "--resume"],
         r"--dry-run measures a run in this process and keeps nothing; give it alone",
     ),
+    "the profile is unknown": (
+        lambda s: ["train", s.run(), "--profile", "gpu2"],
+        r"Unknown profile 'gpu2'\. Did you mean 'gpus?'\?",
+    ),
+    "the profile's file is not there": (
+        lambda s: ["train", s.run(), "--profile", "mine.yaml"],
+        r"There is no file 'mine\.yaml'\. Make one by: accelerate config --config_file mine\.yaml",
+    ),
     "two run files at once": (
         lambda s: ["train", s.run(), "second.toml"],
         r"Unexpected argument 'second\.toml'\. Flags of accelerate launch stand behind --",

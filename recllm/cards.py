@@ -1,0 +1,122 @@
+"""Model cards and adapters in PEFT's own format: what was trained on what, how good it is, and how to load it."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+from torch import nn
+
+from recllm.files import read_json, sha256_of, whole_folder, written
+from recllm.lm import MODEL_FILES, model_folder
+from recllm.runs import ENVIRONMENT, Run
+
+ADAPTER, CARD = "adapter", "README.md"
+"""In the folder of the language model's stage: the adapter as PEFT saves it; in that and in a bundle: the card."""
+OWN_START = ("pissa", "olora", "orthogonal")
+"""Starts of LoRA that change the base model's weights: PEFT cannot put such an adapter on the base as it was."""
+
+
+def save_adapter(run: Run, model: nn.Module, folder: Path) -> None:
+    """Write the adapter of a trained model as PEFT does, for `PeftModel.from_pretrained` on the base's `AutoModel`.
+
+    Bottlenecks are not PEFT's, and a start that changes the base model cannot be loaded that way: nothing is written.
+    """
+    found = next((module for module in model.modules() if isinstance(module, peft.PeftModel)), None)
+    start = str(getattr(found and found.active_peft_config, "init_lora_weights", "")).lower()
+    if found is None or start.startswith(OWN_START):
+        return
+    found.active_peft_config.base_model_name_or_path = run.model.name
+    with whole_folder(folder / ADAPTER) as part:
+        # False: it would ask the hub whether the vocabulary was enlarged.
+        found.save_pretrained(str(part), save_embedding_layers=False)
+
+
+def write_adapter_card(run: Run) -> None:
+    """Write the card of the run's adapter, where it has one, with the figures that are known by now."""
+    folder = run.folder / "lm" / ADAPTER
+    if not folder.is_dir():
+        return
+    head = ["---", f"base_model: {run.model.name}", "library_name: peft", "tags: [recommendation, recllm]", "---"]
+    loading = [
+        "## How to load",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModel",
+        "",
+        f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{run.model.name}"), "{ADAPTER}")',
+        "```",
+        "",
+        "This is the adapter alone. What it is read with, and the projections beside it, are in the run's folder "
+        f"(`lm/model.safetensors`, `recipes/`); `recllm export {run.folder.name}` makes one bundle of all of it.",
+    ]
+    _write(folder / CARD, [*head, "", *card(run, f"{run.name}: the adapter"), "", *loading])
+
+
+def write_bundle_card(run: Run, folder: Path, recipe: str, kind: str) -> None:
+    """Write the card of a bundle; `kind` says what it does, in words."""
+    load = "recllm.load" if kind == "recommends" else "recllm.ranker.load_ranker"
+    loading = ["## How to load", "", "```python", "import recllm", "", f'model = {load}("bundle-{recipe}")', "```", ""]
+    if kind != "recommends":
+        loading[3:5] = ["import recllm.ranker", ""]
+    loading.append('The graphs are plain ONNX: `onnxruntime.InferenceSession("….onnx")` opens them without recllm.')
+    _write(folder / CARD, [*card(run, f"{run.name}: a bundle that {kind} ({recipe})"), "", *loading])
+
+
+def card(run: Run, title: str) -> list[str]:
+    """What was trained, on what, and how good it is."""
+    facts = read_json(run.folder / ENVIRONMENT)
+    done = run.folder / "lm" / "done.json"
+    lines = [f"# {title}", "", "| | |", "|---|---|"]
+    rows = {
+        "base model": f"{run.model.name}, weights sha256 {revision(run.model.name)}"
+        if run.model.name != "none"
+        else "none",
+        "item text by": run.model.item_encoder or run.model.name,
+        "task": run.model.task,
+        "adapter": run.adapter.recipe,
+        "training": ", ".join(f"{key} {value:,}" for key, value in read_json(done).items())
+        if done.is_file()
+        else "none",
+        "data": run.data.name,
+        "fingerprints": ", ".join(f"{key} {value[:16]}" for key, value in facts["data"].items()),
+        "split": run.data.split,
+        "seed": str(run.seed),
+        "device": facts["device"],
+        "versions": ", ".join(f"{key} {value}" for key, value in facts["versions"].items()),
+    }
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    return [*lines, "", *_figures(run)]
+
+
+def revision(name: str) -> str:
+    """The beginning of the sha256 of a model's weights: what it was, whatever its name says later."""
+    folder = model_folder(name)
+    files = sorted(path for kind in MODEL_FILES[1:] for path in folder.glob(kind))
+    return ", ".join(sha256_of(path)[:16] for path in files)
+
+
+def _figures(run: Run) -> list[str]:
+    path = run.folder / "evaluation.json"
+    tables: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if "test" not in tables:
+        return [f"Not evaluated yet: `recllm evaluate {run.folder.name}` measures it on the test rows."]
+    metrics = tables["test"]["metrics"]
+    lines = ["## Test rows", "", "95 % intervals by paired bootstrap over users.", ""]
+    lines += ["| slice | rows | scorer | " + " | ".join(metrics) + " |", "|---" * (3 + len(metrics)) + "|"]
+    for row in tables["test"]["rows"]:
+        cells = [row["slice"], f"{row['rows']:,}", row["scorer"], *(_interval(row[name]) for name in metrics)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _interval(values: list[float | None]) -> str:
+    figure, low, high = values
+    if figure is None:
+        return "–"
+    return f"{figure:.4f}" + ("" if low is None or high is None else f" ({low:.3f} … {high:.3f})")
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    with written(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

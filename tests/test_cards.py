@@ -1,0 +1,68 @@
+"""Cards say what was trained and how good it is; adapters load in plain PEFT."""
+
+import shutil
+
+import pytest
+import torch
+
+from recllm.cards import ADAPTER, CARD, write_adapter_card
+from recllm.files import read_json, write_json
+from recllm.runs import load_run
+from recllm.tasks import prepare
+from recllm.trained import load_collaborative, load_language
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of the run whose card may be changed."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_run, folder)
+    return load_run(folder)
+
+
+def test_the_adapter_loads_in_plain_peft_and_says_the_same(tiny_run, tiny_lm_folder):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    run = load_run(tiny_run)
+    task = prepare(run, lambda _: None)
+    merged, _ = load_language(run, task, load_collaborative(run, task).features)
+    bare = AutoModel.from_pretrained(tiny_lm_folder, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(bare, tiny_run / "lm" / ADAPTER).eval()
+    ids = torch.tensor([[3, 14, 15, 92, 65, 35]])
+    with torch.inference_mode():
+        ours, theirs = (model(input_ids=ids).last_hidden_state for model in (merged.body.model, plain))
+        untrained = plain.unload()(input_ids=ids).last_hidden_state
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (theirs - untrained).abs().max() > 1e-3
+
+
+def test_the_adapters_card_says_what_it_is_before_and_after_it_was_measured(run):
+    path = run.folder / "lm" / ADAPTER / CARD
+    (run.folder / "evaluation.json").unlink(missing_ok=True)
+    write_adapter_card(run)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("---\nbase_model: ")
+    assert "Not evaluated yet: `recllm evaluate tiny`" in text
+    assert f"| adapter | {run.adapter.recipe} |" in text
+    fingerprint = next(iter(read_json(run.folder / "environment.json")["data"].values()))
+    assert fingerprint[:16] in text
+    assert "PeftModel.from_pretrained(" in text
+    row = {
+        "slice": "cold item",
+        "rows": 12,
+        "users": 7,
+        "scorer": "fusion",
+        "NDCG@10": [0.25, 0.2, 0.3],
+        "MRR": [None] * 3,
+    }
+    write_json(run.folder / "evaluation.json", {"test": {"metrics": ["NDCG@10", "MRR"], "rows": [row]}})
+    write_adapter_card(run)
+    assert "| cold item | 12 | fusion | 0.2500 (0.200 … 0.300) | – |" in path.read_text(encoding="utf-8")
+
+
+def test_a_bundle_has_its_card(tiny_bundle):
+    text = (tiny_bundle / CARD).read_text(encoding="utf-8")
+    assert text.startswith("# tiny: a bundle that recommends (fp32)")
+    assert 'model = recllm.load("bundle-fp32")' in text
+    assert CARD in read_json(tiny_bundle / "manifest.json")["files"]
