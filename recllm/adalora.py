@@ -45,6 +45,10 @@ def orthogonality(model: nn.Module) -> Tensor | float:
 class RankBudget(TrainerCallback):
     """Lets the budget of ranks fall while AdaLoRA trains; of other models it does nothing."""
 
+    def __init__(self, steps: int) -> None:
+        """Plan for a training of so many steps."""
+        self.steps = steps
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -57,10 +61,12 @@ class RankBudget(TrainerCallback):
         tuner = None if model is None else adalora_of(model)
         if tuner is None:
             return
-        plan(tuner, state.max_steps)
+        plan(tuner, self.steps)
         path = _file(args, state)
+        tuner.rankallocator.reset_ipt()  # of an attempt before this one
+        tuner.peft_config[ADAPTER].rank_pattern = None
         if state.global_step and path.is_file():
-            kept = torch.load(path, weights_only=True)
+            kept = torch.load(path, weights_only=True, map_location=next(tuner.parameters()).device)
             for name in KEPT:
                 setattr(tuner.rankallocator, name, kept[name])
             tuner.peft_config[ADAPTER].rank_pattern = kept["rank_pattern"]
@@ -74,7 +80,9 @@ class RankBudget(TrainerCallback):
         **_: object,
     ) -> None:
         """Take ranks away, while the step's gradients are there."""
-        if model is not None and (tuner := adalora_of(model)) is not None:
+        tuner = None if model is None else adalora_of(model)
+        # In fp16 a step whose gradients overflow is skipped; PEFT's averages would keep the infinity for good.
+        if tuner is not None and _finite_gradients(tuner):
             tuner.update_and_allocate(state.global_step + 1)
 
     def on_save(
@@ -92,18 +100,28 @@ class RankBudget(TrainerCallback):
             torch.save(kept | {"rank_pattern": tuner.peft_config[ADAPTER].rank_pattern}, _file(args, state))
 
 
+def _finite_gradients(tuner: nn.Module) -> bool:
+    gradients = [value.grad for value in tuner.parameters() if value.grad is not None]
+    return bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
 def plan(tuner: AdaLoraModel, steps: int) -> None:
     """Set the number of steps, and the phases where the recipe has given none.
 
     Raises:
-        RecllmError: the recipe's phases leave no step in which the budget falls.
+        RecllmError: the recipe's phases leave no step in which the budget falls, or it has no ranks to take away.
     """
     config = tuner.peft_config[ADAPTER]
+    if config.init_r <= config.target_r:
+        raise RecllmError(
+            f"AdaLoRA starts with init_r = {config.init_r} ranks and shall keep target_r = {config.target_r}: there is "
+            "none to take away. Set adapter.init_r higher, or take the recipe 'lora'."
+        )
     config.total_step = steps
     if config.tinit == 0 and config.tfinal == 0:
         config.tinit, config.tfinal = int(WARM_UP * steps), int(FINAL * steps)
         config.deltaT = max(1, steps // LOOKS) if config.deltaT == 1 else config.deltaT
-    if config.tinit + config.tfinal >= steps:
+    if config.tinit + config.tfinal + 1 >= steps:
         raise RecllmError(
             f"AdaLoRA's tinit = {config.tinit} and tfinal = {config.tfinal} leave none of the {steps} steps in which "
             "ranks are taken away. Train for more steps, or set adapter.tinit and adapter.tfinal lower."

@@ -21,7 +21,7 @@ BOTTLENECK = "bottleneck"
 MERGE_TOLERANCE = 1e-3
 """Largest difference of a hidden state that merging may make, relative to the largest hidden state."""
 UNSUPPORTED = {
-    "loftq": "it changes the quantised base model, and recllm merges over the base in full precision; 'pissa' does not",
+    "loftq": "it changes the quantised base model, and recllm merges over the base in full precision; take 'gaussian'",
     "eva": "it needs a pass over the training data before training, which recllm does not make; 'pissa' needs none",
     "corda": "it needs a pass over the training data before training, which recllm does not make; 'pissa' needs none",
     "lora_ga": "it needs gradients before training, which recllm does not make; 'pissa' needs none",

@@ -108,8 +108,12 @@ class SoundBest(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Look at the best checkpoint of the state that training goes on from."""
-        best = state.best_model_checkpoint
-        if best is None or ((Path(best) / SEAL).is_file() and damage(Path(best)) is None):
+        if state.best_global_step is None:
             return
-        self.say(f"The best checkpoint, {Path(best).name}, is damaged or gone; the best one from here on is kept")
+        # Where it lies now: the run's folder may have been moved.
+        best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if (best / SEAL).is_file() and damage(best) is None:
+            state.best_model_checkpoint = str(best)
+            return
+        self.say(f"The best checkpoint, {best.name}, is damaged or gone; the best one from here on is kept")
         state.best_model_checkpoint = state.best_metric = state.best_global_step = None

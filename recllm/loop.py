@@ -268,13 +268,14 @@ def fit(
     checkpoints = folder / "checkpoints" / stage.scorer
     options = stage.options(checkpoints)
     boards = _own_tensorboard(options, folder / "tensorboard" / stage.scorer)
-    callbacks = [SoundBest(say), MetricsFile(folder / "metrics.jsonl", stage.scorer)]
-    callbacks += [StepLines(stage.scorer, stage.metric, say), *boards]
-    callbacks += [EarlyStoppingCallback(stage.patience)] if stage.patience else []
-    callbacks += [Watched(stage.scorer, watch)] if watch else []
     kept = folder / f"no-number-{stage.scorer}"
 
     def trainer(adjusted: Adjusted) -> OrderedTrainer:
+        # Made anew for every attempt: some of them count.
+        callbacks = [SoundBest(say), MetricsFile(folder / "metrics.jsonl", stage.scorer)]
+        callbacks += [StepLines(stage.scorer, stage.metric, say), *boards]
+        callbacks += [EarlyStoppingCallback(stage.patience)] if stage.patience else []
+        callbacks += [Watched(stage.scorer, watch)] if watch else []
         return stage_trainer(stage, options, callbacks, kept, adjusted)
 
     _train_on(trainer, stage.model, checkpoints, scorer=stage.scorer, resume=resume, say=say)
@@ -287,8 +288,11 @@ def stage_trainer(
     callbacks: list[TrainerCallback],
     kept: Path,
     adjusted: Adjusted = Adjusted(),
+    steps: int | None = None,
 ) -> OrderedTrainer:
     """Trainer for a stage; what belongs to a checkpoint is sealed behind all `callbacks`.
+
+    `steps` is the length of the whole training where `options` cut it short.
 
     Raises:
         RecllmError: Trainer refuses the keys, or they ask for something that this model has not.
@@ -307,7 +311,7 @@ def stage_trainer(
         train_dataset=WholeBatches(stage.train, round_rows),
         eval_dataset=stage.valid,
         compute_metrics=stage.compute_metrics,
-        callbacks=[RankBudget(), *callbacks, Seal()],
+        callbacks=[RankBudget(stage.steps if steps is None else steps), *callbacks, Seal()],
     )
     trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = stage.adapter_learning_rate, stage.valid_collator
@@ -339,7 +343,8 @@ def _train_on(
         except Exception as error:  # the device's libraries raise many kinds
             if not should_reduce_batch_size(error):
                 raise
-            adjusted = _smaller(adjusted, made.args.train_batch_size, say)
+            whole = made.args.per_device_train_batch_size * adjusted.parts
+            adjusted = _smaller(adjusted, whole, say)
         else:
             return
         del made
@@ -373,35 +378,37 @@ def _slower(
     return replace(adjusted, rate=0.5)
 
 
-def _smaller(adjusted: Adjusted, rows: int, say: Callable[[str], None]) -> Adjusted:
-    """Micro-batches of half the rows.
+def _smaller(adjusted: Adjusted, whole: int, say: Callable[[str], None]) -> Adjusted:
+    """More and smaller micro-batches of the `whole` rows of a device, all of one size: a step has the same rows.
 
     Raises:
         RecllmError: a single row does not fit, or several processes train.
     """
-    fewer = math.ceil(rows / 2)
+    rows = whole // adjusted.parts
+    parts = next((parts for parts in range(2 * adjusted.parts, whole + 1) if whole % parts == 0), whole)
     if process_state().num_processes > 1:
         raise RecllmError(
             f"Out of memory with {rows} rows at once on a device. Take fewer (--set train.per_device_train_batch_size="
-            f"{fewer} --set train.gradient_accumulation_steps=2): with several processes this is not done by itself."
+            f"{max(1, rows // 2)} --set train.gradient_accumulation_steps=2): with several processes this is not done "
+            "by itself."
         ) from None
     if rows == 1:
         raise RecllmError(
             "Out of memory with a single row. Take shorter histories (model.max_history), a smaller model, the recipe "
             "'qlora', or train.gradient_checkpointing = true."
         ) from None
-    say(f"Out of memory with {rows} rows at once: going on with {fewer}, and the same rows in a step")
-    return replace(adjusted, parts=adjusted.parts * 2)
+    say(f"Out of memory with {rows} rows at once: going on with {whole // parts}, and the same rows in a step")
+    return replace(adjusted, parts=parts)
 
 
 def _divided(options: dict[str, Any], parts: int) -> dict[str, Any]:
-    """Trainer's keys with the rows of a device divided into micro-batches; a step has the same rows."""
+    """Trainer's keys with the rows of a device divided into micro-batches, in validation too."""
     if parts == 1:
         return options
-    rows = options["per_device_train_batch_size"]
     return options | {
-        "per_device_train_batch_size": math.ceil(rows / parts),
+        "per_device_train_batch_size": options["per_device_train_batch_size"] // parts,
         "gradient_accumulation_steps": options.get("gradient_accumulation_steps", 1) * parts,
+        "per_device_eval_batch_size": max(1, options["per_device_eval_batch_size"] // parts),
     }
 
 

@@ -27,6 +27,7 @@ from recllm.runs import Run
 from recllm.tasks import Task, prepare
 from recllm.trained import Say, check_names, encoder_name
 from recllm.vectors import ItemFeatures
+from recllm.watching import NonFiniteLossError
 
 SHOWN = 3
 """Examples that are shown."""
@@ -78,7 +79,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        where = "the CPU" if on_cpu() else torch.cuda.get_device_name()
+        where = "the CPU" if on_cpu() else "the accelerator"
         lines = [
             f"{self.events:,} training events of {self.users:,} users, {self.items:,} items, "
             f"{self.valid:,} validation rows"
@@ -108,6 +109,8 @@ def plan_run(run: Run, say: Say) -> Plan:
         RecllmError: a mistake in the run file or in the data, or a batch that does not fit into memory.
     """
     check_trainer_keys(run.train.trainer_keys())
+    # Away from the run's folder: it may hold the recipes of an earlier training.
+    run = run.model_copy(update={"output": str(Path(run.output) / ".planned")})
     check_names(run, say)
     task = prepare(run, say)
     features = random_features(run, task)
@@ -119,6 +122,8 @@ def plan_run(run: Run, say: Say) -> Plan:
         stage = relevance_stage(run, task, say) if judges else language_stage(run, task, features, say)
         if len(stage.train):
             costs.append(measure(stage, say))
+        if judges and run.light.num_train_epochs:
+            say("The light judge is not in this plan; it trains in minutes")
         examples = shown(run, task, stage)
     split = task.split
     users = split.train.frame["user_id"].n_unique()
@@ -157,10 +162,12 @@ def measure(stage: Stage, say: Say) -> Cost:
     places = [int(order[round(share * (len(order) - 1))]) for share in TRIED]
     say(f"Trying steps of '{stage.scorer}'")
     trained, frozen = stage.trained, sum(v.numel() for v in stage.model.parameters() if not v.requires_grad)
-    batches = [[stage.train[row] for row in counted[place][0]] for place in places]
+    batches = [_full([stage.train[row] for row in counted[place][0]], rows) for place in places]
+    tried = np.array([stage.collator(batch)["ids"].numel() for batch in batches])
     times, validation, memory = _try(stage, batches, rows, accumulation)
-    per_batch = _seconds(widths[places[1:]], np.array(times[1:]) / accumulation, widths)
-    validations = math.ceil(stage.steps / options["eval_steps"])
+    per_batch = _seconds(tried[1:], np.array(times[1:]) / accumulation, widths)
+    every = options["eval_steps"]
+    validations = math.ceil(1 / every if every < 1 else stage.steps / every)
     seconds = per_batch + validations * validation
     tokens, padding = sum(own for _, own, _ in counted), sum(own for _, _, own in counted)
     return Cost(stage.scorer, len(stage.train), tokens, padding, stage.steps, trained, frozen, memory, seconds)
@@ -174,6 +181,11 @@ def _seconds(tried: NDArray[np.int64], times: NDArray[np.float64], widths: NDArr
     if slope <= 0 or base + slope * widths.min() <= 0:
         return float(times.sum() / tried.sum() * widths.sum())
     return float((base + slope * widths).sum())
+
+
+def _full(batch: list[Any], rows: int) -> list[Any]:
+    """The rows of a batch; a short one is filled up by its first ones."""
+    return [batch[place % len(batch)] for place in range(rows)]
 
 
 def _count(
@@ -218,13 +230,10 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
     Args:
         stage: what is tried; its weights are changed.
         batches: rows of every step.
-        most: rows of a full batch; shorter ones are filled up by their first rows.
+        most: rows of each batch.
         accumulation: batches of a step.
     """
-    rows = []
-    for batch in batches:
-        full = [batch[place % len(batch)] for place in range(most)]
-        rows += full * accumulation
+    rows = [row for batch in batches for row in batch * accumulation]
     watch = _Watch()
     tried = replace(stage, train=Examples(rows))
     kept = trained_values(stage.model)  # as training does, to be able to go back
@@ -233,13 +242,18 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
         options = stage.options(Path(place)) | off | {"max_steps": len(batches), "logging_steps": 1_000_000}
         options.pop("eval_steps"), options.pop("save_steps")
         try:
-            trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number")
+            trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number", steps=stage.steps)
             trainer.train()
             began = time.monotonic()
             trainer.evaluate()
             _finish()
             validation = time.monotonic() - began
             trainer.save_model(place)
+        except NonFiniteLossError as error:
+            raise RecllmError(
+                f"The {error.key} of '{stage.scorer}' is {error.value} within a few steps. Lower the learning rate "
+                "(train.learning_rate, train.head_learning_rate)."
+            ) from None
         except Exception as error:  # the device's libraries raise many kinds
             if not should_reduce_batch_size(error):
                 raise

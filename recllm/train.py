@@ -12,6 +12,7 @@ import torch
 from recllm.cards import write_adapter_card
 from recllm.devices import process_state
 from recllm.errors import RecllmError
+from recllm.files import read_json
 from recllm.judging import train_light_judge, train_relevance
 from recllm.loop import check_trainer_keys
 from recllm.nextitem import train_language, train_light
@@ -84,6 +85,7 @@ def train_run(
         task = prepare(run, say)
         if resume:
             check_same_data(run, task.fingerprints())
+            _check_processes(run, state.num_processes)
         if state.is_main_process:
             _begin(run, task, overwrite=overwrite, processes=state.num_processes)
         _describe(task, say)
@@ -100,6 +102,7 @@ def train_run(
         with clock.stage("scores and fusion"):
             fit_fusion(run, task, parts, say)
             write_adapter_card(run)
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # a kill may have left some of a finished stage
     state.wait_for_everyone()
     return task
 
@@ -116,6 +119,22 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
         )
     if resume and begun:
         check_resumed(run)
+
+
+def _check_processes(run: Run, processes: int) -> None:
+    """Check that a training that was begun goes on with as many processes: they decide which rows a step has.
+
+    Raises:
+        RecllmError: it was begun with more or fewer.
+    """
+    path = run.folder / ENVIRONMENT
+    before = read_json(path).get("processes", 1) if path.is_file() else processes
+    if before != processes and any((run.folder / "checkpoints").glob("*/checkpoint-*")):
+        raise RecllmError(
+            f"{run.folder} has checkpoints of a training with {before} process{'es' * (before > 1)}, and now there "
+            f"{'are' if processes > 1 else 'is'} {processes}. Go on with as many (recllm train {run.folder} --resume "
+            f"-- --num_processes {before}), or start anew (--overwrite)."
+        )
 
 
 def _begin(run: Run, task: Task, *, overwrite: bool, processes: int) -> None:

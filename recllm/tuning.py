@@ -20,7 +20,7 @@ from recllm.runs import Run, load_run, set_key, write_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task
 from recllm.train import train_run
-from recllm.trained import VECTORS, load_collaborative, stage_done
+from recllm.trained import VECTORS, encoder_name, load_collaborative, stage_done
 from recllm.vectors import RawVectors
 
 Say = Callable[[str], None]
@@ -37,9 +37,9 @@ STARTUP = 5
 class Range(Settings):
     """The values of one key: from `low` to `high`, or `choices`."""
 
-    low: float | None = None
-    """The least value; whole numbers where both ends are."""
-    high: float | None = None
+    low: int | float | None = None
+    """The least value; whole numbers are drawn where both ends are written as such (1, not 1.0)."""
+    high: int | float | None = None
     """The greatest value."""
     log: bool = False
     """Drawn evenly by its logarithm."""
@@ -55,14 +55,23 @@ class Range(Settings):
             raise ValueError("low is above high, or not above 0 with log")
         return self
 
+    def tried(self) -> tuple[Any, ...]:
+        """Values that show whether the key takes this range."""
+        if self.choices is not None:
+            return self.choices
+        assert self.low is not None
+        assert self.high is not None
+        whole = isinstance(self.low, int) and isinstance(self.high, int)
+        return (self.low, self.high) if whole else (self.low, self.high, (self.low + self.high) / 2)
+
     def draw(self, trial: Any, key: str) -> Any:  # noqa: ANN401  optuna comes without types here
         """A value of the key for a trial."""
         if self.choices is not None:
             return trial.suggest_categorical(key, list(self.choices))
         assert self.low is not None
         assert self.high is not None
-        if self.low == int(self.low) and self.high == int(self.high) and not self.log:
-            return trial.suggest_int(key, int(self.low), int(self.high))
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(key, self.low, self.high, log=self.log)
         return trial.suggest_float(key, self.low, self.high, log=self.log)
 
 
@@ -87,7 +96,7 @@ class Search(Settings):
     trials: int = Field(default=20, ge=1)
     """Trials in all, over all workers and all calls."""
     prune: bool = True
-    """Cut a trial short whose validation is below the median of the others at the same step."""
+    """Cut a trial short whose validation is below the median of the others, where `scorer` is one that trains."""
     search: dict[str, Range] = Field(min_length=1)
     """By `table.key`, what is tried."""
     limits: Limits = Limits()
@@ -104,7 +113,7 @@ def load_search(path: Path) -> tuple[Search, Run]:
     file = path.parent / search.run
     run = load_run(file)
     for key, values in search.search.items():
-        for value in values.choices or (values.low, values.high):
+        for value in values.tried():
             _with(run, {key: value}, run.name, Path(run.output))
     return search, run
 
@@ -112,8 +121,8 @@ def load_search(path: Path) -> tuple[Search, Run]:
 def tune(path: Path, say: Say = print) -> Run:
     """Try runs until there are as many as the tune file asks for; the best run file is written beside the trials.
 
-    Several processes may search at once: they share the journal. A search that was killed goes on where it was; the
-    trial that was running is drawn anew.
+    Several processes may search at once: they share the journal, and each ends the trial that it is at, so there may be
+    a few more. A search that was killed goes on where it was; the trial that was running does not count.
 
     Raises:
         RecllmError: a mistake in the tune file or the run file, or no trial keeps the limits.
@@ -125,24 +134,27 @@ def tune(path: Path, say: Say = print) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL)))
     study = optuna.create_study(storage=storage, study_name=run.name, direction="maximize", load_if_exists=True)
-    _check_same(study, search)
-    done = len(_finished(study))
-    # Workers and later calls draw from where the search is, not the same values again.
-    study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials), n_startup_trials=STARTUP)
+    _check_same(study, search, run)
     median = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=0)
     study.pruner = median if search.prune else optuna.pruners.NopPruner()
-    say(f"Tuning {run.name}: {done} of {search.trials} trials are done")
-
-    def objective(trial: Any) -> float:  # noqa: ANN401  optuna comes without types here
+    say(f"Tuning {run.name}: {len(_finished(study))} of {search.trials} trials are done")
+    while len(_finished(study)) < search.trials:
+        trial = study.ask()
+        # By the trial's number: workers that begin together draw different values, and a search can be made again.
+        seed = run.seed * 100_003 + trial.number
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
         try:
-            return _try(search, run, folder, trial, say)
+            study.tell(trial, _try(search, run, folder, trial, say))
+        except optuna.TrialPruned:
+            say(f"Trial {trial.number} is cut short: it is below the median of the others")
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         except RecllmError as error:
             say(f"Trial {trial.number} failed: {error}")
             trial.set_user_attr("error", str(error))
-            raise
-
-    while len(_finished(study)) < search.trials:
-        study.optimize(objective, n_trials=1, catch=(RecllmError,))
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        finally:
+            for name in ("checkpoints", "scores"):
+                shutil.rmtree(folder / f"trial-{trial.number}" / name, ignore_errors=True)
         _write(study, search, run, folder)
     best = _best(study)
     errors = [trial.user_attrs["error"] for trial in _finished(study) if "error" in trial.user_attrs]
@@ -161,24 +173,24 @@ def tune(path: Path, say: Say = print) -> Run:
 
 def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:  # noqa: ANN401
     values = {key: own.draw(trial, key) for key, own in search.search.items()}
-    tried = _with(run, values, f"trial-{trial.number}", folder)
+    alone = {}
+    if search.scorer == "light":  # what trains after it changes nothing of it
+        alone = {"model.name": "none", "model.item_encoder": encoder_name(run)}
+    tried = _with(run, alone | values, f"trial-{trial.number}", folder)
     say(f"Trial {trial.number}: " + ", ".join(f"{key} = {value}" for key, value in values.items()))
     _share_fitted(search, folder, tried)
-    last = "light" if run.model.name == "none" or search.scorer == "light" else "other"
-    base: list[int] = []
+    seen: dict[int, int] = {}
 
     def watch(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        if (stage == "light") != (last == "light"):
-            return
+        # By what is searched for, and nothing else: another scorer's metric would cut the wrong ones.
         figure = next((value for name, value in metrics.items() if name in ("eval_ndcg@10", "eval_auc")), None)
-        if figure is None:
+        if stage != search.scorer or figure is None or step in seen:
             return
-        base.append(step)
-        trial.report(figure, len(base))
+        seen[step] = len(seen)
+        trial.report(figure, seen[step])
         if trial.should_prune():
             raise require("optuna", "tune", "Tuning").TrialPruned
 
-    shutil.rmtree(tried.folder / "checkpoints", ignore_errors=True)
     task = train_run(tried, resume=True, say=_silent, watch=watch)
     parts = load_collaborative(tried, task)
     scores = known_scores(tried, task, parts, _silent)["valid"]
@@ -190,7 +202,6 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
         trial.set_user_attr(name, cost)
     for name, limit in search.limits.model_dump(exclude_none=True).items():
         trial.set_constraint(name, trial.user_attrs[name] - limit)
-    shutil.rmtree(tried.folder / "scores", ignore_errors=True)
     say(f"Trial {trial.number}: {metric} {value:.4f}")
     return float(value)
 
@@ -249,9 +260,10 @@ def _with(run: Run, values: Mapping[str, Any], name: str, output: Path) -> Run:
     return parse(Run, changed, f"{run.name} with {', '.join(f'{key} = {value}' for key, value in values.items())}")
 
 
-def _check_same(study: Any, search: Search) -> None:  # noqa: ANN401
+def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     """Check that a search goes on with what it was begun with; only the number of trials may change."""
     now = search.model_dump(mode="json", exclude={"trials"})
+    now["run"] = run.model_dump(mode="json", exclude={"name", "output"}, exclude_none=True)
     before = study.user_attrs.get("search")
     if before is None:
         study.set_user_attr("search", now)

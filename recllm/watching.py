@@ -51,11 +51,13 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: object,
     ) -> None:
-        """Write one line per log, on the first process only."""
-        if not state.is_world_process_zero or logs is None:
+        """Write one line per log on the first process; end training on a loss that is no number on all of them."""
+        if logs is None:
             return
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"scorer": self.scorer, "step": state.global_step} | logs) + "\n")
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"scorer": self.scorer, "step": state.global_step} | logs) + "\n")
+        # On every process, which all know the same figures: one that stopped alone would leave the others waiting.
         for key in ("loss", "eval_loss"):
             if key in logs and not math.isfinite(float(logs[key])):
                 raise NonFiniteLossError(key, float(logs[key]), state.global_step)

@@ -144,7 +144,7 @@ def test_train_launches_with_a_profile(capsys, tmp_path, monkeypatch):
     assert ran[0][3:] == ["--config_file", file, "--num_processes", "4", "-m", "recllm.train", str(run)]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("cpu", "MULTI_CPU"), ("gpu", "NO"), ("gpus", "MULTI_GPU")])
+@pytest.mark.parametrize(("name", "kind"), [("cpu", "MULTI_GPU"), ("gpu", "NO"), ("gpus", "MULTI_GPU")])
 def test_accelerate_reads_every_profile(name, kind):
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -380,6 +380,16 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(tmp_path):
     assert np.allclose(losses[0], losses[1], atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "found"), [(16, [8, 4, 2, 1]), (12, [6, 3, 1]), (5, [1])])
+def test_micro_batches_divide_a_batch_evenly(rows, found):
+    adjusted, given = loop.Adjusted(), {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 32}
+    for fewer in found:
+        adjusted = loop._smaller(adjusted, rows, lambda _: None)
+        divided = loop._divided(given, adjusted.parts)
+        assert divided["per_device_train_batch_size"] == fewer
+        assert fewer * divided["gradient_accumulation_steps"] == rows
+
+
 def test_a_single_row_that_does_not_fit_is_one_message(tmp_path):
     class Tiny(NextItemModel):
         def forward(self, **given):

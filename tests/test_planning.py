@@ -72,6 +72,21 @@ def test_a_plan_shows_what_is_read_and_writes_nothing(tiny_run, tmp_path):
     assert "tokens" in text
 
 
+def test_a_plan_reads_the_recipe_asked_for_and_not_the_one_of_an_earlier_training(tiny_run):
+    overrides = ["adapter={recipe='ln_tuning'}", "train.num_train_epochs=1", "light.num_train_epochs=0"]
+    run = load_run(tiny_run, overrides)
+    before = sorted(tiny_run.rglob("*"))
+    (cost,) = plan_run(run, silent).costs
+    assert cost.trained < plan_run(load_run(tiny_run, overrides[1:]), silent).costs[0].trained
+    assert sorted(tiny_run.rglob("*")) == before
+
+
+def test_a_plan_of_adalora_knows_how_long_the_training_is(tiny_run, tmp_path):
+    recipe = "adapter={recipe='adalora', init_r=4, target_r=2, tinit=8, tfinal=8}"
+    run = again(tiny_run, tmp_path, recipe, "light.num_train_epochs=0", "train.max_steps=40")
+    assert plan_run(run, silent).costs[0].steps == 40
+
+
 def test_a_plan_of_judging_shows_prompts_with_their_labels(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path, "model.task='relevance'", "train.num_train_epochs=1", "data.split='leave-last-out'")
     plan = plan_run(run, silent)

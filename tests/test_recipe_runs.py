@@ -164,6 +164,34 @@ def test_the_budget_of_ranks_falls_to_its_target(folder, tmp_path):
     assert sum(zeros) == places * 24 - left
 
 
+def test_a_budget_without_room_is_refused(folder, tmp_path):
+    recipe = recipe_of("adalora")
+    for keys, message in (
+        ({"target_r": 24}, r"init_r = 24 ranks and shall keep target_r = 24"),
+        ({"tinit": 5, "tfinal": 5}, r"tinit = 5 and tfinal = 5 leave none of the 10 steps"),
+    ):
+        changed = recipe.model_copy(update={"config": recipe.config | keys})
+        with pytest.raises(RecllmError, match=message):
+            train(model_of(folder, changed), tmp_path, rate=5e-3)
+
+
+def test_overflowing_gradients_do_not_end_the_budget(folder, tmp_path, monkeypatch):
+    model = model_of(folder, recipe_of("adalora"))
+    step = loop.RankBudget.on_optimizer_step
+
+    def overflowing(self, args, state, control, model=None, **given):
+        if state.global_step == 0:
+            for value in model.parameters():
+                if value.grad is not None:
+                    value.grad.fill_(torch.inf)
+        step(self, args, state, control, model=model, **given)
+
+    monkeypatch.setattr(loop.RankBudget, "on_optimizer_step", overflowing)
+    train(model, tmp_path, rate=5e-3)
+    pattern = adalora_of(model).peft_config["default"].rank_pattern
+    assert sum(sum(ranks) for ranks in pattern.values()) / len(pattern) == pytest.approx(16, abs=0.5)
+
+
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "olora"])
 def test_lora_starts_in_the_ways_of_peft_and_still_merges(start, folder, tmp_path):
     recipe = recipe_of("lora")
@@ -181,7 +209,7 @@ def test_lora_starts_in_the_ways_of_peft_and_still_merges(start, folder, tmp_pat
 
 @pytest.mark.parametrize("start", ["eva", "loftq", "corda", "lora_ga"])
 def test_a_start_that_cannot_be_served_is_refused_with_the_reason(start):
-    with pytest.raises(RecllmError, match=rf"init_lora_weights = '{start}' is not supported: it .*'pissa'"):
+    with pytest.raises(RecllmError, match=rf"init_lora_weights = '{start}' is not supported: it .*'(pissa|gaussian)'"):
         load_adapter(AdapterSettings.model_validate({"recipe": "lora", "init_lora_weights": start}))
 
 

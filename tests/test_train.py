@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from recllm import loop, nextitem, train
+from recllm.commands import profile_flags
 from recllm.errors import RecllmError
-from recllm.files import read_json
+from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
 from recllm.lm import load_base
 from recllm.runs import load_run
@@ -257,6 +258,17 @@ def test_the_module_says_what_is_wrong_and_exits_with_2(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"Error: There is no run file '{tmp_path / 'no.toml'}'")
 
 
+def test_another_number_of_processes_is_refused_where_checkpoints_are(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path)
+    shutil.copytree(tiny_run, run.folder)
+    facts = read_json(run.folder / "environment.json")
+    write_json(run.folder / "environment.json", facts | {"processes": 2})
+    train_run(run, resume=True, say=silent)  # it is finished: nothing depends on them any more
+    (run.folder / "checkpoints" / "lm" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(RecllmError, match=r"checkpoints of a training with 2 processes, and now there is 1\. Go on"):
+        train_run(run, resume=True, say=silent)
+
+
 @pytest.mark.slow
 def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(tiny_run, tmp_path):
     without_dropout = [
@@ -276,7 +288,7 @@ def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(tiny_run, t
         "light.per_device_train_batch_size=4",
         "train.per_device_train_batch_size=8",
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *profile_flags("cpu")]
     settings = [part for override in halves for part in ("--set", override)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(

@@ -87,6 +87,30 @@ def test_a_trial_below_the_others_is_cut_short(place, monkeypatch):
     assert load_run(place / "runs" / "base-tune" / tuning.BEST).light.learning_rate == 5e-3
 
 
+def test_whole_numbers_and_fractions_are_told_apart(place):
+    class Trial:
+        def suggest_int(self, key, low, high, log):
+            return "int", low, high, log
+
+        def suggest_float(self, key, low, high, log):
+            return "float", low, high, log
+
+    assert Range(low=1, high=512, log=True).draw(Trial(), "light.width") == ("int", 1, 512, True)
+    assert Range(low=0.0, high=1.0).draw(Trial(), "light.dropout") == ("float", 0.0, 1.0, False)
+    path = written(place)
+    path.write_text(path.read_text(encoding="utf-8").replace("high = 2", "high = 2.0"), encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"light\.layers.*integer"):
+        load_search(path)
+
+
+def test_a_changed_run_file_begins_another_search(place):
+    tune(written(place, 1), lambda _: None)
+    text = (place / "base.toml").read_text(encoding="utf-8")
+    (place / "base.toml").write_text(text.replace("num_train_epochs = 6", "num_train_epochs = 7"), encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"was begun with another run"):
+        tune(written(place, 2), lambda _: None)
+
+
 def test_a_key_that_the_run_has_not_is_refused(place):
     path = written(place)
     path.write_text(path.read_text(encoding="utf-8").replace("light.layers", "light.leyers"), encoding="utf-8")
