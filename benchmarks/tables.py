@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,8 @@ def fusions(found: dict[str, Result]) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def curve(found: dict[str, Result]) -> Iterator[str]:
-    """The cold-item results by the number of events that were given back."""
+def curve(found: dict[str, Result], part: str = "all") -> Iterator[str]:
+    """The cold-item results by the number of events that were given back, ranked among the items of `part`."""
     kept = {
         (result["data"], int(name.removesuffix("-events").rpartition("-")[2])): result
         for name, result in found.items()
@@ -129,7 +130,7 @@ def curve(found: dict[str, Result]) -> Iterator[str]:
     yield f"| set | events | {' | '.join(shown)} |"
     yield "|---" * (len(shown) + 2) + "|"
     for (data, events), result in sorted(kept.items(), key=lambda entry: entry[0]):
-        rows = rows_of(result)
+        rows = rows_of(result, part)
         cells = [figure([rows[name]["NDCG@10"][0], None, None]) if name in rows else "–" for name in shown]
         yield f"| {data} | {events} | {' | '.join(cells)} |"
 
@@ -142,6 +143,7 @@ def table(name: str, found: dict[str, Result]) -> list[str]:
         "fading": fading,
         "fusions": fusions,
         "curve": curve,
+        "curve: among cold items": partial(curve, part="among cold items"),
     }
     if name in special:
         return list(special[name](found))

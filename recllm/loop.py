@@ -1,6 +1,7 @@
 """The one training loop: Hugging Face's Trainer over windows in a fixed order; LoRA or light is only what trains."""
 
 import gc
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -414,14 +415,17 @@ def _divided(options: dict[str, Any], parts: int) -> dict[str, Any]:
 
 @contextmanager
 def _quiet_about(adjusted: Adjusted) -> Iterator[None]:
-    """Without Trainer's warning that a checkpoint has another batch size, where that is our own doing."""
-    level = hf_logging.get_verbosity()
+    """Without Trainer's warnings of what is our own doing: another batch size, two checkpoints within a moment."""
+    level, rotation = hf_logging.get_verbosity(), logging.getLogger("transformers.trainer_utils")
+    before = rotation.level
+    rotation.setLevel(logging.ERROR)
     if adjusted.parts > 1:
         hf_logging.set_verbosity_error()
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
+        rotation.setLevel(before)
 
 
 def _recompute(model: nn.Module, options: dict[str, Any]) -> None:
