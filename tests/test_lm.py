@@ -10,9 +10,9 @@ from recllm.adapters import AdapterRecipe
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
+from recllm.examples import NextItemCollator
 from recllm.histories import item_token_history, text_history
 from recllm.lm import encode_ids, is_causal, item_vectors, load_base, load_tokenizer, model_folder, next_item_model
-from recllm.loop import NextItemCollator
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
 from recllm.runs import ModelSettings
