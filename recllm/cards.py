@@ -6,6 +6,7 @@ from typing import Any
 import peft
 from torch import nn
 
+from recllm.assets import ASSETS
 from recllm.files import read_json, sha256_of, whole_folder, written
 from recllm.lm import MODEL_FILES, model_folder
 from recllm.runs import ENVIRONMENT, Run
@@ -37,6 +38,9 @@ def write_adapter_card(run: Run) -> None:
     if not folder.is_dir():
         return
     head = ["---", f"base_model: {run.model.name}", "library_name: peft", "tags: [recommendation, recllm]", "---"]
+    # A name of recllm's own means nothing to transformers.
+    base = "FOLDER" if run.model.name in ASSETS else run.model.name
+    where = f"  # FOLDER: where {run.model.name} lies, as a model that transformers loads" if base == "FOLDER" else ""
     loading = [
         "## How to load",
         "",
@@ -44,7 +48,8 @@ def write_adapter_card(run: Run) -> None:
         "from peft import PeftModel",
         "from transformers import AutoModel",
         "",
-        f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{run.model.name}"), "{ADAPTER}")',
+        f'base = AutoModel.from_pretrained("{base}"){where}',
+        f'model = PeftModel.from_pretrained(base, "{ADAPTER}")',
         "```",
         "",
         "This is the adapter alone. What it is read with, and the projections beside it, are in the run's folder "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from recllm.cards import write_adapter_card
 from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.fusion import Fusion
@@ -101,6 +102,7 @@ def quickstart(
         others = {PLAIN_MF: unfaded(parts.mf)}
         tables = {part: evaluate_run(run, task, scores[part], part=part, others=others) for part in ("valid", "test")}
         save_evaluation(run, tables)
+        write_adapter_card(run)
     for line in _table_lines(tables["test"]):
         say(f"     {line}")
     say("3/5  Exporting to ONNX")
