@@ -34,6 +34,10 @@ STARTUP = 5
 """Trials that are drawn at random and never cut short, before the search learns from them."""
 
 
+class WrongSearchError(RecllmError):
+    """The search asks for what no trial of it can have."""
+
+
 class Range(Settings):
     """The values of one key: from `low` to `high`, or `choices`."""
 
@@ -148,6 +152,9 @@ def tune(path: Path, say: Say = print) -> Run:
         except optuna.TrialPruned:
             say(f"Trial {trial.number} is cut short: it is below the median of the others")
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        except WrongSearchError:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
         except RecllmError as error:
             say(f"Trial {trial.number} failed: {error}")
             trial.set_user_attr("error", str(error))
@@ -208,9 +215,9 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
 
 def _check(table: Table, scorer: str, metric: str) -> None:
     if scorer not in table.scorers:
-        raise unknown("scorer", scorer, table.scorers)
+        raise WrongSearchError(str(unknown("scorer", scorer, table.scorers)))
     if metric not in table.metrics:
-        raise unknown("metric", metric, table.metrics)
+        raise WrongSearchError(str(unknown("metric", metric, table.metrics)))
 
 
 def _metric(search: Search, run: Run) -> str:

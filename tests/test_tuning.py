@@ -111,6 +111,14 @@ def test_a_changed_run_file_begins_another_search(place):
         tune(written(place, 2), lambda _: None)
 
 
+def test_a_scorer_that_no_trial_has_ends_the_search_at_once(place):
+    path, said = written(place, 5), []
+    path.write_text(path.read_text(encoding="utf-8").replace('scorer = "light"', 'scorer = "ligth"'), encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"Unknown scorer 'ligth'. Did you mean 'light'"):
+        tune(path, said.append)
+    assert sum(line.startswith("Trial ") for line in said) == 1
+
+
 def test_a_key_that_the_run_has_not_is_refused(place):
     path = written(place)
     path.write_text(path.read_text(encoding="utf-8").replace("light.layers", "light.leyers"), encoding="utf-8")
