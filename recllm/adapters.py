@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recllm.bottleneck import BottleneckSettings, bottlenecks, insert_bottlenecks
+from recllm.bottleneck import BottleneckSettings, insert_bottlenecks
 from recllm.errors import RecllmError, unknown
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.runs import AdapterSettings
@@ -115,11 +115,6 @@ def _probe(model: nn.Module) -> Tensor:
     device = next(model.parameters()).device
     hidden: Tensor = model(input_ids=torch.arange(8, device=device)[None]).last_hidden_state
     return hidden.float()
-
-
-def can_merge(model: nn.Module) -> bool:
-    """Whether an adapter of this model folds into the base model's weights."""
-    return not any(bottlenecks(model))
 
 
 def _keys(tuner: str) -> Mapping[str, Any]:

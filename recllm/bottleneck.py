@@ -1,7 +1,6 @@
 """Bottleneck adapters (Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022): two small products in a layer."""
 
 import math
-from collections.abc import Iterator
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -98,11 +97,6 @@ def insert_bottlenecks(model: PreTrainedModel, settings: BottleneckSettings) -> 
         wrapped = Bottleneck(module, model.config.hidden_size, settings).to(device)
         setattr(model.get_submodule(parent), own, wrapped)
     return model
-
-
-def bottlenecks(model: nn.Module) -> Iterator[Bottleneck]:
-    """The bottleneck adapters of a model."""
-    return (module for module in model.modules() if isinstance(module, Bottleneck))
 
 
 def _endings(settings: BottleneckSettings) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class Cost:
         steps: optimiser steps.
         trained: parameters that train.
         frozen: parameters that do not.
-        memory: peak bytes of this process, measured on the longest batch; of the accelerator where there is one.
+        memory: peak bytes of this process after a few steps; of the accelerator where there is one.
         seconds: training and its validations, from measured steps.
     """
 
