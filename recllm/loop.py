@@ -1,18 +1,14 @@
 """The one training loop: Hugging Face's Trainer over windows in a fixed order; LoRA or light is only what trains."""
 
-import gc
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
@@ -26,35 +22,20 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.utils import logging as hf_logging
 
 from recllm.adalora import RankBudget, orthogonality
-from recllm.checkpoints import WEIGHTS, Seal, SoundBest, last_checkpoint, load_trained, save_trained, trained_values
+from recllm.checkpoints import WEIGHTS, Seal, SoundBest, load_trained, save_trained
 from recllm.devices import on_cpu, process_state
 from recllm.errors import RecllmError, require, unknown
 from recllm.examples import Examples, WholeBatches, collate_counted
-from recllm.files import read_json, write_json, written
+from recllm.files import written
 from recllm.metrics import hit_rate, ndcg
+from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
 
 METRIC = "eval_ndcg@10"
 EVALUATIONS = 10
 """Validations, and with them checkpoints, in a stage of training."""
-ADJUSTED = "adjusted.json"
-"""In the folder of a stage's checkpoints: what training has changed by itself."""
-
-
-@dataclass(frozen=True)
-class Adjusted:
-    """What training has changed by itself to go on.
-
-    Attributes:
-        rate: the learning rates are multiplied by it.
-        parts: micro-batches into which a batch of one device is divided.
-    """
-
-    rate: float = 1.0
-    parts: int = 1
 
 
 class OrderedTrainer(Trainer):
@@ -279,7 +260,7 @@ def fit(
         callbacks += [Watched(stage.scorer, watch)] if watch else []
         return stage_trainer(stage, options, callbacks, kept, adjusted)
 
-    _train_on(trainer, stage.model, checkpoints, scorer=stage.scorer, resume=resume, say=say)
+    train_on(trainer, stage.model, checkpoints, kept=kept, scorer=stage.scorer, resume=resume, say=say)
     process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
 
 
@@ -288,7 +269,7 @@ def stage_trainer(
     options: dict[str, Any],
     callbacks: list[TrainerCallback],
     kept: Path,
-    adjusted: Adjusted = Adjusted(),
+    adjusted: Adjusted = UNCHANGED,
     steps: int | None = None,
 ) -> OrderedTrainer:
     """Trainer for a stage; what belongs to a checkpoint is sealed behind all `callbacks`.
@@ -300,7 +281,7 @@ def stage_trainer(
     """
     options = dict(options)
     _recompute(stage.model, options)
-    settings = _training_arguments(_divided(options, adjusted.parts))
+    settings = _training_arguments(divided(options, adjusted.parts))
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
     # One process has nobody to wait for: its last batch may be short.
@@ -318,114 +299,6 @@ def stage_trainer(
     trainer.adapter_learning_rate, trainer.valid_collator = stage.adapter_learning_rate, stage.valid_collator
     trainer.rate, trainer.kept_batches = adjusted.rate, kept
     return trainer
-
-
-def _train_on(
-    trainer: Callable[[Adjusted], OrderedTrainer],
-    model: nn.Module,
-    checkpoints: Path,
-    *,
-    scorer: str,
-    resume: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Train to the end; what can be mended by going back to the last good checkpoint is mended, each in its measure."""
-    start = trained_values(model)
-    note = checkpoints / ADJUSTED
-    adjusted = Adjusted(**read_json(note)) if resume and note.is_file() else Adjusted()
-    while True:
-        made = trainer(adjusted)
-        found = last_checkpoint(checkpoints, say) if resume else None
-        try:
-            with _quiet_about(adjusted):
-                made.train(resume_from_checkpoint=found)
-        except NonFiniteLossError as error:
-            adjusted = _slower(adjusted, error, made.kept_batches, scorer, say)
-        except Exception as error:  # the device's libraries raise many kinds
-            if not should_reduce_batch_size(error):
-                raise
-            whole = made.args.per_device_train_batch_size * adjusted.parts
-            adjusted = _smaller(adjusted, whole, say)
-        else:
-            return
-        del made
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if process_state().is_main_process:
-            write_json(note, asdict(adjusted))
-        process_state().wait_for_everyone()
-        model.load_state_dict(start, strict=False)  # where there is no checkpoint yet
-        resume = True
-
-
-def _slower(
-    adjusted: Adjusted, error: NonFiniteLossError, kept: Path, scorer: str, say: Callable[[str], None]
-) -> Adjusted:
-    """Half the learning rate, once.
-
-    Raises:
-        RecllmError: it has been halved before.
-    """
-    files = sorted(path.name for path in kept.parent.glob(f"{kept.name}-step-{error.step}-*"))
-    batch = f" The batch is kept as {kept.parent / files[0]}." if files else ""
-    what = f"The {error.key} of '{scorer}' is {error.value} at step {error.step}"
-    if adjusted.rate < 1.0:
-        raise RecllmError(
-            f"{what}, at half the learning rate too.{batch} Lower the learning rate (train.learning_rate, "
-            "train.head_learning_rate; light.learning_rate for 'light') and start anew: --overwrite."
-        ) from None
-    say(f"{what}.{batch} Going back to the last good checkpoint, with half the learning rate")
-    return replace(adjusted, rate=0.5)
-
-
-def _smaller(adjusted: Adjusted, whole: int, say: Callable[[str], None]) -> Adjusted:
-    """More and smaller micro-batches of the `whole` rows of a device, all of one size: a step has the same rows.
-
-    Raises:
-        RecllmError: a single row does not fit, or several processes train.
-    """
-    rows = whole // adjusted.parts
-    parts = next((parts for parts in range(2 * adjusted.parts, whole + 1) if whole % parts == 0), whole)
-    if process_state().num_processes > 1:
-        raise RecllmError(
-            f"Out of memory with {rows} rows at once on a device. Take fewer (--set train.per_device_train_batch_size="
-            f"{max(1, rows // 2)} --set train.gradient_accumulation_steps=2): with several processes this is not done "
-            "by itself."
-        ) from None
-    if rows == 1:
-        raise RecllmError(
-            "Out of memory with a single row. Take shorter histories (model.max_history), a smaller model, the recipe "
-            "'qlora', or train.gradient_checkpointing = true."
-        ) from None
-    say(f"Out of memory with {rows} rows at once: going on with {whole // parts}, and the same rows in a step")
-    return replace(adjusted, parts=parts)
-
-
-def _divided(options: dict[str, Any], parts: int) -> dict[str, Any]:
-    """Trainer's keys with the rows of a device divided into micro-batches, in validation too."""
-    if parts == 1:
-        return options
-    return options | {
-        "per_device_train_batch_size": options["per_device_train_batch_size"] // parts,
-        "gradient_accumulation_steps": options.get("gradient_accumulation_steps", 1) * parts,
-        "per_device_eval_batch_size": max(1, options["per_device_eval_batch_size"] // parts),
-    }
-
-
-@contextmanager
-def _quiet_about(adjusted: Adjusted) -> Iterator[None]:
-    """Without Trainer's warnings of what is our own doing: another batch size, two checkpoints within a moment."""
-    level, rotation = hf_logging.get_verbosity(), logging.getLogger("transformers.trainer_utils")
-    before = rotation.level
-    rotation.setLevel(logging.ERROR)
-    if adjusted.parts > 1:
-        hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        rotation.setLevel(before)
 
 
 def _recompute(model: nn.Module, options: dict[str, Any]) -> None:

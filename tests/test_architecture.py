@@ -21,8 +21,8 @@ TORCH_FREE = [
 ]
 TORCH = [
     "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints", "watching",
-    "adalora", "cards", "loop", "cascade", "relevance", "trained", "judging", "nextitem", "scoring", "planning",
-    "train", "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "gate",
+    "recovery", "adalora", "cards", "loop", "cascade", "relevance", "trained", "judging", "nextitem", "scoring",
+    "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "gate",
     "rankexport", "export", "quickstart", "tuning", "commands",
 ]
 # fmt: on

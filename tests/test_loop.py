@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from recllm import loop
+from recllm import loop, recovery
 from recllm.adapters import AdapterRecipe
 from recllm.checkpoints import WEIGHTS, last_checkpoint, load_trained, save_trained
 from recllm.devices import fast_bf16, precision_keys
@@ -382,10 +382,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(tmp_path):
 
 @pytest.mark.parametrize(("rows", "found"), [(16, [8, 4, 2, 1]), (12, [6, 3, 1]), (5, [1])])
 def test_micro_batches_divide_a_batch_evenly(rows, found):
-    adjusted, given = loop.Adjusted(), {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 32}
+    adjusted, given = recovery.UNCHANGED, {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 32}
     for fewer in found:
-        adjusted = loop._smaller(adjusted, rows, lambda _: None)
-        divided = loop._divided(given, adjusted.parts)
+        adjusted = recovery._smaller(adjusted, rows, lambda _: None)
+        divided = recovery.divided(given, adjusted.parts)
         assert divided["per_device_train_batch_size"] == fewer
         assert fewer * divided["gradient_accumulation_steps"] == rows
 

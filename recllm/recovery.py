@@ -1,0 +1,163 @@
+"""Recovery: what training changes by itself to go on, half the learning rate once, or smaller micro-batches."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging as hf_logging
+
+from recllm.checkpoints import last_checkpoint, trained_values
+from recllm.devices import process_state
+from recllm.errors import RecllmError
+from recllm.files import read_json, write_json
+from recllm.watching import NonFiniteLossError
+
+ADJUSTED = "adjusted.json"
+"""In the folder of a stage's checkpoints: what training has changed by itself."""
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """What training has changed by itself to go on.
+
+    Attributes:
+        rate: the learning rates are multiplied by it.
+        parts: micro-batches into which a batch of one device is divided.
+    """
+
+    rate: float = 1.0
+    parts: int = 1
+
+
+UNCHANGED = Adjusted()
+"""Before anything went wrong."""
+
+
+def train_on(
+    trainer: Callable[[Adjusted], Trainer],
+    model: nn.Module,
+    checkpoints: Path,
+    *,
+    kept: Path,
+    scorer: str,
+    resume: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Train to the end; what can be mended by going back to the last good checkpoint is mended, each in its measure.
+
+    Args:
+        trainer: makes the trainer of an attempt.
+        model: is trained in place.
+        checkpoints: where the checkpoints lie, and what was changed.
+        kept: beginning of the paths of batches whose loss was no number.
+        scorer: names the stage in messages.
+        resume: go on from the last checkpoint, if there is one.
+        say: gets lines of what was changed.
+
+    Raises:
+        RecllmError: neither half the learning rate nor smaller micro-batches help.
+    """
+    start = trained_values(model)
+    note = checkpoints / ADJUSTED
+    adjusted = Adjusted(**read_json(note)) if resume and note.is_file() else UNCHANGED
+    while True:
+        made = trainer(adjusted)
+        found = last_checkpoint(checkpoints, say) if resume else None
+        try:
+            with _quiet_about(adjusted):
+                made.train(resume_from_checkpoint=found)
+        except NonFiniteLossError as error:
+            adjusted = _slower(adjusted, error, kept, scorer, say)
+        except Exception as error:  # the device's libraries raise many kinds
+            if not should_reduce_batch_size(error):
+                raise
+            whole = made.args.per_device_train_batch_size * adjusted.parts
+            adjusted = _smaller(adjusted, whole, say)
+        else:
+            return
+        del made
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if process_state().is_main_process:
+            write_json(note, asdict(adjusted))
+        process_state().wait_for_everyone()
+        model.load_state_dict(start, strict=False)  # where there is no checkpoint yet
+        resume = True
+
+
+def _slower(
+    adjusted: Adjusted, error: NonFiniteLossError, kept: Path, scorer: str, say: Callable[[str], None]
+) -> Adjusted:
+    """Half the learning rate, once.
+
+    Raises:
+        RecllmError: it has been halved before.
+    """
+    files = sorted(path.name for path in kept.parent.glob(f"{kept.name}-step-{error.step}-*"))
+    batch = f" The batch is kept as {kept.parent / files[0]}." if files else ""
+    what = f"The {error.key} of '{scorer}' is {error.value} at step {error.step}"
+    if adjusted.rate < 1.0:
+        raise RecllmError(
+            f"{what}, at half the learning rate too.{batch} Lower the learning rate (train.learning_rate, "
+            "train.head_learning_rate; light.learning_rate for 'light') and start anew: --overwrite."
+        ) from None
+    say(f"{what}.{batch} Going back to the last good checkpoint, with half the learning rate")
+    return replace(adjusted, rate=0.5)
+
+
+def _smaller(adjusted: Adjusted, whole: int, say: Callable[[str], None]) -> Adjusted:
+    """More and smaller micro-batches of the `whole` rows of a device, all of one size: a step has the same rows.
+
+    Raises:
+        RecllmError: a single row does not fit, or several processes train.
+    """
+    rows = whole // adjusted.parts
+    parts = next((parts for parts in range(2 * adjusted.parts, whole + 1) if whole % parts == 0), whole)
+    if process_state().num_processes > 1:
+        raise RecllmError(
+            f"Out of memory with {rows} rows at once on a device. Take fewer (--set train.per_device_train_batch_size="
+            f"{max(1, rows // 2)} --set train.gradient_accumulation_steps=2): with several processes this is not done "
+            "by itself."
+        ) from None
+    if rows == 1:
+        raise RecllmError(
+            "Out of memory with a single row. Take shorter histories (model.max_history), a smaller model, the recipe "
+            "'qlora', or train.gradient_checkpointing = true."
+        ) from None
+    say(f"Out of memory with {rows} rows at once: going on with {whole // parts}, and the same rows in a step")
+    return replace(adjusted, parts=parts)
+
+
+def divided(options: dict[str, Any], parts: int) -> dict[str, Any]:
+    """Trainer's keys with the rows of a device divided into micro-batches, in validation too."""
+    if parts == 1:
+        return options
+    return options | {
+        "per_device_train_batch_size": options["per_device_train_batch_size"] // parts,
+        "gradient_accumulation_steps": options.get("gradient_accumulation_steps", 1) * parts,
+        "per_device_eval_batch_size": max(1, options["per_device_eval_batch_size"] // parts),
+    }
+
+
+@contextmanager
+def _quiet_about(adjusted: Adjusted) -> Iterator[None]:
+    """Without Trainer's warnings of what is our own doing: another batch size, two checkpoints within a moment."""
+    level, rotation = hf_logging.get_verbosity(), logging.getLogger("transformers.trainer_utils")
+    before = rotation.level
+    rotation.setLevel(logging.ERROR)
+    if adjusted.parts > 1:
+        hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        rotation.setLevel(before)
