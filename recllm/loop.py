@@ -29,6 +29,7 @@ from recllm.devices import on_cpu, process_state
 from recllm.errors import RecllmError, require, unknown
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
+from recllm.lean import lean
 from recllm.metrics import hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
@@ -284,6 +285,8 @@ def stage_trainer(
     settings = _training_arguments(divided(options, adjusted.parts))
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
+    kind = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
+    lean(stage.model, kind, cpu=on_cpu())
     # One process has nobody to wait for: its last batch may be short.
     round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
     trainer = OrderedTrainer(

@@ -1,0 +1,93 @@
+"""Lean training of a frozen model: its weights in half precision, and short attention that is cheap to go back through.
+
+Neither changes what is computed: under autocast a frozen weight is rounded at every use anyway, and short attention is
+the same softmax in other kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "recllm_short"
+SHORT = 192
+"""Longest sequence that plain products attend to on a CPU; from about 200 tokens on the fused kernel is as fast."""
+SPECIAL = ("softcap", "position_bias", "cache")
+"""What some families hand to their attention, and only transformers' own function knows."""
+
+
+def lean(model: nn.Module, kind: torch.dtype | None, *, cpu: bool) -> None:
+    """Make a model with frozen parts cheaper to train.
+
+    Args:
+        model: what trains is left as it is.
+        kind: the dtype of autocast; None where training is in float32.
+        cpu: whether it trains on the CPU, where the fused attention's way back takes a third of a step.
+    """
+    if kind is not None:
+        _round_frozen(model, kind)
+    if cpu:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
+                module.config._attn_implementation = NAME
+
+
+def _round_frozen(model: nn.Module, kind: torch.dtype) -> None:
+    """Keep the frozen linear layers in `kind`, half the memory; DoRA computes with its layers' weights in full."""
+    kept = {module.base_layer for module in model.modules() if any(getattr(module, "use_dora", {}).values())}
+    for module in model.modules():
+        if type(module) is nn.Linear and module not in kept and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(kind)
+
+
+def short_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **given: Any,  # noqa: ANN401
+) -> tuple[Tensor, None]:
+    """Attention in transformers' interface: plain products for short sequences that train, else the fused kernel.
+
+    Args:
+        module: the layer, which may say `is_causal`.
+        query: float[batch, heads, length, width].
+        key: float[batch, key-value heads, length, width].
+        value: the same.
+        attention_mask: bool or float[batch, 1, length, length], or None.
+        dropout: share of attention weights that are dropped.
+        scaling: of the products; one over the root of the width where it is None.
+        is_causal: whether a mask of None stands for a causal one.
+        given: what the family adds.
+
+    Returns:
+        float[batch, length, heads, width], and None for the weights.
+    """
+    length, special = query.shape[2], any(given.get(name) is not None for name in SPECIAL)
+    if special or dropout or length > SHORT or length != key.shape[2] or not torch.is_grad_enabled():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **given)
+    batch, heads, _, width = query.shape
+    groups = heads // key.shape[1]
+    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+    # The query heads of a key-value head are further rows of one product, so that nothing is repeated.
+    rows = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * length, width)
+    scores = rows @ key.transpose(2, 3)
+    if attention_mask is not None:
+        mask = attention_mask.repeat(1, 1, groups, 1) if attention_mask.shape[1] == 1 else attention_mask
+        mask = mask.reshape(mask.shape[0], -1, groups * length, length)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    mixed = (weights @ value).reshape(batch, heads, length, -1)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, short_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
