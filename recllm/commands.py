@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
 from recllm.files import sha256_of
 from recllm.growing import add_items
+from recllm.process import run_child
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
 from recllm.ranker import TwoStage, is_ranker, load_ranker
@@ -181,7 +181,7 @@ def launch_training(
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "recllm.train", str(path)]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--resume"] * resume + ["--overwrite"] * overwrite
-    return subprocess.run(command, check=False).returncode
+    return run_child(command)
 
 
 def profile_flags(name: str) -> list[str]:
@@ -435,4 +435,4 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> int:
     names = [stem for stem, text in files.items() if f'prog="recllm bench {stem}"' in text]
     if name not in names:
         raise unknown("benchmark", name, names)
-    return subprocess.run([sys.executable, str(folder / f"{name}.py"), *arguments], check=False).returncode
+    return run_child([sys.executable, str(folder / f"{name}.py"), *arguments])

@@ -1,7 +1,10 @@
-"""What a command sets up for its own process: the environment and the loggers of libraries; nothing at import."""
+"""Processes: the environment and the loggers that a command sets up, and children that end with their parent."""
 
 import logging
 import os
+import signal
+import subprocess
+from collections.abc import Sequence
 
 
 def set_up() -> None:
@@ -9,3 +12,20 @@ def set_up() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning in every process that is forked
     # bitsandbytes misses an optional kernel of 4-bit products on the CPU, and says so to everybody who imports PEFT.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Run a program in this one's place; its exit code, 128 + the signal where one ended it, as a shell says it.
+
+    A scheduler that ends this process tells only this one: without handing the signal on, the child would go on alone,
+    and a job that is started again would write into the same folder beside it.
+    """
+    with subprocess.Popen(list(command)) as child:
+        kinds = (signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else (signal.SIGTERM,)
+        before = {kind: signal.signal(kind, lambda number, _: child.send_signal(number)) for kind in kinds}
+        try:
+            code = child.wait()
+        finally:
+            for kind, own in before.items():
+                signal.signal(kind, own)
+    return code if code >= 0 else 128 - code

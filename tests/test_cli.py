@@ -1,6 +1,7 @@
 """The command line: light to start, every command with an example, and each road walked on a tiny model."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,11 +121,11 @@ def test_train_hands_flags_to_the_launcher(capsys, tmp_path, monkeypatch):
     run.write_text('[data]\nname = "x"\n', encoding="utf-8")
     ran = []
 
-    def launched(command, check):
+    def launched(command):
         ran.append(command)
-        return subprocess.CompletedProcess(command, 7)
+        return 7
 
-    monkeypatch.setattr(commands.subprocess, "run", launched)
+    monkeypatch.setattr(commands, "run_child", launched)
     recllm_says(capsys, "train", run, "--set", "seed=3", "--resume", "--", "--num_processes", "2", "--use_cpu", code=7)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--use_cpu"]
     assert ran == [[*launcher, "-m", "recllm.train", str(run), "--set", "seed=3", "--resume"]]
@@ -134,14 +135,34 @@ def test_train_launches_with_a_profile(capsys, tmp_path, monkeypatch):
     run, ran = tmp_path / "run.toml", []
     run.write_text('[data]\nname = "x"\n', encoding="utf-8")
 
-    def launched(command, check):
+    def launched(command):
         ran.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(commands.subprocess, "run", launched)
+    monkeypatch.setattr(commands, "run_child", launched)
     recllm_says(capsys, "train", run, "--profile", "gpus", "--", "--num_processes", "4")
     file = str(commands.PROFILES / "gpus.yaml")
     assert ran[0][3:] == ["--config_file", file, "--num_processes", "4", "-m", "recllm.train", str(run)]
+
+
+CHILD = """
+import sys, time
+print("child", flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import sys
+from recllm.process import run_child
+raise SystemExit(run_child([sys.executable, "-c", sys.argv[1]]))
+"""
+
+
+def test_what_ends_the_command_ends_its_child_too():
+    with subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "child\n"
+        parent.terminate()
+        assert parent.stdout.read() == ""  # at once: nobody holds the pipe any more
+        assert parent.wait() == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(("name", "kind"), [("cpu", "MULTI_GPU"), ("gpu", "NO"), ("gpus", "MULTI_GPU")])
@@ -259,11 +280,11 @@ def test_quickstart_ends_with_one_line_of_json(capsys, tmp_path, monkeypatch):
 def test_bench_runs_the_file_and_passes_its_exit_code_on(capsys, monkeypatch):
     ran = []
 
-    def run(command, check):
+    def run(command):
         ran.append(command)
-        return subprocess.CompletedProcess(command, 3)
+        return 3
 
-    monkeypatch.setattr(commands.subprocess, "run", run)
+    monkeypatch.setattr(commands, "run_child", run)
     recllm_says(capsys, "bench", "speed", "--users", "5", code=3)
     ((program, file, *rest),) = ran
     assert program == sys.executable
