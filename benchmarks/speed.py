@@ -1,9 +1,9 @@
 """Seconds of what a user waits for, as ratios inside one run: `recllm bench speed -- [--quick]`.
 
 Ranks candidates after one history with every contender in a process of its own, in turns: full prompts, copied
-prefixes, one sequence with a tree mask, recllm in torch and in ONNX Runtime. Shows how cost grows with candidates,
-what int8 and length order give the encoder, and how long `recllm --help` takes. Ends with one line
-of JSON that has the bars.
+prefixes, one sequence with a tree mask, recllm in torch and in ONNX Runtime. Shows how cost grows with candidates and,
+for whole catalogues, with items and users, what int8 and length order give the encoder, and how long `recllm --help`
+takes. Ends with one line of JSON that has the bars.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import catalogues
 import numpy as np
 import torch
 from contenders import CONTENDERS, torch_model
@@ -41,6 +42,7 @@ SHARE = 4
 GROWTH = (10, 32, 100, 316, 1000)
 FLAT = 1.05
 """What counts as flat on a machine that others use too."""
+CATALOGUES = (1000, 10_000, 100_000, 1_000_000)
 ENCODER = "minilm-l6"
 Bar = dict[str, Any]
 
@@ -246,9 +248,12 @@ def main() -> None:
             seconds, difference = rank_rounds(running, rounds, share)
             per_candidate = growth(running["torch fp32 recllm"], few)
         encoder = encoder_seconds(Path(place), few, 256 if given.quick else 1024)
+    catalogue = catalogues.growth(CATALOGUES, given.threads)
     rising = max(per_candidate[more] / per_candidate[less] for less, more in pairwise(GROWTH))
     bars = ranking_bars(seconds, difference) | {
         "time_per_candidate_rises": bar(rising, most=FLAT),
+        "catalogue_slope_to_product": bar(catalogue["slope"]["even weights"], most=1.5),
+        "catalogue_time_per_user_rises": bar(max(catalogue["rise"].values()), most=FLAT),
         "encoder_int8_speed_up": bar(encoder["encoder"] / encoder["encoder-int8"], 2.0),
         "length_order_speed_up": bar(encoder["random batches"] / encoder["length order"], 2.5),
         "help_seconds": bar(help_seconds(), most=0.3),
@@ -262,6 +267,8 @@ def main() -> None:
         "token_bounds": [round(bound, 1) for bound in token_bounds()],
         "seconds": {name: round(own, 3) for name, own in (seconds | encoder).items()},
         "milliseconds_per_candidate": per_candidate,
+        "catalogue": {key: catalogue[key] for key in ("slope", "rise")}
+        | {"milliseconds": [[round(value, 3) for value in row.values()] for row in catalogue["calls"]]},
         "bars": bars,
     }
     print(json.dumps(result))

@@ -13,7 +13,7 @@ from recllm.data import Catalog
 from recllm.errors import RecllmError
 from recllm.files import read_json, sha256_of, whole_folder, write_json
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 CATALOG = "catalog.parquet"
 

@@ -1,6 +1,7 @@
 """The whole-catalogue graph: dot products, fusion, seen items out and top-k in plain ONNX operators, one call."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from recllm.catalogue import folded, rooted
 from recllm.fitting import BORDA_PLACES, FLAT, RANK_OFFSET, Evidence
 from recllm.fusion import Fusion
 
 OPSET = 21
 """Has all the operators below; the bundle's model graphs have an opset of their own."""
+BARRED = -1e30
+"""Score of an item that no scorer of the user knows: far below every real one, and a number, for 0 times it is 0."""
+END = np.iinfo(np.int64).max
+"""To the last one, in a slice."""
 
 
 class Builder:
@@ -41,10 +47,10 @@ class Builder:
 def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> None:
     """Write the graph that scores, fuses and ranks a whole catalogue; the formula is `Fusion.fuse`'s.
 
-    Inputs, per scorer s: `s_queries` float32[users, width], `s_items` float32[items, width], NaN rows for unknown; and
-    `n_user` int64[users], `n_item` int64[items], `seen` int64[users, seen] (item rows, −1 for none), `k` int64[1].
-    Outputs: `rows` int64[users, k] (−1 behind the last), `scores` float32[users, k], and
-    `shares` float32[users, scorers, k].
+    Inputs, per scorer s: `s_queries` float32[users, width], NaN rows for unknown; `n_user` int64[users], `seen`
+    int64[users, seen] (places in the graph, −1 for none), `k` int64[1]; and the item side, which `prepare` makes.
+    Outputs: `rows` int64[users, k], places in the graph (−1 behind the last); `scores` float32[users, k]; and `shares`
+    float32[users, scorers, k].
 
     Args:
         fusion: of rankings; its constants of labelled pairs say nothing of a catalogue.
@@ -54,65 +60,165 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     assert fusion.standardise != "global"
     assert tuple(widths) == fusion.names
     build = Builder()
+    sides = ("items", "new_items") if fusion.new is not None else ("items",)
+    inside, before_scores = folded(fusion, widths), rooted(fusion, widths)
     user = _evidence(build, "n_user", fusion.user, axis=1)  # (users, 1)
-    item = _evidence(build, "n_item", fusion.item, axis=0)  # (1, items)
-    cold = build.add(
-        "Unsqueeze", build.add("Less", "n_item", build.constant(fusion.few, np.int64)), build.constant([0], np.int64)
-    )
-    products = [_scores(build, name) for name in fusion.names]
-    known = [has for _, has in products]
-    shares = []
-    for place, (scores, has) in enumerate(products):
-        z = _common_scale(build, fusion, scores, has)
-        weight = _weight(build, fusion.gates[place], fusion.theta[place], user, item, signed=fusion.signed)
-        share = build.add("Mul", weight, z)
-        before = [known[own] for own, level in enumerate(fusion.levels) if level < fusion.levels[place]]
-        if before:
-            share = build.add("Where", reduce(partial(build.add, "Or"), before), build.constant(0.0), share)
-        if fusion.new is not None:
-            weight = _weight(build, 1.0, np.append(fusion.new[place], 0.0), user, item, signed=True)
-            own = build.add("Mul", weight, z)
-            share = build.add("Where", cold, own, share)  # items without events have weights of their own
-        shares.append(share)
-    total, any_known = shares[0], known[0]
-    for share, has in zip(shares[1:], known[1:], strict=True):
-        total, any_known = build.add("Add", total, share), build.add("Or", any_known, has)
-    free = build.add("And", any_known, build.add("Not", _seen(build, total)))
-    ranked = build.add("Where", free, total, build.constant(-np.inf))
-    best, rows = build.add("TopK", ranked, "k", outputs=2, axis=1, largest=1, sorted=1)
-    gone = build.add("IsInf", best)
+    given = [_query(build, name) for name in fusion.names]
+    has = build.add("Concat", *(build.add("Cast", known, to=TensorProto.FLOAT) for _, known in given), axis=1)
+    # Items that no scorer of a user knows: a product of which user knows what with which item is known to whom.
+    nobody = build.add("Less", build.add("MatMul", has, "patterns"), build.constant(0.5))
+    barred = build.add("Where", nobody, build.constant(BARRED), build.constant(0.0))
+    blocks: dict[str, list[str]] = {side: [] for side in sides}
+    apart: dict[int, list[str]] = {}  # per scorer its shares, (users, places) of each side
+    marks = _Marks(build, fusion, has, sum(widths[name] for name in inside))
+    for place, name in enumerate(fusion.names):
+        queries, _ = given[place]
+        new = [] if fusion.new is None else [_weight(build, 1.0, np.append(fusion.new[place], 0.0), user, signed=True)]
+        item = _evidence(build, "n_item", fusion.item, axis=0) if fusion.theta[place][2] else None  # (1, places)
+        weights = [_weight(build, fusion.gates[place], fusion.theta[place], user, item, signed=fusion.signed), *new]
+        if name in before_scores:
+            reach = build.add("MatMul", queries, f"{name}_root")
+            squares = build.add("ReduceSumSquare", reach, build.constant([1], np.int64), keepdims=1)
+            unit = build.add("Mul", queries, _inverse(build, place, name, queries, squares))
+            if name in inside:
+                for side, weight in zip(sides, weights, strict=True):
+                    blocks[side].append(build.add("Mul", unit, weight))
+                continue
+            z = [build.add("MatMul", unit, f"{name}_{side}") for side in sides]
+        else:
+            scores = [build.add("MatMul", queries, f"{name}_{side}") for side in sides]
+            z = _common_scale(build, fusion, marks, place, name, queries, scores)
+        apart[place] = [build.add("Mul", weight, own) for weight, own in zip(weights, z, strict=True)]
+        if before := [own for own, level in enumerate(fusion.levels) if level < fusion.levels[place]]:
+            silenced = reduce(partial(build.add, "Or"), [marks.known(own, "items") for own in before])
+            apart[place][0] = build.add("Where", silenced, build.constant(0.0), apart[place][0])
+    left = {side: build.add("Concat", *own, barred, axis=1) for side, own in blocks.items()}
+    totals = [
+        reduce(partial(build.add, "Add"), [own[at] for own in apart.values()], build.add("MatMul", left[side], side))
+        for at, side in enumerate(sides)
+    ]
+    total = _without_seen(build, _joined(build, totals))
+    best, rows = build.add("TopK", total, "k", outputs=2, axis=1, largest=1, sorted=1)
+    gone = build.add("Less", best, build.constant(BARRED / 10))
     build.nodes.append(helper.make_node("Where", [gone, build.constant(-1, np.int64), rows], ["rows"]))
     build.nodes.append(helper.make_node("Where", [gone, build.constant(np.nan), best], ["scores"]))
-    axis = build.constant([1], np.int64)
-    picked = [build.add("Unsqueeze", build.add("GatherElements", share, rows, axis=1), axis) for share in shares]
-    build.nodes.append(helper.make_node("Concat", picked, ["shares"], axis=1))
-    _write(build, widths, path)
+    starts = np.cumsum([0, *(widths[name] for name in inside)])
+    picked = _products_at(build, left, rows)
+    shares = []
+    for place, name in enumerate(fusion.names):
+        if name in inside:
+            at = inside.index(name)
+            own = _slice(build, picked, int(starts[at]), int(starts[at + 1]), axis=1)
+            shares.append(build.add("ReduceSum", own, build.constant([1], np.int64), keepdims=1))
+        else:
+            share = build.add("GatherElements", _joined(build, apart[place]), rows, axis=1)
+            shares.append(build.add("Unsqueeze", share, build.constant([1], np.int64)))
+    build.nodes.append(helper.make_node("Concat", shares, ["shares"], axis=1))
+    _write(build, widths, sides, fusion, path)
 
 
-def _scores(build: Builder, name: str) -> tuple[str, str]:
-    """A scorer's product with NaN taken out, and where it is known, both (users, items)."""
-    lacking, filled = {}, {}
-    for side in ("queries", "items"):
-        missing = build.add("IsNaN", f"{name}_{side}")
-        filled[side] = build.add("Where", missing, build.constant(0.0), f"{name}_{side}")
-        first = build.add("Slice", missing, *(build.constant([value], np.int64) for value in (0, 1, 1)))
-        lacking[side] = first  # (users, 1) and (items, 1)
-    scores = build.add("MatMul", filled["queries"], build.add("Transpose", filled["items"], perm=[1, 0]))
-    unknown = build.add("Or", lacking["queries"], build.add("Transpose", lacking["items"], perm=[1, 0]))
-    return scores, build.add("Not", unknown)
+@dataclass(frozen=True)
+class _Marks:
+    """Which scorer knows which item for which user."""
+
+    build: Builder
+    fusion: Fusion
+    has: str
+    """float32[users, scorers]: 1 where a scorer has a query."""
+    start: int
+    """The row of the items' inputs at which their patterns begin."""
+
+    def known(self, place: int, side: str) -> str:
+        """bool[users, places] of a side."""
+        build = self.build
+        to_whom = _slice(build, "patterns", place, place + 1, axis=0)
+        items = build.add("MatMul", to_whom, _slice(build, side, self.start, END, axis=0))
+        users = _slice(build, self.has, place, place + 1, axis=1)
+        return build.add("Greater", build.add("Mul", users, items), build.constant(0.5))
 
 
-def _common_scale(build: Builder, fusion: Fusion, scores: str, known: str) -> str:
-    """Scores as `Fusion.z` brings them to a common scale, (users, items)."""
+def _query(build: Builder, name: str) -> tuple[str, str]:
+    """A scorer's queries with NaN taken out, and which are known, bool[users, 1]."""
+    missing = build.add("IsNaN", f"{name}_queries")
+    filled = build.add("Where", missing, build.constant(0.0), f"{name}_queries")
+    return filled, build.add("Not", _slice(build, missing, 0, 1, axis=1))
+
+
+def _inverse(build: Builder, place: int, name: str, queries: str, squares: str) -> str:
+    """One over the deviation of a scorer's scores over the known items, (users, 1); 0 where they are constant.
+
+    `squares` is the sum of squares of the centred scores.
+    """
+    known = build.add("Gather", "known", build.constant([place], np.int64), axis=0)
+    deviation = build.add("Sqrt", build.add("Div", squares, known))
+    mean = build.add("MatMul", queries, f"{name}_mean")
+    varies = build.add("Greater", deviation, build.add("Mul", build.add("Abs", mean), build.constant(FLAT)))
+    divisor = build.add("Where", varies, deviation, build.constant(1.0))
+    return build.add("Where", varies, build.add("Reciprocal", divisor), build.constant(0.0))
+
+
+def _common_scale(
+    build: Builder, fusion: Fusion, marks: _Marks, place: int, name: str, queries: str, scores: list[str]
+) -> list[str]:
+    """Scores of each side as `Fusion.z` brings them to a common scale, (users, places)."""
     if fusion.standardise == "query":
-        return _standardised(build, scores, known)
-    places = _places(build, scores, known)
+        axis = build.constant([1], np.int64)
+        squares = [build.add("ReduceSumSquare", own, axis, keepdims=1) for own in scores]
+        inverse = _inverse(build, place, name, queries, reduce(partial(build.add, "Add"), squares))
+        return [build.add("Mul", own, inverse) for own in scores]
+    known = [marks.known(place, side) for side, _ in zip(("items", "new_items"), scores, strict=False)]
+    places = _places(build, _joined(build, scores), _joined(build, known))
     if fusion.standardise == "reciprocal rank":
         points = build.add("Reciprocal", build.add("Add", places, build.constant(RANK_OFFSET)))
     else:
         behind = build.add("Div", build.add("Sub", places, build.constant(1.0)), build.constant(BORDA_PLACES))
         points = build.add("Relu", build.add("Sub", build.constant(1.0), behind))
-    return build.add("Where", known, points, build.constant(0.0))
+    z = build.add("Where", _joined(build, known), points, build.constant(0.0))
+    if len(scores) == 1:
+        return [z]
+    first = build.add("Shape", scores[0], start=1, end=2)
+    end = build.constant([END], np.int64)
+    axis = build.constant([1], np.int64)
+    return [
+        build.add("Slice", z, build.constant([0], np.int64), first, axis),
+        build.add("Slice", z, first, end, axis),
+    ]
+
+
+def _joined(build: Builder, sides: Sequence[str]) -> str:
+    """The places of all sides beside each other."""
+    return build.add("Concat", *sides, axis=1) if len(sides) > 1 else sides[0]
+
+
+def _slice(build: Builder, value: str, start: int, stop: int, *, axis: int) -> str:
+    bounds = [build.constant([number], np.int64) for number in (start, stop, axis)]
+    return build.add("Slice", value, *bounds)
+
+
+def _without_seen(build: Builder, total: str) -> str:
+    """−∞ at the `seen` places; −1 names the first place and leaves it as it is."""
+    none = build.add("Less", "seen", build.constant(0, np.int64))
+    lowest = build.add("Where", none, build.constant(np.inf), build.constant(-np.inf))
+    at = build.add("Max", "seen", build.constant(0, np.int64))
+    return build.add("ScatterElements", total, at, lowest, axis=1, reduction="min")
+
+
+def _products_at(build: Builder, left: Mapping[str, str], rows: str) -> str:
+    """The terms of the one product at the picked `rows`, float32[users, width, k]."""
+    first = build.add("Squeeze", build.add("Shape", "items", start=1, end=2))
+    one = build.constant(1, np.int64)
+    last = build.add("Sub", first, one)
+    terms = _terms(build, left["items"], "items", build.add("Min", rows, last))
+    if "new_items" not in left:
+        return terms
+    behind = build.add("Max", build.add("Sub", rows, first), build.constant(0, np.int64))
+    new = build.add("Unsqueeze", build.add("Greater", rows, last), build.constant([1], np.int64))
+    return build.add("Where", new, _terms(build, left["new_items"], "new_items", behind), terms)
+
+
+def _terms(build: Builder, left: str, side: str, rows: str) -> str:
+    columns = build.add("Transpose", build.add("Gather", side, rows, axis=1), perm=[1, 0, 2])
+    return build.add("Mul", columns, build.add("Unsqueeze", left, build.constant([2], np.int64)))
 
 
 def _places(build: Builder, scores: str, known: str) -> str:
@@ -127,22 +233,6 @@ def _places(build: Builder, scores: str, known: str) -> str:
     return build.add("ScatterElements", ranked, order, build.add("Cast", numbers, to=TensorProto.FLOAT), axis=1)
 
 
-def _standardised(build: Builder, scores: str, known: str) -> str:
-    """(score − mean) / deviation over the known scores of a row; 0 where unknown or constant."""
-    zero, axis = build.constant(0.0), build.constant([1], np.int64)
-    ones = build.add("Cast", known, to=TensorProto.FLOAT)
-    count = build.add("Max", build.add("ReduceSum", ones, axis, keepdims=1), build.constant(1.0))
-    filled = build.add("Where", known, scores, zero)
-    mean = build.add("Div", build.add("ReduceSum", filled, axis, keepdims=1), count)
-    centred = build.add("Where", known, build.add("Sub", filled, mean), zero)
-    square = build.add("ReduceSum", build.add("Mul", centred, centred), axis, keepdims=1)
-    deviation = build.add("Sqrt", build.add("Div", square, count))
-    floor = build.add("Mul", build.add("Abs", mean), build.constant(FLAT))
-    varies = build.add("Greater", deviation, floor)
-    divisor = build.add("Where", varies, deviation, build.constant(1.0))
-    return build.add("Where", varies, build.add("Div", centred, divisor), zero)
-
-
 def _evidence(build: Builder, counts: str, evidence: Evidence, *, axis: int) -> str:
     """(clip(log1p n, low, high) − mean) / deviation, with a new axis."""
     logs = build.add("Log", build.add("Add", build.add("Cast", counts, to=TensorProto.FLOAT), build.constant(1.0)))
@@ -153,46 +243,40 @@ def _evidence(build: Builder, counts: str, evidence: Evidence, *, axis: int) -> 
 
 
 def _weight(
-    build: Builder, gate: float, theta: NDArray[np.float64], user: str, item: str, *, signed: bool = False
+    build: Builder,
+    gate: float,
+    theta: NDArray[np.float64],
+    user: str,
+    item: str | None = None,
+    *,
+    signed: bool = False,
 ) -> str:
-    """Gate · softplus(θ · [1, user, item]), or without the softplus, broadcastable to (users, items)."""
+    """Gate · softplus(θ · [1, user, item]), or without the softplus: (users, 1), or (users, places) with an `item`."""
     bias, by_user, by_item = (build.constant(value) for value in theta)
-    sides = build.add("Add", build.add("Mul", user, by_user), build.add("Mul", item, by_item))
-    argument = build.add("Add", sides, bias)
+    argument = build.add("Add", build.add("Mul", user, by_user), bias)
+    if item is not None:
+        argument = build.add("Add", argument, build.add("Mul", item, by_item))
     weight = argument if signed else build.add("Softplus", argument)
-    return build.add("Mul", weight, build.constant(gate))
+    return weight if gate == 1.0 else build.add("Mul", weight, build.constant(gate))
 
 
-def _seen(build: Builder, like: str) -> str:
-    """bool[users, items] of the `seen` rows; −1 falls into one more column that is cut off."""
-    shape = build.add("Shape", like)
-    users, items = build.add("Split", shape, outputs=2, axis=0, num_outputs=2)
-    wide = build.add("Concat", users, build.add("Add", items, build.constant([1], np.int64)), axis=0)
-    empty = build.add("ConstantOfShape", wide, value=helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]))
-    column = build.add("Where", build.add("Less", "seen", build.constant(0, np.int64)), items, "seen")
-    ones = build.add(
-        "ConstantOfShape", build.add("Shape", "seen"), value=helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
-    )
-    marked = build.add("ScatterElements", empty, column, ones, axis=1)
-    bounds = [build.constant([0], np.int64), items, build.constant([1], np.int64)]
-    return build.add("Greater", build.add("Slice", marked, *bounds), build.constant(0.5))
-
-
-def _write(build: Builder, widths: Mapping[str, int], path: Path) -> None:
-    def value(name: str, kind: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
+def _write(build: Builder, widths: Mapping[str, int], sides: Sequence[str], fusion: Fusion, path: Path) -> None:
+    def value(name: str, shape: Sequence[str | int], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
-    inputs = [
-        value(f"{name}_{side}", TensorProto.FLOAT, [rows, width])
-        for name, width in widths.items()
-        for side, rows in (("queries", "users"), ("items", "items"))
-    ]
-    inputs += [value("n_user", TensorProto.INT64, ["users"]), value("n_item", TensorProto.INT64, ["items"])]
-    inputs += [value("seen", TensorProto.INT64, ["users", "seen"]), value("k", TensorProto.INT64, [1])]
+    inputs = [value(f"{name}_queries", ["users", width]) for name, width in widths.items()]
+    inputs += [value(f"{name}_mean", [width, 1]) for name, width in widths.items()]
+    inputs += [value(f"{name}_root", [widths[name], widths[name]]) for name in rooted(fusion, widths)]
+    inside = folded(fusion, widths)
+    inputs += [value(f"{n}_{side}", [widths[n], side]) for n in widths if n not in inside for side in sides]
+    inputs += [value(side, [f"{side}_rows", side]) for side in sides]
+    inputs += [value("patterns", [len(widths), "patterns"]), value("known", [len(widths)])]
+    inputs += [value("n_user", ["users"], TensorProto.INT64), value("n_item", ["items"], TensorProto.INT64)]
+    inputs += [value("seen", ["users", "seen"], TensorProto.INT64), value("k", [1], TensorProto.INT64)]
     outputs = [
-        value("rows", TensorProto.INT64, ["users", "top"]),
-        value("scores", TensorProto.FLOAT, ["users", "top"]),
-        value("shares", TensorProto.FLOAT, ["users", len(widths), "top"]),
+        value("rows", ["users", "top"], TensorProto.INT64),
+        value("scores", ["users", "top"]),
+        value("shares", ["users", len(widths), "top"]),
     ]
     graph = helper.make_graph(build.nodes, "catalogue", inputs, outputs, list(build.constants.values()))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from recllm.bundle import read_catalog, read_manifest
+from recllm.catalogue import prepare
 from recllm.data import Catalog, Query
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError, require, unknown
@@ -27,6 +28,8 @@ from recllm.ranking import ItemIndex, Scores, VectorScorer
 from recllm.vectors import Standard
 
 USERS_IN_BATCH = 64
+PLACES_AT_ONCE = 65_536
+"""The most places of all users' lists in one call: each takes a copy of its item's vectors."""
 VECTORS = "vectors.safetensors"
 """The bundle's file of item vectors."""
 WARNING, FATAL = 2, 4
@@ -191,8 +194,8 @@ class Recommender:
         self.item_counts, self.manifest = dict(item_counts), manifest
         self._catalogue, self._item_encoder, self._item_graphs = catalogue, item_encoder, item_graphs
         self.index = ItemIndex(catalog.ids)
-        self._items = {f"{name}_items": scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
-        self._n_item = evidence([], self.index, self.item_counts)[1]
+        vectors = {name: scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
+        self._items = prepare(fusion, vectors, evidence([], self.index, self.item_counts)[1])
 
     @property
     def share_names(self) -> tuple[str, ...]:
@@ -217,8 +220,9 @@ class Recommender:
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)
         shares = {name: np.full((len(queries), k), np.nan, dtype=np.float32) for name in self.scorers}
-        for start in range(0, len(queries), USERS_IN_BATCH):
-            part = queries[start : start + USERS_IN_BATCH]
+        at_once = max(1, min(USERS_IN_BATCH, PLACES_AT_ONCE // k))
+        for start in range(0, len(queries), at_once):
+            part = queries[start : start + at_once]
             rows, best, parts = self._top(part, k, exclude_seen)
             place = slice(start, start + len(part))
             scores[place] = best
@@ -239,15 +243,16 @@ class Recommender:
             )
 
     def _top(self, queries: Sequence[Query], k: int, exclude_seen: bool) -> tuple[Any, Any, Any]:
-        seen = [self.index.known(query.history).tolist() if exclude_seen else [] for query in queries]
+        places, order = self._items.places, self._items.order
+        seen = [places[self.index.known(query.history)].tolist() if exclude_seen else [] for query in queries]
         feeds = {f"{name}_queries": scorer.query_vectors(queries) for name, scorer in self.scorers.items()}
         counts = {
             "n_user": evidence(queries, ItemIndex(()), self.item_counts)[0],
-            "n_item": self._n_item,
             "seen": padded([[*row, -1] for row in seen], -1),
             "k": np.array([k], dtype=np.int64),
         }
-        return tuple(self._catalogue.run(None, feeds | self._items | counts))
+        rows, scores, shares = self._catalogue.run(None, feeds | self._items.feeds | counts)
+        return np.where(rows < 0, -1, order[rows]), scores, shares
 
     def score(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> tuple[Scores, dict[str, Scores]]:
         """Fused scores of `items`, float32[histories, items], standardised over the whole catalogue, and their shares.

@@ -89,7 +89,7 @@ def test_what_is_no_bundle(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '"x"', '{"format": 2}', '{"format": 2, "files": []}', '{"format": 2, "files": {"weights.bin": 3}}'],
+    ["{", "[]", '"x"', '{"format": 3}', '{"format": 3, "files": []}', '{"format": 3, "files": {"weights.bin": 3}}'],
 )
 def test_a_broken_manifest(folder, text):
     (folder / "manifest.json").write_text(text, encoding="utf-8")

@@ -6,6 +6,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from recllm import catalogue
+from recllm.catalogue import prepare
 from recllm.fitting import Evidence
 from recllm.fusion import BACKUP, Fusion
 from recllm.graphs import catalogue_graph
@@ -15,8 +17,9 @@ USERS, ITEMS = 6, 30
 WIDTHS = {"a": 3, "b": 1, "c": 5}
 
 
-def fusion(seed=0, gates=(1.0, 1.0, 1.0)):
-    theta = np.random.default_rng(seed).normal(size=(3, 3))
+def fusion(seed=0, gates=(1.0, 1.0, 1.0), even=False):
+    """Of random weights; with `even` ones that are the same for all items, and so go into one product."""
+    theta = np.random.default_rng(seed).normal(size=(3, 3)) * [1, 1, not even]
     return Fusion(tuple(WIDTHS), theta, gates, user=Evidence.of([0, 3, 9]), item=Evidence.of([1, 5, 50]))
 
 
@@ -38,8 +41,11 @@ def counts(seed=0):
 def run(tmp_path, given, feeds, n_user, n_item, seen, k):
     catalogue_graph(given, WIDTHS, tmp_path / "catalogue.onnx")
     session = ort.InferenceSession(tmp_path / "catalogue.onnx", providers=["CPUExecutionProvider"])
-    facts = {"n_user": n_user, "n_item": n_item, "seen": seen, "k": np.array([k])}
-    return session.run(["rows", "scores", "shares"], feeds | facts)
+    ready = prepare(given, {name: feeds[f"{name}_items"] for name in WIDTHS}, n_item)
+    queries = {name: value for name, value in feeds.items() if name.endswith("_queries")}
+    facts = {"n_user": n_user, "seen": np.where(seen < 0, -1, ready.places[seen]), "k": np.array([k])}
+    rows, *found = session.run(["rows", "scores", "shares"], ready.feeds | queries | facts)
+    return np.where(rows < 0, -1, ready.order[rows]), *found
 
 
 def expected(given, feeds, n_user, n_item, seen, k):
@@ -63,25 +69,30 @@ def agree(found, wanted):
 NONE_SEEN = np.full((USERS, 1), -1)
 
 
+EVEN = pytest.mark.parametrize("even", [False, True], ids=["by counts", "even"])
+
+
+@EVEN
 @pytest.mark.parametrize("seed", range(5))
-def test_equals_the_fusion_for_any_weights(seed, tmp_path):
+def test_equals_the_fusion_for_any_weights(seed, even, tmp_path):
     random = np.random.default_rng([seed, 3])
     feeds = vectors(seed)
     feeds["a_queries"][1] = feeds["c_queries"][4] = np.nan
     feeds["a_items"][random.permutation(ITEMS)[:5]] = np.nan
     feeds["c_items"][random.permutation(ITEMS)[:9]] = np.nan
     seen = np.where(random.random((USERS, 7)) < 0.7, random.integers(0, ITEMS, (USERS, 7)), -1)
-    given = (fusion(seed), feeds, *counts(seed), seen, 10)
+    given = (fusion(seed, even=even), feeds, *counts(seed), seen, 10)
     agree(run(tmp_path, *given), expected(*given))
 
 
-def test_items_that_nobody_knows_and_seen_ones_are_left_out(tmp_path):
+@EVEN
+def test_items_that_nobody_knows_and_seen_ones_are_left_out(even, tmp_path):
     feeds = vectors()
     for name in WIDTHS:
         feeds[f"{name}_items"][[4, 5]] = np.nan
         feeds[f"{name}_queries"][2] = np.nan
     seen = np.array([[0, ITEMS - 1], [-1, -1], [-1, 3], [7, 7], [4, -1], [-1, 0]])
-    given = (fusion(), feeds, *counts(), seen, ITEMS)
+    given = (fusion(even=even), feeds, *counts(), seen, ITEMS)
     found = run(tmp_path, *given)
     agree(found, expected(*given))
     missing = (found[0] < 0).sum(axis=1)
@@ -98,10 +109,11 @@ def test_ties_go_to_the_earlier_item(tmp_path):
     assert (found[0] == [*range(10, 20), *range(5)]).all()
 
 
-def test_a_constant_scorer_says_nothing(tmp_path):
+@EVEN
+def test_a_constant_scorer_says_nothing(even, tmp_path):
     feeds = vectors()
     feeds["b_items"][:] = 3.3
-    given = (fusion(), feeds, *counts(), NONE_SEEN, ITEMS)
+    given = (fusion(even=even), feeds, *counts(), NONE_SEEN, ITEMS)
     found = run(tmp_path, *given)
     agree(found, expected(*given))
     assert not found[2][:, 1].any()
@@ -116,10 +128,12 @@ def test_a_single_chosen_scorer_leaves_the_others_as_backup(tmp_path):
     assert (found[0][0] >= 0).all()
 
 
-def test_items_without_events_have_weights_of_their_own(tmp_path):
-    given = replace(
-        fusion(3, (1.0, BACKUP, BACKUP)), levels=(0, 1, 1), new=np.random.default_rng(3).normal(size=(3, 2))
-    )
+@pytest.mark.parametrize("standardise", ["query", "borda"])
+@pytest.mark.parametrize("levels", [(), (0, 1, 1)], ids=str)
+@EVEN
+def test_items_without_events_have_weights_of_their_own(even, levels, standardise, tmp_path):
+    new = np.random.default_rng(3).normal(size=(3, 2))
+    given = replace(fusion(3, (1.0, BACKUP, BACKUP), even=even), levels=levels, new=new, standardise=standardise)
     feeds, (n_user, n_item) = vectors(3), counts(3)
     n_item[::4] = 0
     feeds["b_items"][::4] = np.nan
@@ -145,6 +159,37 @@ def test_every_kind_of_fusion_is_exported(other, tmp_path):
     feeds["a_items"][::3], feeds["b_queries"][2] = np.nan, np.nan
     found = run(tmp_path, given, feeds, n_user, n_item, NONE_SEEN, ITEMS)
     agree(found, expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS))
+
+
+@pytest.mark.parametrize("n_item", [0, 50], ids=["all new", "none new"])
+def test_one_side_may_be_empty(n_item, tmp_path):
+    given = replace(fusion(2, even=True), new=np.random.default_rng(2).normal(size=(3, 2)))
+    facts = (given, vectors(2), counts(2)[0], np.full(ITEMS, n_item), NONE_SEEN, ITEMS)
+    found = run(tmp_path, *facts)
+    agree(found, expected(*facts))
+    assert (found[0] >= 0).all()
+
+
+def test_wide_scorers_stay_apart_and_change_nothing(tmp_path, monkeypatch):
+    given, random = (fusion(5, even=True), vectors(5), *counts(5), NONE_SEEN, ITEMS), np.random.default_rng(5)
+    assert catalogue.folded(given[0], WIDTHS) == tuple(WIDTHS)
+    given[1]["c_items"][random.permutation(ITEMS)[:9]] = np.nan
+    whole = run(tmp_path, *given)
+    monkeypatch.setattr(catalogue, "WIDE", 4)
+    assert catalogue.folded(given[0], WIDTHS) == ("a", "b")
+    agree(run(tmp_path, *given), expected(*given))
+    agree(whole, expected(*given))
+
+
+def test_a_query_across_the_items_spread_keeps_its_digits(tmp_path):
+    """Scores that are all but equal: their deviation is what is left of large terms."""
+    feeds, random = vectors(6), np.random.default_rng(6)
+    line = random.normal(size=(ITEMS, 1)).astype(np.float32)
+    feeds["c_items"] = (100 * line * np.ones(5) + 0.01 * random.normal(size=(ITEMS, 5))).astype(np.float32)
+    feeds["c_queries"] -= feeds["c_queries"].mean(axis=1, keepdims=True)
+    given = (fusion(6, even=True), feeds, *counts(6), NONE_SEEN, ITEMS)
+    found, wanted = run(tmp_path, *given), expected(*given)
+    assert found[2][:, 2] == pytest.approx(wanted[2][:, 2], abs=0.02)
 
 
 def test_counts_outside_what_was_fitted_are_clipped(tmp_path):

@@ -1,0 +1,99 @@
+"""How the cost of ranking a whole catalogue grows with its size and the users in a call, beside a plain product."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, save
+
+from recllm.catalogue import prepare
+from recllm.fusion import Fusion
+from recllm.graphs import OPSET, catalogue_graph
+from recllm.runtime import open_session
+
+WIDTHS = {"popularity": 1, "mf": 64, "text": 384, "light": 129}
+"""Of a run without item-item matrices, which are for small catalogues."""
+USERS = (1, 8, 64)
+SEEN, TOP, ROUNDS = 50, 10, 5
+
+
+def fusions() -> dict[str, Fusion]:
+    """Weights that are the same for all items, and weights that go by their events."""
+    plain = Fusion.plain(tuple(WIDTHS))
+    by_counts = replace(plain, theta=plain.theta + np.array([0.0, 0.1, 0.2]))
+    return {"even weights": plain, "weights by counts": by_counts}
+
+
+def product_graph(path: Path) -> None:
+    """One matrix product of queries and items."""
+    shapes = {"queries": ["users", "width"], "items": ["width", "items"], "scores": ["users", "items"]}
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    node = helper.make_node("MatMul", ["queries", "items"], ["scores"])
+    graph = helper.make_graph([node], "product", [values["queries"], values["items"]], [values["scores"]])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
+
+
+def seconds(sizes: tuple[int, ...], threads: int) -> Iterator[dict[str, Any]]:
+    """Median seconds of a call by what computes, items and users; in turns, after one call to warm up."""
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        paths = {name: Path(place) / f"{at}.onnx" for at, name in enumerate(["product", *fusions()])}
+        product_graph(paths["product"])
+        for name, fusion in fusions().items():
+            catalogue_graph(fusion, WIDTHS, paths[name])
+        sessions = {name: open_session(path, threads=threads) for name, path in paths.items()}
+    for items in sizes:
+        vectors = {name: random.standard_normal((items, width), dtype=np.float32) for name, width in WIDTHS.items()}
+        counts = random.integers(0, 1000, items)
+        ready = {name: prepare(fusion, vectors, counts).feeds for name, fusion in fusions().items()}
+        del vectors  # gigabytes
+        together = ready["even weights"]["items"]
+        for users in USERS:
+            queries = {
+                f"{name}_queries": random.standard_normal((users, width), dtype=np.float32)
+                for name, width in WIDTHS.items()
+            }
+            facts = {
+                "n_user": np.full(users, SEEN),
+                "seen": random.integers(0, items, (users, SEEN)),
+                "k": np.array([TOP]),
+            }
+            feeds: dict[str, Any] = {name: own | queries | facts for name, own in ready.items()}
+            left = random.standard_normal((users, len(together)), dtype=np.float32)
+            feeds["product"] = {"queries": left, "items": together}
+            times: dict[str, list[float]] = {name: [] for name in sessions}
+            for number in range(ROUNDS + 1):
+                for name, session in sessions.items():
+                    start = time.perf_counter()
+                    session.run(None, feeds[name])
+                    if number:
+                        times[name].append(time.perf_counter() - start)
+            yield {"items": items, "users": users} | {name: float(np.median(own)) for name, own in times.items()}
+
+
+def growth(sizes: tuple[int, ...], threads: int) -> dict[str, Any]:
+    """Milliseconds of every call, and per fusion the two figures of the bars.
+
+    Returns:
+        `calls`; `slope`, of the time over items from the last size but one to the last one in calls of many users, as
+        a multiple of the plain product's; `rise`, the largest rise of the time per user with more users in a call.
+    """
+    names = ("product", *fusions())
+    calls = []
+    for row in seconds(sizes, threads):
+        calls.append(row)
+        each = ", ".join(f"{name} {row[name] / row['users'] * 1e3:.2f}" for name in names)
+        print(f"{row['items']:,} items, {row['users']} users in a call, milliseconds per user: {each}")
+    before, last = [row for row in calls if row["users"] == USERS[-1]][-2:]
+    slopes = {name: last[name] - before[name] for name in names}
+    per_user = {name: [row[name] / row["users"] for row in calls if row["items"] == sizes[-1]] for name in fusions()}
+    return {
+        "calls": [{key: value * 1e3 if key in names else value for key, value in row.items()} for row in calls],
+        "slope": {name: slopes[name] / slopes["product"] for name in fusions()},
+        "rise": {name: max(more / less for less, more in pairwise(own)) for name, own in per_user.items()},
+    }
