@@ -41,6 +41,7 @@ def write_adapter_card(run: Run) -> None:
     # A name of recllm's own means nothing to transformers.
     base = "FOLDER" if run.model.name in ASSETS else run.model.name
     where = f"  # FOLDER: where {run.model.name} lies, as a model that transformers loads" if base == "FOLDER" else ""
+    kept = f", num_hidden_layers={run.model.layers}" if run.model.layers else ""
     loading = [
         "## How to load",
         "",
@@ -48,7 +49,7 @@ def write_adapter_card(run: Run) -> None:
         "from peft import PeftModel",
         "from transformers import AutoModel",
         "",
-        f'base = AutoModel.from_pretrained("{base}"){where}',
+        f'base = AutoModel.from_pretrained("{base}"{kept}){where}',
         f'model = PeftModel.from_pretrained(base, "{ADAPTER}")',
         "```",
         "",
@@ -78,6 +79,7 @@ def card(run: Run, title: str) -> list[str]:
         if run.model.name != "none"
         else "none",
         "item text by": run.model.item_encoder or run.model.name,
+        "layers": f"the first {run.model.layers}" if run.model.layers else "all",
         "task": run.model.task,
         "adapter": run.adapter.recipe,
         "training": ", ".join(f"{key} {value:,}" for key, value in read_json(done).items())

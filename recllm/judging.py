@@ -195,7 +195,7 @@ def relevance_model(
     Raises:
         RecllmError: the model or the prompt cannot be had, or the prompt names a column that is not there.
     """
-    base = load_base(model_folder(run.model.name, say), recipe)
+    base = load_base(model_folder(run.model.name, say), recipe, run.model.layers)
     prompt = load_prompt(run.prompt_file("relevance"), task="relevance")
     prompt.check_against(task.dataset.catalog)
     prompt = prompt.model_copy(update={"max_history": min(prompt.max_history, run.model.max_history)})

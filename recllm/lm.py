@@ -157,8 +157,25 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise RecllmError(f"'{folder}' holds no model that transformers can load: {reason}") from None
 
 
-def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
-    """Load hidden-state model and tokenizer; frozen, in evaluation mode, float32 unless the recipe quantises it."""
+def check_layers(folder: Path, layers: int | None) -> None:
+    """Check that a model has so many layers.
+
+    Raises:
+        RecllmError: it has fewer.
+    """
+    there: int = load_config(folder).num_hidden_layers
+    if layers is not None and layers > there:
+        raise RecllmError(f"model.layers = {layers}, and {folder} has {there} layers. Take at most that many.")
+
+
+def load_base(folder: Path, recipe: AdapterRecipe | None = None, layers: int | None = None) -> BaseModel:
+    """Load hidden-state model and tokenizer; frozen, in evaluation mode, float32 unless the recipe quantises it.
+
+    Args:
+        folder: the model.
+        recipe: says whether it is quantised.
+        layers: keep the first so many only, and the norm behind the last one; None keeps all.
+    """
     config = load_config(folder)
     quantization = None if recipe is None or recipe.quantization is None else BitsAndBytesConfig(**recipe.quantization)
     causal = is_causal(config)
@@ -176,9 +193,23 @@ def load_base(folder: Path, recipe: AdapterRecipe | None = None) -> BaseModel:
             # bitsandbytes 0.50 packs 4-bit weights anew in a validation on such a CPU and leaves them so: no gradient
             # would flow through them when training goes on.
             module.support_avx512bf16_for_cpu = False
+    if layers is not None:
+        _shorten(body, layers)
     body.requires_grad_(False).eval()
     output = model.get_output_embeddings() if causal else None
     return BaseModel(body, load_tokenizer(folder), causal, folder, output)
+
+
+def _shorten(body: PreTrainedModel, layers: int) -> None:
+    """Keep the first layers, in place."""
+    there = body.config.num_hidden_layers
+    for module in body.modules():
+        for name, own in module.named_children():
+            if isinstance(own, nn.ModuleList) and len(own) == there:
+                setattr(module, name, own[:layers])
+    body.config.num_hidden_layers = layers
+    if kinds := getattr(body.config, "layer_types", None):
+        body.config.layer_types = kinds[:layers]
 
 
 def scoring_device() -> str:

@@ -104,6 +104,8 @@ class ModelSettings(Settings):
     """What turns item text into vectors; the model itself when not given."""
     task: Literal["next_item", "relevance"] = "next_item"
     """What is trained."""
+    layers: int | None = Field(default=None, ge=1)
+    """Keep the first so many layers of the language model; all when not given."""
     history: Literal["items", "text"] = "items"
     """One token per item, or the item's words."""
     max_history: int = Field(default=50, ge=1)

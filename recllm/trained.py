@@ -20,6 +20,7 @@ from recllm.itemitem import EASE, ItemItem, Transitions
 from recllm.lm import (
     BaseModel,
     LanguageBody,
+    check_layers,
     is_causal,
     item_vectors,
     load_base,
@@ -243,10 +244,11 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
     for recipe in run.export.recipes:
         find_recipe("export", recipe)
     model_folder(encoder_name(run), say)
-    if run.model.name != "none" and run.model.task == "next_item":
+    if run.model.name != "none":
         folder = model_folder(run.model.name, say)
-        if not is_causal(load_config(folder)):
+        if run.model.task == "next_item" and not is_causal(load_config(folder)):
             raise not_causal(run.model.name)
+        check_layers(folder, run.model.layers)
 
 
 def in_full_precision(recipe: AdapterRecipe | None) -> AdapterRecipe | None:
@@ -263,7 +265,7 @@ def language_model(
     run: Run, task: Task, features: ItemFeatures, recipe: AdapterRecipe | None, say: Say
 ) -> tuple[NextItemModel, HistoryFormat, BaseModel]:
     """The next-item language model with the adapter of `recipe`, untrained."""
-    base = load_base(model_folder(run.model.name, say), recipe)
+    base = load_base(model_folder(run.model.name, say), recipe, run.model.layers)
     history = language_history(run, task, base)
     torch.manual_seed(run.seed)
     return next_item_model(base, recipe, features, task.warm, history, run.model), history, base

@@ -7,12 +7,22 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 
 from recllm import lm
 from recllm.adapters import AdapterRecipe
+from recllm.cascade import shares_prefixes
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.examples import NextItemCollator
 from recllm.histories import item_token_history, text_history
-from recllm.lm import encode_ids, is_causal, item_vectors, load_base, load_tokenizer, model_folder, next_item_model
+from recllm.lm import (
+    check_layers,
+    encode_ids,
+    is_causal,
+    item_vectors,
+    load_base,
+    load_tokenizer,
+    model_folder,
+    next_item_model,
+)
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
 from recllm.runs import ModelSettings
@@ -206,3 +216,35 @@ def test_the_configuration_of_the_test_model_is_what_transformers_reads(tiny_lm_
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(RecllmError, match=r"holds no model that transformers can load"):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_lm_folder", "tiny_encoder_folder"])
+def test_a_model_can_keep_its_first_layers(fixture, request):
+    folder = request.getfixturevalue(fixture)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    whole, short = load_base(folder), load_base(folder, layers=1)
+    kind = AutoModelForCausalLM if whole.causal else AutoModel
+    model = kind.from_pretrained(folder, num_hidden_layers=1, dtype=torch.float32)
+    expected = (model.get_decoder() if whole.causal else model).eval()(input_ids=ids).last_hidden_state
+    assert torch.equal(short.model(input_ids=ids).last_hidden_state, expected)
+    assert not torch.equal(whole.model(input_ids=ids).last_hidden_state, expected)
+    assert short.model.config.num_hidden_layers == 1
+    assert short.model.num_parameters() < whole.model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma3Text", "Mistral"])
+def test_what_the_layers_are_is_cut_with_them(family, tiny_family):
+    body = tiny_family(family)
+    before = body(input_ids=torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states
+    lm._shorten(body, 1)
+    after = body(input_ids=torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states
+    assert len(after) == 2 < len(before)
+    assert torch.equal(after[0], before[0])
+    assert torch.allclose(body.norm(before[1]), after[1])
+    assert shares_prefixes(body)
+
+
+def test_more_layers_than_there_are_is_refused_before_any_work(tiny_lm_folder):
+    check_layers(tiny_lm_folder, 2)
+    with pytest.raises(RecllmError, match=r"model.layers = 3, and .* has 2 layers"):
+        check_layers(tiny_lm_folder, 3)
