@@ -214,15 +214,14 @@ def cascade_attention(
     if softcap is not None:
         far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
     far, near = _masked(far, near, recllm_prefix, sliding_window)
-    # Softmax over both parts without joining them: they share the largest logit and the sum.
-    top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
-    far, near = _odds(far, top), _odds(near, top)
-    total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+    far, near, total = _odds(far, near)
     far, near = far.to(behind.dtype), near.to(behind.dtype)
     read = (far.reshape(users, kinds, -1, reach) @ behind).view(spread.shape)
     own = near.transpose(1, 2).reshape(rows, kinds, groups * length, length) @ value
     own = own.view(users, -1, kinds, groups, length, width).transpose(1, 2)
-    mixed = (read + own) / total  # (users, kinds, continuations, groups, length, width)
+    mixed = read + own  # (users, kinds, continuations, groups, length, width)
+    if total is not None:
+        mixed = mixed / total
     return mixed.permute(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, width), None
 
 
@@ -241,18 +240,25 @@ def _masked(far: Tensor, near: Tensor, prefix: Prefix, window: int | None) -> tu
     return far, near
 
 
-# In place, for the logits are the largest tensors here, and on a CPU every new one costs more than its arithmetic; but
-# the exporter takes no such operators.
+# In place, for the logits are the largest tensors here, and on a CPU every new one costs more than its arithmetic. The
+# exporter takes no such operators: there an addition takes the place of a mask, and one softmax that of six passes.
 
 
 def _barred(logits: Tensor, where: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
-        return logits.masked_fill(where, -torch.inf)
+        return logits + torch.where(where, -torch.inf, 0.0)
     return logits.masked_fill_(where, -torch.inf)
 
 
-def _odds(logits: Tensor, top: Tensor) -> Tensor:
-    return torch.exp(logits - top) if torch.compiler.is_exporting() else logits.sub_(top).exp_()
+def _odds(far: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Shares of both parts under one softmax, and what they still have to be divided by."""
+    if torch.compiler.is_exporting():
+        far, near = torch.split(torch.cat([far, near], -1).softmax(-1), [far.shape[-1], near.shape[-1]], -1)
+        return far, near, None
+    # Without joining them: they share the largest logit and the sum.
+    top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
+    far, near = far.sub_(top).exp_(), near.sub_(top).exp_()
+    return far, near, far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
 
 
 def _no_mask(*_: object, **__: object) -> None:
