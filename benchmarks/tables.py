@@ -54,6 +54,8 @@ def summary(found: dict[str, Result]) -> Iterator[str]:
         if result["protocol"] != "topk" or name.endswith("quick"):
             continue
         rows = rows_of(result)
+        if not any(scorer.startswith("ref ") for scorer in rows):
+            continue  # run to see what the language model adds, without references
         best = best_reference(rows, "NDCG@10")
         ratio = rows["fusion"]["NDCG@10"][0] / rows[best]["NDCG@10"][0]
         without = figure(rows["fusion without lm"]["NDCG@10"]) if "fusion without lm" in rows else "–"
@@ -93,9 +95,12 @@ def fading(found: dict[str, Result]) -> Iterator[str]:
     """NDCG@10 on validation without fading and with the best half-life, by set and scorer."""
     yield "| set | scorer | nothing fades | best | half-life of the best, in events |"
     yield "|---|---|---|---|---|"
+    done = set()
     for name, result in found.items():
-        if result["protocol"] != "topk" or name.endswith("quick"):
+        # A further result of a set has the same half-lives.
+        if result["protocol"] != "topk" or name.endswith("quick") or result["data"] in done:
             continue
+        done.add(result["data"])
         for scorer, figures in result["half_lives"][0].items():
             best = max(figures, key=figures.__getitem__)
             plain = figure([figures["None"], None, None]) if "None" in figures else "–"
