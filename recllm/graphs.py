@@ -70,7 +70,7 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     barred = build.add("Where", nobody, build.constant(BARRED), build.constant(0.0))
     blocks: dict[str, list[str]] = {side: [] for side in sides}
     apart: dict[int, list[str]] = {}  # per scorer its shares, (users, places) of each side
-    marks = _Marks(build, fusion, has, sum(widths[name] for name in inside))
+    marks = _Marks(build, has, sum(widths[name] for name in inside))
     for place, name in enumerate(fusion.names):
         queries, _ = given[place]
         new = [] if fusion.new is None else [_weight(build, 1.0, np.append(fusion.new[place], 0.0), user, signed=True)]
@@ -102,18 +102,11 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     gone = build.add("Less", best, build.constant(BARRED / 10))
     build.nodes.append(helper.make_node("Where", [gone, build.constant(-1, np.int64), rows], ["rows"]))
     build.nodes.append(helper.make_node("Where", [gone, build.constant(np.nan), best], ["scores"]))
-    starts = np.cumsum([0, *(widths[name] for name in inside)])
-    picked = _products_at(build, left, rows)
-    shares = []
-    for place, name in enumerate(fusion.names):
-        if name in inside:
-            at = inside.index(name)
-            own = _slice(build, picked, int(starts[at]), int(starts[at + 1]), axis=1)
-            shares.append(build.add("ReduceSum", own, build.constant([1], np.int64), keepdims=1))
-        else:
-            share = build.add("GatherElements", _joined(build, apart[place]), rows, axis=1)
-            shares.append(build.add("Unsqueeze", share, build.constant([1], np.int64)))
-    build.nodes.append(helper.make_node("Concat", shares, ["shares"], axis=1))
+    shares = _shares(build, {name: widths[name] for name in inside}, left, rows)
+    for place, share in apart.items():
+        picked = build.add("GatherElements", _joined(build, share), rows, axis=1)
+        shares[fusion.names[place]] = build.add("Unsqueeze", picked, build.constant([1], np.int64))
+    build.nodes.append(helper.make_node("Concat", [shares[name] for name in fusion.names], ["shares"], axis=1))
     _write(build, widths, sides, fusion, path)
 
 
@@ -122,7 +115,6 @@ class _Marks:
     """Which scorer knows which item for which user."""
 
     build: Builder
-    fusion: Fusion
     has: str
     """float32[users, scorers]: 1 where a scorer has a query."""
     start: int
@@ -201,6 +193,17 @@ def _without_seen(build: Builder, total: str) -> str:
     lowest = build.add("Where", none, build.constant(np.inf), build.constant(-np.inf))
     at = build.add("Max", "seen", build.constant(0, np.int64))
     return build.add("ScatterElements", total, at, lowest, axis=1, reduction="min")
+
+
+def _shares(build: Builder, widths: Mapping[str, int], left: Mapping[str, str], rows: str) -> dict[str, str]:
+    """What each scorer in the one product gives the picked `rows`, float32[users, 1, k]."""
+    terms, start = _products_at(build, left, rows), 0
+    shares = {}
+    for name, width in widths.items():
+        own = _slice(build, terms, start, start + width, axis=1)
+        shares[name] = build.add("ReduceSum", own, build.constant([1], np.int64), keepdims=1)
+        start += width
+    return shares
 
 
 def _products_at(build: Builder, left: Mapping[str, str], rows: str) -> str:
