@@ -12,9 +12,9 @@ RECIPES = ["lora", "dora", "rslora", "adalora", "ia3", "vera", "oft", "ln_tuning
 FAMILIES = ["Llama", "Qwen3", "Gemma2", "Gemma3Text", "Mistral"]
 
 
-def gradients(model, kind=None, length=9):
+def gradients(model, kind=None):
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 40, (3, length), generator=random)
+    ids = torch.randint(0, 40, (3, 9), generator=random)
     model.zero_grad()
     with torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None):
         hidden = model(input_ids=ids).last_hidden_state.float()
