@@ -48,10 +48,18 @@ TEST_ROWS = 20_000
 DATA: dict[str, dict[str, Any]] = {
     # Long histories of few users: smaller steps, else there are too few of them.
     "ml-100k": {"train": {"per_device_train_batch_size": 16, "num_train_epochs": 4}},
-    # A million events: the language model reads each user's last 50 twice, about ten minutes of two cores.
+    # A million events in long histories: a wider light scorer that reads further back, and the first layers of the
+    # language model, which then sees as many of them as it has time for.
     "ml-1m": {
-        "light": {"per_device_train_batch_size": 64, "num_train_epochs": 8},
-        "train": {"recent_windows": True, "num_train_epochs": 2, "per_device_train_batch_size": 16},
+        "model": {"head_width": 256, "layers": 8},
+        "light": {
+            "width": 256,
+            "learning_rate": 1e-3,
+            "max_history": 100,
+            "per_device_train_batch_size": 32,
+            "num_train_epochs": 12,
+        },
+        "train": {"num_train_epochs": 6, "per_device_train_batch_size": 32},
     },
     # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items.
     "amazon-beauty-2014": {

@@ -326,8 +326,8 @@ def auc_metric(prediction: EvalPrediction) -> dict[str, float]:
     return {"auc": auc(np.asarray(prediction.label_ids)[:, 0], np.asarray(prediction.predictions).reshape(-1))}
 
 
-def load_relevance(run: Run, task: Task, progress: Callable[[int], None] = lambda _: None) -> RelevanceScorer:
-    """The trained relevance scorer of a run, its adapter merged.
+def load_relevance(run: Run, task: Task, *, bf16: bool | None = None) -> RelevanceScorer:
+    """The trained relevance scorer of a run, its adapter merged; in bf16 where that is fast, unless `bf16` says.
 
     Content-free calibration is for a model that was not trained: a trained one has learnt its answers' offset, and
     the item's own merit besides, which calibration would take off again.
@@ -338,4 +338,4 @@ def load_relevance(run: Run, task: Task, progress: Callable[[int], None] = lambd
     model.body = merge(model.body)
     model.eval().to(scoring_device())
     calibrated = read_json(folder / "done.json")["trained"] == 0
-    return RelevanceScorer(model, prompt, task.dataset.catalog, calibrated, fast_bf16(), progress)
+    return RelevanceScorer(model, prompt, task.dataset.catalog, calibrated, fast_bf16() if bf16 is None else bf16)

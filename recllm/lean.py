@@ -1,4 +1,4 @@
-"""Lean training of a frozen model: its weights in half precision, and short attention that is cheap to go back through.
+"""Lean passes of a model: frozen weights in half precision, and short attention that is cheap to go back through.
 
 Neither changes what is computed: under autocast a frozen weight is rounded at every use anyway, and short attention is
 the same softmax in other kernels.
@@ -28,15 +28,18 @@ def lean(model: nn.Module, kind: torch.dtype | None, *, cpu: bool) -> None:
         cpu: whether it trains on the CPU, where the fused attention's way back takes a third of a step.
     """
     if kind is not None:
-        _round_frozen(model, kind)
+        round_frozen(model, kind)
     if cpu:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
                 module.config._attn_implementation = NAME
 
 
-def _round_frozen(model: nn.Module, kind: torch.dtype) -> None:
-    """Keep the frozen linear layers in `kind`, half the memory; DoRA computes with its layers' weights in full."""
+def round_frozen(model: nn.Module, kind: torch.dtype) -> None:
+    """Keep the frozen linear layers in `kind`, the dtype of the autocast that they are used under: half the memory.
+
+    DoRA computes with its layers' weights in full, so they stay.
+    """
     kept = {module.base_layer for module in model.modules() if any(getattr(module, "use_dora", {}).values())}
     for module in model.modules():
         if type(module) is nn.Linear and module not in kept and not module.weight.requires_grad:

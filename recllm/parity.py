@@ -124,13 +124,20 @@ def fidelity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[
     if not pairs:
         return {"max_difference": 0.0 if same else np.inf, "rank_correlation": np.nan, "top10_overlap": np.nan}
     filled = [(left, np.where(np.isnan(right), -np.inf, right)) for left, right in pairs]
-    steps = [GRID * max(1.0, float(np.abs(left).max())) for left, _ in filled]
-    ranked = [(_levels(left, step), _levels(right, step)) for (left, right), step in zip(filled, steps, strict=True)]
+    ranked = [_both_levels(left, right) for left, right in filled]
     return {
         "max_difference": max(float(np.abs(left - right).max()) for left, right in filled) if same else np.inf,
         "rank_correlation": float(np.mean([_rank_correlation(*pair) for pair in ranked])),
         "top10_overlap": float(np.mean([_top_overlap(*pair, min(10, len(pair[0]))) for pair in ranked])),
     }
+
+
+def _both_levels(left: NDArray[np.float32], right: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    step = GRID * max(1.0, float(np.abs(left).max()))
+    # Equal scores are made equal first: else a gap of about one step counts on one side only.
+    with np.errstate(invalid="ignore"):  # −∞ beside −∞
+        right = np.where(np.abs(left - right) <= step, left, right)
+    return _levels(left, step), _levels(right, step)
 
 
 def _levels(scores: NDArray[np.float32], step: float) -> NDArray[np.int64]:

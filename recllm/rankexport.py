@@ -42,8 +42,7 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
         raise RecllmError(
             f"{run.folder} judges pairs without a language model, and a ranker bundle is one. Name it in model.name."
         )
-    scorer = load_relevance(run, task)
-    scorer.bf16 = False  # what is exported is compared in float32
+    scorer = load_relevance(run, task, bf16=False)  # what is exported is compared in float32
     scorer.model.cpu()
     graphs, results = run.folder / "graphs", []
     for opset in sorted({recipe.opset for recipe in recipes.values()}):

@@ -15,6 +15,7 @@ from recllm.data import Catalog
 from recllm.devices import fast_bf16
 from recllm.errors import RecllmError
 from recllm.histories import padded
+from recllm.lean import round_frozen
 from recllm.lightjudge import judged_loss
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.pointwise import Ids, PointwiseScorer
@@ -176,12 +177,14 @@ def _array(scores: Tensor) -> NDArray[np.float32]:
 class RelevanceScorer(PointwiseScorer):
     """The relevance model as a scorer, as `PointwiseScorer`; the model is left in the mode that it was in.
 
+    With `bf16` the linear layers of the model are rounded for good, once in place of at every pass.
+
     Args:
         model: the relevance model.
         prompt: the compiled relevance prompt.
         catalog: the items that can be written.
         calibrated: take off what the model says after an empty history.
-        bf16: read in bf16.
+        bf16: read in bf16, under autocast.
         progress: gets the number of queries done.
         keep_bytes: memory for the prefixes of returning users.
     """
@@ -198,6 +201,9 @@ class RelevanceScorer(PointwiseScorer):
     ) -> None:
         super().__init__(TorchReader(model), prompt, catalog, calibrated, keep_bytes, progress)
         self.model, self.bf16 = model, bf16
+        if bf16:
+            _ = self.reader.shares  # tried in float32, where rounding hides less
+            round_frozen(model.body.requires_grad_(False), torch.bfloat16)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
+from recllm.lean import round_frozen
 from recllm.lm import (
     BaseModel,
     LanguageBody,
@@ -302,9 +303,14 @@ def merged(model: NextItemModel) -> NextItemModel:
 
 
 def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
-    """Read ids with a torch model, in bf16 or float32; its table of input vectors is made once."""
+    """Read ids with a torch model, in bf16 or float32; its table of input vectors is made once.
+
+    With `bf16` the linear layers of the body are rounded for good, once in place of at every pass.
+    """
     with torch.inference_mode():
         table = model.eval().table()
+    if bf16:
+        round_frozen(model.body.requires_grad_(False), torch.bfloat16)
     device = table.device
 
     @torch.inference_mode()

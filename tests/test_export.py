@@ -17,7 +17,7 @@ from recllm.files import read_json
 from recllm.fusion import FusedScorer, Fusion
 from recllm.gate import load_recipe
 from recllm.lm import load_base, mean_pool
-from recllm.parity import Tolerance, failures_of, fidelity
+from recllm.parity import GRID, Tolerance, failures_of, fidelity
 from recllm.quantise import quantise
 from recllm.ranking import mask_seen, top_k
 from recllm.runs import load_run
@@ -245,6 +245,12 @@ def test_a_score_that_is_lost_or_no_number_fails_the_gate():
 def test_nothing_to_compare_proves_nothing():
     measured = fidelity(scores([np.nan] * 3), scores([np.nan] * 3))
     assert len(failures_of({"lm": measured}, Tolerance(rank_correlation=0.1, top10_overlap=0.1))) == 2
+
+
+def test_fidelity_does_not_count_what_rounding_does_to_a_gap_of_one_step():
+    given = scores(np.arange(12) * GRID)
+    moved = given + np.float32(1e-7) * scores(np.tile([1, -1], 6))
+    assert fidelity(given, moved)["rank_correlation"] == 1.0
 
 
 def test_fidelity_does_not_take_ties_for_an_order():

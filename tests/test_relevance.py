@@ -110,6 +110,24 @@ def test_batches_and_order_do_not_change_a_score(which, request, checkerboard, m
     assert many == pytest.approx([*whole[0], np.nan], abs=1e-5, nan_ok=True)
 
 
+@pytest.mark.parametrize("which", ["causal", "encoder"])
+def test_weights_rounded_once_score_as_those_rounded_at_every_pass(which, request, checkerboard):
+    folder = request.getfixturevalue("tiny_lm_folder" if which == "causal" else "tiny_encoder_folder")
+    prompt = request.getfixturevalue("prompt" if which == "causal" else "encoder_prompt")
+    index = ItemIndex(checkerboard.catalog.ids)
+    model = model_of(folder, prompt)
+    scorer = RelevanceScorer(model, prompt, checkerboard.catalog)
+    exact, scorer.bf16 = scorer.score(QUERIES, index), True  # autocast over float32 weights
+    scorer._empty.clear()
+    expected = scorer.score(QUERIES, index)
+    lean = RelevanceScorer(model, prompt, checkerboard.catalog, bf16=True)
+    kinds = {module.weight.dtype for module in model.body.modules() if type(module) is torch.nn.Linear}
+    assert kinds == {torch.bfloat16}
+    assert lean.reader.shares == (which == "causal")
+    assert np.array_equal(lean.score(QUERIES, index), expected)
+    assert not np.array_equal(expected, exact)
+
+
 def test_the_scores_of_an_encoder_are_those_of_whole_pairs(encoder, encoder_prompt, checkerboard):
     catalog = checkerboard.catalog
     found = RelevanceScorer(encoder, encoder_prompt, catalog).score(QUERIES[:1], ItemIndex(["5"]))
