@@ -300,11 +300,13 @@ def next_item_model(
     base: BaseModel,
     recipe: AdapterRecipe | None,
     features: ItemFeatures,
-    warm: NDArray[np.bool_],
+    counts: NDArray[np.int64],
     history: HistoryFormat,
     settings: ModelSettings,
 ) -> NextItemModel:
     """Put projections and heads around a causal base model; `recipe` None leaves it frozen without an adapter.
+
+    `counts` are the items' training events, int64[items].
 
     Raises:
         RecllmError: the base model is an encoder, whose hidden states see the items that they should predict.
@@ -322,10 +324,12 @@ def next_item_model(
         features,
         width=base.model.config.hidden_size,
         head_width=settings.head_width,
-        warm=warm,
+        warm=counts > 0,
         token_scale=scale,
         lead=partial(_embed, embedding, lead_ids),
         factor_dropout=settings.factor_dropout,
+        counts=counts,
+        negatives=settings.negatives,
     )
 
 

@@ -62,6 +62,7 @@ def light_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
         "warmup_steps": 0.05,
         "seed": run.seed,
         "report_to": run.train.trainer_keys().get("report_to", "none"),
+        **precision_keys(run.train.precision),
     }
     return _stage("light", model, history, windows, arguments, _validation_windows(task, history, run.seed, None))
 

@@ -116,6 +116,8 @@ class ModelSettings(Settings):
     """Width of the space in which histories and items are compared."""
     factor_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of items that lose their factors in a step, so that cold items work."""
+    negatives: int = Field(default=0, ge=0)
+    """Items that are drawn in a step and stand for all others in the softmax; 0 takes all (next_item)."""
     heads_from_light: bool = True
     """Start from the light scorer's item vectors, where there is one and `head_width` is its width."""
     relevance_rows: int = Field(default=20_000, ge=1)
@@ -139,6 +141,8 @@ class LightSettings(Settings):
     """How many of the last items are read."""
     factor_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of items that lose their factors in a step, so that cold items work."""
+    negatives: int = Field(default=0, ge=0)
+    """Items that are drawn in a step and stand for all others in the softmax; 0 takes all."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.01, ge=0)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recllm.softmax import Barred, catalogue_loss, draw_negatives, draw_odds
 from recllm.vectors import ItemFeatures
 
 IGNORED = -100
@@ -114,6 +115,9 @@ class NextItemModel(nn.Module):
         token_scale: root mean square of an item token (that of the body's own embeddings).
         lead: gives float32[rows, width], the table's rows before the items.
         factor_dropout: share of items that lose their factors in a training step, so that text learns to stand alone.
+        counts: int64[items], training events, by which negatives are drawn.
+        negatives: items that are drawn in a training step, in place of all; 0, or as many as there are, takes all. What
+            a step costs then does not grow with the catalogue.
     """
 
     def __init__(
@@ -127,6 +131,8 @@ class NextItemModel(nn.Module):
         token_scale: float,
         lead: Callable[[], Tensor] | None = None,
         factor_dropout: float = 0.0,
+        counts: NDArray[np.int64] | None = None,
+        negatives: int = 0,
     ) -> None:
         super().__init__()
         self.body = body
@@ -141,6 +147,9 @@ class NextItemModel(nn.Module):
         self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)
         self.register_buffer("item_factors", torch.from_numpy(features.factors), persistent=False)
         self.register_buffer("warm", torch.from_numpy(warm), persistent=False)
+        self.negatives = negatives if negatives < warm.sum() else 0
+        events = torch.from_numpy(warm * (1 if counts is None else counts))
+        self.register_buffer("odds", draw_odds(events) if self.negatives else None, persistent=False)
 
     def table(self, factors: Tensor | None = None) -> Tensor:
         """The input vectors that ids point into: the lead's rows, then one token per item."""
@@ -180,47 +189,67 @@ class NextItemModel(nn.Module):
         Returns:
             `loss`, a scalar; when not training also `ranks`, float32[batch], of the last label of each row.
         """
-        factors = self._dropped_factors()
-        queries = self.encode(ids, ends, self.table(factors))
         chosen = labels != IGNORED
-        heads = self.heads(self.text_vectors, factors)
-        bias = torch.where(self.warm, self.biases(factors), -torch.inf)  # type: ignore[arg-type]
-        logits = (queries[chosen] @ heads.T.to(queries.dtype)).float() + bias
-        logits = _without_seen(logits, labels, chosen, seen)
-        total = functional.cross_entropy(logits, labels[chosen], reduction="sum")
+        if self.training and self.negatives:
+            total, ranks = self._drawn_loss(ids, ends, labels, seen)
+        else:
+            factors = self._dropped(self.item_factors)  # type: ignore[arg-type]
+            queries = self.encode(ids, ends, self.table(factors))
+            heads = self.heads(self.text_vectors, factors)
+            bias = torch.where(self.warm, self.biases(factors), -torch.inf)  # type: ignore[arg-type]
+            barred = _seen_before(chosen, seen)
+            total, ranks = catalogue_loss(queries[chosen], heads, bias, labels[chosen], barred, ranks=not self.training)
         output = {"loss": total / (chosen.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)}
         if not self.training:
-            output["ranks"] = _last_ranks(logits.detach(), labels, chosen)
+            output["ranks"] = _of_last(ranks, chosen)
         return output
+
+    def _drawn_loss(self, ids: Tensor, ends: Tensor, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """`catalogue_loss` over drawn items; only they and what the batch shows are projected."""
+        lead = None if self.lead is None else self.lead()
+        first, chosen = 0 if lead is None else len(lead), labels != IGNORED
+        drawn, chance = draw_negatives(self.odds, self.negatives)  # type: ignore[arg-type]
+        shown = torch.cat([labels[chosen], seen[seen != IGNORED], ids[ids >= first] - first])
+        rows = torch.cat([drawn, shown]).unique()  # type: ignore[no-untyped-call]
+
+        def place(items: Tensor) -> Tensor:
+            return torch.searchsorted(rows, items)
+
+        factors = self._dropped(self.item_factors[rows])  # type: ignore[index]
+        text: Tensor = self.text_vectors[rows]  # type: ignore[index]
+        tokens = self.tokens(text, factors)
+        table = tokens if lead is None else torch.cat([lead.to(tokens.dtype), tokens])
+        queries = self.encode(torch.where(ids < first, ids, first + place(ids - first)), ends, table)
+        bias = torch.where(torch.isnan(factors[:, 0]), self.cold_bias, self.bias[rows])
+        offset = bias.new_full(bias.shape, -torch.inf).index_put((place(drawn),), -chance.log())
+        barred = _seen_before(chosen, torch.where(seen == IGNORED, IGNORED, place(seen)))
+        return catalogue_loss(
+            queries[chosen], self.heads(text, factors), bias, place(labels[chosen]), barred, offset=offset
+        )
 
     def biases(self, factors: Tensor) -> Tensor:
         """Item biases float32[items]; one for all items without factors, a NaN row of float32[items, factors]."""
         return torch.where(torch.isnan(factors[:, 0]), self.cold_bias, self.bias)
 
-    def _dropped_factors(self) -> Tensor:
-        factors: Tensor = self.item_factors  # type: ignore[assignment]
+    def _dropped(self, factors: Tensor) -> Tensor:
         return drop_factors(factors, self.factor_dropout) if self.training else factors
 
 
-def _without_seen(logits: Tensor, labels: Tensor, chosen: Tensor, seen: Tensor) -> Tensor:
-    """Logits float32[chosen, items] with −∞ for the items up to each chosen end, but for its own label."""
-    place = torch.full_like(labels, -1)
-    place[chosen] = torch.arange(len(logits), device=labels.device)
-    later, earlier = torch.tril_indices(labels.shape[1], labels.shape[1], device=labels.device)
+def _seen_before(chosen: Tensor, seen: Tensor) -> Barred:
+    """Which chosen end, counted through bool[batch, ends], must not choose which item: those up to it in its window."""
+    place = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
+    later, earlier = torch.tril_indices(chosen.shape[1], chosen.shape[1], device=chosen.device)
     rows, items = place[:, later], seen[:, earlier]
     pairs = (rows >= 0) & (items >= 0)
-    own = labels[chosen][:, None]
-    barred = logits.index_put((rows[pairs], items[pairs]), torch.tensor(-torch.inf, device=logits.device))
-    return barred.scatter(1, own, logits.gather(1, own))
+    return Barred(rows[pairs], items[pairs])
 
 
-def _last_ranks(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-    """Rank of each row's last label among the warm items, float32[batch]; a tie counts half, as in `target_ranks`."""
-    own = logits.gather(1, labels[chosen][:, None])
-    ranks = torch.full(labels.shape, torch.nan, device=logits.device)
-    ranks[chosen] = 1.0 + (logits > own).sum(1).float() + ((logits == own).sum(1).float() - 1.0) / 2.0
+def _of_last(ranks: Tensor, chosen: Tensor) -> Tensor:
+    """Of the ranks of all chosen ends those of the last end in each row, float32[batch]; NaN in a row without any."""
+    every = ranks.new_full(chosen.shape, torch.nan)
+    every[chosen] = ranks
     last = chosen.float().cumsum(1).argmax(1)  # the first position where the count of labels is complete
-    return ranks.gather(1, last[:, None])[:, 0]
+    return every.gather(1, last[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

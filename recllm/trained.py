@@ -205,6 +205,8 @@ def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemM
         warm=task.warm,
         token_scale=1.0,
         factor_dropout=settings.factor_dropout,
+        counts=task.item_counts,
+        negatives=settings.negatives,
     )
     return model, HistoryFormat((), (), settings.max_history, 1)
 
@@ -269,7 +271,7 @@ def language_model(
     base = load_base(model_folder(run.model.name, say), recipe, run.model.layers)
     history = language_history(run, task, base)
     torch.manual_seed(run.seed)
-    return next_item_model(base, recipe, features, task.warm, history, run.model), history, base
+    return next_item_model(base, recipe, features, task.item_counts, history, run.model), history, base
 
 
 def load_light(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat] | None:

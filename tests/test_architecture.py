@@ -20,10 +20,10 @@ TORCH_FREE = [
     "ranker", "growing", "query_rows", "sheets", "parts", "batch", "doctor", "charts", "report",
 ]
 TORCH = [
-    "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints", "watching",
-    "recovery", "lean", "adalora", "cards", "loop", "cascade", "relevance", "trained", "judging", "nextitem", "scoring",
-    "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity", "gate",
-    "rankexport", "export", "quickstart", "tuning", "commands",
+    "softmax", "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints",
+    "watching", "recovery", "lean", "adalora", "cards", "loop", "cascade", "relevance", "trained", "judging",
+    "nextitem", "scoring", "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity",
+    "gate", "rankexport", "export", "quickstart", "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

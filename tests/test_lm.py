@@ -163,7 +163,7 @@ def test_scoring_shared_beginnings_equals_scoring_apart(kind, checkerboard, tiny
     history = histories(kind, checkerboard, tiny_tokenizer)
     given, settings = features(24), ModelSettings(head_width=16)
     torch.manual_seed(0)
-    model = next_item_model(load_base(tiny_lm_folder), LORA, given, np.ones(24, dtype=bool), history, settings)
+    model = next_item_model(load_base(tiny_lm_folder), LORA, given, np.ones(24, dtype=int), history, settings)
     scorer = SequenceScorer(torch_encode(model), history, given.index, *item_heads(model))
     queries = [Query(tuple(map(str, range(start, stop)))) for start, stop in [(0, 3), (0, 5), (2, 3), (1, 12), (1, 13)]]
     single = np.concatenate([scorer.score([query], given.index) for query in queries])

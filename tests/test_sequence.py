@@ -14,7 +14,7 @@ from recllm.vectors import ItemFeatures
 ITEMS, POSITIONS = 24, 8
 
 
-def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, factors=None):
+def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, factors=None, negatives=0):
     """A light model over random item vectors."""
     random = np.random.default_rng(0)
     text = random.normal(size=(ITEMS, 6)).astype(np.float32) if text is None else text
@@ -29,6 +29,7 @@ def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, fa
             warm=np.ones(ITEMS, dtype=bool) if warm is None else warm,
             token_scale=1.0,
             factor_dropout=factor_dropout,
+            negatives=negatives,
         )
 
 
@@ -203,11 +204,41 @@ def test_windows_of_like_length_stand_together():
     assert [row.tolist() for row in rows] == [row.tolist() for row in windows.all()]
 
 
-def test_the_light_model_learns_what_comes_next(checkerboard):
+def test_drawn_negatives_give_the_whole_loss_where_all_are_drawn(monkeypatch):
+    warm = np.ones(ITEMS, dtype=bool)
+    warm[[7, 11]] = False
+    factors = np.random.default_rng(1).normal(size=(ITEMS, 4)).astype(np.float32)
+    factors[[7, 11, 13]] = np.nan
+    whole, drawn = (light(warm, factors=factors, negatives=negatives) for negatives in (0, 21))
+    given = batch([1, 2, 3, 4, 2], [7, 9, 12], [13, 20, 0, 5])
+    chance = torch.ones(int(warm.sum()))
+    monkeypatch.setattr("recllm.sequence.draw_negatives", lambda *_: (torch.from_numpy(np.flatnonzero(warm)), chance))
+    losses = [model.train()(**given)["loss"] for model in (whole, drawn)]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    for (name, left), (_, right) in zip(whole.named_parameters(), drawn.named_parameters(), strict=True):
+        assert right.grad.numpy() == pytest.approx(left.grad.numpy(), abs=1e-6), name
+    assert drawn.eval()(**given)["ranks"].tolist() == whole.eval()(**given)["ranks"].tolist()
+
+
+def test_only_drawn_and_shown_items_are_touched():
+    model = light(negatives=3).train()
+    torch.manual_seed(0)
+    model(**batch([1, 2, 3]))["loss"].backward()
+    touched = set(torch.nonzero(model.bias.grad)[:, 0].tolist())
+    assert {2, 3} < touched <= {2, 3} | set(range(ITEMS))
+    assert len(touched) <= 5
+    assert light(negatives=ITEMS).negatives == 0  # all of them: nothing to draw
+
+
+@pytest.mark.parametrize("negatives", [0, 6])
+def test_the_light_model_learns_what_comes_next(checkerboard, negatives):
     split = leave_last_out(checkerboard.interactions)
     index = ItemIndex(checkerboard.catalog.ids)
     sequences = [index.rows(query.history) for query in split.train.histories().values()]
-    model = light(width=32)
+    model = light(width=32, negatives=negatives)
+    torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for number in range(15):
         windows = list(Windows(sequences, POSITIONS, epochs=15, seed=0).epoch(number))
