@@ -25,9 +25,10 @@ from recllm.mf import FactorSettings, ImplicitMF, user_items_matrix
 from recllm.priors import TextSimilarity
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.recency import Fading, RecencySettings, ranking_figure
-from recllm.sequence import LightBody, Windows
+from recllm.sequence import LightBody
 from recllm.tasks import Task
 from recllm.vectors import RawVectors, Standard
+from recllm.windows import Windows
 
 Say = Callable[[str], None]
 Figure = Callable[[Fading], float]

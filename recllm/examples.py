@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from recllm.histories import HistoryFormat, padded
 from recllm.sequence import IGNORED
+from recllm.windows import Taught
 
 
 class Examples(Dataset[Any]):
@@ -63,12 +64,25 @@ class NextItemCollator:
     last_only: bool = False
     """Only the last item is a label (validation)."""
 
-    def __call__(self, windows: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
-        """Item rows, oldest first, the last only a label, to int64 tensors as `NextItemModel.forward` takes them."""
+    def __call__(self, rows: Sequence[NDArray[np.int64] | Taught]) -> dict[str, Tensor]:
+        """Item rows, oldest first, the last only a label, to tensors as `NextItemModel.forward` takes them.
+
+        A batch has either windows of events or windows that a teacher has completed.
+        """
+        taught = [row for row in rows if isinstance(row, Taught)]
+        if not taught:
+            return self._tensors([row for row in rows if not isinstance(row, Taught)], last_only=self.last_only)
+        batch = self._tensors([row.window for row in taught], last_only=True)
+        batch["taught"] = torch.from_numpy(np.stack([row.items for row in taught]))
+        batch["shares"] = torch.from_numpy(np.stack([row.shares for row in taught]))
+        batch["hidden"] = torch.from_numpy(padded([row.hidden.tolist() for row in taught], IGNORED))
+        return batch
+
+    def _tensors(self, windows: Sequence[NDArray[np.int64]], *, last_only: bool) -> dict[str, Tensor]:
         inputs = [self.history.fitting(window[:-1]) for window in windows]
         paths = [self.history.ids(rows) for rows in inputs]
         labels = [window[len(window) - len(rows) :].tolist() for window, rows in zip(windows, inputs, strict=True)]
-        if self.last_only:
+        if last_only:
             labels = [[IGNORED] * (len(row) - 1) + row[-1:] for row in labels]
         columns = {
             "ids": padded([ids for ids, _ in paths]),

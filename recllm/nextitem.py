@@ -1,6 +1,7 @@
 """Next item: the light scorer and the language model trained on windows of histories, and their validation."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 from recllm.cards import save_adapter
 from recllm.checkpoints import save_trained
 from recllm.devices import precision_keys, process_state
+from recllm.distil import taught_windows
 from recllm.examples import Examples, NextItemCollator
 from recllm.histories import HistoryFormat
 from recllm.loop import Stage, fit, ranking_metrics, rows_at_least
 from recllm.runs import Run
-from recllm.sequence import NextItemModel, Windows
+from recllm.sequence import NextItemModel
 from recllm.tasks import Task
 from recllm.trained import (
     Collaborative,
@@ -28,6 +30,7 @@ from recllm.trained import (
 )
 from recllm.vectors import ItemFeatures
 from recllm.watching import Watch
+from recllm.windows import Rows, Taught, Windows, with_taught
 
 VALIDATION_WINDOWS = 256
 """Validation histories that choose the language model's checkpoint; the fusion sees all of them."""
@@ -40,12 +43,13 @@ def train_light(
     settings, folder = run.light, run.folder / "light"
     if settings.num_train_epochs == 0 or stage_done(folder):
         return
+    taught = taught_windows(run, task, say)
     say(f"Training the light sequence scorer, {settings.num_train_epochs} epochs")
-    _train(run, light_stage(run, task, parts.features), resume=resume, say=say, watch=watch)
+    _train(run, light_stage(run, task, parts.features, taught), resume=resume, say=say, watch=watch)
 
 
-def light_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
-    """The training of the light sequence scorer."""
+def light_stage(run: Run, task: Task, features: ItemFeatures, taught: Sequence[Taught] = ()) -> Stage:
+    """The training of the light sequence scorer, beside the events on what a teacher has completed."""
     settings = run.light
     model, history = light_model(run, task, features)
     windows = Windows(
@@ -55,6 +59,7 @@ def light_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
         run.seed,
         batch=_batch(settings.per_device_train_batch_size),
     )
+    rows = with_taught(windows.all(), taught, passes=settings.num_train_epochs, batch=windows.batch, seed=run.seed)
     arguments = {
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
@@ -64,7 +69,7 @@ def light_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
         "report_to": run.train.trainer_keys().get("report_to", "none"),
         **precision_keys(run.train.precision),
     }
-    return _stage("light", model, history, windows, arguments, _validation_windows(task, history, run.seed, None))
+    return _stage("light", model, history, rows, arguments, _validation_windows(task, history, run.seed, None))
 
 
 def train_language(
@@ -102,7 +107,7 @@ def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> St
         **settings.trainer_keys(),
     }
     valid = _validation_windows(task, history, run.seed, VALIDATION_WINDOWS)
-    stage = _stage("lm", model, history, windows, arguments, valid)
+    stage = _stage("lm", model, history, windows.all(rows_at_least(arguments)), arguments, valid)
     return replace(stage, adapter_learning_rate=settings.learning_rate, patience=settings.early_stopping_patience)
 
 
@@ -133,14 +138,14 @@ def _stage(
     scorer: str,
     model: NextItemModel,
     history: HistoryFormat,
-    windows: Windows,
+    windows: Sequence[Rows | Taught],
     arguments: dict[str, Any],
     valid: list[NDArray[np.int64]],
 ) -> Stage:
     return Stage(
         scorer,
         model,
-        Examples(windows.all(rows_at_least(arguments))),
+        Examples(windows),
         Examples(valid),
         collator=NextItemCollator(history),
         valid_collator=NextItemCollator(history, last_only=True),

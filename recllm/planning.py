@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from recllm.checkpoints import trained_values
 from recllm.devices import on_cpu
+from recllm.distil import planned_windows
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator
 from recllm.histories import HistoryFormat
@@ -117,7 +118,7 @@ def plan_run(run: Run, say: Say) -> Plan:
     costs, examples = [], []
     judges = run.model.task == "relevance"
     if run.light.num_train_epochs and not judges:
-        costs.append(measure(light_stage(run, task, features), say))
+        costs.append(measure(light_stage(run, task, features, planned_windows(run, task)), say))
     if run.model.name != "none":
         stage = relevance_stage(run, task, say) if judges else language_stage(run, task, features, say)
         if len(stage.train):

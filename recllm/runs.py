@@ -155,6 +155,12 @@ class LightSettings(Settings):
     """Weight of the loss over one user's liked and disliked rows beside cross-entropy, where the run judges pairs."""
     num_train_epochs: int = Field(default=10, ge=0)
     """Passes over all events; 0 trains no light scorer."""
+    teacher: str | None = None
+    """Folder of a finished run on the same data; its fused scores are learnt from beside the events (next_item)."""
+    taught: int = Field(default=10_000, ge=1)
+    """Histories that the teacher is asked about, each learnt from once in a pass."""
+    taught_weight: float = Field(default=1.0, gt=0)
+    """Weight of a step over such histories beside that of a step over events."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> "LightSettings":
@@ -229,6 +235,12 @@ class Run(Settings):
     neighbours: NeighbourSettings = NeighbourSettings()
     fusion: FusionSettings = FusionSettings()
     export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _teachers_rank(self) -> "Run":
+        if self.light.teacher is not None and self.model.task != "next_item":
+            raise ValueError("light.teacher is for runs of next items, and this one judges pairs")
+        return self
 
     @property
     def folder(self) -> Path:

@@ -1,8 +1,7 @@
 """Next-item models over item vectors: the shared loss and item projections, and the light causal transformer."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,12 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recllm.softmax import Barred, catalogue_loss, draw_negatives, draw_odds
+from recllm.softmax import Barred, Targets, catalogue_loss, draw_negatives, draw_odds
 from recllm.vectors import ItemFeatures
 
 IGNORED = -100
-POOL = 64
-"""Batches that are sorted by length together."""
 START_SCALE = 10.0
 """What the cosines of histories and items are multiplied by before training; one over the softmax's temperature."""
 
@@ -171,6 +168,9 @@ class NextItemModel(nn.Module):
         ends: Tensor,
         labels: Tensor,
         seen: Tensor,
+        taught: Tensor | None = None,
+        shares: Tensor | None = None,
+        hidden: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **_: object,
     ) -> dict[str, Tensor]:
@@ -184,32 +184,42 @@ class NextItemModel(nn.Module):
             ends: int64[batch, ends], where each item ends.
             labels: int64[batch, ends], the row of the item after it, −100 where there is none to learn.
             seen: int64[batch, ends], the row of the item that ends there, −100 behind the last one.
+            taught: int64[batch, targets], in place of the one label of each window, what a teacher would choose.
+            shares: float32[batch, targets], how much of each.
+            hidden: int64[batch, hidden], further items that a window must not choose, −100 behind the last one.
             num_items_in_batch: the number of labels over all devices and accumulation steps, Trainer's own.
 
         Returns:
             `loss`, a scalar; when not training also `ranks`, float32[batch], of the last label of each row.
         """
         chosen = labels != IGNORED
+        if taught is None or shares is None:
+            own = labels[chosen][:, None]
+            targets = Targets(own, torch.ones_like(own, dtype=torch.float32))
+        else:
+            targets = Targets(taught, shares)
+        barred = _seen_before(chosen, seen, hidden)
         if self.training and self.negatives:
-            total, ranks = self._drawn_loss(ids, ends, labels, seen)
+            total, ranks = self._drawn_loss(ids, ends, chosen, targets, barred)
         else:
             factors = self._dropped(self.item_factors)  # type: ignore[arg-type]
             queries = self.encode(ids, ends, self.table(factors))
             heads = self.heads(self.text_vectors, factors)
             bias = torch.where(self.warm, self.biases(factors), -torch.inf)  # type: ignore[arg-type]
-            barred = _seen_before(chosen, seen)
-            total, ranks = catalogue_loss(queries[chosen], heads, bias, labels[chosen], barred, ranks=not self.training)
+            total, ranks = catalogue_loss(queries[chosen], heads, bias, targets, barred, ranks=not self.training)
         output = {"loss": total / (chosen.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)}
         if not self.training:
             output["ranks"] = _of_last(ranks, chosen)
         return output
 
-    def _drawn_loss(self, ids: Tensor, ends: Tensor, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def _drawn_loss(
+        self, ids: Tensor, ends: Tensor, chosen: Tensor, targets: Targets, barred: Barred
+    ) -> tuple[Tensor, Tensor]:
         """`catalogue_loss` over drawn items; only they and what the batch shows are projected."""
         lead = None if self.lead is None else self.lead()
-        first, chosen = 0 if lead is None else len(lead), labels != IGNORED
+        first = 0 if lead is None else len(lead)
         drawn, chance = draw_negatives(self.odds, self.negatives)  # type: ignore[arg-type]
-        shown = torch.cat([labels[chosen], seen[seen != IGNORED], ids[ids >= first] - first])
+        shown = torch.cat([targets.items.flatten(), barred.items, ids[ids >= first] - first])
         rows = torch.cat([drawn, shown]).unique()  # type: ignore[no-untyped-call]
 
         def place(items: Tensor) -> Tensor:
@@ -222,9 +232,13 @@ class NextItemModel(nn.Module):
         queries = self.encode(torch.where(ids < first, ids, first + place(ids - first)), ends, table)
         bias = torch.where(torch.isnan(factors[:, 0]), self.cold_bias, self.bias[rows])
         offset = bias.new_full(bias.shape, -torch.inf).index_put((place(drawn),), -chance.log())
-        barred = _seen_before(chosen, torch.where(seen == IGNORED, IGNORED, place(seen)))
         return catalogue_loss(
-            queries[chosen], self.heads(text, factors), bias, place(labels[chosen]), barred, offset=offset
+            queries[chosen],
+            self.heads(text, factors),
+            bias,
+            Targets(place(targets.items), targets.shares),
+            Barred(barred.rows, place(barred.items)),
+            offset=offset,
         )
 
     def biases(self, factors: Tensor) -> Tensor:
@@ -235,11 +249,17 @@ class NextItemModel(nn.Module):
         return drop_factors(factors, self.factor_dropout) if self.training else factors
 
 
-def _seen_before(chosen: Tensor, seen: Tensor) -> Barred:
-    """Which chosen end, counted through bool[batch, ends], must not choose which item: those up to it in its window."""
+def _seen_before(chosen: Tensor, seen: Tensor, hidden: Tensor | None) -> Barred:
+    """Which chosen end, counted through bool[batch, ends], must not choose which item.
+
+    Those up to it in its window, and what is `hidden` from the window.
+    """
     place = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
     later, earlier = torch.tril_indices(chosen.shape[1], chosen.shape[1], device=chosen.device)
     rows, items = place[:, later], seen[:, earlier]
+    if hidden is not None:  # behind what stands in the same window, so that the rows still ascend
+        rows = torch.cat([rows, place.amax(1, keepdim=True).expand_as(hidden)], dim=1)
+        items = torch.cat([items, hidden], dim=1)
     pairs = (rows >= 0) & (items >= 0)
     return Barred(rows[pairs], items[pairs])
 
@@ -250,63 +270,3 @@ def _of_last(ranks: Tensor, chosen: Tensor) -> Tensor:
     every[chosen] = ranks
     last = chosen.float().cumsum(1).argmax(1)  # the first position where the count of labels is complete
     return every.gather(1, last[:, None])[:, 0]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Training examples as a pure function of (seed, epoch, example), so that a resumed run sees the same ones.
-
-    Every epoch cuts each user's events into windows of at most `length` inputs with its own offset, the last window
-    always whole, and visits them in its own order. `recent` keeps only the last window of each user. With a `batch` of
-    more than one, windows of like length stand together, so that little of a step is padding.
-    """
-
-    sequences: list[NDArray[np.int64]]
-    length: int
-    epochs: int
-    seed: int
-    recent: bool = False
-    batch: int = 1
-
-    def epoch(self, number: int) -> Iterator[NDArray[np.int64]]:
-        """The windows of one epoch in order: item rows, inputs and targets overlapping by one."""
-        random = np.random.default_rng([self.seed, number])
-        cuts = [(user, *cut) for user, events in enumerate(self.sequences) for cut in self._cuts(len(events), random)]
-        for place in self._order([stop - start for _, start, stop in cuts], random):
-            user, start, stop = cuts[place]
-            yield self.sequences[user][start:stop]
-
-    def _order(self, lengths: Sequence[int], random: np.random.Generator) -> NDArray[np.int64]:
-        """A random order; of whole batches of like length, the rest last."""
-        order = random.permutation(len(lengths))
-        if self.batch == 1:
-            return order
-        whole = len(order) - len(order) % self.batch
-        pools = [order[start : min(start + POOL * self.batch, whole)] for start in range(0, whole, POOL * self.batch)]
-        alike = [pool[np.argsort(np.take(lengths, pool), kind="stable")] for pool in pools]
-        batches = np.concatenate([np.zeros(0, dtype=np.int64), *alike]).reshape(-1, self.batch)
-        return np.concatenate([batches[random.permutation(len(batches))].ravel(), order[whole:]])
-
-    def _cuts(self, events: int, random: np.random.Generator) -> Iterator[tuple[int, int]]:
-        stop, size = events, self.length
-        while stop > 1:
-            start = max(0, stop - 1 - size)
-            yield start, stop
-            if self.recent:
-                return
-            # Only the window after the last one has a drawn length: it moves all earlier cuts from epoch to epoch.
-            size = int(random.integers(1, self.length + 1)) if stop == events else self.length
-            stop = start + 1
-
-    def all(self, at_least: int = 0) -> list[NDArray[np.int64]]:
-        """The windows of all epochs, one after the other, and of further ones until there are `at_least` so many."""
-        rows: list[NDArray[np.int64]] = []
-        rest: list[NDArray[np.int64]] = []
-        number = 0
-        while number < self.epochs or 0 < len(rows) + len(rest) < at_least:
-            windows = list(self.epoch(number))
-            whole = len(windows) - len(windows) % self.batch
-            rows.extend(windows[:whole])
-            rest.extend(windows[whole:])  # to the end: it would shift the batches of the epochs after it
-            number += 1
-        return rows + rest

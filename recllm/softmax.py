@@ -19,6 +19,16 @@ DRAWN_BY = 0.75
 """Negatives are drawn by their events to this power (Mikolov et al. 2013)."""
 
 
+class Targets(NamedTuple):
+    """What each row should choose: items, int64[rows, targets], with shares, float32[rows, targets].
+
+    A row with fewer names its first one again with a share of 0.
+    """
+
+    items: Tensor
+    shares: Tensor
+
+
 class Barred(NamedTuple):
     """What is left out of the softmax: pairs of the row of a query and an item, int64[pairs] each, rows ascending."""
 
@@ -50,31 +60,31 @@ def catalogue_loss(
     queries: Tensor,
     heads: Tensor,
     bias: Tensor,
-    labels: Tensor,
+    targets: Targets,
     barred: Barred,
     *,
     offset: Tensor | None = None,
     ranks: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of `labels` under softmax(queries · heads + bias), without the barred items.
+    """Sum of the cross-entropies of `targets` under softmax(queries · heads + bias), without the barred items.
 
     With an `offset` of −log of the chance with which an item was drawn, the sum over all items is estimated without
-    bias by those that were (importance sampling, Bengio & Senécal 2003), the label itself standing for itself.
+    bias by those that were (importance sampling, Bengio & Senécal 2003), a row's targets standing for themselves.
 
     Args:
         queries: float[rows, width].
         heads: float[items, width].
         bias: float32[items]; −∞ leaves an item out for all rows.
-        labels: int64[rows]; a row's label stays in though it is barred.
+        targets: what each row should choose; it stays in though it is barred.
         barred: items that are left out of single rows.
-        offset: float32[items], added to the logits of all items that are not a row's label; −∞ leaves one out.
-        ranks: whether to rank the labels as well.
+        offset: float32[items], added to the logits of all items that are no targets of a row; −∞ leaves one out.
+        ranks: whether to rank the targets as well.
 
     Returns:
-        The sum, float32[], and the rank of each label among the items of its row, a tie counting half; float32[rows],
+        The sum, float32[], and the rank of each row's first target among its items, a tie counting half; float32[rows],
         empty where `ranks` are not asked for.
     """
-    return _CatalogueLoss.apply(queries, heads, bias, labels, barred, offset, ranks)  # type: ignore[no-any-return, no-untyped-call]
+    return _CatalogueLoss.apply(queries, heads, bias, targets, barred, offset, ranks)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _CatalogueLoss(torch.autograd.Function):
@@ -84,7 +94,7 @@ class _CatalogueLoss(torch.autograd.Function):
         queries: Tensor,
         heads: Tensor,
         bias: Tensor,
-        labels: Tensor,
+        targets: Targets,
         barred: Barred,
         offset: Tensor | None,
         ranks: bool,
@@ -107,7 +117,8 @@ class _CatalogueLoss(torch.autograd.Function):
         bounds = [*torch.searchsorted(rows, starts).tolist(), len(rows)]
         with torch.autocast(queries.device.type, enabled=False):
             for number, start in enumerate(range(0, len(queries), at_once)):
-                part, own = queries[start : start + at_once], labels[start : start + at_once, None]
+                here = slice(start, start + at_once)
+                part, own, shares = queries[here], targets.items[here], targets.shares[here]
                 logits = (part @ heads.T).float().add_(bias)
                 wanted = logits.gather(1, own)
                 if offset is not None:
@@ -116,18 +127,19 @@ class _CatalogueLoss(torch.autograd.Function):
                 logits[rows[pairs] - start, items[pairs]] = -torch.inf
                 logits.scatter_(1, own, wanted)
                 if ranks:
-                    ties = (logits == wanted).sum(1).float() - 1.0
-                    places[start : start + at_once] = 1.0 + (logits > wanted).sum(1).float() + ties / 2.0
+                    first = wanted[:, :1]
+                    ties = (logits == first).sum(1).float() - 1.0
+                    places[here] = 1.0 + (logits > first).sum(1).float() + ties / 2.0
                 top = logits.amax(1, keepdim=True)
                 mass = logits.sub_(top).exp_().sum(1, keepdim=True)
-                total += (mass.log() + top - wanted).sum()
+                weight = shares.sum(1, keepdim=True)
+                total += ((mass.log() + top) * weight).sum() - (shares * wanted).sum()
                 if not back:
                     continue
-                slopes = logits.div_(mass)
-                slopes.scatter_add_(1, own, torch.full_like(wanted, -1.0))
+                slopes = logits.mul_(weight / mass).scatter_add_(1, own, -shares)
                 by_bias += slopes.sum(0)
                 slopes = slopes.to(part.dtype)
-                by_query[start : start + at_once] = slopes @ heads
+                by_query[here] = slopes @ heads
                 by_head += (slopes.T @ part).float()
         if back:
             ctx.save_for_backward(by_query.to(kinds[0]), by_head.to(kinds[1]), by_bias.to(kinds[2]))

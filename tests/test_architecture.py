@@ -15,15 +15,15 @@ TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
-    "recency", "priors", "mf", "itemitem", "neighbours", "histories", "vectors", "encoding", "pointwise", "fitting",
-    "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "catalogue", "runtime", "onnxreader",
-    "ranker", "growing", "query_rows", "sheets", "parts", "batch", "doctor", "charts", "report",
+    "recency", "priors", "mf", "itemitem", "neighbours", "histories", "windows", "vectors", "encoding", "pointwise",
+    "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "catalogue", "runtime",
+    "onnxreader", "ranker", "growing", "query_rows", "sheets", "parts", "batch", "doctor", "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints",
     "watching", "recovery", "lean", "adalora", "cards", "loop", "cascade", "relevance", "trained", "judging",
-    "nextitem", "scoring", "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "quantise", "parity",
-    "gate", "rankexport", "export", "quickstart", "tuning", "commands",
+    "scoring", "distil", "nextitem", "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "quantise",
+    "parity", "gate", "rankexport", "export", "quickstart", "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

@@ -20,8 +20,9 @@ from recllm.lm import load_base, next_item_model
 from recllm.loop import Stage, check_trainer_keys, fit
 from recllm.ranking import ItemIndex
 from recllm.runs import ModelSettings
-from recllm.sequence import IGNORED, LightBody, NextItemModel, Windows
+from recllm.sequence import IGNORED, LightBody, NextItemModel
 from recllm.vectors import ItemFeatures
+from recllm.windows import Windows
 
 ITEMS = 24
 LORA = AdapterRecipe(tuner="lora", config={"r": 2, "lora_dropout": 0.2, "target_modules": "all-linear"})

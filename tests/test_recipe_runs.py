@@ -25,10 +25,10 @@ from recllm.ranking import ItemIndex
 from recllm.recipes import recipe_names
 from recllm.runs import AdapterSettings, ModelSettings
 from recllm.runtime import onnx_encode, open_session
-from recllm.sequence import Windows
 from recllm.tracing import write_graph
 from recllm.trained import in_full_precision, merged, torch_encode
 from recllm.vectors import ItemFeatures
+from recllm.windows import Windows
 
 ITEMS = 24
 STEPS = 10

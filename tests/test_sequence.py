@@ -1,4 +1,4 @@
-"""Next-item models: they look back only, cold items are no negatives, windows are a pure function of the seed."""
+"""Next-item models: they look back only, and cold items are no negatives."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,10 @@ import torch
 from recllm.examples import NextItemCollator
 from recllm.histories import HistoryFormat
 from recllm.ranking import ItemIndex
-from recllm.sequence import IGNORED, ItemProjection, LightBody, NextItemModel, Windows
+from recllm.sequence import IGNORED, ItemProjection, LightBody, NextItemModel
 from recllm.splits import leave_last_out
 from recllm.vectors import ItemFeatures
+from recllm.windows import Windows
 
 ITEMS, POSITIONS = 24, 8
 
@@ -145,65 +146,6 @@ def test_the_item_vectors_are_not_in_the_state_that_is_saved():
     assert not {"text_vectors", "item_factors", "warm"} & set(light().state_dict())
 
 
-SEQUENCES = [np.arange(count) + 100 * count for count in (0, 1, 2, 5, 9, 30)]
-
-
-def test_windows_are_a_pure_function_of_seed_and_epoch():
-    def epoch(seed, number):
-        return [window.tolist() for window in Windows(SEQUENCES, 4, epochs=3, seed=seed).epoch(number)]
-
-    assert epoch(1, 2) == epoch(1, 2)
-    assert epoch(1, 2) != epoch(1, 1)
-    assert epoch(1, 2) != epoch(2, 2)
-    every = Windows(SEQUENCES, 4, epochs=3, seed=1).all()
-    assert [window.tolist() for window in every] == [window for number in range(3) for window in epoch(1, number)]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_every_event_but_a_users_first_is_a_target_once_an_epoch(seed):
-    windows = list(Windows(SEQUENCES, 4, epochs=1, seed=seed).epoch(0))
-    assert all(2 <= len(window) <= 5 for window in windows)
-    assert sorted(target for window in windows for target in window[1:]) == sorted(
-        event for events in SEQUENCES for event in events[1:]
-    )
-    for events in SEQUENCES:
-        last = events[-5:].tolist()
-        assert len(events) < 2 or last in [window.tolist() for window in windows]
-
-
-def test_cuts_move_from_epoch_to_epoch():
-    starts = [
-        {int(window[0]) for window in Windows(SEQUENCES[-1:], 4, epochs=9, seed=0).epoch(number)} for number in range(9)
-    ]
-    assert len(set(map(frozenset, starts))) > 1
-
-
-def test_recent_keeps_each_users_last_window_only():
-    windows = Windows(SEQUENCES, 4, epochs=1, seed=0, recent=True).epoch(0)
-    assert sorted(window.tolist() for window in windows) == sorted(
-        events[-5:].tolist() for events in SEQUENCES if len(events) > 1
-    )
-
-
-def test_windows_of_like_length_stand_together():
-    sequences = [np.arange(length) for length in np.random.default_rng(0).integers(2, 40, size=203)]
-    windows = Windows(sequences, 50, epochs=3, seed=1, batch=8)
-    rows = windows.all()
-    assert len(rows) == 3 * 203
-    # The rest of every epoch, three windows of 203, stands at the end, so that no batch is shifted.
-    batches = [[len(row) for row in rows[start : start + 8]] for start in range(0, 600, 8)]
-    alone = [len(row) for row in Windows(sequences, 50, epochs=3, seed=1).all()]
-    assert sorted(alone) == sorted(len(row) for row in rows)
-
-    def padding(parts):
-        return 1 - sum(map(sum, parts)) / sum(max(part) * len(part) for part in parts)
-
-    assert padding(batches) < 0.1 < padding([alone[start : start + 8] for start in range(0, 600, 8)])
-    order = [max(lengths) for lengths in batches]
-    assert order != sorted(order)
-    assert [row.tolist() for row in rows] == [row.tolist() for row in windows.all()]
-
-
 def test_drawn_negatives_give_the_whole_loss_where_all_are_drawn(monkeypatch):
     warm = np.ones(ITEMS, dtype=bool)
     warm[[7, 11]] = False
@@ -253,13 +195,3 @@ def test_the_light_model_learns_what_comes_next(checkerboard, negatives):
     ]
     ranks = model.eval()(**NextItemCollator(history, last_only=True)([np.array(row) for row in valid]))["ranks"]
     assert (ranks == 1).float().mean() >= 0.95
-
-
-def test_windows_go_on_with_new_epochs_until_there_are_enough():
-    windows = Windows([np.arange(20), np.arange(7)], length=4, epochs=1, seed=0)
-    once, more = windows.all(), windows.all(at_least=60)
-    assert len(more) >= 60
-    assert all(np.array_equal(left, right) for left, right in zip(once, more, strict=False))
-    second = list(windows.epoch(1))
-    assert all(np.array_equal(left, right) for left, right in zip(second, more[len(once) :], strict=False))
-    assert Windows([np.arange(1)], length=4, epochs=1, seed=0).all(at_least=9) == []

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from recllm import softmax
-from recllm.softmax import Barred, catalogue_loss, draw_negatives, draw_odds
+from recllm.softmax import Barred, Targets, catalogue_loss, draw_negatives, draw_odds
 
 ROWS, ITEMS, WIDTH = 23, 31, 5
 
@@ -22,6 +22,11 @@ def given(seed=0):
     items[::8] = labels[rows[::8]]
     leaves = [torch.randn(ROWS, WIDTH), torch.randn(ITEMS, WIDTH), bias]
     return [leaf.requires_grad_() for leaf in leaves], labels, Barred(rows, items)
+
+
+def one(labels):
+    """Each row's single target."""
+    return Targets(labels[:, None], torch.ones(len(labels), 1))
 
 
 def in_one_piece(queries, heads, bias, labels, barred):
@@ -41,7 +46,7 @@ def in_pieces(request, monkeypatch):
 def test_loss_and_gradients_are_those_of_one_piece(in_pieces):
     (leaves, labels, barred), (others, _, _) = given(), given()
     expected = in_one_piece(*leaves, labels, barred)
-    found, ranks = catalogue_loss(*others, labels, barred)
+    found, ranks = catalogue_loss(*others, one(labels), barred)
     (expected * 3.0).backward()
     (found * 3.0).backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -53,11 +58,13 @@ def test_loss_and_gradients_are_those_of_one_piece(in_pieces):
 
 def test_the_gradient_is_the_slope_of_the_loss(in_pieces):
     (queries, heads, bias), labels, barred = given()
-    catalogue_loss(queries, heads, bias, labels, barred)[0].backward()
+    catalogue_loss(queries, heads, bias, one(labels), barred)[0].backward()
     step = torch.randn(ITEMS, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         up, down = (
-            catalogue_loss(queries.double(), (heads + side * step).double(), bias.double(), labels, barred)[0].item()
+            catalogue_loss(queries.double(), (heads + side * step).double(), bias.double(), one(labels), barred)[
+                0
+            ].item()
             for side in (1e-2, -1e-2)
         )
     assert (up - down) / 2e-2 == pytest.approx((heads.grad * step).sum().item(), rel=1e-3)
@@ -67,7 +74,7 @@ def test_ranks_count_a_tie_half(in_pieces):
     (queries, heads, bias), labels, barred = given()
     with torch.no_grad():
         queries[0], bias[:] = 0.0, 0.0
-        loss, ranks = catalogue_loss(queries, heads, bias, labels, barred, ranks=True)
+        loss, ranks = catalogue_loss(queries, heads, bias, one(labels), barred, ranks=True)
         logits = (queries @ heads.T).numpy()
     own = logits[np.arange(ROWS), labels].copy()
     logits[barred.rows, barred.items] = -np.inf
@@ -83,7 +90,7 @@ def test_under_autocast_small_gradients_are_there(kind):
     (leaves, labels, barred), (others, _, _) = given(), given()
     in_one_piece(*leaves, labels, barred).backward()
     with torch.autocast("cpu", dtype=kind):
-        loss, _ = catalogue_loss(*others, labels, barred)
+        loss, _ = catalogue_loss(*others, one(labels), barred)
     loss.backward()
     for leaf, other in zip(leaves, others, strict=True):
         assert other.grad.dtype == torch.float32
@@ -94,7 +101,7 @@ def test_under_autocast_small_gradients_are_there(kind):
 def test_no_label_is_no_loss():
     (queries, heads, bias), labels, _ = given()
     none = torch.zeros(0, dtype=torch.long)
-    loss, ranks = catalogue_loss(queries[:0], heads, bias, labels[:0], Barred(none, none), ranks=True)
+    loss, ranks = catalogue_loss(queries[:0], heads, bias, one(labels[:0]), Barred(none, none), ranks=True)
     loss.backward()
     assert loss.item() == 0.0
     assert len(ranks) == 0
@@ -123,7 +130,7 @@ def test_drawn_items_estimate_the_sum_over_all_without_bias():
     odds = draw_odds(torch.arange(1, ITEMS + 1))
 
     def mass(offset):  # the sum under the softmax, from its loss
-        loss, _ = catalogue_loss(queries, heads, bias, labels, Barred(none, none), offset=offset)
+        loss, _ = catalogue_loss(queries, heads, bias, one(labels), Barred(none, none), offset=offset)
         return (loss + (queries @ heads.T)[0, 4] + bias[4]).exp().item()
 
     found = []
@@ -133,3 +140,22 @@ def test_drawn_items_estimate_the_sum_over_all_without_bias():
     error = np.std(found) / np.sqrt(len(found))
     assert np.mean(found) == pytest.approx(mass(None), abs=4 * error)
     assert 0 < error < 0.03 * np.mean(found)
+
+
+def test_several_targets_of_a_row_are_learnt_by_their_shares(in_pieces):
+    (leaves, labels, barred), (others, _, _) = given(), given()
+    items = torch.stack([labels, (labels - 3) % 13 + 4, labels], dim=1)  # the last one only fills the row
+    shares = torch.stack([torch.rand(ROWS), torch.rand(ROWS), torch.zeros(ROWS)], dim=1)
+    loss, ranks = catalogue_loss(*others, Targets(items, shares), barred, ranks=True)
+    loss.backward()
+    mask = torch.zeros(ROWS, ITEMS, dtype=torch.bool)
+    mask[barred.rows, barred.items] = True
+    mask.scatter_(1, items, False)
+    logits = (leaves[0] @ leaves[1].T + leaves[2]).masked_fill(mask, -torch.inf)
+    expected = -(shares * logits.log_softmax(1).gather(1, items)).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for leaf, other in zip(leaves, others, strict=True):
+        assert other.grad.numpy() == pytest.approx(leaf.grad.nan_to_num().numpy(), abs=1e-5)
+    first = logits.gather(1, items[:, :1])
+    assert ranks.tolist() == (1 + (logits > first).sum(1)).tolist()

@@ -1,0 +1,171 @@
+"""Distillation: the student learns what the teacher says of histories, and a teacher that knows the test is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from recllm.distil import FILE, LEFT_OUT, TransferHistories, check_teacher, taught_windows
+from recllm.errors import RecllmError
+from recllm.examples import NextItemCollator
+from recllm.fusion import FusedScorer, Fusion
+from recllm.histories import HistoryFormat
+from recllm.outcome import evaluate_run
+from recllm.planning import plan_run
+from recllm.runs import load_run
+from recllm.scoring import known_scores, scorer_makers
+from recllm.sequence import IGNORED
+from recllm.tasks import prepare
+from recllm.train import train_run
+from recllm.trained import load_collaborative
+
+
+def silent(_):
+    return None
+
+
+def override(key, value):
+    return f"{key}={json.dumps(value if isinstance(value, int | float) else str(value))}"
+
+
+@pytest.fixture
+def student(tiny_run, tmp_path, monkeypatch):
+    """A run that learns from `tiny_run`, not yet trained."""
+    monkeypatch.setenv("RECLLM_CACHE", str(tiny_run.parent / "cache"))
+
+    def run(**keys):
+        keys = {
+            "name": "student",
+            "output": tmp_path,
+            "model.name": "none",
+            "light.teacher": tiny_run,
+            "model.item_encoder": load_run(tiny_run).model.name,
+        } | keys
+        return load_run(tiny_run / "run.toml", [override(key, value) for key, value in keys.items()])
+
+    return run
+
+
+def test_transfer_histories_are_whole_first_and_then_with_parts_left_out():
+    sequences = [np.arange(start, start + size) for start, size in ((0, 9), (100, 1), (200, 0), (300, 40))]
+    found = list(TransferHistories(sequences, 50, seed=0))
+    assert len(found) == 50
+    assert sorted(read.tolist() for read, _ in found[:3]) == [rows.tolist() for rows in sequences if len(rows)]
+    assert all(len(left) == 0 for _, left in found[:3])
+    for read, left in found:
+        assert len(read)
+        whole = next(rows for rows in sequences if len(rows) and rows[0] == min([*read, *left]))
+        assert sorted([*read, *left]) == whole.tolist()
+        assert read.tolist() == sorted(read.tolist())  # in the order of the history
+    shares = [len(left) / (len(read) + len(left)) for read, left in found[3:] if len(read) + len(left) == 40]
+    assert 0.1 < np.mean(shares) < 0.4
+    assert max(shares) < LEFT_OUT + 0.2
+    assert [read.tolist() for read, _ in TransferHistories(sequences, 50, seed=0)] == [
+        read.tolist() for read, _ in found
+    ]
+    assert list(TransferHistories([np.zeros(0, dtype=np.int64)], 5, seed=0)) == []
+
+
+def test_what_is_taught_is_the_softmax_of_the_teachers_scores(student):
+    run = student(**{"light.taught": 60, "light.taught_weight": 0.5, "light.max_history": 4})
+    task = prepare(run)
+    said = []
+    rows = taught_windows(run, task, said.append)
+    assert len(rows) == 60
+    (scale,) = (float(line.split("softmax of ")[1].split()[0]) for line in said if "softmax" in line)
+    teacher = check_teacher(run)
+    parts = load_collaborative(teacher, task)
+    fusion = Fusion.load(teacher.folder / "fusion.json")
+    made = scorer_makers(teacher, task, parts)
+    fused = FusedScorer({name: made[name]() for name in fusion.names}, fusion, task.split.train.item_counts())
+    histories = list(TransferHistories(task.sequences(), 60, run.seed))
+    for row, (read, left) in list(zip(rows, histories, strict=True))[::7]:
+        query = next(iter(task.split.train.histories().values()))
+        query = type(query)(tuple(task.index.ids[item] for item in read))
+        (scores,) = fused.score([query], task.index)
+        scores[[*read, *left]] = np.nan
+        scores[~task.warm] = np.nan
+        assert row.window[-1] == row.items[0] == np.nanargmax(scores)
+        assert row.window[:-1].tolist() == read[-4:].tolist()
+        assert sorted([*row.window[:-1], *row.hidden]) == sorted([*read, *left])
+        assert not set(row.items[row.shares > 0]) & {*read.tolist(), *left.tolist()}
+        assert row.shares.sum() == pytest.approx(0.5, rel=1e-5)
+        odds = np.exp(scale * (scores - np.nanmax(scores))).astype(np.float64)
+        expected = 0.5 * odds / np.nansum(odds)
+        known = row.shares > 0
+        assert row.shares[known] == pytest.approx(expected[row.items[known]], abs=1e-5)
+    before = (run.folder / FILE).stat().st_mtime_ns
+    again = taught_windows(run, task, said.append)
+    assert (run.folder / FILE).stat().st_mtime_ns == before
+    assert all(np.array_equal(one.items, two.items) for one, two in zip(rows, again, strict=True))
+
+
+def test_a_batch_of_taught_windows_bars_what_is_hidden(student):
+    run = student(**{"light.taught": 30, "light.max_history": 3})
+    rows = taught_windows(run, prepare(run), silent)[-8:]
+    batch = NextItemCollator(HistoryFormat((), (), 3, 1))(rows)
+    assert (batch["labels"] != IGNORED).sum(1).tolist() == [1] * 8
+    for place, row in enumerate(rows):
+        assert batch["labels"][place][batch["labels"][place] != IGNORED].tolist() == [row.items[0]]
+        assert [item for item in batch["hidden"][place].tolist() if item != IGNORED] == row.hidden.tolist()
+    assert batch["taught"].shape == batch["shares"].shape
+
+
+def test_a_student_learns_what_its_teacher_knows(student):
+    """With one pass over the events, too few to learn them, and many histories of the teacher."""
+    figures = {}
+    for name in ("alone", "taught"):
+        run = student(name=name, **{"light.num_train_epochs": 1, "light.taught_weight": 8.0, "light.taught": 6000})
+        if name == "alone":
+            run = run.model_copy(update={"light": run.light.model_copy(update={"teacher": None})})
+        task = train_run(run, say=silent)
+        scores = known_scores(run, task, load_collaborative(run, task), silent)["test"]
+        figures[name] = evaluate_run(run, task, scores).interval("light", "NDCG@10")[0]
+    assert figures["taught"] > 0.9
+    assert figures["alone"] < figures["taught"] - 0.1
+
+
+def test_a_plan_counts_the_taught_windows(student):
+    plans = {taught: plan_run(student(**{"light.taught": taught}), silent) for taught in (64, 640)}
+    few, many = (plan.costs[0] for plan in plans.values())
+    assert many.rows - few.rows == 20 * (640 - 64)
+    assert not list((student().folder.parent).rglob(FILE))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data.split": "temporal"}, r"data\.split is 'temporal' here and 'leave-last-out' in light\.teacher"),
+        (
+            {"data.min_events": 6},
+            r"data\.min_events is 6 here and 4 .* learnt from the rows that this run is measured on",
+        ),
+        ({"light.teacher": "nowhere"}, r"no run file"),
+        ({"name": "tiny", "output": "OUTPUT"}, r"light\.teacher is this run itself"),
+        ({"model.task": "relevance"}, r"light\.teacher is for runs of next items"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(student, tiny_run, keys, message):
+    keys = {key: tiny_run.parent if value == "OUTPUT" else value for key, value in keys.items()}
+    with pytest.raises(RecllmError, match=message):
+        check_teacher(student(**keys))
+
+
+def test_an_unfinished_teacher_is_refused(student, tiny_run, tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.toml").write_text((tiny_run / "run.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"begun' is no finished run of next items. Train it first"):
+        check_teacher(student(**{"light.teacher": tmp_path / "begun"}))
+
+
+def test_a_teacher_of_other_data_is_refused(student, tiny_run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "other"
+    shutil.copytree(tiny_run, copy)
+    environment = json.loads((copy / "environment.json").read_text(encoding="utf-8"))
+    environment["data"]["interactions"] = "0" * 64
+    (copy / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    run = student(**{"light.teacher": copy})
+    with pytest.raises(RecllmError, match=r"interactions of .* are not those that .*other was trained on"):
+        taught_windows(run, prepare(run), silent)
