@@ -21,7 +21,7 @@ install: $(INSTALLED)  ## the virtual environment in .venv; instant when nothing
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gpu,train,tune,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gpu,train,tune,index,dev]"
 	@touch $@
 
 test: install  ## all tests, the slow ones too

@@ -1,4 +1,7 @@
-"""How the cost of ranking a whole catalogue grows with its size and the users in a call, beside a plain product."""
+"""How the cost of ranking a whole catalogue grows with its size and the users in a call, beside a plain product.
+
+And what the 8-bit shortlist saves of it, with the share of the exact ten best that it holds.
+"""
 
 import tempfile
 import time
@@ -14,12 +17,14 @@ from onnx import TensorProto, helper, save
 from recllm.catalogue import prepare
 from recllm.fusion import Fusion
 from recllm.graphs import OPSET, catalogue_graph
-from recllm.runtime import open_session
+from recllm.sessions import open_session
+from recllm.shortlist import LISTED, Int8Search, Shortlist, recall
 
 WIDTHS = {"popularity": 1, "mf": 64, "text": 384, "light": 129}
 """Of a run without item-item matrices, which are for small catalogues."""
 USERS = (1, 8, 64)
 SEEN, TOP, ROUNDS = 50, 10, 5
+SHORTLISTED = "int8 shortlist"
 
 
 def fusions() -> dict[str, Fusion]:
@@ -51,29 +56,58 @@ def seconds(sizes: tuple[int, ...], threads: int) -> Iterator[dict[str, Any]]:
         vectors = {name: random.standard_normal((items, width), dtype=np.float32) for name, width in WIDTHS.items()}
         counts = random.integers(0, 1000, items)
         ready = {name: prepare(fusion, vectors, counts).feeds for name, fusion in fusions().items()}
-        del vectors  # gigabytes
+        even = prepare(fusions()["even weights"], vectors, counts)
+        samples = {name: random.standard_normal((1, width), dtype=np.float32) for name, width in WIDTHS.items()}
+        shortlist = Shortlist(fusions()["even weights"], even, counts, "int8", samples, threads)
+        del vectors, even  # gigabytes
         together = ready["even weights"]["items"]
         for users in USERS:
-            queries = {
-                f"{name}_queries": random.standard_normal((users, width), dtype=np.float32)
-                for name, width in WIDTHS.items()
-            }
+            own = {name: random.standard_normal((users, width), dtype=np.float32) for name, width in WIDTHS.items()}
+            queries = {f"{name}_queries": vectors for name, vectors in own.items()}
             facts = {
                 "n_user": np.full(users, SEEN),
                 "seen": random.integers(0, items, (users, SEEN)),
                 "k": np.array([TOP]),
             }
-            feeds: dict[str, Any] = {name: own | queries | facts for name, own in ready.items()}
+            feeds: dict[str, Any] = {name: given | queries | facts for name, given in ready.items()}
             left = random.standard_normal((users, len(together)), dtype=np.float32)
             feeds["product"] = {"queries": left, "items": together}
-            times: dict[str, list[float]] = {name: [] for name in sessions}
+
+            def call(name: str) -> Any:  # noqa: ANN401
+                if name != SHORTLISTED:
+                    return sessions[name].run(None, feeds[name])  # noqa: B023
+                listed = shortlist.find(own, facts["n_user"], LISTED + SEEN)  # noqa: B023
+                places = shortlist.together(listed)  # noqa: B023
+                seen = {"seen": np.full((users, 1), -1)}  # noqa: B023
+                return sessions["even weights"].run(None, shortlist.feeds(places) | queries | facts | seen), listed  # noqa: B023
+
+            times: dict[str, list[float]] = {name: [] for name in (*sessions, SHORTLISTED)}
             for number in range(ROUNDS + 1):
-                for name, session in sessions.items():
+                for name, taken in times.items():
                     start = time.perf_counter()
-                    session.run(None, feeds[name])
+                    call(name)
                     if number:
-                        times[name].append(time.perf_counter() - start)
-            yield {"items": items, "users": users} | {name: float(np.median(own)) for name, own in times.items()}
+                        taken.append(time.perf_counter() - start)
+            rows = sessions["even weights"].run(["rows"], feeds["even weights"])[0]
+            found = recall(rows, call(SHORTLISTED)[1])
+            medians = {name: float(np.median(taken)) for name, taken in times.items()}
+            yield {"items": items, "users": users, "recall": found} | medians
+
+
+def search_alone(items: int, width: int, threads: int) -> dict[str, float]:
+    """Seconds of the 8-bit search of ever so many items, for one user and for many; the items' vectors as they come."""
+    random = np.random.default_rng(0)
+    search = Int8Search(random.standard_normal((items, width), dtype=np.float32), threads)
+    seconds = {}
+    for users in (USERS[0], USERS[-1]):
+        queries = random.standard_normal((users, width), dtype=np.float32)
+        taken = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            search(queries, LISTED)
+            taken.append(time.perf_counter() - start)
+        seconds[f"{users} users"] = float(np.median(taken))
+    return seconds
 
 
 def growth(sizes: tuple[int, ...], threads: int) -> dict[str, Any]:
@@ -81,19 +115,30 @@ def growth(sizes: tuple[int, ...], threads: int) -> dict[str, Any]:
 
     Returns:
         `calls`; `slope`, of the time over items from the last size but one to the last one in calls of many users, as
-        a multiple of the plain product's; `rise`, the largest rise of the time per user with more users in a call.
+        a multiple of the plain product's; `rise`, the largest rise of the time per user with more users in a call;
+        `shortlist`, how often as fast as the whole the shortlist ranks the last size, for one user and for many, and
+        `recall`, the least share of the ten best in it.
     """
-    names = ("product", *fusions())
+    names = ("product", *fusions(), SHORTLISTED)
     calls = []
     for row in seconds(sizes, threads):
         calls.append(row)
         each = ", ".join(f"{name} {row[name] / row['users'] * 1e3:.2f}" for name in names)
-        print(f"{row['items']:,} items, {row['users']} users in a call, milliseconds per user: {each}")
+        print(
+            f"{row['items']:,} items, {row['users']} users in a call, milliseconds per user: {each} "
+            f"({100 * row['recall']:.1f} % of the ten best)"
+        )
     before, last = [row for row in calls if row["users"] == USERS[-1]][-2:]
     slopes = {name: last[name] - before[name] for name in names}
     per_user = {name: [row[name] / row["users"] for row in calls if row["items"] == sizes[-1]] for name in fusions()}
     return {
         "calls": [{key: value * 1e3 if key in names else value for key, value in row.items()} for row in calls],
         "slope": {name: slopes[name] / slopes["product"] for name in fusions()},
+        "shortlist": [
+            row["even weights"] / row[SHORTLISTED]
+            for row in calls
+            if row["items"] == sizes[-1] and row["users"] in (USERS[0], USERS[-1])
+        ],
+        "recall": min(row["recall"] for row in calls),
         "rise": {name: max(more / less for less, more in pairwise(own)) for name, own in per_user.items()},
     }

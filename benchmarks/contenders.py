@@ -118,7 +118,7 @@ def recllm_torch(folder: Path, model_name: str, *, bf16: bool = False, keep: boo
 
 def naive_onnx(folder: Path, model_name: str) -> Rank:
     """A full prompt per candidate by one graph; answer rows only, at the last position only."""
-    from recllm.runtime import open_session
+    from recllm.sessions import open_session
 
     session = open_session(folder / "whole.onnx", threads=THREADS)
 

@@ -243,6 +243,9 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     provider: Provider = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="Inside one operator; 0 leaves it to ONNX Runtime.")] = 0,
+    index: Annotated[
+        str, typer.Option(metavar="KIND", help="exact, or for large catalogues int8 or faiss (extra 'index').")
+    ] = "exact",
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Also items of the history itself.")] = False,
     ranker: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Reorder the best by the language model of this bundle.")
@@ -264,7 +267,7 @@ def recommend(
         raise RecllmError("Give either a file of rows and --out FILE, or one history: --history 'ID ID'.")
     if history is not None and out is not None:
         raise RecllmError("--history answers on the screen; for --out FILE give a file of rows instead.")
-    stages = commands.Stages(bundle, provider, threads, ranker, rank_top, rank_weight, rank_seconds)
+    stages = commands.Stages(bundle, provider, threads, index, ranker, rank_top, rank_weight, rank_seconds)
     if history is not None:
         commands.recommend_history(stages, history, k, include_seen=include_seen)
         return

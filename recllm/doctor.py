@@ -16,7 +16,7 @@ from recllm import __version__
 from recllm.bundle import read_manifest
 from recllm.errors import RecllmError
 from recllm.fetch import cache_folder
-from recllm.runtime import PROVIDERS, open_session
+from recllm.sessions import PROVIDERS, open_session
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Two packages over the same files; others, as onnxruntime-directml, are found by their name's beginning."""

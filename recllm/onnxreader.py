@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.pointwise import Ids
-from recllm.runtime import open_session
+from recllm.sessions import open_session
 
 PREFIX, SUFFIX = "prefix.onnx", "suffix.onnx"
 

@@ -17,8 +17,9 @@ from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import Scorer, mask_seen
 from recllm.recipes import Settings
 from recllm.runs import Run
-from recllm.runtime import Recommender, load, open_session
+from recllm.runtime import Recommender, load
 from recllm.sequence import NextItemModel
+from recllm.sessions import open_session
 from recllm.tasks import Task
 from recllm.trained import Collaborative
 

@@ -15,7 +15,7 @@ from recllm.bundle import read_catalog, read_manifest
 from recllm.catalogue import prepare
 from recllm.data import Catalog, Query
 from recllm.encoding import Encode, SequenceScorer
-from recllm.errors import RecllmError, require, unknown
+from recllm.errors import RecllmError, unknown
 from recllm.files import read_json
 from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
@@ -25,21 +25,17 @@ from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores, VectorScorer
+from recllm.sessions import open_session
+from recllm.shortlist import EXACT, LISTED, Shortlist, check_kind, merged, recall
 from recllm.vectors import Standard
 
 USERS_IN_BATCH = 64
 PLACES_AT_ONCE = 65_536
 """The most places of all users' lists in one call: each takes a copy of its item's vectors."""
+SAMPLED = 64
+"""Histories of a single item on which an index is set and measured."""
 VECTORS = "vectors.safetensors"
 """The bundle's file of item vectors."""
-WARNING, FATAL = 2, 4
-"""ONNX Runtime's own numbers of severity; the first is its default."""
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-
 FITTED: dict[str, Any] = {
     "popularity": Popularity,
     "mf": ImplicitMF,
@@ -64,56 +60,6 @@ class Recommendations:
     ids: list[list[str]]
     scores: NDArray[np.float32]
     shares: dict[str, NDArray[np.float32]]
-
-
-def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:  # noqa: ANN401  onnxruntime is untyped
-    """Open a graph on exactly the provider asked for.
-
-    Args:
-        path: the graph.
-        provider: cpu, cuda or tensorrt.
-        threads: inside one operator; 0 leaves it to ONNX Runtime.
-
-    Raises:
-        RecllmError: ONNX Runtime is missing, or has not got the provider, or would fall back to another one.
-    """
-    ort = require("onnxruntime", "gpu", "Running a bundle")
-    if provider not in PROVIDERS:
-        raise unknown("provider", provider, PROVIDERS)
-    wanted = PROVIDERS[provider]
-    if wanted not in ort.get_available_providers():
-        there = ", ".join(ort.get_available_providers())
-        raise RecllmError(
-            f"The provider '{provider}' is not in this ONNX Runtime (it has {there}). "
-            'For cuda install "recllm[gpu]" and remove the package onnxruntime, or ask for the provider cpu.'
-        )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # warnings about unused initialisers say nothing to a user
-    ort.set_default_logger_severity(FATAL)  # a provider that fails speaks on its own, and we say it below
-    try:
-        # Its Python wrapper would else go on with the CPU by itself, now and in later runs.
-        session = ort.InferenceSession(str(path), options, providers=[wanted], enable_fallback=0)
-    except Exception as error:  # its exceptions share no class but this
-        reason = " ".join(str(error).split())[:300]
-        if provider != "cpu":
-            raise RecllmError(
-                f"ONNX Runtime cannot open {path} with '{provider}': {reason}. Install what that provider needs, free "
-                "memory on the device, or ask for the provider cpu."
-            ) from None
-        raise RecllmError(
-            f"onnxruntime {ort.__version__} cannot open {path}: {reason}. Install a newer onnxruntime, or export the "
-            "bundle again by a recipe with a lower opset."
-        ) from None
-    finally:
-        ort.set_default_logger_severity(WARNING)
-    if session.get_providers()[0] != wanted:
-        # ONNX Runtime falls back to the CPU without a word when the provider's libraries cannot be loaded.
-        raise RecllmError(
-            f"ONNX Runtime could not load the libraries of '{provider}' and would have run on the CPU. "
-            "Install CUDA and cuDNN (and TensorRT, for tensorrt) for this onnxruntime-gpu, or ask for the provider cpu."
-        )
-    return session
 
 
 class TableScorer(SequenceScorer):
@@ -189,13 +135,23 @@ class Recommender:
         item_encoder: ItemEncoder | None,
         item_graphs: Mapping[str, Any],
         manifest: Mapping[str, Any],
+        kind: str = EXACT,
+        threads: int = 0,
     ) -> None:
         self.catalog, self.scorers, self.fusion = catalog, dict(scorers), fusion
         self.item_counts, self.manifest = dict(item_counts), manifest
         self._catalogue, self._item_encoder, self._item_graphs = catalogue, item_encoder, item_graphs
         self.index = ItemIndex(catalog.ids)
         vectors = {name: scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
-        self._items = prepare(fusion, vectors, evidence([], self.index, self.item_counts)[1])
+        counts = evidence([], self.index, self.item_counts)[1]
+        self._kind, self._threads = kind, threads
+        prepared = prepare(fusion, vectors, counts)
+        self._order, self._places, self._feeds = prepared.order, prepared.places, prepared.feeds
+        self._shortlist: Shortlist | None = None
+        if kind != EXACT:
+            at = np.append(counts, 0)[self._order]
+            self._shortlist = Shortlist(fusion, prepared, at, kind, self._vectors(self._sample(SAMPLED)), threads)
+            self._feeds = {}  # the shortlist has them in rows
 
     @property
     def share_names(self) -> tuple[str, ...]:
@@ -242,16 +198,68 @@ class Recommender:
                 f"k={k} is not possible: the catalogue has {len(self.index):,} items. Take 1 to that many."
             )
 
+    def recall(self, histories: Sequence[Sequence[str]] | None = None, k: int = 10) -> float:
+        """The share of the exact `k` best that the index gives, seen items left out; 1 without an index.
+
+        Args:
+            histories: item ids; drawn ones of a single item each where not given.
+            k: how many.
+        """
+        queries = self._sample(SAMPLED) if histories is None else [Query(tuple(history)) for history in histories]
+        if self._shortlist is None or not queries:
+            return 1.0
+        vectors, parts = self._vectors(queries), []
+        found, _, _ = self._top(queries, k, exclude_seen=True)
+        for start in range(0, len(self._order), PLACES_AT_ONCE):
+            stop = min(start + PLACES_AT_ONCE, len(self._order))
+            listed = np.tile(np.arange(start, stop), (len(queries), 1))
+            rows, scores, _ = self._ranked(queries, vectors, min(k, stop - start), True, listed)
+            parts.append((rows, np.where(np.isnan(scores), -np.inf, scores)))
+        best, _ = merged(parts, k)
+        return recall(best, found)
+
+    def _sample(self, count: int) -> list[Query]:
+        """Histories of a single item, drawn by a fixed seed from the items with events."""
+        known = [item for item in self.index.ids if self.item_counts.get(item)]
+        drawn = np.random.default_rng(0).permutation(len(known))[:count]
+        return [Query((known[place],)) for place in drawn]
+
+    def _vectors(self, queries: Sequence[Query]) -> dict[str, NDArray[np.float32]]:
+        return {name: scorer.query_vectors(queries) for name, scorer in self.scorers.items()}
+
     def _top(self, queries: Sequence[Query], k: int, exclude_seen: bool) -> tuple[Any, Any, Any]:
-        places, order = self._items.places, self._items.order
-        seen = [places[self.index.known(query.history)].tolist() if exclude_seen else [] for query in queries]
-        feeds = {f"{name}_queries": scorer.query_vectors(queries) for name, scorer in self.scorers.items()}
+        vectors, places = self._vectors(queries), None
+        if self._shortlist is not None:
+            own = max(LISTED, 2 * k) + np.array([len(query.history) * exclude_seen for query in queries])
+            n_user = evidence(queries, ItemIndex(()), self.item_counts)[0]
+            places = self._shortlist.find(vectors, n_user, int(own.max()))
+            places[np.arange(places.shape[1]) >= own[:, None]] = -1
+        return self._ranked(queries, vectors, k, exclude_seen, places)
+
+    def _ranked(
+        self,
+        queries: Sequence[Query],
+        vectors: Mapping[str, NDArray[np.float32]],
+        k: int,
+        exclude_seen: bool,
+        listed: NDArray[np.int64] | None,
+    ) -> tuple[Any, Any, Any]:
+        """Rows, scores and shares of the best among all items, or among those `listed` per query (places, −1 none)."""
+        seen = [self._places[self.index.known(query.history if exclude_seen else ())] for query in queries]
+        feeds, order = self._feeds, self._order
+        if self._shortlist is not None and listed is not None:
+            places = self._shortlist.together(listed)
+            feeds, order = self._shortlist.feeds(places), order[places]
+            # What only another query of this batch has listed is left out too: no answer may hang on its company.
+            barred = [~np.isin(places, own) | np.isin(places, gone) for own, gone in zip(listed, seen, strict=True)]
+            seen = [np.flatnonzero(own) for own in barred]
         counts = {
             "n_user": evidence(queries, ItemIndex(()), self.item_counts)[0],
-            "seen": padded([[*row, -1] for row in seen], -1),
+            "seen": padded([[*row.tolist(), -1] for row in seen], -1),
             "k": np.array([k], dtype=np.int64),
         }
-        rows, scores, shares = self._catalogue.run(None, feeds | self._items.feeds | counts)
+        given = {f"{name}_queries": own for name, own in vectors.items()}
+        rows, scores, shares = self._catalogue.run(None, given | feeds | counts)
         return np.where(rows < 0, -1, order[rows]), scores, shares
 
     def score(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> tuple[Scores, dict[str, Scores]]:
@@ -297,6 +305,8 @@ class Recommender:
             item_encoder=self._item_encoder,
             item_graphs=self._item_graphs,
             manifest=self.manifest,
+            kind=self._kind,
+            threads=self._threads,
         )
 
 
@@ -326,17 +336,20 @@ def _borrowing(scorer: VectorScorer, alike: Neighbours) -> VectorScorer:
     return TableScorer(scorer.graph, scorer.table, scorer.history, scorer.index, heads, bias, scorer.cold_bias)
 
 
-def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0) -> Recommender:
+def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0, index: str = EXACT) -> Recommender:
     """Load a bundle; neither torch nor transformers is imported.
 
     Args:
         folder: the bundle.
         provider: cpu, cuda or tensorrt; never another one than asked for.
         threads: inside one operator; 0 leaves it to ONNX Runtime.
+        index: how a large catalogue is searched for what is then ranked: `exact` ranks all of it, `int8` and `faiss`
+            find a shortlist first (the extra `index`); see `Recommender.recall`.
 
     Raises:
-        RecllmError: not a bundle, damaged, or the provider is not there.
+        RecllmError: not a bundle, damaged, or the provider or the index is not there.
     """
+    check_kind(index)
     place = Path(folder)
     manifest = read_manifest(place)
     if "scorers" not in manifest:
@@ -346,13 +359,13 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
         )
     catalog = read_catalog(place)
     arrays = load_file(place / VECTORS)
-    index = ItemIndex(catalog.ids)
+    rows = ItemIndex(catalog.ids)
 
     def session(name: str) -> Any:  # noqa: ANN401  onnxruntime is untyped
         return open_session(place / name, provider, threads)
 
     scorers = {
-        name: _load_scorer(place, name, kind, index, arrays, session) for name, kind in manifest["scorers"].items()
+        name: _load_scorer(place, name, kind, rows, arrays, session) for name, kind in manifest["scorers"].items()
     }
     encoder = None
     if (place / "encoder.onnx").is_file():
@@ -373,6 +386,8 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
             name: session(f"{name}-items.onnx") for name in scorers if (place / f"{name}-items.onnx").is_file()
         },
         manifest=manifest,
+        kind=index,
+        threads=threads,
     )
 
 

@@ -16,8 +16,9 @@ TORCH_FREE = [
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
     "recency", "priors", "mf", "itemitem", "neighbours", "histories", "windows", "vectors", "encoding", "pointwise",
-    "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "catalogue", "runtime",
-    "onnxreader", "ranker", "growing", "query_rows", "sheets", "parts", "batch", "doctor", "charts", "report",
+    "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "catalogue", "sessions",
+    "shortlist", "runtime", "onnxreader", "ranker", "growing", "query_rows", "sheets", "parts", "batch", "doctor",
+    "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints",

@@ -24,7 +24,8 @@ from recllm.lm import load_base, next_item_model
 from recllm.ranking import ItemIndex
 from recllm.recipes import recipe_names
 from recllm.runs import AdapterSettings, ModelSettings
-from recllm.runtime import onnx_encode, open_session
+from recllm.runtime import onnx_encode
+from recllm.sessions import open_session
 from recllm.tracing import write_graph
 from recllm.trained import in_full_precision, merged, torch_encode
 from recllm.vectors import ItemFeatures

@@ -15,7 +15,8 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.ranking import ItemIndex
-from recllm.runtime import TableScorer, open_session
+from recllm.runtime import TableScorer
+from recllm.sessions import open_session
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE = [str(item) for item in range(0, 24, 2)], [str(item) for item in range(1, 24, 2)]

@@ -1,0 +1,306 @@
+"""A shortlist of a large catalogue: a cheap search over all items, so that only some are scored in full.
+
+What stands behind a fused score is one product of a query and an item, but for weights that go by an item's events.
+That product is searched in 8 bits (a quarter of the memory, and several times as fast), or by an index that looks at
+a part of the items only. The exact graph then ranks what was found, so that an approximation can cost an item its place
+in the shortlist, but never changes a score.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.catalogue import Prepared, Vectors, rooted
+from recllm.errors import RecllmError, require, unknown
+from recllm.fitting import FLAT
+from recllm.fusion import Counts, Fusion
+from recllm.sessions import open_session
+
+Places = NDArray[np.int64]
+
+ITEMS_IN_GRAPH = 1 << 18
+"""Items of one graph: a graph that holds its items is built in memory, and may not have two gigabytes."""
+OPSET = 21
+LISTED = 100
+"""The least length of a shortlist."""
+PER_LIST = 64
+"""Items from which a list of the approximate index learns its centre."""
+PROBED_FOR = 0.99
+"""The share of the best that the approximate index should find: lists are added until it does."""
+
+
+class Search(Protocol):
+    """Finds the items with the largest products."""
+
+    def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
+        """The `count` best of each query, float32[queries, width]: places, −1 for none, and products, best first."""
+        ...
+
+
+class Int8Search:
+    """All items, in 8 bits: each item and each query by a scale of its own.
+
+    Args:
+        items: float32[items, width].
+        threads: inside one operator; 0 leaves it to ONNX Runtime.
+    """
+
+    def __init__(self, items: Vectors, threads: int = 0) -> None:
+        starts = range(0, len(items), ITEMS_IN_GRAPH)
+        self._parts = [
+            (start, open_session(int8_graph(items[start : start + ITEMS_IN_GRAPH]), threads=threads))
+            for start in starts
+        ]
+        self._counts = [min(ITEMS_IN_GRAPH, len(items) - start) for start in starts]
+
+    def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
+        """As `Search`."""
+        scale = np.maximum(np.abs(queries).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127.0
+        whole = (np.rint(queries / scale) + 128.0).astype(np.uint8)
+        found = []
+        for (start, session), own in zip(self._parts, self._counts, strict=True):
+            given = {"queries": whole, "k": np.array([min(count, own)], dtype=np.int64)}
+            products, places = session.run(None, given)
+            found.append((places + start, products * scale))
+        return merged(found, count)
+
+
+def int8_graph(items: Vectors) -> bytes:
+    """A graph from uint8[queries, width], 128 for zero, to the best items: their products and their places."""
+    onnx = require("onnx", "index", "The int8 index")
+    helper, kinds, array = onnx.helper, onnx.TensorProto, onnx.numpy_helper.from_array
+    scale = np.maximum(np.abs(items).max(axis=1), np.finfo(np.float32).tiny) / np.float32(127.0)
+    whole = np.ascontiguousarray(np.rint(items / scale[:, None]).astype(np.int8).T)
+    kept = [array(whole, "items"), array(scale[None], "scale"), array(np.array(128, dtype=np.uint8), "zero")]
+    nodes = [
+        helper.make_node("MatMulInteger", ["queries", "items", "zero"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["floats"], to=kinds.FLOAT),
+        helper.make_node("Mul", ["floats", "scale"], ["products"]),
+        helper.make_node("TopK", ["products", "k"], ["best", "places"], axis=1, largest=1, sorted=1),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("queries", kinds.UINT8, ["queries", items.shape[1]]),
+        helper.make_tensor_value_info("k", kinds.INT64, [1]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("best", kinds.FLOAT, ["queries", "top"]),
+        helper.make_tensor_value_info("places", kinds.INT64, ["queries", "top"]),
+    ]
+    graph = helper.make_graph(nodes, "int8", inputs, outputs, kept)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    result: bytes = model.SerializeToString()
+    return result
+
+
+class FaissSearch:
+    """A part of the items: those in the lists whose centres are nearest, each item in 8 bits (IVF, Jégou et al. 2011).
+
+    Args:
+        items: float32[items, width].
+        samples: float32[queries, width], on which the number of lists that are looked into is chosen.
+        threads: of the search; 0 leaves it to faiss.
+    """
+
+    def __init__(self, items: Vectors, samples: Vectors, threads: int = 0) -> None:
+        faiss = require("faiss", "index", "The faiss index")
+        if threads:
+            faiss.omp_set_num_threads(threads)
+        lists = max(1, min(int(4 * np.sqrt(len(items))), len(items) // PER_LIST))
+        self._index = faiss.index_factory(items.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        random = np.random.default_rng(0)
+        self._index.train(items[np.sort(random.permutation(len(items))[: PER_LIST * lists])])
+        self._index.add(items)
+        best, _ = Int8Search(items, threads)(samples, 10)
+        self._index.nprobe = 1
+        while self._index.nprobe < lists and self._recall(samples, best) < PROBED_FOR:
+            self._index.nprobe = min(2 * self._index.nprobe, lists)
+
+    def _recall(self, samples: Vectors, best: Places) -> float:
+        return recall(best, self(samples, LISTED)[0])
+
+    @property
+    def probes(self) -> int:
+        """Lists that are looked into."""
+        return int(self._index.nprobe)
+
+    def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
+        """As `Search`."""
+        products, places = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), count)
+        return places.astype(np.int64), products
+
+
+def recall(best: Places, found: Places) -> float:
+    """The share of `best` that is in `found`, a row each; −1 in either is none."""
+    hits = [np.isin(row[row >= 0], other) for row, other in zip(best, found, strict=True)]
+    every = np.concatenate(hits)
+    return float(every.mean()) if len(every) else 1.0
+
+
+def merged(found: Sequence[tuple[Places, Vectors]], count: int) -> tuple[Places, Vectors]:
+    """The `count` best of several searches' places and products, [queries, …] each."""
+    places, products = (np.concatenate([own[part] for own in found], axis=1) for part in (0, 1))
+    order = np.argsort(-products, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(places, order, 1), np.take_along_axis(products, order, 1)
+
+
+class Shortlist:
+    """The item side of the catalogue graph behind a search: the graph is given only what was found.
+
+    Args:
+        fusion: of rankings.
+        prepared: the item side.
+        n_item: events of the item at each place, int64[places].
+        kind: one of `KINDS`.
+        samples: queries by scorer as `places` takes them, on which an approximate search is set.
+        threads: of the search.
+
+    Raises:
+        RecllmError: a fusion that is no sum of products, or the package is missing.
+    """
+
+    def __init__(
+        self,
+        fusion: Fusion,
+        prepared: Prepared,
+        n_item: Counts,
+        kind: str,
+        samples: Mapping[str, Vectors],
+        threads: int = 0,
+    ) -> None:
+        widths = {name: prepared.feeds[f"{name}_mean"].shape[0] for name in fusion.names}
+        if rooted(fusion, widths) != fusion.names:
+            wide = [name for name in fusion.names if name not in rooted(fusion, widths)]
+            raise RecllmError(
+                f"An index searches a sum of products, and {', '.join(map(repr, wide))} of this bundle "
+                f"{'is' if len(wide) == 1 else 'are'} as wide as the catalogue, or fused by ranks. Such a catalogue "
+                "is small enough to be ranked whole: leave the index out."
+            )
+        self.fusion, self._widths = fusion, widths
+        sides = ("items", "new_items") if fusion.new is not None else ("items",)
+        first = len(prepared.feeds["n_item"])
+        self._bounds = dict(zip(sides, ((0, first), (first, len(prepared.order))), strict=False))
+        own = {name for name in prepared.feeds if name.endswith(sides) and not name.startswith("n_")}
+        # A row for each place, so that those that were found are read in one piece each.
+        self._rows = {name: np.ascontiguousarray(prepared.feeds[name].T) for name in own}
+        self._others = {name: feed for name, feed in prepared.feeds.items() if name not in own and name != "n_item"}
+        self._n_item = prepared.feeds["n_item"]
+        means, roots = ([self._others[f"{name}_{part}"] for name in fusion.names] for part in ("mean", "root"))
+        self._means, self._roots = ([np.asarray(own, dtype=np.float64) for own in part] for part in (means, roots))
+        self._scales = {name: self._scale(name) for name in fusion.names}
+        given = self._queries(samples, np.full(len(next(iter(samples.values()))), 1))
+        self._searches = {side: KINDS[kind](self._items(side, n_item), given[side], threads) for side in sides}
+
+    def find(self, queries: Mapping[str, Vectors], n_user: Counts, count: int) -> Places:
+        """The `count` best places of each user by the search, int64[users, count]; −1 behind the last.
+
+        Args:
+            queries: per scorer float32[users, width], NaN rows for unknown.
+            n_user: length of each one's known history, int64[users].
+            count: places per user.
+        """
+        given = self._queries(queries, n_user)
+        found = []
+        for side, (start, stop) in self._bounds.items():
+            places, products = self._searches[side](given[side], min(count, stop - start))
+            found.append((np.where(places < 0, -1, places + start), products))
+        return merged(found, count)[0]
+
+    def together(self, places: Places) -> Places:
+        """Those places once each, ascending, with at least one of every side: the graph wants something of each."""
+        firsts = [start for start, _ in self._bounds.values()]
+        return np.unique(np.concatenate([places[places >= 0], firsts]))
+
+    def feeds(self, places: Places) -> dict[str, NDArray[np.generic]]:
+        """The graph's item side with only these `places`, ascending."""
+        result = dict(self._others)
+        for side, (start, stop) in self._bounds.items():
+            own = places[(places >= start) & (places < stop)] - start
+            for name, rows in self._rows.items():
+                if name == side or (name.endswith(f"_{side}") and name.removesuffix(f"_{side}") in self._widths):
+                    result[name] = np.ascontiguousarray(rows[own].T)
+            if start == 0:
+                result["n_item"] = self._n_item[own]
+        return result
+
+    def _block(self, name: str, side: str) -> Vectors:
+        """A scorer's centred items on a side, float32[places, width]."""
+        own = self._rows.get(f"{name}_{side}")
+        if own is not None:
+            return own
+        start = 0
+        for other in rooted(self.fusion, self._widths):
+            if other == name:
+                break
+            start += self._widths[other]
+        return self._rows[side][:, start : start + self._widths[name]]
+
+    def _scale(self, name: str) -> float:
+        """Brings a scorer's queries to components of about 1, and its items to what they add: one scale suits all."""
+        known = self._block(name, "items")
+        return float(np.sqrt((known.astype(np.float64) ** 2).mean() * self._widths[name])) or 1.0
+
+    def _items(self, side: str, n_item: Counts) -> Vectors:
+        """What is searched on a side, float32[places, all widths], weighted as for a usual user."""
+        start, stop = self._bounds[side]
+        weights = self.fusion.weights(self._usual_user, n_item[start:stop])
+        blocks = [
+            self._block(name, side) * (weights[name] / self._scales[name]).astype(np.float32)[:, None]
+            for name in self.fusion.names
+        ]
+        return np.concatenate(blocks, axis=1)
+
+    def _queries(self, queries: Mapping[str, Vectors], n_user: Counts) -> dict[str, Vectors]:
+        """What is searched with, by side, float32[users, all widths].
+
+        Its products with a scorer's items are standard scores, times the user's weight as a share of a usual user's.
+        """
+        counts = {"items": self._usual_item, "new_items": 0}
+        result = {}
+        units = {name: self._unit(place, queries[name]) for place, name in enumerate(self.fusion.names)}
+        for side in self._bounds:
+            usual = self.fusion.weights(self._usual_user, counts[side])
+            own = self.fusion.weights(np.asarray(n_user)[:, None], counts[side])
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = {name: np.nan_to_num(own[name] / usual[name], posinf=1.0, neginf=1.0) for name in units}
+            blocks = [(unit * (self._scales[name] * shares[name])).astype(np.float32) for name, unit in units.items()]
+            result[side] = np.concatenate(blocks, axis=1)
+        return result
+
+    def _unit(self, place: int, queries: Vectors) -> NDArray[np.float64]:
+        """Queries whose products with centred items are standard scores, as the graph makes them."""
+        known = np.nan_to_num(queries).astype(np.float64)
+        squares = ((known @ self._roots[place]) ** 2).sum(axis=1, keepdims=True)
+        deviation = np.sqrt(squares / np.asarray(self._others["known"], dtype=np.float64)[place])
+        varies = deviation > FLAT * np.abs(known @ self._means[place])
+        result: NDArray[np.float64] = known * np.where(varies, 1.0 / np.where(varies, deviation, 1.0), 0.0)
+        return result
+
+    @property
+    def _usual_user(self) -> int:
+        return round(float(np.expm1(self.fusion.user.mean)))
+
+    @property
+    def _usual_item(self) -> int:
+        return max(self.fusion.few, round(float(np.expm1(self.fusion.item.mean))))
+
+
+def _int8(items: Vectors, _: Vectors, threads: int) -> Search:
+    return Int8Search(items, threads)
+
+
+KINDS: dict[str, Callable[[Vectors, Vectors, int], Search]] = {"int8": _int8, "faiss": FaissSearch}
+"""Searches by the name that `load` takes."""
+EXACT = "exact"
+"""The whole catalogue is ranked, without a search before."""
+
+
+def check_kind(kind: str) -> None:
+    """Check the name of an index.
+
+    Raises:
+        RecllmError: there is no such one.
+    """
+    if kind not in (EXACT, *KINDS):
+        raise unknown("index", kind, (EXACT, *KINDS))
