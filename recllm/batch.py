@@ -63,7 +63,8 @@ class Job:
     """What all batch jobs share.
 
     Attributes:
-        source: Parquet, JSONL, CSV or TSV; rows with `history` (item ids, oldest first) or `user_id`.
+        source: Parquet, JSONL, CSV or TSV; rows with `history` (item ids, oldest first) or `user_id`, and `ratings`
+            where a language model is to read them.
         target: Parquet, JSONL or CSV by its suffix.
         histories: by user id, for rows that have only that.
         overwrite: replace `target`, and begin anew where another job was begun.
@@ -132,7 +133,12 @@ def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10
     recommender.check_k(k)
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
-        found = recommender.recommend([row.history for row in rows], k, exclude_seen=exclude_seen)
+        histories = [row.history for row in rows]
+        if isinstance(recommender, TwoStage):
+            ratings = [row.ratings for row in rows]
+            found = recommender.recommend(histories, k, exclude_seen=exclude_seen, ratings=ratings)
+        else:
+            found = recommender.recommend(histories, k, exclude_seen=exclude_seen)
         lengths = np.array([len(ids) for ids in found.ids], dtype=np.int64)
         kept = np.arange(k) < lengths[:, None]  # (rows, k)
         columns = {
@@ -181,7 +187,7 @@ def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
         asked = [[item for item in row.candidates if item in known] for row in rows]
-        scores = ranker.score_lists([Query(row.history, row.user_id) for row in rows], asked)
+        scores = ranker.score_lists([row.query for row in rows], asked)
         columns = {
             "user_id": [row.user_id for row, own in zip(rows, asked, strict=True) for _ in own],
             "item_id": [item for own in asked for item in own],
@@ -207,7 +213,7 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
     every = np.arange(len(items), dtype=np.int64)
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
-        scores = scorer.score([Query(row.history, row.user_id) for row in rows], items)
+        scores = scorer.score([row.query for row in rows], items)
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 
     work = {"work": "score items", "items": _digest(items.ids)}

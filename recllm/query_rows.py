@@ -1,7 +1,8 @@
-"""Rows that ask: `user_id`, `history`, `candidates` out of Parquet, JSONL or CSV, bad ones with the reason."""
+"""Rows that ask: `user_id`, `history`, `ratings`, `candidates` from Parquet, JSONL or CSV, bad ones with the reason."""
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from recllm.data import Query
 from recllm.errors import RecllmError, unknown
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
-COLUMNS = ("user_id", "history", "candidates")
+COLUMNS = ("user_id", "history", "ratings", "candidates")
 PARQUET_ROWS = 4096
 """Rows of a Parquet file that are decoded together."""
 BLOCK = 1 << 20
@@ -27,6 +28,7 @@ class QueryRow:
         line: its line in the file, from 1, the header counted; in Parquet the row.
         user_id: as it was given, else "line 3", which no user is called.
         history: item ids, oldest first.
+        ratings: one for each item of the history; None where the row has none.
         candidates: the items to score, where rows name them.
         fields: the row as it was read.
     """
@@ -34,8 +36,14 @@ class QueryRow:
     line: int
     user_id: str
     history: tuple[str, ...]
+    ratings: tuple[float, ...] | None
     candidates: tuple[str, ...]
     fields: Mapping[str, Any]
+
+    @property
+    def query(self) -> Query:
+        """What a scorer is asked."""
+        return Query(self.history, self.user_id, self.ratings)
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,9 @@ def read_rows(
 ) -> Iterator[QueryRow | BadRow]:
     """Read `path` row by row, whatever its size.
 
-    `history` is a list of item ids, oldest first; in CSV a text of ids parted by blanks or `|`, or a JSON list. A row
-    with only `user_id` takes its history from `histories`.
+    `history` is a list of item ids, oldest first; in CSV a text of ids parted by blanks or `|`, or a JSON list.
+    `ratings`, where there are any, is as long a list of numbers. A row with only `user_id` takes its history, and its
+    ratings, from `histories`.
 
     Args:
         path: Parquet, JSONL, CSV or TSV.
@@ -202,26 +211,48 @@ def _parse(
         return BadRow(line, "not a JSON object", fields)
     try:
         user = _identifier(fields["user_id"]) if fields.get("user_id") not in (None, "") else None
-        history = _history(fields.get("history"), user, histories)
+        history, ratings = _history(fields, user, histories)
         candidates = _items("candidates", fields.get("candidates")) if "candidates" in need else ()
         if "candidates" in need and not candidates:
             raise ValueError("no 'candidates', the item ids to score")
     except ValueError as error:
         return BadRow(line, str(error), fields)
-    return QueryRow(line, f"line {line}" if user is None else user, history, candidates, fields)
+    return QueryRow(line, f"line {line}" if user is None else user, history, ratings, candidates, fields)
 
 
-def _history(given: Any, user: str | None, histories: Mapping[str, Query] | None) -> tuple[str, ...]:  # noqa: ANN401
+def _history(
+    fields: Mapping[str, Any], user: str | None, histories: Mapping[str, Query] | None
+) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """The history of a row and its ratings."""
+    given = fields.get("history")
     looked_up = given == "" and user is not None and histories is not None  # a blank of CSV is a missing value
     if given is not None and not looked_up:
-        return _items("history", given)
+        items = _items("history", given)
+        return items, _ratings(fields.get("ratings"), len(items))
     if user is None:
         raise ValueError("neither 'history' nor 'user_id'")
     if histories is None:
         raise ValueError("no 'history'; for rows with only a user_id name the log: --interactions FILE")
     if user not in histories:
         raise ValueError(f"unknown user '{user}': the interactions have no event of this user")
-    return histories[user].history
+    return histories[user].history, histories[user].ratings
+
+
+def _ratings(given: Any, items: int) -> tuple[float, ...] | None:  # noqa: ANN401
+    """Numbers from a list, or from a text of them; None for a missing value."""
+    if given is None or given == "":
+        return None
+    if isinstance(given, str):
+        given = split_ids(given)
+    if not isinstance(given, list):
+        raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers")
+    try:
+        found = tuple(float(value) for value in given)
+    except (TypeError, ValueError):
+        raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers") from None
+    if len(found) != items or not all(map(math.isfinite, found)):
+        raise ValueError(f"'ratings' has {len(found)} numbers, and 'history' {items} items; each item needs one")
+    return found
 
 
 def _items(name: str, given: Any) -> tuple[str, ...]:  # noqa: ANN401

@@ -70,7 +70,7 @@ class Ranker(PointwiseScorer):
         self,
         histories: Sequence[Sequence[str]],
         items: Sequence[str],
-        ratings: Sequence[Sequence[float]] | None = None,
+        ratings: Sequence[Sequence[float] | None] | None = None,
     ) -> Scores:
         """Scores of `items` after every history, float32[histories, items]; NaN where nothing is known.
 
@@ -85,11 +85,7 @@ class Ranker(PointwiseScorer):
         for item in items:
             if item not in self.catalog:
                 raise unknown("item", item, self.catalog.ids)
-        given = [None] * len(histories) if ratings is None else [tuple(own) for own in ratings]
-        for row, (history, own) in enumerate(zip(histories, given, strict=True)):
-            if own is not None and len(own) != len(history):
-                raise RecllmError(f"Row {row}: {len(own)} ratings for {len(history)} items of the history.")
-        queries = [Query(tuple(history), None, own) for history, own in zip(histories, given, strict=True)]
+        queries = _queries(histories, ratings)
         return np.array(self.score_lists(queries, [items] * len(queries))).reshape(len(queries), len(items))
 
 
@@ -171,7 +167,12 @@ class TwoStage:
         self.recommender.check_k(k)
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        ratings: Sequence[Sequence[float] | None] | None = None,
     ) -> Recommendations:
         """The `k` best items after every history, with the ranker's share beside the others.
 
@@ -179,14 +180,15 @@ class TwoStage:
             histories: as `Recommender.recommend` takes them.
             k: how many.
             exclude_seen: leave the history's own items out.
+            ratings: as long as the histories, or None, for the ranker to tell liked and disliked items apart.
 
         Raises:
-            RecllmError: k is not between 1 and the number of items.
+            RecllmError: k is not between 1 and the number of items, or ratings of another length than their history.
         """
         self.recommender.check_k(k)
         depth = min(max(self.top, k), len(self.recommender.index))
         first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen)
-        judged = self._judged([Query(tuple(history)) for history in histories], [ids[: self.top] for ids in first.ids])
+        judged = self._judged(_queries(histories, ratings), [ids[: self.top] for ids in first.ids])
         ids: list[list[str]] = []
         scores = np.full((len(judged), k), np.nan, dtype=np.float32)
         shares = {name: np.full((len(judged), k), np.nan, dtype=np.float32) for name in (*first.shares, RANKER_SHARE)}
@@ -241,6 +243,14 @@ class TwoStage:
                 RANKER_SHARE: ranker
             }
         return total + ranker, parts | {RANKER_SHARE: ranker}
+
+
+def _queries(histories: Sequence[Sequence[str]], ratings: Sequence[Sequence[float] | None] | None) -> list[Query]:
+    given = [None] * len(histories) if ratings is None else [None if own is None else tuple(own) for own in ratings]
+    for row, (history, own) in enumerate(zip(histories, given, strict=True)):
+        if own is not None and len(own) != len(history):
+            raise RecllmError(f"Row {row}: {len(own)} ratings for {len(history)} items of the history.")
+    return [Query(tuple(history), None, own) for history, own in zip(histories, given, strict=True)]
 
 
 def _scaled(values: NDArray[np.float32], mean: float, scale: float) -> NDArray[np.float32]:

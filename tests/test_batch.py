@@ -101,6 +101,9 @@ BAD = [
     ('{"history": ["0", null]}', "None is no id"),
     ('{"history": [["0"]]}', "is no id"),
     ('{"history": "[1, "}', "Expecting value"),
+    ('{"history": ["0"], "ratings": "high"}', "'ratings' is ['high'], not a list of numbers"),
+    ('{"history": ["0", "2"], "ratings": [4]}', "'ratings' has 1 numbers, and 'history' 2 items; each item needs one"),
+    ('{"history": ["0"], "ratings": [NaN]}', "'ratings' has 1 numbers"),
 ]
 
 
@@ -121,7 +124,7 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path, recommender):
     assert read(target)["item_id"].to_list() == [expected, expected]
     assert read(target)["user_id"].to_list() == ["line 1", f"line {len(lines)}"]
     assert (summary.answered, summary.rejected) == (2, len(BAD))
-    assert any("8 rows could not be answered" in line for line in summary.lines(target))
+    assert any(f"{len(BAD)} rows could not be answered" in line for line in summary.lines(target))
 
 
 def test_a_csv_row_of_the_wrong_length_is_set_aside(tmp_path, recommender):

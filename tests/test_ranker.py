@@ -17,10 +17,11 @@ class Opinionated:
     """Likes items with a high number; knows nothing of item 7, nor of an empty history."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.ratings = [], []
 
     def score_lists(self, queries, items):
         self.asked.append([list(own) for own in items])
+        self.ratings += [query.ratings for query in queries]
         return [
             np.array([np.nan if item == "7" or not query.history else float(item) for item in own], dtype=np.float32)
             for query, own in zip(queries, items, strict=True)
@@ -44,6 +45,24 @@ def test_the_best_are_reordered_and_shares_sum(recommender):
     assert list(found.shares) == [*first.shares, "ranker"]
     assert sum(found.shares.values()) == pytest.approx(found.scores, rel=1e-4, abs=1e-3)
     assert (np.diff(found.scores, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_batch_hands_its_ratings_to_the_ranker(recommender, tmp_path, suffix):
+    rows = {"history": [["0", "2"], ["1"], []], "ratings": [[5.0, 1.0], None, []]}
+    frame, source = pl.DataFrame(rows), tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        source.write_text("history,ratings\n0 2,5|1.0\n1,\n[],[]\n", encoding="utf-8")
+    else:
+        (frame.write_parquet if suffix == ".parquet" else frame.write_ndjson)(source)
+    judge = Opinionated()
+    recommend_file(TwoStage(recommender, judge, top=3), Job(source, tmp_path / "out.csv"), k=2)
+    assert judge.ratings == [(5.0, 1.0), None, ()]
+
+
+def test_ratings_of_another_length_are_refused(recommender):
+    with pytest.raises(RecllmError, match=r"Row 1: 1 ratings for 2 items of the history"):
+        TwoStage(recommender, Opinionated()).recommend([["0"], ["0", "2"]], 2, ratings=[None, [4.0]])
 
 
 def test_without_weight_the_first_order_stays(recommender):
