@@ -133,25 +133,32 @@ def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10
     recommender.check_k(k)
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
-        histories = [row.history for row in rows]
-        if isinstance(recommender, TwoStage):
-            ratings = [row.ratings for row in rows]
-            found = recommender.recommend(histories, k, exclude_seen=exclude_seen, ratings=ratings)
-        else:
-            found = recommender.recommend(histories, k, exclude_seen=exclude_seen)
-        lengths = np.array([len(ids) for ids in found.ids], dtype=np.int64)
-        kept = np.arange(k) < lengths[:, None]  # (rows, k)
-        columns = {
-            "user_id": [row.user_id for row, ids in zip(rows, found.ids, strict=True) for _ in ids],
-            "rank": np.nonzero(kept)[1].astype(np.int32) + 1,
-            "item_id": [item for ids in found.ids for item in ids],
-            "score": found.scores[kept],
-        }
-        return _frame(columns | {f"share_{name}": share[kept] for name, share in found.shares.items()})
+        return best_items(recommender, rows, k, exclude_seen=exclude_seen)
 
     job = job.knowing(work="recommend", k=k, exclude_seen=exclude_seen)
     columns = ["user_id", "rank", "item_id", "score", *(f"share_{name}" for name in recommender.share_names)]
     return _run(job, recommender.index, answer, columns, need=())
+
+
+def best_items(
+    recommender: Recommender | TwoStage, rows: Sequence[QueryRow], k: int, *, exclude_seen: bool
+) -> pl.DataFrame:
+    """The `k` best items of some rows: `user_id, rank, item_id, score, share_<scorer>…`, best first."""
+    histories = [row.history for row in rows]
+    if isinstance(recommender, TwoStage):
+        ratings = [row.ratings for row in rows]
+        found = recommender.recommend(histories, k, exclude_seen=exclude_seen, ratings=ratings)
+    else:
+        found = recommender.recommend(histories, k, exclude_seen=exclude_seen)
+    lengths = np.array([len(ids) for ids in found.ids], dtype=np.int64)
+    kept = np.arange(k) < lengths[:, None]  # (rows, k)
+    columns = {
+        "user_id": [row.user_id for row, ids in zip(rows, found.ids, strict=True) for _ in ids],
+        "rank": np.nonzero(kept)[1].astype(np.int32) + 1,
+        "item_id": [item for ids in found.ids for item in ids],
+        "score": found.scores[kept],
+    }
+    return _frame(columns | {f"share_{name}": share[kept] for name, share in found.shares.items()})
 
 
 def score_file(recommender: Recommender, job: Job) -> Summary:

@@ -76,7 +76,7 @@ def read_rows(
     columns = _columns(path)
     if columns is not None:
         _check_columns(path, columns, histories is not None, need)
-    return (_parse(line, fields, histories, need) for line, fields in _raw(path))
+    return (parse_row(line, fields, histories, need) for line, fields in _raw(path))
 
 
 def check_source(path: Path) -> None:
@@ -199,12 +199,13 @@ def _delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
-def _parse(
+def parse_row(
     line: int,
     fields: Any,  # noqa: ANN401  what JSON holds
-    histories: Mapping[str, Query] | None,
-    need: tuple[str, ...],
+    histories: Mapping[str, Query] | None = None,
+    need: tuple[str, ...] = (),
 ) -> QueryRow | BadRow:
+    """A row out of its fields, as `read_rows` says, or why it cannot be answered."""
     if isinstance(fields, _Unreadable):
         return BadRow(line, fields.reason, fields.text)
     if not isinstance(fields, dict):

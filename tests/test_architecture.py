@@ -17,8 +17,8 @@ TORCH_FREE = [
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
     "recency", "priors", "mf", "itemitem", "neighbours", "histories", "windows", "vectors", "encoding", "pointwise",
     "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "catalogue", "sessions",
-    "shortlist", "runtime", "onnxreader", "ranker", "growing", "query_rows", "sheets", "parts", "batch", "doctor",
-    "charts", "report",
+    "shortlist", "runtime", "onnxreader", "ranker", "growing", "query_rows", "sheets", "parts", "batch",
+    "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "checkpoints",

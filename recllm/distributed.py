@@ -1,0 +1,113 @@
+"""A bundle as a callable without state, for clusters: a batch of rows in, its answers out, the same on every worker.
+
+What splits the rows, runs the workers and writes the answers is Ray Data (`map_batches`), Spark (`mapInPandas`) or
+whatever else maps batches; docs/serving.md has the recipes.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from recllm.batch import best_items
+from recllm.errors import RecllmError
+from recllm.query_rows import COLUMNS, BadRow, QueryRow, parse_row
+from recllm.ranker import TwoStage, load_ranker
+from recllm.runtime import load
+
+
+class BatchRecommender:
+    """The `k` best items for every row of a batch; the bundle is loaded once per worker.
+
+    Args:
+        bundle: a folder that every worker can read.
+        k: how many items.
+        exclude_seen: leave the history's own items out.
+        provider: cpu, cuda or tensorrt.
+        threads: inside one operator; a worker takes one core unless told otherwise.
+        index: as `recllm.load` takes it.
+        ranker: a ranker bundle that reorders the best.
+        rank_top: how many of the best it reorders.
+        rank_weight: of its score beside the first one.
+
+    Raises:
+        RecllmError: as `recllm.load`, or a `k` that the catalogue has not.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        provider: str = "cpu",
+        threads: int = 1,
+        index: str = "exact",
+        ranker: str | os.PathLike[str] | None = None,
+        rank_top: int = 100,
+        rank_weight: float = 1.0,
+    ) -> None:
+        recommender = load(bundle, provider=provider, threads=threads, index=index)
+        recommender.check_k(k)
+        self.k, self.exclude_seen = k, exclude_seen
+        self.recommender = (
+            recommender
+            if ranker is None
+            else TwoStage(
+                recommender,
+                load_ranker(ranker, provider=provider, threads=threads, keep_bytes=0),
+                rank_top,
+                rank_weight,
+            )
+        )
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Answer the rows of a batch.
+
+        Args:
+            batch: columns by name, a dict of arrays or a pandas DataFrame: `user_id`, `history` (item ids, oldest
+                first) and, for a ranker, `ratings`.
+
+        Returns:
+            Columns `user_id, rank, item_id, score, share_<scorer>…, error`: a line per answer, best first, and one for
+            each row that cannot be answered, with the reason in `error`, rank 0 and no item.
+
+        Raises:
+            RecllmError: no column `user_id` or `history`: answers of a cluster come in any order, so that a user is
+                known by the id only.
+        """
+        missing = [name for name in ("user_id", "history") if name not in batch]
+        if missing:
+            raise RecllmError(f"The batch has no column '{missing[0]}'. Its columns: {', '.join(batch)}.")
+        columns = {name: [_plain(value) for value in batch[name]] for name in COLUMNS if name in batch}
+        rows = [
+            parse_row(line, dict(zip(columns, values, strict=True)))
+            for line, values in enumerate(zip(*columns.values(), strict=True), start=1)
+        ]
+        good = [row for row in rows if isinstance(row, QueryRow)]
+        parts = [best_items(self.recommender, good, self.k, exclude_seen=self.exclude_seen)] if good else []
+        parts += [_refused(row) for row in rows if isinstance(row, BadRow)]
+        empty = pl.DataFrame(schema={"user_id": pl.String, "rank": pl.Int32, "item_id": pl.String, "score": pl.Float32})
+        shares = {f"share_{name}": pl.Float32 for name in self.recommender.share_names}
+        whole = pl.concat([empty, pl.DataFrame(schema=shares | {"error": pl.String}), *parts], how="diagonal")
+        return {name: whole[name].to_numpy() for name in whole.columns}
+
+
+def _refused(row: BadRow) -> pl.DataFrame:
+    user = row.fields.get("user_id") if isinstance(row.fields, dict) else None
+    columns = {"user_id": [None if user is None else str(user)], "rank": [0], "error": [row.reason]}
+    return pl.DataFrame(columns, schema={"user_id": pl.String, "rank": pl.Int32, "error": pl.String})
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """A cell as JSON would hold it: lists for arrays, None for what is missing."""
+    if isinstance(value, np.ndarray):
+        return [_plain(each) for each in value.tolist()]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, tuple):
+        return list(value)
+    return None if isinstance(value, float) and value != value else value
