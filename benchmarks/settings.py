@@ -51,7 +51,7 @@ DATA: dict[str, dict[str, Any]] = {
     # A million events in long histories: a wider light scorer that reads further back, and the first layers of the
     # language model, which then sees as many of them as it has time for.
     "ml-1m": {
-        "model": {"head_width": 256, "layers": 8},
+        "model": {"head_width": 256, "layers": 6},
         "light": {
             "width": 256,
             "learning_rate": 1e-3,
@@ -59,7 +59,7 @@ DATA: dict[str, dict[str, Any]] = {
             "per_device_train_batch_size": 32,
             "num_train_epochs": 12,
         },
-        "train": {"num_train_epochs": 6, "per_device_train_batch_size": 32},
+        "train": {"num_train_epochs": 4, "per_device_train_batch_size": 32},
     },
     # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items.
     "amazon-beauty-2014": {

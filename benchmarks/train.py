@@ -79,7 +79,7 @@ def stage_of(run: Run) -> Stage:
     """The fine-tuning of a run, over item vectors of the right shape."""
     task = prepare(run, say)
     if run.model.task == "relevance":
-        return relevance_stage(run, task, say)
+        return relevance_stage(run, task, random_features(run, task), say)
     return language_stage(run, task, random_features(run, task), say)
 
 

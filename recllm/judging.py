@@ -17,7 +17,7 @@ from recllm.errors import RecllmError
 from recllm.examples import Examples
 from recllm.files import read_json
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
-from recllm.lm import load_base, model_folder, scoring_device
+from recllm.lm import embedding_scale, load_base, model_folder, scoring_device
 from recllm.loop import Stage, fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
@@ -28,9 +28,18 @@ from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
 from recllm.runs import Run
+from recllm.softtokens import add_soft_tokens, bake_soft_tokens
 from recllm.splits import Example, like_threshold
 from recllm.tasks import Task
-from recllm.trained import Collaborative, Say, adapter_recipe, in_full_precision, save_stage, stage_done
+from recllm.trained import (
+    Collaborative,
+    Say,
+    adapter_recipe,
+    in_full_precision,
+    load_collaborative,
+    save_stage,
+    stage_done,
+)
 from recllm.vectors import ItemFeatures
 from recllm.watching import Watch
 
@@ -188,9 +197,9 @@ def load_light_judge(run: Run, task: Task, parts: Collaborative) -> LightJudgeSc
 
 
 def relevance_model(
-    run: Run, task: Task, recipe: AdapterRecipe | None, say: Say
+    run: Run, task: Task, features: ItemFeatures | None, recipe: AdapterRecipe | None, say: Say
 ) -> tuple[RelevanceModel, CompiledPrompt]:
-    """The relevance model with the adapter of `recipe`, untrained, and its prompt.
+    """The relevance model with the adapter of `recipe`, untrained, and its prompt; `features` are for soft tokens.
 
     Raises:
         RecllmError: the model or the prompt cannot be had, or the prompt names a column that is not there.
@@ -201,8 +210,13 @@ def relevance_model(
     prompt = prompt.model_copy(update={"max_history": min(prompt.max_history, run.model.max_history)})
     compiled = compile_prompt(prompt, base.tokenizer, like_threshold(task.split.train, run.data.like_at))
     torch.manual_seed(run.seed)
+    scale = embedding_scale(base)
     body = base.model if recipe is None else attach(base.model, recipe)
-    return RelevanceModel(base, body, answer_output(base), compiled.answer_ids), compiled
+    model = RelevanceModel(base, body, answer_output(base), compiled.answer_ids)
+    if run.model.soft_tokens:
+        assert features is not None
+        model.soft_from = add_soft_tokens(body, features, scale)
+    return model, compiled
 
 
 def train_relevance(
@@ -218,7 +232,7 @@ def train_relevance(
     folder = run.folder / "lm"
     if stage_done(folder):
         return
-    stage = relevance_stage(run, task, say)
+    stage = relevance_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
     if stage.trained:
         fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
@@ -230,13 +244,13 @@ def train_relevance(
     process_state().wait_for_everyone()
 
 
-def relevance_stage(run: Run, task: Task, say: Say) -> Stage:
+def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> Stage:
     """The fine-tuning of the language model to judge pairs; without examples where nothing of it trains.
 
     Raises:
         RecllmError: as `train_relevance`.
     """
-    model, prompt = relevance_model(run, task, adapter_recipe(run), say)
+    model, prompt = relevance_model(run, task, features, adapter_recipe(run), say)
     prompts = PairPrompts(prompt, task.dataset.catalog, model)
     settings = run.train
     arguments = {
@@ -333,9 +347,11 @@ def load_relevance(run: Run, task: Task, *, bf16: bool | None = None) -> Relevan
     the item's own merit besides, which calibration would take off again.
     """
     folder = run.folder / "lm"
-    model, prompt = relevance_model(run, task, in_full_precision(adapter_recipe(run)), lambda _: None)
+    features = load_collaborative(run, task).features if run.model.soft_tokens else None
+    model, prompt = relevance_model(run, task, features, in_full_precision(adapter_recipe(run)), lambda _: None)
     load_trained(model, folder / "model.safetensors")
     model.body = merge(model.body)
+    bake_soft_tokens(model.body)
     model.eval().to(scoring_device())
     calibrated = read_json(folder / "done.json")["trained"] == 0
     return RelevanceScorer(model, prompt, task.dataset.catalog, calibrated, fast_bf16() if bf16 is None else bf16)

@@ -313,10 +313,7 @@ def next_item_model(
     """
     if not base.causal:
         raise not_causal(settings.name)
-    embedding = base.model.get_input_embeddings()
-    # What comes out of the module, not its weights: some families scale their embeddings on the way.
-    sample = torch.arange(min(SCALE_SAMPLE, embedding.num_embeddings))
-    scale = float(_embed(embedding, sample).float().pow(2).mean().sqrt())
+    embedding, scale = base.model.get_input_embeddings(), embedding_scale(base)
     lead_ids = torch.tensor(history.vocabulary, dtype=torch.long)
     body = base.model if recipe is None else attach(base.model, recipe)
     return NextItemModel(
@@ -331,6 +328,14 @@ def next_item_model(
         counts=counts,
         negatives=settings.negatives,
     )
+
+
+def embedding_scale(base: BaseModel) -> float:
+    """Root mean square of a model's input embeddings, on a sample."""
+    embedding = base.model.get_input_embeddings()
+    # What comes out of the module, not its weights: some families scale their embeddings on the way.
+    sample = torch.arange(min(SCALE_SAMPLE, embedding.num_embeddings))
+    return float(_embed(embedding, sample).float().pow(2).mean().sqrt())
 
 
 def _embed(embedding: nn.Module, ids: Tensor) -> Tensor:

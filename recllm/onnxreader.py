@@ -32,24 +32,28 @@ class OnnxReader:
         suffix: the session of what stands behind them.
         max_tokens: the longest prompt.
         tokens_at_once: as many as keep the device busy; more would only take memory.
+        soft_from: the token of the catalogue's first item; None where items have none.
     """
 
     prefix: Any
     suffix: Any
     max_tokens: int
     tokens_at_once: int = 4096
+    soft_from: int | None = None
     causal: bool = True
     shares: bool = True
 
     @classmethod
-    def open(cls, folder: Path, max_tokens: int, provider: str = "cpu", threads: int = 0) -> "OnnxReader":
+    def open(
+        cls, folder: Path, max_tokens: int, provider: str = "cpu", threads: int = 0, soft_from: int | None = None
+    ) -> "OnnxReader":
         """Open both graphs of a folder on exactly the provider asked for.
 
         Raises:
             RecllmError: ONNX Runtime or the provider is not there.
         """
         prefix, suffix = (open_session(folder / name, provider, threads) for name in (PREFIX, SUFFIX))
-        return cls(prefix, suffix, max_tokens)
+        return cls(prefix, suffix, max_tokens, soft_from=soft_from)
 
     def whole(self, ids: Ids, lengths: Ids) -> NDArray[np.float32]:
         """Answers float32[rows] to whole prompts: all but the last token are the prefix."""

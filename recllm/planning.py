@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def plan_run(run: Run, say: Say) -> Plan:
     if run.light.num_train_epochs and not judges:
         costs.append(measure(light_stage(run, task, features, planned_windows(run, task)), say))
     if run.model.name != "none":
-        stage = relevance_stage(run, task, say) if judges else language_stage(run, task, features, say)
+        stage = relevance_stage(run, task, features, say) if judges else language_stage(run, task, features, say)
         if len(stage.train):
             costs.append(measure(stage, say))
         if judges and run.light.num_train_epochs:
@@ -286,13 +287,25 @@ def shown(run: Run, task: Task, stage: Stage) -> list[str]:
     examples = [stage.train[row] for row in range(min(SHOWN, len(stage.train)))]
     if not isinstance(stage.collator, NextItemCollator):
         words = {1.0: "liked", 0.0: "not liked"}
-        return [f"{tokenizer.decode(ids, skip_special_tokens=False)}\n→ {words[label]}" for ids, label, _ in examples]
+        soft: int | None = stage.model.soft_from  # type: ignore[assignment]
+        return [f"{_spelt(ids, tokenizer, titles, soft)}\n→ {words[label]}" for ids, label, _ in examples]
     history = stage.collator.history
     return [
         f"{_written(history, window[:-1], tokenizer, titles)}\n→ {titles[window[-1]]} (and every item above after the "
         "ones before it)"
         for window in examples
     ]
+
+
+def _spelt(ids: Sequence[int], tokenizer: Any, titles: Sequence[str], soft_from: int | None) -> str:  # noqa: ANN401
+    """A prompt as the model reads it; tokens of items as their titles in brackets."""
+    first = math.inf if soft_from is None else soft_from
+    parts = []
+    for soft, own in groupby(ids, key=lambda token: token >= first):
+        tokens = list(own)
+        titled = "".join(f"[{titles[token - int(first)]}]" for token in tokens) if soft else ""
+        parts.append(titled or tokenizer.decode(tokens, skip_special_tokens=False))
+    return "".join(parts)
 
 
 def _written(history: HistoryFormat, window: Any, tokenizer: Any, titles: Sequence[str]) -> str:  # noqa: ANN401

@@ -43,6 +43,11 @@ class Reads(Protocol):
         """The longest prompt."""
         ...
 
+    @property
+    def soft_from(self) -> int | None:
+        """The token that stands for the catalogue's first item, the others behind it; None where items have none."""
+        ...
+
 
 class Reader(Reads, Protocol):
     """A language model that answers one question: logit of the positive answer minus logit of the negative one."""
@@ -97,14 +102,19 @@ class PairPrompts:
 
     @cached_property
     def _items(self) -> dict[str, list[int] | None]:
-        return dict(zip(self.catalog.ids, self.prompt.encode_items(self.catalog), strict=True))
+        items = enumerate(zip(self.catalog.ids, self.prompt.encode_items(self.catalog), strict=True))
+        return {item: None if ids is None else self._soft(row) + ids for row, (item, ids) in items}
 
     @cached_property
     def candidates(self) -> dict[str, list[int]]:
         """What stands behind the prefix, by the id of every item that has text."""
         end = [] if self.model.causal else self.prompt.end
-        suffixes = zip(self.catalog.ids, self.prompt.encode_suffixes(self.catalog), strict=True)
-        return {item: ids + end for item, ids in suffixes if ids is not None}
+        suffixes = enumerate(zip(self.catalog.ids, self.prompt.encode_suffixes(self.catalog), strict=True))
+        return {item: self._soft(row) + ids + end for row, (item, ids) in suffixes if ids is not None}
+
+    def _soft(self, row: int) -> list[int]:
+        """The token of the item itself, before its words."""
+        return [] if self.model.soft_from is None else [self.model.soft_from + row]
 
     @cached_property
     def _room(self) -> int:

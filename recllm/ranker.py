@@ -48,12 +48,14 @@ class RankerSettings:
         max_history: how many of the last items are written.
         like_at: the rating from which an item counts as liked.
         calibrated: whether the score after an empty history is taken off.
+        soft_from: the token of the catalogue's first item; None where items have none.
     """
 
     max_tokens: int
     max_history: int
     like_at: float
     calibrated: bool
+    soft_from: int | None = None
 
 
 class Ranker(PointwiseScorer):
@@ -108,7 +110,7 @@ def load_ranker(
     if not is_ranker(place):
         raise RecllmError(f"'{place}' is a bundle that recommends, not one that ranks. Load it with recllm.load.")
     settings = RankerSettings(**read_json(place / SETTINGS))
-    reader = OnnxReader.open(place, settings.max_tokens, provider, threads)
+    reader = OnnxReader.open(place, settings.max_tokens, provider, threads, settings.soft_from)
     return Ranker(reader, read_catalog(place), place, settings, keep_bytes)
 
 

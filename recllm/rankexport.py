@@ -62,6 +62,7 @@ def _export(run: Run, task: Task, scorer: RelevanceScorer, name: str, recipe: Ex
         scorer.prompt.prompt.max_history,
         like_threshold(task.split.train, run.data.like_at),
         scorer.calibrated,
+        scorer.model.soft_from,
     )
     facts = {
         "kind": KIND,

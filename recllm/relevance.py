@@ -70,6 +70,8 @@ class RelevanceModel(nn.Module):
         # RoBERTa's relatives count positions from 2.
         self.max_tokens = getattr(config, "max_position_embeddings", ANY_LENGTH) - (0 if base.causal else 2)
         self.difference = nn.Linear(config.hidden_size, 1) if output is None else AnswerDifference(output, answers)
+        self.soft_from: int | None = None
+        """The token of the catalogue's first item, where items have tokens of their own."""
         self.pairwise = 0.0
         """Weight of the loss over liked and disliked rows of one user."""
 
@@ -123,6 +125,11 @@ class TorchReader:
     def max_tokens(self) -> int:
         """As the model's."""
         return self.model.max_tokens
+
+    @property
+    def soft_from(self) -> int | None:
+        """As the model's."""
+        return self.model.soft_from
 
     @property
     def tokens_at_once(self) -> int:

@@ -124,6 +124,8 @@ class ModelSettings(Settings):
     """The most rows of an epoch (relevance); a larger training set is sampled anew for every epoch."""
     pairwise: float = Field(default=0.0, ge=0)
     """Weight of the loss over one user's liked and disliked rows beside cross-entropy (relevance)."""
+    soft_tokens: bool = False
+    """Name each item also by one token of its text vector and factors (relevance)."""
 
 
 class LightSettings(Settings):
@@ -237,9 +239,11 @@ class Run(Settings):
     export: ExportSettings = ExportSettings()
 
     @model_validator(mode="after")
-    def _teachers_rank(self) -> "Run":
+    def _keys_fit_the_task(self) -> "Run":
         if self.light.teacher is not None and self.model.task != "next_item":
             raise ValueError("light.teacher is for runs of next items, and this one judges pairs")
+        if self.model.soft_tokens and self.model.task != "relevance":
+            raise ValueError("model.soft_tokens is for runs that judge pairs; those of next items have item tokens")
         return self
 
     @property

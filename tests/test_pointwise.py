@@ -18,7 +18,7 @@ def own_number(ids):
 class CountingReader:
     """Answers by the text alone, and keeps account of what it read."""
 
-    causal, max_tokens, shares = True, 512, True
+    causal, max_tokens, shares, soft_from = True, 512, True, None
 
     def __init__(self, tokens_at_once=512):
         self.tokens_at_once = tokens_at_once
