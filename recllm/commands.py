@@ -262,8 +262,9 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     check_same_data(run, task.fingerprints())
     results = export_run(run, task, list(recipes) or None, tell)
     for result in results:
+        width = max(map(len, result.parity), default=0)
         for graph, measured in result.parity.items():
-            say(f"{result.recipe:8} {graph:10}" + "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
+            say(f"{result.recipe:8} {graph:{width}}  " + "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
         for failure in result.failures:
             say(f"{result.recipe}: left out. {failure}")
         if result.folder is not None:
