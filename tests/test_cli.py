@@ -191,12 +191,14 @@ def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, 
 def test_export_prints_parity_and_fails_only_when_every_recipe_does(capsys, tiny_run, monkeypatch):
     from recllm.gate import Exported
 
-    parity = {"lm": {"max_difference": 0.5, "rank_correlation": 0.25, "top10_overlap": 0.1}}
+    measured = {"max_difference": 0.5, "rank_correlation": 0.25, "top10_overlap": 0.1}
+    parity = {"lm": measured, "light items": measured}
     failed = Exported("int8", None, parity, ["lm: rank_correlation is 0.2500, at least 0.98 is asked"])
     kept = Exported("fp32", Path("bundle-fp32"), {}, [])
     monkeypatch.setattr("recllm.export.export_run", lambda *_: [failed])
     out, _ = recllm_says(capsys, "export", tiny_run, "--recipe", "int8", code=1)
-    assert "int8     lm        max_difference 0.5  rank_correlation 0.25" in out
+    assert "int8     lm           max_difference 0.5  rank_correlation 0.25" in out
+    assert "int8     light items  max_difference 0.5" in out
     assert "int8: left out. lm: rank_correlation is 0.2500" in out
     monkeypatch.setattr("recllm.export.export_run", lambda *_: [failed, kept])
     assert "fp32: bundle-fp32" in recllm_says(capsys, "export", tiny_run)[0]
