@@ -335,6 +335,34 @@ def add(
     commands.add_to_bundle(bundle, source, out or bundle, provider)
 
 
+@app.command(
+    epilog=example("recllm push runs/films/bundle-int8 acme/films", "recllm push runs/films/lm/adapter acme/films-lora")
+)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A bundle, or a run's lm/adapter.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner only.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="The main branch if not given.")] = None,
+) -> None:
+    """Upload a bundle or an adapter to the hub, with its card, in place of what the repository held."""
+    from recllm import commands
+
+    commands.push_folder(folder, repository, private=private, revision=revision)
+
+
+@app.command(epilog=example("recllm pull acme/films bundles/films"))
+def pull(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face Hub.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where it goes.")],
+    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="A branch, a tag or a commit.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Download a bundle or an adapter from the hub; it appears when all of it is there and checked."""
+    from recllm import commands
+
+    commands.pull_folder(repository, folder, revision=revision, overwrite=overwrite)
+
+
 @app.command(epilog=example("recllm doctor", "recllm doctor runs/films/bundle-int8"))
 def doctor(
     bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle to look at too.")] = None,

@@ -23,6 +23,7 @@ from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
 from recllm.files import sha256_of
 from recllm.growing import add_items
+from recllm.hub import pull, push
 from recllm.process import run_child
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import split_ids
@@ -264,7 +265,10 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     for result in results:
         width = max(map(len, result.parity), default=0)
         for graph, measured in result.parity.items():
-            say(f"{result.recipe:8} {graph:{width}}  " + "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
+            say(
+                f"{result.recipe:8} {graph:{width}}  "
+                + "  ".join(f"{key} {value:.4g}" for key, value in measured.items())
+            )
         for failure in result.failures:
             say(f"{result.recipe}: left out. {failure}")
         if result.folder is not None:
@@ -373,6 +377,18 @@ def add_to_bundle(bundle: Path, items: Path, target: Path, provider: str) -> Non
     """Add the items of a file to a bundle."""
     added = add_items(bundle, items, target, provider=provider)
     say(f"{added:,} items added; the bundle is {target}")
+
+
+def push_folder(folder: Path, repository: str, *, private: bool, revision: str | None) -> None:
+    """Upload a bundle or an adapter and say where it is."""
+    say(f"{folder} is at {push(folder, repository, private=private, revision=revision)}")
+
+
+def pull_folder(repository: str, folder: Path, *, revision: str | None, overwrite: bool) -> None:
+    """Download a bundle or an adapter and say what to do with it."""
+    kind = pull(repository, folder, revision=revision, overwrite=overwrite)
+    use = f"recllm recommend {folder} --history 'ID ID'" if kind == "bundle" else "its card says how to load it"
+    say(f"{folder}: the {kind} of {repository}. Next: {use}")
 
 
 def score_candidates(bundle: Path, job: Job, provider: str) -> None:
