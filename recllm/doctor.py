@@ -23,7 +23,12 @@ RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 IDENTITY = "CAgSADo3ChAKAXgSAXkiCElkZW50aXR5EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ=="
 """A graph of one Identity, opset 13, to try a provider with."""
 REINSTALL = "install one of them anew: pip uninstall -y onnxruntime onnxruntime-gpu, pip install onnxruntime-gpu"
-EXTRAS = {"train": "train, score zero-shot and export"}
+EXTRAS = {
+    "train": "train, score zero-shot and export",
+    "tune": "search over settings",
+    "index": "search large catalogues",
+    "distributed": "recommend on Ray Data",
+}
 Mark = Literal["ok", "none", "wrong"]
 
 
@@ -112,15 +117,16 @@ def _extra(extra: str, purpose: str) -> Finding:
             lacking.append(f"{name} >= {least} (there is {version})")
     if not lacking:
         return Finding("ok", f"extra '{extra}', to {purpose}")
-    whole = len(lacking) == len(list(_requirements(extra)))
-    mark: Mark = "none" if whole or "torch" in lacking else "wrong"
+    # Torch comes with "train" alone; what the others share with it does not mean that they were asked for.
+    wrong = "torch" not in lacking if extra == "train" else any(">=" in own for own in lacking)
+    mark: Mark = "wrong" if wrong else "none"
     return Finding(mark, f"extra '{extra}', to {purpose}: lacks {', '.join(lacking)}", f'pip install "recllm[{extra}]"')
 
 
 def _requirements(extra: str) -> Iterator[tuple[str, str]]:
     """Names and least versions of what an extra asks for."""
     for text in importlib.metadata.requires("recllm") or []:
-        found = re.match(rf"([\w.-]+)\s*>=\s*([\d.]+)\s*;\s*extra == ['\"]{extra}['\"]", text)
+        found = re.match(rf"([\w.-]+)(?:\[[\w,-]+\])?\s*>=\s*([\d.]+)\s*;\s*extra == ['\"]{extra}['\"]", text)
         if found:
             yield re.sub(r"[-_.]+", "-", found[1]).lower(), found[2]
 

@@ -1,6 +1,8 @@
 """The doctor: what is there is found, what is wrong is named with its mend."""
 
 import shutil
+import tomllib
+from pathlib import Path
 
 import onnx
 import pytest
@@ -9,6 +11,8 @@ from recllm import doctor
 from recllm.bundle import seal
 from recllm.cli import main
 from recllm.doctor import Finding, examine
+
+ROOT = Path(__file__).parents[1]
 
 
 def marks(findings):
@@ -69,6 +73,23 @@ def test_an_extra_that_is_half_there_or_too_old_is_named(monkeypatch):
     assert "lacks peft >= 0.19 (there is 0.18.9)" in found.text
     monkeypatch.setattr(doctor, "_installed", dict)
     assert doctor._extra("train", "train").mark == "none"
+
+
+def test_another_extra_is_wrong_only_where_it_is_too_old(monkeypatch):
+    monkeypatch.setattr(doctor, "_requirements", lambda _: [("faiss-cpu", "1.12"), ("onnx", "1.21")])
+    monkeypatch.setattr(doctor, "_installed", lambda: {"onnx": "1.23"})  # "train" brings it
+    found = doctor._extra("index", "search")
+    assert (found.mark, "lacks faiss-cpu" in found.text) == ("none", True)
+    monkeypatch.setattr(doctor, "_installed", lambda: {"onnx": "1.23", "faiss-cpu": "1.10"})
+    assert doctor._extra("index", "search").mark == "wrong"
+
+
+@pytest.mark.parametrize("extra", doctor.EXTRAS)
+def test_every_extra_is_known(monkeypatch, extra):
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    told = [f'{text}; extra == "{extra}"' for text in wanted[extra]]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: told)
+    assert len(dict(doctor._requirements(extra))) == len(wanted[extra])
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch):
