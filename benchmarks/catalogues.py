@@ -58,7 +58,7 @@ def seconds(sizes: tuple[int, ...], threads: int) -> Iterator[dict[str, Any]]:
         ready = {name: prepare(fusion, vectors, counts).feeds for name, fusion in fusions().items()}
         even = prepare(fusions()["even weights"], vectors, counts)
         samples = {name: random.standard_normal((1, width), dtype=np.float32) for name, width in WIDTHS.items()}
-        shortlist = Shortlist(fusions()["even weights"], even, counts, "int8", samples, threads)
+        shortlist = Shortlist(fusions()["even weights"], even, counts, kind="int8", samples=samples, threads=threads)
         del vectors, even  # gigabytes
         together = ready["even weights"]["items"]
         for users in USERS:

@@ -137,7 +137,8 @@ def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10
 
     job = job.knowing(work="recommend", k=k, exclude_seen=exclude_seen)
     columns = ["user_id", "rank", "item_id", "score", *(f"share_{name}" for name in recommender.share_names)]
-    return _run(job, recommender.index, answer, columns, need=())
+    ratings = isinstance(recommender, TwoStage)
+    return _run(job, recommender.index, answer, columns, need=(), ratings=ratings)
 
 
 def best_items(
@@ -202,7 +203,7 @@ def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
         }
         return _frame(columns)
 
-    return _run(job.knowing(work="rank candidates"), known, answer, PAIRS, need=("candidates",))
+    return _run(job.knowing(work="rank candidates"), known, answer, PAIRS, need=("candidates",), ratings=True)
 
 
 def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Job) -> Summary:
@@ -224,7 +225,7 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 
     work = {"work": "score items", "items": _digest(items.ids)}
-    return _run(job.knowing(**work), known, answer, PAIRS, need=(), unknown=NO_HISTORY)
+    return _run(job.knowing(**work), known, answer, PAIRS, need=(), unknown=NO_HISTORY, ratings=True)
 
 
 def _pairs(
@@ -252,18 +253,26 @@ def _schema(columns: Iterable[str]) -> dict[str, Any]:
 
 
 def _run(
-    job: Job, index: ItemIndex, answer: Answer, columns: Sequence[str], *, need: tuple[str, ...], unknown: str = ""
+    job: Job,
+    index: ItemIndex,
+    answer: Answer,
+    columns: Sequence[str],
+    *,
+    need: tuple[str, ...],
+    unknown: str = "",
+    ratings: bool = False,
 ) -> Summary:
     """Read, answer and keep part by part; the target appears when the last one is there.
 
     Rows whose history has items, and none that is known, are set aside for the reason `unknown`, where it is given.
+    `ratings` are read only where something reads them.
     A job that was killed goes on behind its last part, and ends with the same bytes.
     """
     job.check()
     total = count_rows(job.source)
     part, parts = job.shard
     first, last = total * (part - 1) // parts, total * part // parts if part < parts else None
-    rows = read_rows(job.source, histories=job.histories, need=need)
+    rows = read_rows(job.source, histories=job.histories, need=need, ratings=ratings)
     kept = Parts(job.target, job.identity(), overwrite=job.overwrite)
     try:
         if kept.done:

@@ -267,7 +267,16 @@ def recommend(
         raise RecllmError("Give either a file of rows and --out FILE, or one history: --history 'ID ID'.")
     if history is not None and out is not None:
         raise RecllmError("--history answers on the screen; for --out FILE give a file of rows instead.")
-    stages = commands.Stages(bundle, provider, threads, index, ranker, rank_top, rank_weight, rank_seconds)
+    stages = commands.Stages(
+        bundle=bundle,
+        provider=provider,
+        threads=threads,
+        index=index,
+        ranker=ranker,
+        top=rank_top,
+        weight=rank_weight,
+        seconds=rank_seconds,
+    )
     if history is not None:
         commands.recommend_history(stages, history, k, include_seen=include_seen)
         return

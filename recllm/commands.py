@@ -318,8 +318,9 @@ class Stages:
         """
         recommender = load(self.bundle, provider=self.provider, threads=self.threads, index=self.index)
         if self.index != EXACT:
+            found = recommender.recall(k=min(10, len(recommender.index)))
             sys.stderr.write(
-                f"The index '{self.index}' gives {100 * recommender.recall():.1f} % of the exact ten best after "
+                f"The index '{self.index}' gives {100 * found:.1f} % of the exact ten best after "
                 "histories of one item\n"
             )
         if self.ranker is None:

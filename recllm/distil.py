@@ -33,8 +33,8 @@ TARGETS = 100
 """Items of each history that the teacher's shares are kept of."""
 LEFT_OUT = 0.5
 """The most of a history that is left out, where it is read more than once."""
-SCALED_BY = 2000
-"""The most validation rows that the teacher's scores are scaled by."""
+SCALED_BY, CELLS = 2000, 20_000_000
+"""The most validation rows that the teacher's scores are scaled by, and the most scores of a scorer that are held."""
 FILE = "taught.safetensors"
 """In a run's folder: what the teacher said."""
 
@@ -75,18 +75,20 @@ class TransferHistories:
 
 
 def check_teacher(run: Run) -> Run | None:
-    """The run that the light scorer learns from, or None.
+    """The run that the light scorer learns from; None where there is none, or where it has said all that it was asked.
 
     Raises:
         RecllmError: no finished run of next items, or one that was trained on another split, whose test rows it knows.
     """
-    if run.light.teacher is None:
+    if run.light.teacher is None or (run.folder / FILE).is_file():
         return None
     teacher = load_run(Path(run.light.teacher))
-    if not (teacher.folder / "fusion.json").is_file() or teacher.model.task != "next_item":
+    if teacher.model.task != "next_item":
+        raise RecllmError(f"light.teacher = '{run.light.teacher}' judges pairs. Name a run of next items.")
+    if not (teacher.folder / "fusion.json").is_file():
         raise RecllmError(
-            f"light.teacher = '{run.light.teacher}' is no finished run of next items. Train it first: "
-            f"recllm train {run.light.teacher}"
+            f"light.teacher = '{run.light.teacher}' is not trained to its end. Go on with it first: "
+            f"recllm train {run.light.teacher} --resume"
         )
     if teacher.folder.resolve() == run.folder.resolve():
         raise RecllmError("light.teacher is this run itself. Give the student a name of its own (--set name=…).")
@@ -108,19 +110,19 @@ def check_teacher(run: Run) -> Run | None:
 
 
 def taught_windows(run: Run, task: Task, say: Say) -> list[Taught]:
-    """What the run's teacher says of `light.taught` histories; asked once, and kept in the run's folder.
+    """What the run's teacher says of `light.taught` histories; asked once, and kept in the run's folder for good.
 
     Raises:
         RecllmError: as `check_teacher`, or the teacher was trained on other data.
     """
-    teacher = check_teacher(run)
-    if teacher is None:
+    if run.light.teacher is None:
         return []
-    check_same_data(teacher, task.fingerprints())
     histories = list(TransferHistories(task.sequences(), run.light.taught, run.seed))
     path = run.folder / FILE
     with process_state().main_process_first():
-        if not path.is_file():
+        teacher = check_teacher(run)
+        if teacher is not None:
+            check_same_data(teacher, task.fingerprints())
             items, shares = _ask(teacher, task, histories, say)
             with written(path) as temporary:
                 save_file({"items": items, "shares": shares}, temporary)
@@ -130,7 +132,8 @@ def taught_windows(run: Run, task: Task, say: Say) -> list[Taught]:
 
 def planned_windows(run: Run, task: Task) -> list[Taught]:
     """Windows as long as those that will be taught, with targets drawn at random: for a plan, which asks nobody."""
-    if check_teacher(run) is None:
+    check_teacher(run)
+    if run.light.teacher is None:
         return []
     random, warm = np.random.default_rng(run.seed), np.flatnonzero(task.warm)
     histories = list(TransferHistories(task.sequences(), run.light.taught, run.seed))
@@ -183,7 +186,8 @@ def _scale(teacher: Run, task: Task, fusion: Fusion, say: Say) -> float:
     protocol = evaluation_protocol(teacher, task)
     examples = protocol.examples("valid")
     scores = known_scores(teacher, task, load_collaborative(teacher, task), say)["valid"]
-    some = np.sort(np.random.default_rng(teacher.seed).permutation(len(examples))[:SCALED_BY])
+    most = min(SCALED_BY, max(1, CELLS // len(task.index)))
+    some = np.sort(np.random.default_rng(teacher.seed).permutation(len(examples))[:most])
     examples = [examples[place] for place in some]
     queries, targets = [own.query for own in examples], task.index.rows(own.item_id for own in examples)
     fused = protocol.fuse(fusion, {name: np.asarray(own[some]) for name, own in scores.items()}, examples)

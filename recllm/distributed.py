@@ -83,8 +83,9 @@ class BatchRecommender:
         if missing:
             raise RecllmError(f"The batch has no column '{missing[0]}'. Its columns: {', '.join(batch)}.")
         columns = {name: [_plain(value) for value in batch[name]] for name in COLUMNS if name in batch}
+        ranked = isinstance(self.recommender, TwoStage)
         rows = [
-            parse_row(line, dict(zip(columns, values, strict=True)))
+            _row(line, dict(zip(columns, values, strict=True)), ratings=ranked)
             for line, values in enumerate(zip(*columns.values(), strict=True), start=1)
         ]
         good = [row for row in rows if isinstance(row, QueryRow)]
@@ -96,6 +97,12 @@ class BatchRecommender:
         return {name: whole[name].to_numpy() for name in whole.columns}
 
 
+def _row(line: int, fields: dict[str, Any], *, ratings: bool) -> QueryRow | BadRow:
+    if fields["user_id"] in (None, ""):
+        return BadRow(line, "no 'user_id', by which an answer of a cluster is known", fields)
+    return parse_row(line, fields, ratings=ratings)
+
+
 def _refused(row: BadRow) -> pl.DataFrame:
     user = row.fields.get("user_id") if isinstance(row.fields, dict) else None
     columns = {"user_id": [None if user is None else str(user)], "rank": [0], "error": [row.reason]}
@@ -103,11 +110,16 @@ def _refused(row: BadRow) -> pl.DataFrame:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """A cell as JSON would hold it: lists for arrays, None for what is missing."""
-    if isinstance(value, np.ndarray):
-        return [_plain(each) for each in value.tolist()]
+    """A cell as JSON would hold it: lists for arrays, None for what is missing (None, NaN, pandas' NA)."""
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(each) for each in value]
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, tuple):
-        return list(value)
-    return None if isinstance(value, float) and value != value else value
+    return None if _missing(value) else value
+
+
+def _missing(value: Any) -> bool:  # noqa: ANN401
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # pandas' NA is neither true nor false
+        return True

@@ -30,7 +30,7 @@ class Examples(Dataset[Any]):
 
 
 class WholeBatches(Dataset[Any]):
-    """Examples with a note whether they count: the first ones come again until all processes have whole batches.
+    """Examples with a note whether they count: the last one comes again until all processes have whole batches.
 
     accelerate would repeat rows by itself, and they would be learnt twice: two processes would not reach the losses of
     one.
@@ -44,7 +44,7 @@ class WholeBatches(Dataset[Any]):
         return self.length
 
     def __getitem__(self, place: int) -> tuple[Any, bool]:
-        return self.examples[place % len(self.examples)], place < len(self.examples)
+        return self.examples[min(place, len(self.examples) - 1)], place < len(self.examples)
 
 
 def collate_counted(

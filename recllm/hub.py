@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from recllm.bundle import MANIFEST, read_manifest
 from recllm.errors import RecllmError
 from recllm.files import whole_folder
 
-ADAPTER = "adapter_config.json"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """What PEFT's adapter folders have."""
 BOOKKEEPING = ".cache"
 """The hub's client leaves notes of what it loaded there."""
@@ -50,9 +52,10 @@ def push(folder: Path, repository: str, *, private: bool = False, revision: str 
 
 
 def pull(repository: str, folder: Path, *, revision: str | None = None, overwrite: bool = False) -> str:
-    """Download a bundle or an adapter; the folder appears when all of it is there and its sha256 are right.
+    """Download a bundle or an adapter; the folder appears when all of it is there and sound.
 
-    They are those of the bundle's own manifest: they tell a damaged download, not who made it.
+    A bundle's files are compared with the sha256 of its own manifest, which tells a damaged download, not who made it.
+    An adapter has none: its weights are opened.
 
     Args:
         repository: owner/name.
@@ -86,17 +89,27 @@ def kind_of(folder: Path, *, verify: bool = True) -> str:
     """What a folder is, "bundle" or "adapter".
 
     Raises:
-        RecllmError: neither, or a bundle that is damaged.
+        RecllmError: neither, or damaged.
     """
     if (folder / MANIFEST).is_file():
         read_manifest(folder, verify=verify)
         return "bundle"
     if (folder / ADAPTER).is_file():
+        if verify:
+            _check_weights(folder / WEIGHTS)
         return "adapter"
     raise RecllmError(
         f"'{folder}' is neither a bundle ({MANIFEST}) nor an adapter ({ADAPTER}). recllm export RUN makes bundles, and "
         "an adapter lies in RUN/lm/adapter."
     )
+
+
+def _check_weights(path: Path) -> None:
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            weights.keys()
+    except (OSError, SafetensorError) as error:
+        raise RecllmError(f"'{path}' is missing or damaged: {error}. Train again, or copy it anew, whole.") from None
 
 
 def _check_name(repository: str) -> None:
@@ -106,7 +119,7 @@ def _check_name(repository: str) -> None:
 
 
 def _client() -> Any:  # noqa: ANN401
-    import huggingface_hub  # comes with tokenizers; imported late, for it takes its time
+    import huggingface_hub  # late, for it takes its time
 
     return huggingface_hub
 

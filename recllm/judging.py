@@ -215,7 +215,7 @@ def relevance_model(
     model = RelevanceModel(base, body, answer_output(base), compiled.answer_ids)
     if run.model.soft_tokens:
         assert features is not None
-        model.soft_from = add_soft_tokens(body, features, scale)
+        model.soft_from = add_soft_tokens(body, features, scale, run.model.factor_dropout)
     return model, compiled
 
 

@@ -56,7 +56,11 @@ class BadRow:
 
 
 def read_rows(
-    path: Path, *, histories: Mapping[str, Query] | None = None, need: tuple[str, ...] = ()
+    path: Path,
+    *,
+    histories: Mapping[str, Query] | None = None,
+    need: tuple[str, ...] = (),
+    ratings: bool = False,
 ) -> Iterator[QueryRow | BadRow]:
     """Read `path` row by row, whatever its size.
 
@@ -68,6 +72,7 @@ def read_rows(
         path: Parquet, JSONL, CSV or TSV.
         histories: by user id.
         need: further columns that every row must have.
+        ratings: whether ratings are read; else no row has any.
 
     Raises:
         RecllmError: no such file, an empty one, an unknown kind, or columns that answer nothing.
@@ -76,7 +81,7 @@ def read_rows(
     columns = _columns(path)
     if columns is not None:
         _check_columns(path, columns, histories is not None, need)
-    return (parse_row(line, fields, histories, need) for line, fields in _raw(path))
+    return (parse_row(line, fields, histories, need, ratings=ratings) for line, fields in _raw(path))
 
 
 def check_source(path: Path) -> None:
@@ -204,6 +209,8 @@ def parse_row(
     fields: Any,  # noqa: ANN401  what JSON holds
     histories: Mapping[str, Query] | None = None,
     need: tuple[str, ...] = (),
+    *,
+    ratings: bool = False,
 ) -> QueryRow | BadRow:
     """A row out of its fields, as `read_rows` says, or why it cannot be answered."""
     if isinstance(fields, _Unreadable):
@@ -212,31 +219,31 @@ def parse_row(
         return BadRow(line, "not a JSON object", fields)
     try:
         user = _identifier(fields["user_id"]) if fields.get("user_id") not in (None, "") else None
-        history, ratings = _history(fields, user, histories)
+        history, rated = _history(fields, user, histories, ratings=ratings)
         candidates = _items("candidates", fields.get("candidates")) if "candidates" in need else ()
         if "candidates" in need and not candidates:
             raise ValueError("no 'candidates', the item ids to score")
     except ValueError as error:
         return BadRow(line, str(error), fields)
-    return QueryRow(line, f"line {line}" if user is None else user, history, ratings, candidates, fields)
+    return QueryRow(line, f"line {line}" if user is None else user, history, rated, candidates, fields)
 
 
 def _history(
-    fields: Mapping[str, Any], user: str | None, histories: Mapping[str, Query] | None
+    fields: Mapping[str, Any], user: str | None, histories: Mapping[str, Query] | None, *, ratings: bool
 ) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """The history of a row and its ratings."""
     given = fields.get("history")
     looked_up = given == "" and user is not None and histories is not None  # a blank of CSV is a missing value
     if given is not None and not looked_up:
         items = _items("history", given)
-        return items, _ratings(fields.get("ratings"), len(items))
+        return items, _ratings(fields.get("ratings"), len(items)) if ratings else None
     if user is None:
         raise ValueError("neither 'history' nor 'user_id'")
     if histories is None:
         raise ValueError("no 'history'; for rows with only a user_id name the log: --interactions FILE")
     if user not in histories:
         raise ValueError(f"unknown user '{user}': the interactions have no event of this user")
-    return histories[user].history, histories[user].ratings
+    return histories[user].history, histories[user].ratings if ratings else None
 
 
 def _ratings(given: Any, items: int) -> tuple[float, ...] | None:  # noqa: ANN401
@@ -249,9 +256,11 @@ def _ratings(given: Any, items: int) -> tuple[float, ...] | None:  # noqa: ANN40
         raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers")
     try:
         found = tuple(float(value) for value in given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers") from None
-    if len(found) != items or not all(map(math.isfinite, found)):
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"'ratings' is {_named(given)}, and not all of it are finite numbers")
+    if len(found) != items:
         raise ValueError(f"'ratings' has {len(found)} numbers, and 'history' {items} items; each item needs one")
     return found
 

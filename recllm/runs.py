@@ -160,7 +160,7 @@ class LightSettings(Settings):
     teacher: str | None = None
     """Folder of a finished run on the same data; its fused scores are learnt from beside the events (next_item)."""
     taught: int = Field(default=10_000, ge=1)
-    """Histories that the teacher is asked about, each learnt from once in a pass."""
+    """Histories that the teacher is asked about; they are learnt from in every pass."""
     taught_weight: float = Field(default=1.0, gt=0)
     """Weight of a step over such histories beside that of a step over events."""
 

@@ -150,7 +150,8 @@ class Recommender:
         self._shortlist: Shortlist | None = None
         if kind != EXACT:
             at = np.append(counts, 0)[self._order]
-            self._shortlist = Shortlist(fusion, prepared, at, kind, self._vectors(self._sample(SAMPLED)), threads)
+            samples = self._vectors(self._sample(SAMPLED))
+            self._shortlist = Shortlist(fusion, prepared, at, kind=kind, samples=samples, threads=threads)
             self._feeds = {}  # the shortlist has them in rows
 
     @property
@@ -204,10 +205,21 @@ class Recommender:
         Args:
             histories: item ids; drawn ones of a single item each where not given.
             k: how many.
+
+        Raises:
+            RecllmError: k is not between 1 and the number of items.
         """
+        self.check_k(k)
         queries = self._sample(SAMPLED) if histories is None else [Query(tuple(history)) for history in histories]
         if self._shortlist is None or not queries:
             return 1.0
+        parts = [queries[start : start + SAMPLED] for start in range(0, len(queries), SAMPLED)]
+        found = [self._best_and_found(part, k) for part in parts]
+        return recall(*(np.concatenate(each) for each in zip(*found, strict=True)))
+
+    def _best_and_found(self, queries: Sequence[Query], k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of the exact best and of those that the index gives, int64[queries, k] each."""
+        assert self._shortlist is not None
         vectors, parts = self._vectors(queries), []
         found, _, _ = self._top(queries, k, exclude_seen=True)
         for start in range(0, len(self._order), PLACES_AT_ONCE):
@@ -215,8 +227,7 @@ class Recommender:
             listed = np.tile(np.arange(start, stop), (len(queries), 1))
             rows, scores, _ = self._ranked(queries, vectors, min(k, stop - start), True, listed)
             parts.append((rows, np.where(np.isnan(scores), -np.inf, scores)))
-        best, _ = merged(parts, k)
-        return recall(best, found)
+        return merged(parts, k)[0], found
 
     def _sample(self, count: int) -> list[Query]:
         """Histories of a single item, drawn by a fixed seed from the items with events."""
@@ -350,6 +361,8 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
         RecllmError: not a bundle, damaged, or the provider or the index is not there.
     """
     check_kind(index)
+    if index != EXACT and provider != "cpu":
+        raise RecllmError(f"The index '{index}' searches on the CPU. Leave it out, or ask for the provider cpu.")
     place = Path(folder)
     manifest = read_manifest(place)
     if "scorers" not in manifest:

@@ -114,7 +114,7 @@ class NextItemModel(nn.Module):
         factor_dropout: share of items that lose their factors in a training step, so that text learns to stand alone.
         counts: int64[items], training events, by which negatives are drawn.
         negatives: items that are drawn in a training step, in place of all; 0, or as many as there are, takes all. What
-            a step costs then does not grow with the catalogue.
+            a step costs then hardly grows with the catalogue: but for drawing, and the biases' own steps.
     """
 
     def __init__(
@@ -168,10 +168,11 @@ class NextItemModel(nn.Module):
         ends: Tensor,
         labels: Tensor,
         seen: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
         taught: Tensor | None = None,
         shares: Tensor | None = None,
         hidden: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         **_: object,
     ) -> dict[str, Tensor]:
         """Cross-entropy of the next items among those that the window has not shown yet.
@@ -184,10 +185,10 @@ class NextItemModel(nn.Module):
             ends: int64[batch, ends], where each item ends.
             labels: int64[batch, ends], the row of the item after it, −100 where there is none to learn.
             seen: int64[batch, ends], the row of the item that ends there, −100 behind the last one.
+            num_items_in_batch: the number of labels over all devices and accumulation steps, Trainer's own.
             taught: int64[batch, targets], in place of the one label of each window, what a teacher would choose.
             shares: float32[batch, targets], how much of each.
             hidden: int64[batch, hidden], further items that a window must not choose, −100 behind the last one.
-            num_items_in_batch: the number of labels over all devices and accumulation steps, Trainer's own.
 
         Returns:
             `loss`, a scalar; when not training also `ranks`, float32[batch], of the last label of each row.
@@ -197,7 +198,8 @@ class NextItemModel(nn.Module):
             own = labels[chosen][:, None]
             targets = Targets(own, torch.ones_like(own, dtype=torch.float32))
         else:
-            targets = Targets(taught, shares)
+            counts = chosen.any(1)  # a row that only fills a batch has no end to learn from
+            targets = Targets(taught[counts], shares[counts])
         barred = _seen_before(chosen, seen, hidden)
         if self.training and self.negatives:
             total, ranks = self._drawn_loss(ids, ends, chosen, targets, barred)

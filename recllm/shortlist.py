@@ -1,18 +1,19 @@
 """A shortlist of a large catalogue: a cheap search over all items, so that only some are scored in full.
 
 What stands behind a fused score is one product of a query and an item, but for weights that go by an item's events.
-That product is searched in 8 bits (a quarter of the memory, and several times as fast), or by an index that looks at
-a part of the items only. The exact graph then ranks what was found, so that an approximation can cost an item its place
-in the shortlist, but never changes a score.
+That product is searched in whole numbers (a quarter of the memory, and several times as fast), or by an index that
+looks at a part of the items only. The exact graph then ranks what was found, so that an approximation can cost an item
+its place in the shortlist, but never changes a score.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recllm.catalogue import Prepared, Vectors, rooted
+from recllm.catalogue import WIDE, Prepared, Vectors, rooted
 from recllm.errors import RecllmError, require, unknown
 from recllm.fitting import FLAT
 from recllm.fusion import Counts, Fusion
@@ -28,7 +29,10 @@ LISTED = 100
 PER_LIST = 64
 """Items from which a list of the approximate index learns its centre."""
 PROBED_FOR = 0.99
-"""The share of the best that the approximate index should find: lists are added until it does."""
+"""The share of the ten best that the approximate index should find: lists are added until it does."""
+ITEM_STEPS, QUERY_STEPS = 63, 127
+"""Steps of an item's and of a query's scale on either side of zero. Items have seven bits: without VNNI, processors add
+two products of eight bits into sixteen, which overflows."""
 
 
 class Search(Protocol):
@@ -57,7 +61,7 @@ class Int8Search:
 
     def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
         """As `Search`."""
-        scale = np.maximum(np.abs(queries).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127.0
+        scale = np.maximum(np.abs(queries).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / QUERY_STEPS
         whole = (np.rint(queries / scale) + 128.0).astype(np.uint8)
         found = []
         for (start, session), own in zip(self._parts, self._counts, strict=True):
@@ -71,7 +75,7 @@ def int8_graph(items: Vectors) -> bytes:
     """A graph from uint8[queries, width], 128 for zero, to the best items: their products and their places."""
     onnx = require("onnx", "index", "The int8 index")
     helper, kinds, array = onnx.helper, onnx.TensorProto, onnx.numpy_helper.from_array
-    scale = np.maximum(np.abs(items).max(axis=1), np.finfo(np.float32).tiny) / np.float32(127.0)
+    scale = np.maximum(np.abs(items).max(axis=1), np.finfo(np.float32).tiny) / np.float32(ITEM_STEPS)
     whole = np.ascontiguousarray(np.rint(items / scale[:, None]).astype(np.int8).T)
     kept = [array(whole, "items"), array(scale[None], "scale"), array(np.array(128, dtype=np.uint8), "zero")]
     nodes = [
@@ -104,31 +108,54 @@ class FaissSearch:
     """
 
     def __init__(self, items: Vectors, samples: Vectors, threads: int = 0) -> None:
-        faiss = require("faiss", "index", "The faiss index")
-        if threads:
-            faiss.omp_set_num_threads(threads)
-        lists = max(1, min(int(4 * np.sqrt(len(items))), len(items) // PER_LIST))
-        self._index = faiss.index_factory(items.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-        random = np.random.default_rng(0)
-        self._index.train(items[np.sort(random.permutation(len(items))[: PER_LIST * lists])])
-        self._index.add(items)
-        best, _ = Int8Search(items, threads)(samples, 10)
-        self._index.nprobe = 1
-        while self._index.nprobe < lists and self._recall(samples, best) < PROBED_FOR:
-            self._index.nprobe = min(2 * self._index.nprobe, lists)
-
-    def _recall(self, samples: Vectors, best: Places) -> float:
-        return recall(best, self(samples, LISTED)[0])
-
-    @property
-    def probes(self) -> int:
+        self._faiss, self._threads = require("faiss", "index", "The faiss index"), threads
+        self._lists = max(1, min(int(4 * np.sqrt(len(items))), len(items) // PER_LIST))
+        inner = self._faiss.METRIC_INNER_PRODUCT
+        self._index = self._faiss.index_factory(items.shape[1], f"IVF{self._lists},SQ8", inner)
+        drawn = np.random.default_rng(0).permutation(len(items))[: PER_LIST * self._lists]
+        with self._own_threads():
+            self._index.train(items[np.sort(drawn)])
+            self._index.add(items)
+        best, self.probes = _exact(items, samples, 10), 1
         """Lists that are looked into."""
-        return int(self._index.nprobe)
+        while self.probes < self._lists and recall(best, self(samples, LISTED)[0]) < PROBED_FOR:
+            self.probes = min(2 * self.probes, self._lists)
 
     def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
-        """As `Search`."""
-        products, places = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), count)
-        return places.astype(np.int64), products
+        """As `Search`; a query whose lists hold fewer than `count` items looks into more of them."""
+        places, products = self._found(queries, count, self.probes)
+        probes = self.probes
+        while probes < self._lists and len(short := np.flatnonzero((places < 0).any(axis=1))):
+            probes = min(2 * probes, self._lists)
+            places[short], products[short] = self._found(queries[short], count, probes)
+        return places, products
+
+    def _found(self, queries: Vectors, count: int, probes: int) -> tuple[Places, Vectors]:
+        given = np.ascontiguousarray(queries, dtype=np.float32)
+        with self._own_threads():
+            found = self._index.search(given, count, params=self._faiss.SearchParametersIVF(nprobe=probes))
+        return found[1].astype(np.int64), found[0]
+
+    @contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        """As many threads as were asked for; faiss knows one number for the whole process."""
+        before = self._faiss.omp_get_max_threads()
+        if self._threads:
+            self._faiss.omp_set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            self._faiss.omp_set_num_threads(before)
+
+
+def _exact(items: Vectors, queries: Vectors, count: int) -> Places:
+    """The places of the `count` largest products, int64[queries, count]."""
+    found = []
+    for start in range(0, len(items), ITEMS_IN_GRAPH):
+        products = queries @ items[start : start + ITEMS_IN_GRAPH].T
+        order = np.argsort(-products, axis=1, kind="stable")[:, :count]
+        found.append((order + start, np.take_along_axis(products, order, 1)))
+    return merged(found, count)[0]
 
 
 def recall(best: Places, found: Places) -> float:
@@ -165,6 +192,7 @@ class Shortlist:
         fusion: Fusion,
         prepared: Prepared,
         n_item: Counts,
+        *,
         kind: str,
         samples: Mapping[str, Vectors],
         threads: int = 0,
@@ -173,9 +201,9 @@ class Shortlist:
         if rooted(fusion, widths) != fusion.names:
             wide = [name for name in fusion.names if name not in rooted(fusion, widths)]
             raise RecllmError(
-                f"An index searches a sum of products, and {', '.join(map(repr, wide))} of this bundle "
-                f"{'is' if len(wide) == 1 else 'are'} as wide as the catalogue, or fused by ranks. Such a catalogue "
-                "is small enough to be ranked whole: leave the index out."
+                f"An index searches a sum of products, and {', '.join(map(repr, wide))} of this bundle cannot be one: "
+                f"vectors of {WIDE:,} and more (item-item matrices, wide text encoders), or a fusion by ranks. Leave "
+                "the index out, or train with a narrower model.item_encoder and fusion.kinds that add scores."
             )
         self.fusion, self._widths = fusion, widths
         sides = ("items", "new_items") if fusion.new is not None else ("items",)
@@ -239,7 +267,9 @@ class Shortlist:
     def _scale(self, name: str) -> float:
         """Brings a scorer's queries to components of about 1, and its items to what they add: one scale suits all."""
         known = self._block(name, "items")
-        return float(np.sqrt((known.astype(np.float64) ** 2).mean() * self._widths[name])) or 1.0
+        parts = (known[start : start + ITEMS_IN_GRAPH] for start in range(0, len(known), ITEMS_IN_GRAPH))
+        squares = sum(float(np.einsum("iw,iw->", part, part, dtype=np.float64)) for part in parts)
+        return float(np.sqrt(squares / len(known))) or 1.0
 
     def _items(self, side: str, n_item: Counts) -> Vectors:
         """What is searched on a side, float32[places, all widths], weighted as for a usual user."""

@@ -104,8 +104,9 @@ class _CatalogueLoss(torch.autograd.Function):
         kinds = queries.dtype, heads.dtype, bias.dtype
         if torch.is_autocast_enabled(queries.device.type):
             kind = torch.get_autocast_dtype(queries.device.type)
-            # Gradients are scaled behind the loss, and what is made here would vanish in fp16 before that.
-            kind = torch.float32 if kind == torch.float16 else kind
+            # Gradients are scaled behind the loss, and what is made here would vanish in fp16 before that; and rounded
+            # logits would tie what ranks tell apart.
+            kind = torch.float32 if ranks or kind == torch.float16 else kind
             queries, heads = queries.to(kind), heads.to(kind)
         else:
             heads = heads.to(queries.dtype)

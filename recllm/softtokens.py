@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recllm.sequence import ItemProjection
+from recllm.sequence import ItemProjection, drop_factors
 from recllm.vectors import ItemFeatures
 
 
@@ -20,10 +20,13 @@ class SoftTokens(nn.Module):
         words: the model's own embeddings.
         features: the items' text vectors and factors.
         scale: root mean square that an item's embedding starts with, that of words.
+        factor_dropout: share of item tokens that lose their factors in a training step, so that text learns to stand
+            alone.
     """
 
-    def __init__(self, words: nn.Module, features: ItemFeatures, scale: float) -> None:
+    def __init__(self, words: nn.Module, features: ItemFeatures, scale: float, factor_dropout: float = 0.0) -> None:
         super().__init__()
+        self.factor_dropout = factor_dropout
         self.words, self.first = words, int(words.num_embeddings)  # type: ignore[arg-type]
         width = int(words.embedding_dim)  # type: ignore[arg-type]
         self.items = ItemProjection(features.text.shape[1], features.factors.shape[1], width, scale)
@@ -34,14 +37,16 @@ class SoftTokens(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings float[…, width] of int64[…]; from `first` on, ids are rows of items."""
-        rows = (ids - self.first).clamp(min=0)
-        if self.baked is None:
-            items = self.items(self.text_vectors[rows.flatten()], self.item_factors[rows.flatten()])  # type: ignore[index]
-            items = items.view(*ids.shape, -1)
-        else:
-            items = nn.functional.embedding(rows, self.baked)
-        words = self.words(ids.clamp(max=self.first - 1))
-        return torch.where((ids >= self.first)[..., None], items.to(words.dtype), words)
+        words, soft = self.words(ids.clamp(max=self.first - 1)), ids >= self.first
+        if self.baked is not None:
+            items = nn.functional.embedding((ids - self.first).clamp(min=0), self.baked)
+            return torch.where(soft[..., None], items.to(words.dtype), words)
+        rows = ids[soft] - self.first
+        factors: Tensor = self.item_factors[rows]  # type: ignore[index]
+        if self.training:
+            factors = drop_factors(factors, self.factor_dropout)
+        items = self.items(self.text_vectors[rows], factors)  # type: ignore[index]
+        return words.masked_scatter(soft[..., None], items.to(words.dtype))
 
     @torch.no_grad()
     def bake(self) -> None:
@@ -49,14 +54,14 @@ class SoftTokens(nn.Module):
         self.baked = self.items(self.text_vectors, self.item_factors)
 
 
-def add_soft_tokens(body: nn.Module, features: ItemFeatures, scale: float) -> int:
+def add_soft_tokens(body: nn.Module, features: ItemFeatures, scale: float, factor_dropout: float = 0.0) -> int:
     """Put soft tokens behind the vocabulary of a model, in place; they train.
 
     Returns:
         The id of the first item's token.
     """
     model = next(module for module in body.modules() if isinstance(module, PreTrainedModel))
-    soft = SoftTokens(model.get_input_embeddings(), features, scale)
+    soft = SoftTokens(model.get_input_embeddings(), features, scale, factor_dropout)
     model.set_input_embeddings(soft)
     return soft.first
 

@@ -45,11 +45,11 @@ class Taught(NamedTuple):
 def with_taught(
     windows: Sequence[Rows], taught: Sequence[Taught], *, passes: int, batch: int, seed: int
 ) -> list[Rows | Taught]:
-    """Windows of events with whole batches of taught ones among them, every one of these once in a pass.
+    """Windows of events with whole batches of taught ones among them; in a pass each once, a few twice to fill them.
 
     Args:
         windows: in batches, which stay as they are; what is left over stays last.
-        taught: where they fill no batch, some come twice.
+        taught: what a teacher has completed.
         passes: how often all `taught` come.
         batch: windows in a step on all devices.
         seed: of their order.
@@ -57,18 +57,18 @@ def with_taught(
     if not taught:
         return list(windows)
     random = np.random.default_rng([seed, 2])
-    filled = [taught[place % len(taught)] for place in range(max(batch, len(taught)))]
-    whole, steps = len(windows) // batch, len(filled) // batch
+    whole, steps = len(windows) // batch, -(-len(taught) // batch)
     added: list[Taught] = []
     for _ in range(passes):
-        order = like_lengths([len(row.window) for row in filled], batch, random)
-        added += [filled[place] for place in order[: steps * batch]]
+        more = random.integers(0, len(taught), steps * batch - len(taught))
+        filled = [*taught, *(taught[place] for place in more)]
+        added += [filled[place] for place in like_lengths([len(row.window) for row in filled], batch, random)]
     result: list[Rows | Taught] = []
-    events, more = 0, 0
+    events, place = 0, 0
     for is_taught in random.permutation(np.arange(whole + passes * steps) < passes * steps):
         if is_taught:
-            result += added[more : more + batch]
-            more += batch
+            result += added[place : place + batch]
+            place += batch
         else:
             result += windows[events : events + batch]
             events += batch

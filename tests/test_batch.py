@@ -101,9 +101,6 @@ BAD = [
     ('{"history": ["0", null]}', "None is no id"),
     ('{"history": [["0"]]}', "is no id"),
     ('{"history": "[1, "}', "Expecting value"),
-    ('{"history": ["0"], "ratings": "high"}', "'ratings' is ['high'], not a list of numbers"),
-    ('{"history": ["0", "2"], "ratings": [4]}', "'ratings' has 1 numbers, and 'history' 2 items; each item needs one"),
-    ('{"history": ["0"], "ratings": [NaN]}', "'ratings' has 1 numbers"),
 ]
 
 
@@ -125,6 +122,26 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path, recommender):
     assert read(target)["user_id"].to_list() == ["line 1", f"line {len(lines)}"]
     assert (summary.answered, summary.rejected) == (2, len(BAD))
     assert any(f"{len(BAD)} rows could not be answered" in line for line in summary.lines(target))
+
+
+BAD_RATINGS = [
+    ('"high"', "'ratings' is ['high'], not a list of numbers"),
+    ("[4]", "'ratings' has 1 numbers, and 'history' 2 items; each item needs one"),
+    ("[4, NaN]", "not all of it are finite numbers"),
+    (f"[4, {'9' * 400}]", "not a list of numbers"),
+    ("7", "'ratings' is 7, not a list of numbers"),
+]
+
+
+@pytest.mark.parametrize(("ratings", "reason"), BAD_RATINGS)
+def test_ratings_are_read_where_something_reads_them(tmp_path, recommender, ratings, reason):
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'{{"history": ["0", "2"], "ratings": {ratings}}}\n', encoding="utf-8")
+    (row,) = read_rows(source, ratings=True)
+    assert reason in row.reason
+    (row,) = read_rows(source)
+    assert row.ratings is None
+    assert recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=1).answered == 1
 
 
 def test_a_csv_row_of_the_wrong_length_is_set_aside(tmp_path, recommender):

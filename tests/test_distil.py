@@ -1,23 +1,27 @@
 """Distillation: the student learns what the teacher says of histories, and a teacher that knows the test is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from recllm.distil import FILE, LEFT_OUT, TransferHistories, check_teacher, taught_windows
 from recllm.errors import RecllmError
-from recllm.examples import NextItemCollator
+from recllm.examples import Examples, NextItemCollator, WholeBatches, collate_counted
 from recllm.fusion import FusedScorer, Fusion
 from recllm.histories import HistoryFormat
 from recllm.outcome import evaluate_run
 from recllm.planning import plan_run
+from recllm.ranking import ItemIndex
 from recllm.runs import load_run
 from recllm.scoring import known_scores, scorer_makers
-from recllm.sequence import IGNORED
+from recllm.sequence import IGNORED, LightBody, NextItemModel
 from recllm.tasks import prepare
 from recllm.train import train_run
 from recllm.trained import load_collaborative
+from recllm.vectors import ItemFeatures
+from recllm.windows import Taught, with_taught
 
 
 def silent(_):
@@ -66,14 +70,14 @@ def test_transfer_histories_are_whole_first_and_then_with_parts_left_out():
     assert list(TransferHistories([np.zeros(0, dtype=np.int64)], 5, seed=0)) == []
 
 
-def test_what_is_taught_is_the_softmax_of_the_teachers_scores(student):
+def test_what_is_taught_is_the_softmax_of_the_teachers_scores(student, tiny_run):
     run = student(**{"light.taught": 60, "light.taught_weight": 0.5, "light.max_history": 4})
     task = prepare(run)
     said = []
     rows = taught_windows(run, task, said.append)
     assert len(rows) == 60
     (scale,) = (float(line.split("softmax of ")[1].split()[0]) for line in said if "softmax" in line)
-    teacher = check_teacher(run)
+    teacher = load_run(tiny_run)
     parts = load_collaborative(teacher, task)
     fusion = Fusion.load(teacher.folder / "fusion.json")
     made = scorer_makers(teacher, task, parts)
@@ -109,6 +113,48 @@ def test_a_batch_of_taught_windows_bars_what_is_hidden(student):
         assert batch["labels"][place][batch["labels"][place] != IGNORED].tolist() == [row.items[0]]
         assert [item for item in batch["hidden"][place].tolist() if item != IGNORED] == row.hidden.tolist()
     assert batch["taught"].shape == batch["shares"].shape
+
+
+@pytest.mark.parametrize("tail", ["events", "taught"])
+def test_rows_that_fill_up_the_batches_of_several_processes_teach_nothing(tail):
+    """Two processes with two rows each; what is left over fills no round."""
+    none = np.zeros(0, dtype=np.int64)
+    taught = [
+        Taught(np.array([place, place + 1]), none, np.array([place + 1, 9]), np.array([0.7, 0.3], dtype=np.float32))
+        for place in range(4)
+    ]
+    windows = [np.arange(place, place + 3) for place in range(5)]
+    rows = with_taught(windows, taught, passes=1, batch=4, seed=1) if tail == "events" else [*windows[:4], taught[0]]
+    filled = WholeBatches(Examples(rows), 4)
+    random = np.random.default_rng(0)
+    features = ItemFeatures(
+        ItemIndex(map(str, range(12))),
+        random.normal(size=(12, 6)).astype(np.float32),
+        random.normal(size=(12, 4)).astype(np.float32),
+    )
+    body = LightBody(8, layers=1, heads=2, positions=4, dropout=0.0)
+    model = NextItemModel(body, features, width=8, head_width=8, warm=np.ones(12, dtype=bool), token_scale=1.0)
+    collator = NextItemCollator(HistoryFormat((), (), 4, 1))
+    losses = []
+    for start in range(0, len(filled), 2):
+        part = [filled[place] for place in range(start, start + 2)]
+        losses.append(float(model(**collate_counted(collator, part), num_items_in_batch=1)["loss"].detach()))
+    assert np.isfinite(losses).all()
+    assert losses[-1] == 0.0  # the last process has nothing that counts
+    alone = float(model(**collator(rows[-1:]), num_items_in_batch=1)["loss"].detach())
+    assert losses[-2] == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_student_goes_on_without_its_teacher(student, tiny_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy)
+    run = student(**{"light.taught": 40, "light.teacher": copy})
+    task = prepare(run)
+    before = taught_windows(run, task, silent)
+    shutil.rmtree(copy)
+    assert check_teacher(run) is None
+    again = taught_windows(run, task, silent)
+    assert [row.items.tolist() for row in again] == [row.items.tolist() for row in before]
 
 
 def test_a_student_learns_what_its_teacher_knows(student):
@@ -154,13 +200,13 @@ def test_a_teacher_that_does_not_fit_is_refused(student, tiny_run, keys, message
 def test_an_unfinished_teacher_is_refused(student, tiny_run, tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "run.toml").write_text((tiny_run / "run.toml").read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(RecllmError, match=r"begun' is no finished run of next items. Train it first"):
+    with pytest.raises(
+        RecllmError, match=r"begun' is not trained to its end. Go on with it first: recllm train .*begun --resume"
+    ):
         check_teacher(student(**{"light.teacher": tmp_path / "begun"}))
 
 
 def test_a_teacher_of_other_data_is_refused(student, tiny_run, tmp_path):
-    import shutil
-
     copy = tmp_path / "other"
     shutil.copytree(tiny_run, copy)
     environment = json.loads((copy / "environment.json").read_text(encoding="utf-8"))

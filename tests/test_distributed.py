@@ -42,12 +42,12 @@ def test_a_batch_is_answered_as_by_the_batch_runner(tiny_bundle, tmp_path, kind)
 
 
 def test_a_bad_row_says_why_and_stops_nothing(tiny_bundle):
-    rows = {"user_id": ["a", "b", None], "history": [["0"], 7, ["1"]], "ratings": [None, None, [float("nan")]]}
+    rows = {"user_id": ["a", "b", None, pd.NA], "history": [["0"], 7, ["1"], ["1"]]}
     found = pl.DataFrame(BatchRecommender(tiny_bundle, k=2)(rows))
     bad = found.filter(pl.col("error").is_not_null())
-    assert bad.select("user_id", "rank", "item_id").rows() == [("b", 0, None), (None, 0, None)]
+    assert bad.select("user_id", "rank", "item_id").rows() == [("b", 0, None), (None, 0, None), (None, 0, None)]
     assert "'history' is 7, not a list" in bad["error"][0]
-    assert "'ratings'" in bad["error"][1]
+    assert "no 'user_id'" in bad["error"][1]
     assert found.filter(user_id="a")["rank"].to_list() == [1, 2]
     nothing = BatchRecommender(tiny_bundle, k=2)({"user_id": [], "history": []})
     assert list(nothing) == found.columns
@@ -61,10 +61,31 @@ def test_a_user_is_known_by_the_id_only(tiny_bundle):
         BatchRecommender(tiny_bundle, k=99)
 
 
-def test_an_index_answers_the_same(tiny_bundle):
+def test_an_index_answers_the_same(tiny_bundle, monkeypatch):
+    monkeypatch.setattr("recllm.runtime.LISTED", 10)
     exact, searched = (BatchRecommender(tiny_bundle, k=3, index=index)(arrays(ROWS)) for index in ("exact", "int8"))
     assert searched["item_id"].tolist() == exact["item_id"].tolist()
-    assert RANKER_SHARE not in {name.removeprefix("share_") for name in exact}
+
+
+class Judge:
+    """A ranker that keeps what it was asked."""
+
+    def __init__(self):
+        self.ratings = []
+
+    def score_lists(self, queries, items):
+        self.ratings += [query.ratings for query in queries]
+        return [np.arange(len(own), dtype=np.float32) for own in items]
+
+
+def test_a_ranker_reads_the_ratings(tiny_bundle, monkeypatch):
+    judge = Judge()
+    monkeypatch.setattr("recllm.distributed.load_ranker", lambda *_, **__: judge)
+    answer = BatchRecommender(tiny_bundle, k=2, ranker="judge", rank_top=3)
+    rows = {"user_id": ["a", "b"], "history": [[np.int64(1), np.int64(2)], ["0"]], "ratings": [[5, 1.0], pd.NA]}
+    found = answer(rows)
+    assert judge.ratings == [(5.0, 1.0), None]
+    assert f"share_{RANKER_SHARE}" in found
 
 
 @pytest.mark.filterwarnings("default")  # ray's own

@@ -98,6 +98,16 @@ def test_under_autocast_small_gradients_are_there(kind):
         assert other.grad.numpy() == pytest.approx(leaf.grad.numpy(), abs=near)
 
 
+def test_ranks_are_those_of_unrounded_logits():
+    (queries, heads, bias), labels, barred = given()
+    with torch.no_grad():
+        bias += 100 * (bias > 0)  # so large that bf16 would tie them
+        exact = catalogue_loss(queries, heads, bias, one(labels), barred, ranks=True)[1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = catalogue_loss(queries, heads, bias, one(labels), barred, ranks=True)[1]
+    assert torch.equal(found, exact)
+
+
 def test_no_label_is_no_loss():
     (queries, heads, bias), labels, _ = given()
     none = torch.zeros(0, dtype=torch.long)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from recllm.adapters import AdapterRecipe, attach
-from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.judging import load_relevance
 from recllm.lm import embedding_scale, load_base
@@ -65,6 +64,19 @@ def test_only_the_projection_and_the_adapter_train(tiny_lm_folder):
     assert not any("words" in name for name in trained)
 
 
+def test_factors_are_dropped_in_training_only(tiny_lm_folder):
+    base = load_base(tiny_lm_folder)
+    first = add_soft_tokens(base.model, features(), 1.0, factor_dropout=0.999)
+    soft, known = base.model.get_input_embeddings(), torch.tensor([[4, first + 4, first + 3]])
+    with torch.no_grad():
+        trained, read = soft.train()(known), soft.eval()(known)
+        without = soft.items(soft.text_vectors[[4]], torch.full_like(soft.item_factors[[4]], torch.nan))
+    assert torch.equal(trained[0, 0], read[0, 0])
+    assert torch.allclose(trained[0, 1], without[0])
+    assert not torch.allclose(read[0, 1], without[0])
+    assert torch.equal(trained[0, 2], read[0, 2])  # has no factors anyway
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Every title is the same, and even items are liked: only what was liked before tells the items apart."""
@@ -95,7 +107,7 @@ def run_of(folder, model, output, encoder, *, soft):
             "data": {"name": str(folder), "split": "given", "like_at": 1.0},
             "model": {
                 "name": str(model), "item_encoder": str(encoder), "task": "relevance", "max_history": 8,
-                "soft_tokens": soft,
+                "soft_tokens": soft, "factor_dropout": 0.0,
             },
             "adapter": {"lora_dropout": 0.0},
             "light": {"num_train_epochs": 0},
@@ -149,7 +161,6 @@ def test_a_plan_shows_items_in_brackets(trained):
     assert plan.examples[0].count("[A film]") >= 5
 
 
-def test_soft_tokens_are_for_runs_that_judge(tmp_path):
+def test_soft_tokens_are_for_runs_that_judge():
     with pytest.raises(ValueError, match="those of next items have item tokens"):
         Run.model_validate({"name": "x", "data": {"name": "y"}, "model": {"soft_tokens": True}})
-    assert issubclass(RecllmError, Exception)
