@@ -75,14 +75,16 @@ class TransferHistories:
 
 
 def check_teacher(run: Run) -> Run | None:
-    """The run that the light scorer learns from; None where there is none, or where it has said all that it was asked.
+    """The run that the light scorer learns from; None where there is none.
 
     Raises:
         RecllmError: no finished run of next items, or one that was trained on another split, whose test rows it knows.
     """
-    if run.light.teacher is None or (run.folder / FILE).is_file():
+    if run.light.teacher is None:
         return None
     teacher = load_run(Path(run.light.teacher))
+    if teacher.folder.resolve() == run.folder.resolve():
+        raise RecllmError("light.teacher is this run itself. Give the student a name of its own (--set name=…).")
     if teacher.model.task != "next_item":
         raise RecllmError(f"light.teacher = '{run.light.teacher}' judges pairs. Name a run of next items.")
     if not (teacher.folder / "fusion.json").is_file():
@@ -90,8 +92,6 @@ def check_teacher(run: Run) -> Run | None:
             f"light.teacher = '{run.light.teacher}' is not trained to its end. Go on with it first: "
             f"recllm train {run.light.teacher} --resume"
         )
-    if teacher.folder.resolve() == run.folder.resolve():
-        raise RecllmError("light.teacher is this run itself. Give the student a name of its own (--set name=…).")
     drawn = run.data.split == "cold-items" or run.data.shots is not None
     seeds = [own.seed if own.data.seed is None else own.data.seed for own in (run, teacher)]
     told = {"data.seed": (seeds[0], seeds[1])} if drawn else {}
@@ -109,6 +109,11 @@ def check_teacher(run: Run) -> Run | None:
     return teacher
 
 
+def has_been_taught(run: Run) -> bool:
+    """Whether the run's folder has what its teacher said, so that it goes on without."""
+    return (run.folder / FILE).is_file()
+
+
 def taught_windows(run: Run, task: Task, say: Say) -> list[Taught]:
     """What the run's teacher says of `light.taught` histories; asked once, and kept in the run's folder for good.
 
@@ -120,8 +125,9 @@ def taught_windows(run: Run, task: Task, say: Say) -> list[Taught]:
     histories = list(TransferHistories(task.sequences(), run.light.taught, run.seed))
     path = run.folder / FILE
     with process_state().main_process_first():
-        teacher = check_teacher(run)
-        if teacher is not None:
+        if not has_been_taught(run):
+            teacher = check_teacher(run)
+            assert teacher is not None
             check_same_data(teacher, task.fingerprints())
             items, shares = _ask(teacher, task, histories, say)
             with written(path) as temporary:

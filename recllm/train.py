@@ -11,7 +11,7 @@ import torch
 
 from recllm.cards import write_adapter_card
 from recllm.devices import process_state
-from recllm.distil import check_teacher
+from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.judging import train_light_judge, train_relevance
@@ -82,7 +82,8 @@ def train_run(
     _check_folder(run, resume=resume, overwrite=overwrite)
     with state.main_process_first():
         check_names(run, say, kept=resume)
-        check_teacher(run)
+        if not (resume and has_been_taught(run)):
+            check_teacher(run)
     with clock.stage("data"):
         task = prepare(run, say)
         if resume:
