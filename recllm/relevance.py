@@ -207,7 +207,7 @@ class RelevanceScorer(PointwiseScorer):
         keep_bytes: int = 0,
     ) -> None:
         super().__init__(TorchReader(model), prompt, catalog, calibrated, keep_bytes, progress)
-        self.model, self.bf16 = model, bf16
+        self.model, self._bf16 = model, bf16
         if bf16:
             _ = self.reader.shares  # tried in float32, where rounding hides less
             round_frozen(model.body.requires_grad_(False), torch.bfloat16)
@@ -217,7 +217,7 @@ class RelevanceScorer(PointwiseScorer):
         was_training, device = self.model.training, next(self.model.parameters()).device
         self.model.eval()
         try:
-            with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
                 yield
         finally:
             self.model.train(was_training)
@@ -237,7 +237,12 @@ def answer_output(base: BaseModel) -> nn.Linear | None:
 
 
 def zero_shot_scorer(
-    model_name: str, prompt_name: str, catalog: Catalog, say: Callable[[str], None] = lambda _: None
+    model_name: str,
+    prompt_name: str,
+    catalog: Catalog,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    bf16: bool | None = None,
 ) -> RelevanceScorer:
     """An untrained language model as a scorer of items that have only text.
 
@@ -246,6 +251,7 @@ def zero_shot_scorer(
         prompt_name: a relevance prompt, shipped or by path.
         catalog: the items of the histories and the candidates.
         say: gets lines about what is fetched or converted.
+        bf16: read in bf16; where that is fast, if not given.
 
     Raises:
         RecllmError: the model is an encoder or cannot be had, or the prompt is for another task or names a column that
@@ -263,4 +269,4 @@ def zero_shot_scorer(
     compiled = compile_prompt(prompt, base.tokenizer)
     model = RelevanceModel(base, base.model, answer_output(base), compiled.answer_ids)
     model.eval().to(scoring_device())
-    return RelevanceScorer(model, compiled, catalog, bf16=fast_bf16())
+    return RelevanceScorer(model, compiled, catalog, bf16=fast_bf16() if bf16 is None else bf16)

@@ -56,8 +56,8 @@ def test_minilm_puts_like_texts_together():
 
 
 def test_smollm2_reads_the_history_once_and_scores_as_if_it_read_it_for_every_candidate():
-    scorer = zero_shot_scorer("smollm2-135m-instruct", "relevance", FILMS)
-    scorer.calibrated, scorer.bf16 = False, False
+    scorer = zero_shot_scorer("smollm2-135m-instruct", "relevance", FILMS, bf16=False)
+    scorer.calibrated = False
     query = Query(("alien", "aliens", "toy"))
     found = scorer.score([query], ItemIndex(FILMS.ids))[0]
     whole = AutoModelForCausalLM.from_pretrained(model_folder("smollm2-135m-instruct"), dtype=torch.float32).eval()

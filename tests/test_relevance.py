@@ -117,7 +117,7 @@ def test_weights_rounded_once_score_as_those_rounded_at_every_pass(which, reques
     index = ItemIndex(checkerboard.catalog.ids)
     model = model_of(folder, prompt)
     scorer = RelevanceScorer(model, prompt, checkerboard.catalog)
-    exact, scorer.bf16 = scorer.score(QUERIES, index), True  # autocast over float32 weights
+    exact, scorer._bf16 = scorer.score(QUERIES, index), True  # autocast over float32 weights
     scorer._empty.clear()
     expected = scorer.score(QUERIES, index)
     lean = RelevanceScorer(model, prompt, checkerboard.catalog, bf16=True)
