@@ -83,7 +83,7 @@ def references_of(run: Run, task: Task, names: list[str]) -> dict[str, Reference
     """The tuned references of a run that ranks; a run that judges pairs has its priors among its own scorers."""
     if run.model.task != "next_item" or not names:
         return {}
-    return tuned_references(task, load_collaborative(run, task).vectors, run.seed, names, say)
+    return tuned_references(task, load_collaborative(run, task).vectors, run.seed, names, say, run.light)
 
 
 def measure(run: Run, names: list[str]) -> tuple[dict[str, Table], dict[str, Reference], dict[str, Any]]:

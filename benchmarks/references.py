@@ -6,7 +6,7 @@ item vectors from ids alone. Each is fitted once per entry of its grid, and the 
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.nn import functional
 
 from recllm.data import Interactions, Query
 from recllm.histories import padded
@@ -25,7 +24,9 @@ from recllm.mf import FactorSettings, ImplicitMF, user_items_matrix
 from recllm.priors import TextSimilarity
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.recency import Fading, RecencySettings, ranking_figure
+from recllm.runs import LightSettings
 from recllm.sequence import LightBody
+from recllm.softmax import Barred, Targets, catalogue_loss
 from recllm.tasks import Task
 from recllm.vectors import RawVectors, Standard
 from recllm.windows import Windows
@@ -141,12 +142,14 @@ class SASRecScorer:
         return np.where(columns >= 0, scores[:, columns], np.float32(np.nan))
 
 
-def train_sasrec(task: Task, figure: Figure, seed: int, *, dropout: float) -> SASRecScorer:
+def train_sasrec(
+    task: Task, figure: Figure, seed: int, *, dropout: float, width: int = 128, positions: int = 50
+) -> SASRecScorer:
     """Train by AdamW with the light scorer's schedule of windows; the best epoch on validation is kept."""
     torch.manual_seed(seed)
-    positions, width, batch = 50, 128, 64
+    batch, none = 64, torch.zeros(0, dtype=torch.long)
     model = SASRec(len(task.index), width, positions, dropout)
-    warm = torch.from_numpy(task.warm)
+    bias = torch.where(torch.from_numpy(task.warm), 0.0, -torch.inf)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98))
     windows = Windows(task.sequences(), positions, SASREC_EPOCHS, seed, batch=batch)
     best, kept, since = -1.0, copy.deepcopy(model), 0
@@ -158,9 +161,10 @@ def train_sasrec(task: Task, figure: Figure, seed: int, *, dropout: float) -> SA
             ids = torch.from_numpy(padded([row[:-1].tolist() for row in part]))
             labels = torch.from_numpy(padded([row[1:].tolist() for row in part], -100))
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                hidden = model(ids)[labels != -100]
-                logits = (hidden @ model.items.weight.T).float()
-            loss = functional.cross_entropy(logits.masked_fill(~warm, -torch.inf), labels[labels != -100])
+                hidden, own = model(ids)[labels != -100], labels[labels != -100][:, None]
+                targets = Targets(own, torch.ones(own.shape))
+                total, _ = catalogue_loss(hidden, model.items.weight, bias, targets, Barred(none, none))
+            loss = total / len(own)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -174,7 +178,7 @@ def train_sasrec(task: Task, figure: Figure, seed: int, *, dropout: float) -> SA
 
 
 def tuned_references(
-    task: Task, vectors: RawVectors, seed: int, names: Sequence[str], say: Say
+    task: Task, vectors: RawVectors, seed: int, names: Sequence[str], say: Say, light: LightSettings | None = None
 ) -> dict[str, Reference]:
     """Fit every entry of every grid and keep the best of each reference.
 
@@ -184,6 +188,7 @@ def tuned_references(
         seed: of the fits.
         names: which references; keys of `GRIDS`.
         say: gets a line per trial.
+        light: of recllm's own sequence scorer: SASRec is as wide and reads as far back, where that is more than usual.
     """
     rows = [row for row in task.split.valid if row.item_id in task.index]
     if len(rows) > TUNED_ON:
@@ -194,14 +199,24 @@ def tuned_references(
     def figure(scorer: Fading) -> float:
         return ranking_figure(scorer, queries, targets, task.index)
 
-    return {name: _tuned(name, task, vectors, seed, figure, say) for name in names}
-
-
-def _tuned(name: str, task: Task, vectors: RawVectors, seed: int, figure: Figure, say: Say) -> Reference:
     large = len(task.index) > LARGE_ITEMS or len(task.split.train) > LARGE_EVENTS
     grids = GRIDS | (LARGE_GRIDS if large else {})
+    if light is not None and (light.width > 128 or light.max_history > 50):
+        grids["ref SASRec"] = {**grids["ref SASRec"], "width": (light.width,), "positions": (light.max_history,)}
+    return {name: _tuned(name, grids[name], task, vectors, seed, figure, say) for name in names}
+
+
+def _tuned(
+    name: str,
+    grid: Mapping[str, Sequence[Any]],
+    task: Task,
+    vectors: RawVectors,
+    seed: int,
+    figure: Figure,
+    say: Say,
+) -> Reference:
     start, best, trials = time.monotonic(), None, {}
-    for settings in _combinations(grids[name]):
+    for settings in _combinations(grid):
         scorer = _fit(name, task, vectors, figure, seed, settings)
         found = figure(scorer)
         trials[" ".join(f"{key}={value}" for key, value in settings.items())] = round(found, 5)
@@ -212,7 +227,7 @@ def _tuned(name: str, task: Task, vectors: RawVectors, seed: int, figure: Figure
     return Reference(best[1], best[2], trials, round(time.monotonic() - start, 1))
 
 
-def _combinations(grid: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     for values in product(*grid.values()):
         yield dict(zip(grid, values, strict=True))
 
