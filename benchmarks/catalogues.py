@@ -55,11 +55,11 @@ def seconds(sizes: tuple[int, ...], threads: int) -> Iterator[dict[str, Any]]:
     for items in sizes:
         vectors = {name: random.standard_normal((items, width), dtype=np.float32) for name, width in WIDTHS.items()}
         counts = random.integers(0, 1000, items)
-        ready = {name: prepare(fusion, vectors, counts).feeds for name, fusion in fusions().items()}
-        even = prepare(fusions()["even weights"], vectors, counts)
+        prepared = {name: prepare(fusion, vectors, counts) for name, fusion in fusions().items()}
+        ready, even = {name: own.feeds for name, own in prepared.items()}, prepared["even weights"]
         samples = {name: random.standard_normal((1, width), dtype=np.float32) for name, width in WIDTHS.items()}
         shortlist = Shortlist(fusions()["even weights"], even, counts, kind="int8", samples=samples, threads=threads)
-        del vectors, even  # gigabytes
+        del vectors  # gigabytes
         together = ready["even weights"]["items"]
         for users in USERS:
             own = {name: random.standard_normal((users, width), dtype=np.float32) for name, width in WIDTHS.items()}
