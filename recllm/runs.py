@@ -189,7 +189,7 @@ class TrainSettings(Settings):
     recent_windows: bool = False
     """Train on the last window of every user only."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto` takes bf16 where the machine multiplies it fast, else fp32."""
+    """Also of the light sequence scorer; `auto` takes bf16 where the machine multiplies it fast, else fp32."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better one."""
 

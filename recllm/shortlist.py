@@ -24,6 +24,7 @@ Places = NDArray[np.int64]
 ITEMS_IN_GRAPH = 1 << 18
 """Items of one graph: a graph that holds its items is built in memory, and may not have two gigabytes."""
 OPSET = 21
+"""As the catalogue graph's."""
 LISTED = 100
 """The least length of a shortlist."""
 PER_LIST = 64
@@ -44,7 +45,7 @@ class Search(Protocol):
 
 
 class Int8Search:
-    """All items, in 8 bits: each item and each query by a scale of its own.
+    """All items in seven bits and queries in eight, each by a scale of its own.
 
     Args:
         items: float32[items, width].
@@ -180,7 +181,7 @@ class Shortlist:
         prepared: the item side.
         n_item: events of the item at each place, int64[places].
         kind: one of `KINDS`.
-        samples: queries by scorer as `places` takes them, on which an approximate search is set.
+        samples: queries by scorer as `find` takes them, on which an approximate search is set.
         threads: of the search.
 
     Raises:
