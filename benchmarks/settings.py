@@ -61,6 +61,8 @@ DATA: dict[str, dict[str, Any]] = {
         },
         "train": {"num_train_epochs": 4, "per_device_train_batch_size": 32},
     },
+    # The longer a history with likes and dislikes, the more the judge knows of its user (LOG.md).
+    "collm-ml-1m": {"light": {"max_history": 80}},
     # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items.
     "amazon-beauty-2014": {
         "light": {"per_device_train_batch_size": 128, "max_history": 20, "num_train_epochs": 14},

@@ -1,6 +1,10 @@
 """Given splits: a data set's own train, validation and test rows, each with its own history and label."""
 
-from collections.abc import Iterator
+import bisect
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +36,22 @@ EVENTS = {
     "seq": pl.Int32,
 }
 
-Row = tuple[str, str, float, list[str], list[float] | None, int | None]
+Row = tuple[str, str, float, list[str], list[float | None] | None, int | None]
+UNKNOWN_SHARE, WHOLE_SHARE = 1 / 3, 1 / 3
+"""Shares of train rows whose user is taken for unknown, and of those that know all of the user's earlier rows."""
 
 
-def given_split(folder: Path, *, shots: int | None = None, seed: int = 0) -> Split:
+def given_split(folder: Path, *, shots: int | None = None, rated_histories: bool = True, seed: int = 0) -> Split:
     """Read `train`, `valid` and `test` of a data set (Parquet or JSON lines).
 
     Columns: user_id, item_id (or target), label (0 or 1), history (item ids, oldest first); and where there are any
     history_label (one per history item) and timestamp. The training interactions are the train rows and their
     histories, and nothing of the other two parts. With `shots`, of so many train rows, drawn by `seed`.
+
+    With `rated_histories`, rows whose histories have no labels get them from the user's earlier train rows, and the
+    items of such rows that the history leaves out, as the disliked ones, are put where they belong in it. A row of
+    validation or test may know all of the user's train rows, some or none, and so may a train row: of a third of them
+    the user is taken for unknown, a third know the earlier ones up to some point, and a third know them all.
 
     Raises:
         RecllmError: a part or a column is missing, a label is neither 0 nor 1, or a history and its labels differ in
@@ -49,7 +60,12 @@ def given_split(folder: Path, *, shots: int | None = None, seed: int = 0) -> Spl
     train, valid, test = (_rows(_file(folder, part)) for part in PARTS)
     if shots is not None and shots < len(train):
         train = [train[place] for place in np.sort(np.random.default_rng(seed).permutation(len(train))[:shots])]
-    return Split("given", _interactions(train), _examples(valid), _examples(test), train_rows=_examples(train))
+    known = _interactions(train)
+    if rated_histories and any(row[2] == 0.0 for row in train):
+        judged = _Judged(train)
+        valid, test = ([judged.completed(row) for row in part] for part in (valid, test))
+        train = [judged.completed(row, place) for place, row in enumerate(train)]
+    return Split("given", known, _examples(valid), _examples(test), train_rows=_examples(train))
 
 
 def _file(folder: Path, part: str) -> Path:
@@ -104,6 +120,55 @@ def _examples(rows: list[Row]) -> list[Example]:
         Example(Query(tuple(history), user, None if ratings is None else tuple(ratings)), item, label)
         for user, item, label, history, ratings, _ in rows
     ]
+
+
+class _Judged:
+    """Every user's train rows in order of time; ties, and rows without a time, as in the file."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.users: dict[str, list[tuple[float, int, str, float]]] = {}
+        for place, (user, item, label, _, _, timestamp) in enumerate(rows):
+            self.users.setdefault(user, []).append((_time(timestamp), place, item, label))
+        for own in self.users.values():
+            own.sort()
+
+    def completed(self, row: Row, place: int | None = None) -> Row:
+        """The row with labels in its history, as `given_split` says; `place` is that of a train row."""
+        user, item, label, history, ratings, timestamp = row
+        if ratings is not None:
+            return row
+        own = self.users.get(user, [])
+        if place is not None:
+            before = own[: _shown(user, item, bisect.bisect_left(own, (_time(timestamp), place)))]
+        else:
+            before = [event for event in own if timestamp is None or event[0] <= timestamp]
+        labels = {event[2]: event[3] for event in before}
+        ranks = {earlier: rank for rank, earlier in enumerate(labels)}
+        left_out = deque(earlier for earlier in labels if earlier not in set(history))
+        # Behind its last labelled item a history has what came after the train rows.
+        behind = max((at + 1 for at, earlier in enumerate(history) if earlier in ranks), default=0)
+        merged: list[str] = []
+        for earlier in history[:behind]:
+            while left_out and ranks[left_out[0]] < ranks.get(earlier, -1):
+                merged.append(left_out.popleft())
+            merged.append(earlier)
+        merged += [*left_out, *history[behind:]]
+        return user, item, label, merged, [labels.get(earlier) for earlier in merged], timestamp
+
+
+def _time(timestamp: int | None) -> float:
+    return -math.inf if timestamp is None else float(timestamp)
+
+
+def _shown(user: str, item: str, earlier: int) -> int:
+    """How many of the user's earlier train rows a train row knows: the same in every run."""
+    digest = hashlib.blake2b(f"{user}\0{item}".encode(), digest_size=4).digest()
+    drawn = int.from_bytes(digest) / 2**32
+    if drawn < UNKNOWN_SHARE:
+        return 0
+    if drawn >= 1 - WHOLE_SHARE:
+        return earlier
+    return int((drawn - UNKNOWN_SHARE) / (1 - UNKNOWN_SHARE - WHOLE_SHARE) * (earlier + 1))
 
 
 def _interactions(rows: list[Row]) -> Interactions:

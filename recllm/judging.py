@@ -72,7 +72,7 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     def liked(query: Query) -> Query:
         if query.ratings is None:
             return query
-        places = [place for place, rating in enumerate(query.ratings) if rating >= threshold]
+        places = [place for place, rating in enumerate(query.ratings) if rating is None or rating >= threshold]
         ratings = tuple(query.ratings[place] for place in places)
         return Query(tuple(query.history[place] for place in places), query.user_id, ratings)
 

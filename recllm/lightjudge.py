@@ -58,19 +58,20 @@ class LikeShares:
         total = sum((counts.sum(axis=0) for counts in items.values()), np.zeros(2))
         return cls(items, users, float(total[1] / max(total[0], 1.0)))
 
-    def facts(self, query: Query, item: str, likes: Sequence[float], *, training: bool = False) -> list[float]:
+    def facts(self, query: Query, item: str, likes: Sequence[float] | None, *, training: bool = False) -> list[float]:
         """Five numbers: the item's share of likes and log count, the user's, and the log length of the history.
 
         Args:
             query: who is asked.
             item: the candidate.
-            likes: 1 and 0 of the history's rated items; they stand for the user where there are any.
+            likes: 1 and 0 of the history's rated items, which stand for the user; None where the history has no
+                ratings, so that the user's training rows do.
             training: leave the fold of this pair out.
         """
         left_out = fold_of(query.user_id, item) if training else None
         in_items = self._counts(self.items.get(item), left_out)
         in_users = self._counts(self.users.get(query.user_id or ""), left_out)
-        if likes:
+        if likes is not None:
             in_users = float(len(likes)), float(sum(likes))
         shares = [number for counts in (in_items, in_users) for number in (self._share(counts), math.log1p(counts[0]))]
         return [*shares, math.log1p(len(query.history))]
@@ -127,15 +128,17 @@ class PairFormat:
     def pair(self, query: Query, item: str, label: float | None = None) -> Pair:
         """The pair of a training row, whose fold is left out of the shares, or of a question without a label."""
         known = [place for place, own in enumerate(query.history) if own in self.index][-self.limit :]
-        ratings = None if query.ratings is None else [query.ratings[place] for place in known]
-        kinds = [UNRATED] * len(known)
-        if ratings is not None:
-            kinds = [LIKED if rating >= self.threshold else DISLIKED for rating in ratings]
+        kinds = [self._kind(None if query.ratings is None else query.ratings[place]) for place in known]
         rows = self.index.rows([*(query.history[place] for place in known), item]).tolist()
-        likes = [] if ratings is None else [float(kind == LIKED) for kind in kinds]
+        likes = None if query.ratings is None else [float(kind == LIKED) for kind in kinds if kind != UNRATED]
         facts = self.shares.facts(query, item, likes, training=label is not None)
         user = self._users.setdefault(query.user_id, len(self._users)) if query.user_id is not None else -1
         return Pair(rows, [*kinds, CANDIDATE], facts, user, 0.0 if label is None else label)
+
+    def _kind(self, rating: float | None) -> int:
+        if rating is None:
+            return UNRATED
+        return LIKED if rating >= self.threshold else DISLIKED
 
 
 @dataclass(frozen=True)

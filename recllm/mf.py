@@ -224,9 +224,12 @@ class ExplicitMF:
         penalty = _penalty(self.settings)
         for row, query in enumerate(queries):
             rows = self.items.rows(query.history)
-            known = rows >= 0
-            if query.ratings is not None and known.any():
-                target = np.array(query.ratings, dtype=np.float64)[known] - self.mean
+            if query.ratings is None:
+                continue
+            ratings = np.array(query.ratings, dtype=np.float64)  # NaN: not rated
+            known = (rows >= 0) & ~np.isnan(ratings)
+            if known.any():
+                target = ratings[known] - self.mean
                 result[row] = _side(self.item_factors[rows[known]].astype(np.float64), target, penalty)
         return result
 

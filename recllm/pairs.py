@@ -47,7 +47,8 @@ def earlier_events(task: Task, *, like_at: float, max_history: int) -> Sequence[
         user, place = places[row]
         query, first = queries[user], max(0, place - max_history)
         ratings = None if query.ratings is None else query.ratings[first:place]
-        label = None if query.ratings is None else float(query.ratings[place] >= threshold)
+        rating = None if query.ratings is None else query.ratings[place]
+        label = None if rating is None else float(rating >= threshold)
         return Example(Query(query.history[first:place], query.user_id, ratings), query.history[place], label)
 
     return Made(len(places), make)

@@ -195,9 +195,10 @@ class UserMean:
         return np.tile(means[:, None], (1, len(candidates)))
 
     def _mean(self, query: Query) -> float:
-        if query.ratings:
-            weights = recency_weights(len(query.ratings), self.half_life).astype(np.float64)
-            total = float(weights @ np.asarray(query.ratings)) + self.shrinkage * self.middle
+        ratings = [rating for rating in query.ratings or () if rating is not None]
+        if ratings:
+            weights = recency_weights(len(ratings), self.half_life).astype(np.float64)
+            total = float(weights @ np.asarray(ratings)) + self.shrinkage * self.middle
             return total / (float(weights.sum()) + self.shrinkage)
         return self.users.get(query.user_id, float("nan")) if query.user_id is not None else float("nan")
 

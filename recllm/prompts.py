@@ -195,7 +195,7 @@ class CompiledPrompt:
         """Everything up to the candidate, with the last `max_history` items that `catalog` can write."""
         return self.prefix_ids(self._history_ids(query, catalog), query.ratings)
 
-    def prefix_ids(self, items: Sequence[list[int] | None], ratings: Sequence[float] | None = None) -> list[int]:
+    def prefix_ids(self, items: Sequence[list[int] | None], ratings: Sequence[float | None] | None = None) -> list[int]:
         """`prefix` from the `item_ids` of the history, oldest first; None items are left out."""
         assert self.prompt.task == "relevance"
         return self.start + self._history(items, ratings) + self._middle
@@ -247,17 +247,16 @@ class CompiledPrompt:
     def _history_ids(self, query: Query, catalog: Catalog) -> list[list[int] | None]:
         return self._item_ids(catalog.record(item_id) if item_id in catalog else {} for item_id in query.history)
 
-    def _history(self, items: Sequence[list[int] | None], ratings: Sequence[float] | None) -> list[int]:
+    def _history(self, items: Sequence[list[int] | None], ratings: Sequence[float | None] | None) -> list[int]:
         known = [(ids, self._mark(ratings, place)) for place, ids in enumerate(items) if ids is not None]
         joined: list[int] = []
         for ids, mark in known[-self.prompt.max_history :]:
             joined += (self._separator if joined else []) + ids + mark
         return joined or self._empty
 
-    def _mark(self, ratings: Sequence[float] | None, place: int) -> list[int]:
-        if ratings is None or self.like_at is None:
-            return []
-        return self._marks[ratings[place] >= self.like_at]
+    def _mark(self, ratings: Sequence[float | None] | None, place: int) -> list[int]:
+        rating = None if ratings is None else ratings[place]
+        return [] if rating is None or self.like_at is None else self._marks[rating >= self.like_at]
 
     def _item_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
         texts = [render_item(self._item, record) for record in records]

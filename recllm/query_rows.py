@@ -28,7 +28,7 @@ class QueryRow:
         line: its line in the file, from 1, the header counted; in Parquet the row.
         user_id: as it was given, else "line 3", which no user is called.
         history: item ids, oldest first.
-        ratings: one for each item of the history; None where the row has none.
+        ratings: one for each item of the history, None for an item without one; None where the row has none.
         candidates: the items to score, where rows name them.
         fields: the row as it was read.
     """
@@ -36,7 +36,7 @@ class QueryRow:
     line: int
     user_id: str
     history: tuple[str, ...]
-    ratings: tuple[float, ...] | None
+    ratings: tuple[float | None, ...] | None
     candidates: tuple[str, ...]
     fields: Mapping[str, Any]
 
@@ -230,7 +230,7 @@ def parse_row(
 
 def _history(
     fields: Mapping[str, Any], user: str | None, histories: Mapping[str, Query] | None, *, ratings: bool
-) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+) -> tuple[tuple[str, ...], tuple[float | None, ...] | None]:
     """The history of a row and its ratings."""
     given = fields.get("history")
     looked_up = given == "" and user is not None and histories is not None  # a blank of CSV is a missing value
@@ -246,8 +246,8 @@ def _history(
     return histories[user].history, histories[user].ratings if ratings else None
 
 
-def _ratings(given: Any, items: int) -> tuple[float, ...] | None:  # noqa: ANN401
-    """Numbers from a list, or from a text of them; None for a missing value."""
+def _ratings(given: Any, items: int) -> tuple[float | None, ...] | None:  # noqa: ANN401
+    """Numbers from a list, or from a text of them, null for an item without a rating; None for a missing value."""
     if given is None or given == "":
         return None
     if isinstance(given, str):
@@ -255,10 +255,10 @@ def _ratings(given: Any, items: int) -> tuple[float, ...] | None:  # noqa: ANN40
     if not isinstance(given, list):
         raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers")
     try:
-        found = tuple(float(value) for value in given)
+        found = tuple(None if value is None else float(value) for value in given)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers") from None
-    if not all(map(math.isfinite, found)):
+    if not all(math.isfinite(value) for value in found if value is not None):
         raise ValueError(f"'ratings' is {_named(given)}, and not all of it are finite numbers")
     if len(found) != items:
         raise ValueError(f"'ratings' has {len(found)} numbers, and 'history' {items} items; each item needs one")

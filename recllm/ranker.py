@@ -72,14 +72,14 @@ class Ranker(PointwiseScorer):
         self,
         histories: Sequence[Sequence[str]],
         items: Sequence[str],
-        ratings: Sequence[Sequence[float] | None] | None = None,
+        ratings: Sequence[Sequence[float | None] | None] | None = None,
     ) -> Scores:
         """Scores of `items` after every history, float32[histories, items]; NaN where nothing is known.
 
         Args:
             histories: item ids, oldest first; an item without text is passed over.
             items: the candidates.
-            ratings: as long as the histories, where liked and disliked items are to be told apart.
+            ratings: as long as the histories, where liked and disliked items are to be told apart; None: not rated.
 
         Raises:
             RecllmError: an item that the catalogue has not, or ratings of another length than their history.
@@ -174,7 +174,7 @@ class TwoStage:
         k: int = 10,
         *,
         exclude_seen: bool = True,
-        ratings: Sequence[Sequence[float] | None] | None = None,
+        ratings: Sequence[Sequence[float | None] | None] | None = None,
     ) -> Recommendations:
         """The `k` best items after every history, with the ranker's share beside the others.
 
@@ -247,7 +247,9 @@ class TwoStage:
         return total + ranker, parts | {RANKER_SHARE: ranker}
 
 
-def _queries(histories: Sequence[Sequence[str]], ratings: Sequence[Sequence[float] | None] | None) -> list[Query]:
+def _queries(
+    histories: Sequence[Sequence[str]], ratings: Sequence[Sequence[float | None] | None] | None
+) -> list[Query]:
     given = [None] * len(histories) if ratings is None else [None if own is None else tuple(own) for own in ratings]
     for row, (history, own) in enumerate(zip(histories, given, strict=True)):
         if own is not None and len(own) != len(history):

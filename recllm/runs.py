@@ -67,6 +67,8 @@ class DataSettings(Settings):
     """The most test rows, drawn by the seed; all of them when not given."""
     shots: int | None = Field(default=None, ge=2)
     """Train on so many of the train rows, drawn by the run's seed (given)."""
+    rated_histories: bool = True
+    """Where histories come without labels, take those of the user's earlier train rows (given)."""
     seed: int | None = None
     """Draws the split; the run's own seed when not given."""
 

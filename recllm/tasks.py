@@ -79,7 +79,9 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
     dataset.catalog.demand_text(f"'{dataset.name}'")
     seed = run.seed if settings.seed is None else settings.seed
     if settings.split == "given":
-        split = given_split(_folder(settings), shots=settings.shots, seed=run.seed)
+        split = given_split(
+            _folder(settings), shots=settings.shots, rated_histories=settings.rated_histories, seed=run.seed
+        )
     else:
         split = _split(dataset, settings, seed)
     if settings.test_rows is not None:

@@ -144,6 +144,14 @@ def test_ratings_are_read_where_something_reads_them(tmp_path, recommender, rati
     assert recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=1).answered == 1
 
 
+def test_some_items_of_a_history_may_have_no_rating(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"history": ["0", "2"], "ratings": [4, null]}\n', encoding="utf-8")
+    (row,) = read_rows(source, ratings=True)
+    assert row.ratings == (4.0, None)
+    assert row.query.ratings == (4.0, None)
+
+
 def test_a_csv_row_of_the_wrong_length_is_set_aside(tmp_path, recommender):
     source = tmp_path / "in.csv"
     source.write_text('user_id,history\na,0,2\nb,0|2\nc,0 2\nd,"[""0"", 2]"\n', encoding="utf-8")

@@ -377,6 +377,8 @@ def test_interactions():
     assert log.users() == ["b", "a"]
     assert log.item_counts() == {"x": 2, "y": 1}
     assert log.histories() == {"b": Query(("x", "y"), "b", (5.0, 3.0)), "a": Query(("x",), "a", None)}
+    partly = interactions([("b", "x", 5.0, 1, 0), ("b", "y", None, 2, 1)])
+    assert partly.histories() == {"b": Query(("x", "y"), "b", (5.0, None))}
     assert len({log.fingerprint(), *(interactions(rows).fingerprint() for rows in changed(log))}) == 6
     assert log.fingerprint() == Interactions(log.frame.clone()).fingerprint()
     assert interactions([]).users() == []

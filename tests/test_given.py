@@ -58,7 +58,7 @@ def test_labels_of_histories_and_times_are_optional_and_the_item_may_be_called_t
     for part in ("train", "valid", "test"):
         rows = [{name: row[name] for name in ("user_id", "item_id", "label", "history")} for row in TRAIN]
         write(tmp_path, part, rows, item_id="target")
-    split = given_split(tmp_path)
+    split = given_split(tmp_path, rated_histories=False)
     assert split.valid[0] == Example(Query(("a",), "u"), "b", 1.0)
     assert split.train.frame["rating"].to_list() == [None, 1.0, None, 0.0, 0.0]
     assert split.train.frame["timestamp"].null_count() == 5
@@ -107,3 +107,76 @@ def test_a_missing_column_is_named(folder):
         RecllmError, match=r"test.parquet has no column 'item_id' or 'target'. Its columns: user_id, film,"
     ):
         given_split(folder)
+
+
+def rows_of(user, labels, **more):
+    """Train rows of one user, "a" first, whose histories hold what was liked before."""
+    items = "abcdefghijklmnopqrst"[: len(labels)]
+    liked = [[item for item, label in zip(items[:at], labels, strict=False) if label] for at in range(len(labels))]
+    return [
+        {"user_id": user, "item_id": item, "label": label, "history": history, "timestamp": 10 + at} | more
+        for at, (item, label, history) in enumerate(zip(items, labels, liked, strict=True))
+    ]
+
+
+def split_of(folder, train, later, **options):
+    for part, rows in (("train", train), ("valid", later), ("test", later)):
+        write(folder, part, rows)
+    return given_split(folder, **options)
+
+
+def test_histories_without_labels_get_those_of_the_train_rows_and_what_they_leave_out(tmp_path):
+    train = [{**row, "history": ["o", *row["history"]]} for row in rows_of("u", [0, 1, 0, 0, 1, 0])]
+    later = {"user_id": "u", "item_id": "z", "label": 1, "history": ["o", "b", "e", "y"], "timestamp": 90}
+    split = split_of(tmp_path, train, [later, later | {"user_id": "w"}, later | {"timestamp": 12}])
+    known, unknown, early = split.test
+    # "o" is as old as nobody knows, and "y" came after the train rows: neither has a label.
+    assert known.query.history == ("o", "a", "b", "c", "d", "e", "f", "y")
+    assert known.query.ratings == (None, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, None)
+    assert unknown.query == Query(("o", "b", "e", "y"), "w", (None, None, None, None))
+    assert early.query == Query(("o", "a", "b", "c", "e", "y"), "u", (None, 0.0, 1.0, 0.0, None, None))
+    plain = split_of(tmp_path, train, [later], rated_histories=False)
+    assert plain.test[0].query == Query(("o", "b", "e", "y"), "u")
+    assert plain.train.frame.equals(split.train.frame)
+
+
+def test_a_train_row_knows_no_label_of_its_own_or_later_rows_and_often_fewer(tmp_path):
+    train = [row for user in range(60) for row in rows_of(f"user {user}", [user % 2, 0, 1, 0, 1, 1, 0, 1])]
+    split = split_of(tmp_path, train, train[-1:])
+    shown = []
+    for example, row in zip(split.train_rows, train, strict=True):
+        before = dict(zip("abcdefgh"[: row["timestamp"] - 10], split_labels(train, row), strict=True))
+        rated = {
+            item: rating
+            for item, rating in zip(example.query.history, example.query.ratings, strict=True)
+            if rating is not None
+        }
+        assert rated.items() <= before.items()
+        assert list(rated) == list(before)[: len(rated)]  # the oldest ones: some point in time
+        assert set(example.query.history) == {*row["history"], *rated}
+        if row["timestamp"] == 17:
+            shown.append(len(rated))
+    assert shown.count(0) > 10
+    assert shown.count(7) > 10
+    assert len(set(shown)) > 4
+    assert split.train_rows == given_split(tmp_path).train_rows
+
+
+def split_labels(train, row):
+    return [other["label"] for other in train if other["user_id"] == row["user_id"]][: row["timestamp"] - 10]
+
+
+def test_histories_with_labels_and_rows_that_are_all_liked_are_left_alone(folder, tmp_path):
+    assert given_split(folder).train_rows == given_split(folder, rated_histories=False).train_rows
+    liked = rows_of("u", [1, 1, 1])
+    split = split_of(tmp_path, liked, liked[-1:])
+    assert split.train_rows[2].query == Query(("a", "b"), "u")
+
+
+def test_rows_in_another_order_than_time_are_put_in_order(tmp_path):
+    train = rows_of("u", [0, 1, 0])[::-1]
+    later = {"user_id": "u", "item_id": "z", "label": 1, "history": ["b"], "timestamp": 90}
+    assert split_of(tmp_path, train, [later]).test[0].query == Query(("a", "b", "c"), "u", (0.0, 1.0, 0.0))
+    untimed = [{key: value for key, value in row.items() if key != "timestamp"} for row in train]
+    split = split_of(tmp_path, untimed, [{key: later[key] for key in later if key != "timestamp"}])
+    assert split.test[0].query == Query(("c", "b", "a"), "u", (0.0, 1.0, 0.0))

@@ -245,6 +245,10 @@ def test_scorers_of_likes_see_liked_items_only(trained):
     )
     scorers, index = rating_scorers(run, task, load_collaborative(run, task)), ItemIndex(task.index.ids)
     assert liked != query
+    # Who does not rate has not disliked.
+    unrated = Query(query.history, query.user_id, tuple(rating or None for rating in query.ratings))
+    bare = Query(query.history)
+    assert np.array_equal(scorers["mf"].score([unrated], index), scorers["mf"].score([bare], index), equal_nan=True)
     for name in ("mf", "text"):
         assert np.array_equal(scorers[name].score([query], index), scorers[name].score([liked], index), equal_nan=True)
     # Explicit factors take the dislikes too, and a query without ratings is one of the training user.

@@ -56,16 +56,18 @@ def test_shares_by_hand():
     def share(number, liked):
         return (liked + SHRINKAGE * shares.middle) / (number + SHRINKAGE) - shares.middle
 
-    asked = shares.facts(Query(("1",), "u"), "2", [])
+    asked = shares.facts(Query(("1",), "u"), "2", None)
     assert asked == pytest.approx([share(2, 1), np.log(3), share(2, 1), np.log(3), np.log(2)])
-    nobody = shares.facts(Query((), "w"), "9", [])
+    nobody = shares.facts(Query((), "w"), "9", None)
     assert nobody == pytest.approx([0.0, 0.0, 0.0, 0.0, 0.0])
     rated = shares.facts(Query(("1", "3"), "w"), "9", [1.0, 1.0])
     assert rated[2:4] == pytest.approx([share(2, 2), np.log(3)])
+    unrated = shares.facts(Query(("1",), "u"), "2", [])
+    assert unrated[2:4] == [0.0, 0.0]  # nobody's label is in the history, so none of the training rows' is seen either
     # In training the fold of the pair is left out: here the row itself, and what shares its fold.
     own = fold_of("u", "2")
     left = [label for user, item, label in (("u", "2", 1.0), ("v", "2", 0.0)) if fold_of(user, item) != own]
-    trained = shares.facts(Query(("1",), "u"), "2", [], training=True)
+    trained = shares.facts(Query(("1",), "u"), "2", None, training=True)
     assert trained[:2] == pytest.approx([share(len(left), sum(left)), np.log1p(len(left))])
 
 
@@ -77,7 +79,7 @@ def test_a_training_rows_shares_do_not_give_its_label_away():
         for item in random.permutation(300)[:40]
     ]
     shares = LikeShares.fit(rows)
-    facts = np.array([shares.facts(row.query, row.item_id, [], training=True) for row in rows])
+    facts = np.array([shares.facts(row.query, row.item_id, None, training=True) for row in rows])
     users, labels = np.array([row.query.user_id for row in rows]), np.array([row.label for row in rows])
     for column in range(FACTS):
         _, inside = user_aucs(np.unique(users, return_inverse=True)[1], labels, facts[:, column])
@@ -90,6 +92,9 @@ def test_a_history_is_marked_and_its_last_items_are_read():
     assert pair.ids == [4, 5, 3]
     assert pair.kinds == [DISLIKED, LIKED, CANDIDATE]
     assert form().pair(Query(("1", "4"), "u"), "3").kinds == [UNRATED, UNRATED, CANDIDATE]
+    partly = form().pair(Query(("1", "4", "5"), "u", (None, 2.0, 5.0)), "3")
+    assert partly.kinds == [UNRATED, DISLIKED, LIKED, CANDIDATE]
+    assert partly.facts[3] == pytest.approx(np.log(3))  # two ratings
 
 
 def test_the_answer_depends_on_what_was_liked():

@@ -111,6 +111,9 @@ def test_explicit_fold_in_is_a_ridge_regression(explicit_mf):
     expected = np.linalg.solve(design.T @ design + penalty, design.T @ target)
     query = Query(("0", "1"), ratings=(5.0, 1.0))
     assert explicit_mf.user_factors([query])[0] == pytest.approx(expected, abs=1e-5)
+    partly = Query(("4", "0", "1"), ratings=(None, 5.0, 1.0))
+    assert np.array_equal(explicit_mf.user_factors([partly]), explicit_mf.user_factors([query]))
+    assert np.isnan(explicit_mf.user_factors([Query(("0", "1"), ratings=(None, None))])).all()
     predicted = explicit_mf.mean + expected[-1] + known[0, -1] + expected[:-1] @ known[0, :-1]
     assert explicit_mf.score([query], ItemIndex(["0"]))[0, 0] == pytest.approx(predicted, abs=1e-5)
 

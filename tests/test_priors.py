@@ -54,6 +54,10 @@ def test_user_mean_fades_with_the_querys_ratings(train, tmp_path):
     query = Query(("x", "y", "z"), ratings=(5.0, 1.0, 1.0))
     expected = (0.25 * 5.0 + 0.5 + 1.0 + 2.0 * prior.middle) / (1.75 + 2.0)
     assert prior.score([query], ItemIndex(["x"]))[0, 0] == pytest.approx(expected)
+    unrated = Query(("x", "w", "y", "z", "w"), "u", (5.0, None, 1.0, 1.0, None))  # not rated: not there
+    assert prior.score([unrated], ItemIndex(["x"]))[0, 0] == pytest.approx(expected)
+    train_mean = prior.score([Query(("x",), "u")], ItemIndex(["x"]))
+    assert np.array_equal(prior.score([Query(("x",), "u", (None,))], ItemIndex(["x"])), train_mean)
     prior.save(tmp_path)
     assert UserMean.load(tmp_path).half_life == 1.0
 

@@ -161,6 +161,9 @@ def test_ratings_are_marked_only_where_a_threshold_is_given(tiny_tokenizer):
     plain = compile_prompt(prompt, tiny_tokenizer).prefix(query, CATALOG)
     assert tiny_tokenizer.decode(marked) == "Items: Blue film 2 -; Red film 1 (Drama) +. Next:"
     assert tiny_tokenizer.decode(plain) == "Items: Blue film 2; Red film 1 (Drama). Next:"
+    unrated = Query(("b", "nowhere", "a"), ratings=(None, None, 4.0))
+    partly = compile_prompt(prompt, tiny_tokenizer, like_at=4.0).prefix(unrated, CATALOG)
+    assert tiny_tokenizer.decode(partly) == "Items: Blue film 2; Red film 1 (Drama) +. Next:"
 
 
 def test_item_and_candidate_are_cut_apart(tiny_tokenizer):

@@ -23,8 +23,8 @@ class Query:
     history: tuple[str, ...]
     """Item ids, oldest first."""
     user_id: str | None = None
-    ratings: tuple[float, ...] | None = None
-    """As long as `history`, or None."""
+    ratings: tuple[float | None, ...] | None = None
+    """As long as `history`, None for an item that was not rated; None where nothing is known of ratings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +63,10 @@ class Interactions:
         return self.frame["user_id"].unique(maintain_order=True).to_list()
 
     def histories(self) -> dict[str, Query]:
-        """All events of every user as a query; `ratings` is None where one of them is missing."""
+        """All events of every user as a query; `ratings` is None where all of them are missing."""
         grouped = self.frame.group_by("user_id", maintain_order=True).agg("item_id", "rating")
         return {
-            user: Query(tuple(items), user, None if None in ratings else tuple(ratings))
+            user: Query(tuple(items), user, tuple(ratings) if any(rating is not None for rating in ratings) else None)
             for user, items, ratings in grouped.iter_rows()
         }
 
