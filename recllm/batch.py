@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -22,6 +23,7 @@ from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.runtime import Recommender
 from recllm.sheets import check_target
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
 CHUNK = 512
@@ -281,17 +283,16 @@ def _run(
         here = islice(rows, begin, None if last is None else max(begin, last))
         progress = Progress(max((total if last is None else last) - begin, 0), "users", job.say, EVERY)
         summary = Summary()
-        for chunk in () if kept.complete else _chunks(here, job.chunk):
-            rejects: list[dict[str, Any]] = []
-            counts = Counts()
-            good = [row for each in chunk if (row := _checked(each, index, rejects, counts, unknown)) is not None]
+        checked = (_checked_chunk(chunk, index, unknown) for chunk in _chunks(here, job.chunk))
+        for good, rejects, counts in () if kept.complete else ahead(checked):
             frame = _answered(answer, good) if good else None
             counts.answered, counts.rejected = len(good), len(rejects)
             counts.written = 0 if frame is None else frame.height
             kept.add(frame, rejects, counts)
-            summary.here += len(chunk)
+            done = counts.answered + counts.rejected
+            summary.here += done
             gone = kept.counts.rejected
-            progress.add(len(chunk), f", {gone:,} set aside" if gone else "")
+            progress.add(done, f", {gone:,} set aside" if gone else "")
         if not kept.counts.answered and parts == 1:
             reason = kept.first or "it has no rows"
             kept.refuse(rejects_of(job.target))
@@ -342,6 +343,28 @@ def _digest(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:16]
+
+
+def ahead(parts: Iterator[T]) -> Iterator[T]:
+    """The parts in their order, each made in a thread of its own while the one before it is being used.
+
+    What making a part raises is raised in its place.
+    """
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        following = pool.submit(next, parts, None)
+        while (part := following.result()) is not None:
+            following = pool.submit(next, parts, None)
+            yield part
+
+
+def _checked_chunk(
+    chunk: Sequence[QueryRow | BadRow], index: ItemIndex, unknown: str
+) -> tuple[list[QueryRow], list[dict[str, Any]], Counts]:
+    """The rows that can be answered, and what is set aside; the counts know only of unknown items yet."""
+    rejects: list[dict[str, Any]] = []
+    counts = Counts()
+    good = [row for each in chunk if (row := _checked(each, index, rejects, counts, unknown)) is not None]
+    return good, rejects, counts
 
 
 def _checked(

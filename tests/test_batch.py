@@ -1,6 +1,7 @@
 """Batch: every format in and out gives the same answers, chunks join, bad rows are set aside with the reason."""
 
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from polars.testing import assert_frame_equal
 
 import recllm
 from recllm import batch, parts
-from recllm.batch import Job, recommend_file, score_file, score_items_file
+from recllm.batch import Job, ahead, recommend_file, score_file, score_items_file
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.parts import Parts, folder_of
@@ -479,3 +480,36 @@ def test_the_input_is_not_written_over(recommender, tmp_path):
     with pytest.raises(RecllmError, match=r"in\.jsonl' is the input itself; name another file"):
         recommend_file(recommender, Job(source, source, overwrite=True), k=2)
     assert source.read_bytes() == before
+
+
+def test_the_next_part_is_made_while_one_is_used_and_no_more_than_that():
+    made = [threading.Event() for _ in range(4)]
+
+    def parts():
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    for number in ahead(parts()):
+        if number < 3:
+            assert made[number + 1].wait(timeout=60)
+        assert not any(event.is_set() for event in made[number + 2 :])
+
+
+def test_a_part_that_cannot_be_made_is_told_in_its_place():
+    def parts():
+        yield 1
+        raise RecllmError("torn")
+
+    used = []
+    with pytest.raises(RecllmError, match="torn"):
+        used.extend(ahead(parts()))
+    assert used == [1]
+    assert list(ahead(iter([]))) == []
+
+
+def test_a_part_that_cannot_be_used_leaves_no_thread():
+    parts = ahead(iter(range(9)))
+    assert next(parts) == 0
+    parts.close()
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
