@@ -26,6 +26,7 @@ from recllm.pointwise import PairPrompts
 from recllm.priors import ItemMean, UserMean
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scorer, Scores
+from recllm.ratedneighbours import MOST_ITEMS, RatedNeighbours
 from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
 from recllm.runs import Run
 from recllm.softtokens import add_soft_tokens, bake_soft_tokens
@@ -64,8 +65,8 @@ class AskedAbout:
 def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scorer]:
     """The fitted scorers of a run that judges pairs, with those of ratings where there are any.
 
-    What was fitted on liked events is asked about the liked part of a history; explicit factors are folded in from the
-    query's own ratings, and for a query without any from the user's training ratings.
+    What was fitted on liked events is asked about the liked part of a history; explicit factors and rated neighbours
+    read the query's own ratings, and for a query without any the user's training ratings.
     """
     threshold = like_threshold(task.split.train, run.data.like_at)
 
@@ -91,8 +92,13 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     def rated(query: Query) -> Query:
         return query if query.ratings is not None else known.get(query.user_id or "", query)
 
-    means: dict[str, Scorer] = {"item_mean": ItemMean.load(folder), "user_mean": UserMean.load(folder)}
-    return scorers | means | {"explicit": AskedAbout(ExplicitMF.load(folder), rated)}
+    means = ItemMean.load(folder)
+    scorers |= {"item_mean": means, "user_mean": UserMean.load(folder)}
+    scorers["explicit"] = AskedAbout(ExplicitMF.load(folder), rated)
+    if len(task.index) <= MOST_ITEMS:
+        neighbours = RatedNeighbours.of(task.dataset.catalog, parts.text.vectors, means)
+        scorers["rated_neighbours"] = AskedAbout(neighbours, rated)
+    return scorers
 
 
 def _fading_user_mean(run: Run, task: Task) -> UserMean:

@@ -14,7 +14,7 @@ from recllm.fitting import (
     Problem,
     cross_entropy,
     drop_scorers,
-    logistic,
+    inside_users,
     minimise,
     moments,
     sample_candidates,
@@ -56,6 +56,8 @@ class FusionSettings(Settings):
     new_cost: float = Field(0.002, ge=0, le=1)
     """The share of NDCG@10 on validation that new items may cost by standing among known ones; 1 places them by the fit
     alone, as if tomorrow's items were as much in demand as today's."""
+    pairwise: float = Field(0.5, ge=0)
+    """Weight of the loss over one user's liked and disliked rows beside that over all rows (labelled pairs)."""
     drop: float = Field(0.1, ge=0, lt=1)
     """Probability that a scorer is left out of a row while fitting."""
     iterations: int = Field(100, ge=1)
@@ -126,7 +128,9 @@ def fit_labels(
     settings: FusionSettings | None = None,
     seed: int = 0,
 ) -> Fusion:
-    """Fit on labelled validation pairs by logistic loss, standardised over all rows; choose by AUC.
+    """Fit on labelled validation pairs by logistic loss, over rows and inside users; choose by AUC.
+
+    Scores are standardised over all rows.
 
     Labelled rows are often many of few users, and weights that were fitted on a user look better there than they are.
     So what is tried is measured on users that it was not fitted on, in `FOLDS` parts, and the best is fitted on all
@@ -176,10 +180,12 @@ def fit_labels(
         return auc(label, fused(fusion))
 
     def made(rows: NDArray[np.int64]) -> dict[str, Fusion]:
-        return _made(base, Problem(z[:, rows], user[rows], item[rows], logistic(label[rows])), settings, figure)
+        loss = inside_users(label[rows], numbers[rows], settings.pairwise)
+        return _made(base, Problem(z[:, rows], user[rows], item[rows], loss), settings, figure)
 
+    numbers = np.arange(len(label)) if users is None else users
     outside: dict[str, NDArray[np.float64]] = {}
-    for inside in _folds(np.arange(len(label)) if users is None else users, label, rng):
+    for inside in _folds(numbers, label, rng):
         for name, fusion in made(np.flatnonzero(~inside)).items():
             outside.setdefault(name, np.zeros(len(label)))[inside] = fused(fusion)[inside]
     every = made(np.arange(len(label)))

@@ -11,7 +11,7 @@ from recllm import fitting
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.evaluate import KnownScores
-from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, logistic, sample_candidates
+from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, inside_users, logistic, sample_candidates
 from recllm.fusion import BACKUP, FusedScorer, Fusion, evidence
 from recllm.metrics import auc, ndcg
 from recllm.ranking import ItemIndex, target_ranks
@@ -341,13 +341,15 @@ def test_same_seed_same_fusion(fitted):
     assert not np.array_equal(other.theta, fitted.theta)
 
 
-@pytest.mark.parametrize("kind", ["ranking", "labels"])
+@pytest.mark.parametrize("kind", ["ranking", "labels", "inside users"])
 def test_gradient_equals_finite_differences(kind, monkeypatch):
     rng = np.random.default_rng(0)
     columns = 6 if kind == "ranking" else 1
     valid = rng.random((20, columns)) < 0.8
     valid[:, 0] = True
-    loss = cross_entropy(valid) if kind == "ranking" else logistic(rng.integers(2, size=20).astype(np.float64))
+    labels = rng.integers(2, size=20).astype(np.float64)
+    pairs = inside_users(labels, rng.integers(4, size=20), 0.7) if kind == "inside users" else logistic(labels)
+    loss = cross_entropy(valid) if kind == "ranking" else pairs
     z = rng.normal(size=(3, 20, columns)).astype(np.float32)
     problem = Problem(z, rng.normal(size=(20, 1)), rng.normal(size=(20, columns)), loss)
     monkeypatch.setattr(fitting, "BLOCK_CELLS", 100)  # several blocks
@@ -392,6 +394,44 @@ def test_labels_are_fused_over_all_rows():
     assert one[0, 0] == fused[7, 0]  # a row's score does not depend on its neighbours
     with pytest.raises(RecllmError, match="both labels"):
         fit_labels(scores, np.ones(800), n_user, n_item)
+
+
+def test_the_loss_inside_users_by_hand(monkeypatch):
+    labels, users = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), np.array([7, 7, 7, 2, 2, 5])
+    scores = np.array([[0.5], [1.0], [-1.0], [3.0], [2.0], [0.0]])
+    rows, plain = slice(0, 6), logistic(labels)
+    total, _, slope = inside_users(labels, users, 2.0)(rows, scores, 0.3)
+    # Only user 7 has both labels: the mean over two pairs, as if all rows were that user's.
+    expected = 6 * 2.0 * (np.log1p(np.exp(0.5)) + np.log1p(np.exp(-1.5))) / 2
+    assert total - plain(rows, scores, 0.3)[0] == pytest.approx(expected)
+    assert slope == plain(rows, scores, 0.3)[2]
+    # Alone in their blocks the rows are compared with nobody.
+    apart = [inside_users(labels, users, 2.0)(slice(at, at + 1), scores[at : at + 1], 0.3)[0] for at in range(6)]
+    assert apart == [plain(slice(at, at + 1), scores[at : at + 1], 0.3)[0] for at in range(6)]
+    monkeypatch.setattr(fitting, "ROWS_OF_A_USER", 1)
+    capped = inside_users(labels, users, 2.0)(rows, scores, 0.3)[0] - plain(rows, scores, 0.3)[0]
+    assert capped == pytest.approx(6 * 2.0 * np.log1p(np.exp(0.5)))
+    alone = inside_users(labels, np.arange(6), 2.0)(rows, scores, 0.3)
+    assert alone[0] == plain(rows, scores, 0.3)[0]
+
+
+def test_users_of_few_rows_count_as_much_as_those_of_many():
+    """One user's rows say that the second scorer is right, those of twenty others that the first one is."""
+    rng = np.random.default_rng(0)
+    users = np.concatenate([np.zeros(600, dtype=np.int64), np.repeat(np.arange(1, 21), 6)])
+    labels = rng.integers(2, size=len(users)).astype(np.float64)
+    many = users == 0
+    scores = {
+        "few": (rng.normal(size=len(users)) + 2.0 * labels * ~many).astype(np.float32),
+        "many": (rng.normal(size=len(users)) + 2.0 * labels * many).astype(np.float32),
+    }
+    n_user = n_item = np.full(len(users), 9)
+    found = {}
+    for pairwise in (0.0, 5.0):
+        settings = FusionSettings(kinds=("without counts",), pairwise=pairwise, drop=0.0)
+        weights = fit_labels(scores, labels, n_user, n_item, users=users, settings=settings).weights(9, 9)
+        found[pairwise] = weights["few"] / weights["many"]
+    assert found[5.0] > 2 * found[0.0]
 
 
 def test_weights_of_pairs_are_judged_on_other_users():
