@@ -78,7 +78,7 @@ def write_graphs(folder: Path, model_name: str) -> None:
     write_graph(WholeGraph(model), whole, folder / "whole.onnx", ("answers",), OPSET)
     recipe = load_recipe("int8")
     for path in (folder / "fp32").glob("*.onnx"):
-        quantise(path, folder / "int8" / path.name, recipe.precision, recipe.causal.model_dump())
+        quantise(path, folder / "int8" / path.name, recipe.precision, recipe.causal)
     texts = {name: (torch.ones(2, 7, dtype=torch.long), ("batch", "length")) for name in ("ids", "mask")}
     write_graph(EncoderGraph(load_base(model_folder(ENCODER))), texts, folder / "encoder.onnx", ("vectors",), OPSET)
     quantise(folder / "encoder.onnx", folder / "encoder-int8.onnx", "int8", None)

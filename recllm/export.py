@@ -23,7 +23,8 @@ from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder
 from recllm.parity import measure
-from recllm.quantise import quantise
+from recllm.prompts import compile_prompt, load_prompt
+from recllm.quantise import quantise, write_quantisation
 from recllm.rankexport import export_ranker
 from recllm.recipes import find_recipe
 from recllm.runs import Run
@@ -40,8 +41,11 @@ from recllm.trained import (
     load_light,
     sequence_scorer,
 )
+from recllm.weightonly import Feeds
 
 Say = Callable[[str], None]
+SAMPLES = 4
+"""Training histories, or item texts, on which a graph's quantisation is judged."""
 
 
 class SequenceGraph(nn.Module):
@@ -108,9 +112,12 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
         say(f"Writing the ONNX graphs in fp32, opset {opset}")
         _write_graphs(graphs / str(opset), sequences, base, opset)
     reference = {name: sequence_scorer(*found, task, parts.neighbours) for name, found in sequences.items()}
+    measured = any(recipe.causal.max_damage is not None for recipe in loaded.values())
+    samples = _samples(run, task, sequences, base, reference) if measured else {}
     for name, recipe in loaded.items():
         say(f"Bundle '{name}': quantising and comparing with torch")
-        results.append(_export(run, task, parts, sequences, base, reference, name, recipe, graphs / str(recipe.opset)))
+        graph = graphs / str(recipe.opset)
+        results.append(_export(run, task, parts, sequences, base, reference, samples, name, recipe, graph))
     shutil.rmtree(graphs)
     return results
 
@@ -122,14 +129,18 @@ def _export(
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
     reference: dict[str, SequenceScorer],
+    samples: dict[str, list[Feeds]],
     name: str,
     recipe: ExportRecipe,
     graphs: Path,
 ) -> Exported:
     def fill(part: Path) -> None:
-        for path in graphs.glob("*.onnx"):
-            causal = path.stem in sequences or (path.stem == "encoder" and base.causal)
-            quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump() if causal else None)
+        said = {}
+        for path in sorted(graphs.glob("*.onnx")):
+            causal = recipe.causal if path.stem in sequences or (path.stem == "encoder" and base.causal) else None
+            known = samples.get(path.stem, [])
+            said[path.stem] = quantise(path, part / path.name, recipe.precision, causal, known)
+        write_quantisation(part, said)
         _write_content(part, run, task, parts, sequences, base)
         write_bundle_card(run, part, Path(name).stem, "recommends")
 
@@ -138,6 +149,37 @@ def _export(
 
     folder, facts = run.folder / f"bundle-{Path(name).stem}", _facts(run, task, name, sequences)
     return gated(folder, facts, name, recipe, fill, measured)
+
+
+def _samples(
+    run: Run,
+    task: Task,
+    sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
+    base: BaseModel,
+    reference: dict[str, SequenceScorer],
+) -> dict[str, list[Feeds]]:
+    """Inputs of the causal graphs, of a few training histories and item texts drawn by the run's seed, by graph."""
+    random = np.random.default_rng(run.seed)
+    known = list(task.split.train.histories().values())
+    queries = [known[place] for place in random.permutation(len(known))[:SAMPLES]]
+    result: dict[str, list[Feeds]] = {}
+    for name, (model, history) in sequences.items():
+        scorer, table = reference[name], model.table().detach().float().cpu().numpy()
+        result[name] = []
+
+        def record(
+            ids: NDArray[np.int64], ends: NDArray[np.int64], name: str = name, table: NDArray[np.float32] = table
+        ) -> NDArray[np.float32]:
+            result[name].append({"ids": ids, "ends": ends, "table": table})
+            return np.zeros((*ends.shape, reference[name].items.shape[1] - 1), dtype=np.float32)
+
+        SequenceScorer(record, history, scorer.index, scorer.items[:, :-1], scorer.items[:, -1]).query_vectors(queries)
+    if base.causal:
+        prompt = compile_prompt(load_prompt(run.prompt_file("item"), task="item"), base.tokenizer)
+        texts = [ids for ids in prompt.encode_items(task.dataset.catalog) if ids is not None]
+        drawn = [np.array([texts[place]]) for place in random.permutation(len(texts))[:SAMPLES]]
+        result["encoder"] = [{"ids": ids, "mask": np.ones_like(ids)} for ids in drawn]
+    return result
 
 
 def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[str, Any]:

@@ -3,32 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from recllm.bundle import new_bundle, seal
 from recllm.files import write_json
 from recllm.parity import Tolerance, failures_of
+from recllm.quantise import Precision
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.tasks import Task
+from recllm.weightonly import WeightSettings
 
 Parity = dict[str, dict[str, float]]
-
-
-class CausalQuantisation(Settings):
-    """Keys of ONNX Runtime's MatMulNBitsQuantizer for causal models."""
-
-    bits: int = 8
-    block_size: int = 32
-    accuracy_level: int = 0
 
 
 class ExportRecipe(Settings):
     """One file of export/."""
 
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     opset: int
     tolerance: Tolerance
-    causal: CausalQuantisation = CausalQuantisation()
+    causal: WeightSettings = WeightSettings()
 
 
 def load_recipe(name: str) -> ExportRecipe:

@@ -1,35 +1,54 @@
-"""Precision of a graph: half precision, 8-bit weights for causal models, dynamic int8 for encoders."""
+"""Precision of a graph: half precision, weights in few bits for causal models, dynamic int8 for encoders."""
 
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx
 
+from recllm.files import write_json
+from recllm.weightonly import Feeds, WeightSettings, quantise_weights
+
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+REPORT = "quantisation.json"
+"""In a bundle: the damage of every layer, of each graph by the share of layers with 8 bits, and which those are."""
+
 
 def quantise(
-    source: Path, target: Path, precision: Literal["fp32", "fp16", "int8"], causal: Mapping[str, Any] | None
-) -> None:
+    source: Path, target: Path, precision: Precision, causal: WeightSettings | None, samples: Sequence[Feeds] = ()
+) -> dict[str, Any] | None:
     """Write `source` again in another precision.
 
     Args:
         source: a graph in float32.
         target: where the result is written.
         precision: fp32 copies.
-        causal: keys of MatMulNBitsQuantizer for a causal model, whose activations must stay floats; None for an encoder
-            or a small projection, which take dynamic int8 and nothing.
+        causal: for a causal model, whose activations must stay floats; None for an encoder or a small projection, which
+            take dynamic int8 and nothing.
+        samples: inputs of a causal graph, on which damage is measured.
+
+    Returns:
+        What `quantise_weights` has measured; None where it has not.
     """
     if precision == "fp32" or source.stem.endswith("-items"):
         shutil.copyfile(source, target)  # item projections are small, and every score of a new item hangs on them
     elif precision == "fp16":
         _half(source, target)
     elif causal is not None:
-        _weights_only(source, target, causal)
+        return quantise_weights(source, target, causal, samples)
     else:
         _dynamic(source, target)
+    return None
+
+
+def write_quantisation(folder: Path, measured: Mapping[str, dict[str, Any] | None]) -> None:
+    """Keep what quantising each graph has measured beside the graphs, where it has measured anything."""
+    said = {name: own for name, own in measured.items() if own is not None}
+    if said:
+        write_json(folder / REPORT, said)
 
 
 def _half(source: Path, target: Path) -> None:
@@ -39,15 +58,6 @@ def _half(source: Path, target: Path) -> None:
         warnings.simplefilter("ignore")  # it names every weight too small for fp16; the gate judges the result
         model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=True)
     onnx.save(model, target)
-
-
-def _weights_only(source: Path, target: Path, keys: Mapping[str, Any]) -> None:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    quantizer = MatMulNBitsQuantizer(onnx.load(source), is_symmetric=True, **keys)
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(target), use_external_data_format=False)
 
 
 def _dynamic(source: Path, target: Path) -> None:

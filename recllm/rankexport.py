@@ -2,8 +2,9 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from recllm.files import write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
 from recllm.judging import load_relevance
 from recllm.lm import model_folder
+from recllm.onnxreader import OnnxReader
 from recllm.parity import fidelity
-from recllm.quantise import quantise
+from recllm.pointwise import PointwiseScorer
+from recllm.quantise import quantise, write_quantisation
 from recllm.ranker import KIND, PROMPT, SETTINGS, RankerSettings, load_ranker
 from recllm.rankgraphs import write_rank_graphs
 from recllm.ranking import ItemIndex
@@ -24,8 +27,11 @@ from recllm.relevance import RelevanceScorer
 from recllm.runs import Run
 from recllm.splits import like_threshold
 from recllm.tasks import Task
+from recllm.weightonly import Feeds
 
 Say = Callable[[str], None]
+SAMPLES, SAMPLED_CANDIDATES = 2, 16
+"""Training histories and candidates on which the quantisation is judged."""
 GATE_CANDIDATES = 50
 """Candidates on which each history of the gate is compared."""
 
@@ -51,12 +57,49 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
         write_rank_graphs(scorer.model, graphs / str(opset), opset)
     for name, recipe in recipes.items():
         say(f"Bundle '{name}': quantising and comparing with torch")
-        results.append(_export(run, task, scorer, name, recipe, graphs / str(recipe.opset)))
+        folder = graphs / str(recipe.opset)
+        samples = _samples(run, task, scorer, folder) if recipe.causal.max_damage is not None else {}
+        results.append(_export(run, task, scorer, name, recipe, samples, folder))
     shutil.rmtree(graphs)
     return results
 
 
-def _export(run: Run, task: Task, scorer: RelevanceScorer, name: str, recipe: ExportRecipe, graphs: Path) -> Exported:
+@dataclass(frozen=True, eq=False)
+class _Recorded:
+    """A session that keeps what it was given."""
+
+    session: Any
+    feeds: list[Feeds]
+
+    def run(self, names: list[str] | None, feeds: Feeds) -> Any:  # noqa: ANN401  as onnxruntime's
+        self.feeds.append(feeds)
+        return self.session.run(names, feeds)
+
+
+def _samples(run: Run, task: Task, scorer: RelevanceScorer, graphs: Path) -> dict[str, list[Feeds]]:
+    """What both graphs are given for a few training histories and candidates, drawn by the run's seed, by graph."""
+    random = np.random.default_rng(run.seed)
+    known = [query for query in task.split.train.histories().values() if scorer.prompts.knows(query)]
+    queries = [known[place] for place in random.permutation(len(known))[:SAMPLES]]
+    items = list(scorer.prompts.candidates)
+    asked = ItemIndex([items[place] for place in random.permutation(len(items))[:SAMPLED_CANDIDATES]])
+    reader = OnnxReader.open(graphs, scorer.model.max_tokens, soft_from=scorer.model.soft_from)
+    prefix, suffix = _Recorded(reader.prefix, []), _Recorded(reader.suffix, [])
+    reading = PointwiseScorer(replace(reader, prefix=prefix, suffix=suffix), scorer.prompt, scorer.catalog, False)
+    for query in queries:
+        reading.score([query], asked)
+    return {"prefix": prefix.feeds, "suffix": suffix.feeds}
+
+
+def _export(
+    run: Run,
+    task: Task,
+    scorer: RelevanceScorer,
+    name: str,
+    recipe: ExportRecipe,
+    samples: dict[str, list[Feeds]],
+    graphs: Path,
+) -> Exported:
     settings = RankerSettings(
         scorer.model.max_tokens,
         scorer.prompt.prompt.max_history,
@@ -74,8 +117,11 @@ def _export(run: Run, task: Task, scorer: RelevanceScorer, name: str, recipe: Ex
     }
 
     def fill(part: Path) -> None:
-        for path in graphs.glob("*.onnx"):
-            quantise(path, part / path.name, recipe.precision, recipe.causal.model_dump())
+        said = {}
+        for path in sorted(graphs.glob("*.onnx")):
+            known = samples.get(path.stem, [])
+            said[path.stem] = quantise(path, part / path.name, recipe.precision, recipe.causal, known)
+        write_quantisation(part, said)
         shutil.copy(find_recipe("prompts", run.prompt_file("relevance")), part / PROMPT)
         shutil.copy(_tokenizer(run), part / "tokenizer.json")
         write_catalog(part, task.dataset.catalog)

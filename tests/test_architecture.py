@@ -24,7 +24,7 @@ TORCH = [
     "softmax", "sequence", "softtokens", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples",
     "checkpoints", "watching", "recovery", "lean", "adalora", "cards", "loop", "cascade", "relevance", "trained",
     "judging", "scoring", "distil", "nextitem", "planning", "train", "outcome", "tracing", "graphs", "rankgraphs",
-    "quantise", "parity", "gate", "rankexport", "export", "quickstart", "tuning", "commands",
+    "weightonly", "quantise", "parity", "gate", "rankexport", "export", "quickstart", "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

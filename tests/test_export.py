@@ -1,5 +1,6 @@
 """Export: graphs equal torch, a recipe that breaks its tolerance leaves nothing behind and the others go on."""
 
+import re
 import shutil
 
 import numpy as np
@@ -20,9 +21,11 @@ from recllm.lm import load_base, mean_pool
 from recllm.parity import GRID, Tolerance, failures_of, fidelity
 from recllm.quantise import quantise
 from recllm.ranking import mask_seen, top_k
+from recllm.recipes import find_recipe
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.trained import load_collaborative, load_language, load_light, sequence_scorer
+from recllm.weightonly import WeightSettings
 
 IMPOSSIBLE = """
 precision = "fp16"
@@ -56,6 +59,9 @@ def exported(loaded, tiny_run, tiny_bundle, tmp_path_factory):
     shutil.copytree(tiny_run, place / "tiny", ignore=shutil.ignore_patterns("bundle-*"))
     impossible = place / "impossible.toml"
     impossible.write_text(IMPOSSIBLE, encoding="utf-8")
+    few = place / "few.toml"
+    shipped = find_recipe("export", "int4").read_text(encoding="utf-8")
+    few.write_text(re.sub("(rank_correlation|top10_overlap) = .*", r"\1 = 0.1", shipped), encoding="utf-8")
 
     def copied(folder, *_):
         folder.mkdir(parents=True)
@@ -66,7 +72,7 @@ def exported(loaded, tiny_run, tiny_bundle, tmp_path_factory):
     run, said = load_run(place / "tiny", [f"output={place}"]), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_write_graphs", copied)
-        results = export_run(run, loaded[1], [str(impossible), "fp16", "int8"], say=said.append)
+        results = export_run(run, loaded[1], [str(impossible), "fp16", "int8", str(few)], say=said.append)
     return run, {result.recipe: result for result in results}, str(impossible), said
 
 
@@ -136,7 +142,7 @@ def test_the_bundle_gives_the_torch_scorers_top_10_for_200_users(loaded, models,
 
 def test_every_recipe_is_reported_and_one_that_fails_is_left_out(exported):
     run, results, impossible, said = exported
-    assert list(results) == [impossible, "fp16", "int8"]
+    assert list(results)[:3] == [impossible, "fp16", "int8"]
     failed = results[impossible]
     assert failed.folder is None
     assert any("rank_correlation is" in line and "at least 1.1 is asked" in line for line in failed.failures)
@@ -168,7 +174,7 @@ def test_half_precision_keeps_the_order_of_the_tiny_models(exported):
 
 @pytest.mark.parametrize(
     ("precision", "causal"),
-    [("fp16", None), ("int8", {"bits": 8, "block_size": 32, "accuracy_level": 0}), ("int8", None)],
+    [("fp16", None), ("int8", WeightSettings()), ("int8", None), ("int4", WeightSettings(bits=4, algorithm="hqq"))],
 )
 def test_a_quantised_graph_differs_a_little_and_not_much(precision, causal, models, tiny_bundle, tmp_path):
     model, _ = models["lm"]
@@ -179,6 +185,22 @@ def test_a_quantised_graph_differs_a_little_and_not_much(precision, causal, mode
     whole, small = (session(path).run(None, feeds)[0][0, 0] for path in (tiny_bundle / "lm.onnx", target))
     assert np.abs(whole - small).max() > 0
     assert np.corrcoef(whole, small)[0, 1] > 0.95
+
+
+def test_few_bits_are_chosen_by_what_was_measured(exported, tiny_bundle):
+    run, results, _, _ = exported
+    (result,) = [own for name, own in results.items() if name.endswith("few.toml")]
+    said = read_json(result.folder / "quantisation.json")
+    assert set(said) == {"light", "lm", "encoder"}  # all causal here
+    for name, own in said.items():
+        damages = list(own["graph"].values())
+        assert 0 < damages[-1] <= 0.01 or list(own["graph"])[-1] == "1"
+        assert all(damage > 0.01 for damage in damages[:-1])
+        assert len(own["layers"]) > 4
+        assert set(own["higher"]) <= set(own["layers"])
+        assert (result.folder / f"{name}.onnx").stat().st_size < (tiny_bundle / f"{name}.onnx").stat().st_size
+    assert "quantisation.json" in read_manifest(result.folder)["files"]
+    assert not (run.folder / "bundle-int8" / "quantisation.json").exists()
 
 
 def test_the_manifest_says_what_is_inside(tiny_bundle, loaded):

@@ -1,6 +1,7 @@
 """Judging: a language model learns who likes what, on labelled pairs, beside the scorers of ratings."""
 
 import json
+import re
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,7 @@ from recllm.judging import AskedAbout, load_relevance, rating_scorers
 from recllm.outcome import FUSION, evaluate_run
 from recllm.ranker import load_ranker
 from recllm.ranking import ItemIndex
+from recllm.recipes import find_recipe
 from recllm.runs import Run, load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
@@ -271,7 +273,13 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
         with pytest.raises(RecllmError, match=r"Only causal models .* are exported for ranking"):
             export_run(run, task, ["fp32"], say=lambda _: None)
         return
-    (result,) = export_run(run, task, ["fp32"], say=lambda _: None)
+    few = tmp_path / "few.toml"
+    shipped = find_recipe("export", "int4").read_text(encoding="utf-8")
+    few.write_text(re.sub("(rank_correlation|top10_overlap) = .*", r"\1 = 0.1", shipped), encoding="utf-8")
+    result, small = export_run(run, task, ["fp32", str(few)], say=lambda _: None)
+    said = read_json(small.folder / "quantisation.json")
+    assert set(said) == {"prefix", "suffix"}
+    assert all(own["layers"] and min(own["graph"].values()) > 0 for own in said.values())
     assert result.folder == run.folder / "bundle-fp32"
     assert result.parity["ranker"]["max_difference"] < 1e-3
     ranker, scorer = load_ranker(result.folder), load_relevance(run, task)

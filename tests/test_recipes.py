@@ -27,7 +27,7 @@ class Outer(Settings):
 
 def test_a_checkout_finds_its_own_folders():
     assert {"lora", "rslora", "dora", "qlora"} <= set(recipe_names("adapters"))
-    assert {"fp32", "fp16", "int8"} <= set(recipe_names("export"))
+    assert {"fp32", "fp16", "int8", "int4"} <= set(recipe_names("export"))
     assert share("prompts") == ROOT / "prompts"
 
 

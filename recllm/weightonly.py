@@ -1,0 +1,154 @@
+"""Weight-only quantisation of causal graphs: few bits where that does little damage on real prompts, 8 elsewhere.
+
+Activations stay floats: a causal model has a few that are a hundred times larger than the rest (recllm/quantise.py).
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from pydantic import Field
+
+from recllm.recipes import Settings
+from recllm.sessions import open_session
+
+Feeds = Mapping[str, NDArray[Any]]
+SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
+"""Shares of the layers that are tried with 8 bits, until the graph's damage is within its limit."""
+ROWS = 512
+"""The most inputs of a layer that its damage is measured on."""
+HIGHER_BITS = 8
+
+
+class WeightSettings(Settings):
+    """`[causal]` of an export recipe; bits, block_size and accuracy_level are ONNX Runtime's MatMulNBitsQuantizer's."""
+
+    bits: Literal[4, 8] = 8
+    """Of a weight."""
+    block_size: int = 32
+    """Weights that share a scale."""
+    accuracy_level: int = 0
+    """0: float32 products; 4 would round activations too."""
+    algorithm: Literal["rtn", "hqq"] = "rtn"
+    """Round to the nearest, or half-quadratic quantisation (Badri & Shaji 2023) of 4 bits, which fits zero points."""
+    max_damage: float | None = Field(default=None, gt=0)
+    """The share of what a graph says that may be lost on sample prompts, squared; the layers that lose most get 8 bits
+    until it holds. None leaves all layers alike."""
+
+
+def quantise_weights(
+    source: Path, target: Path, settings: WeightSettings, samples: Sequence[Feeds] = ()
+) -> dict[str, Any] | None:
+    """Write a causal graph with quantised weights.
+
+    Args:
+        source: a graph in float32.
+        target: where the result is written.
+        settings: bits, and how they are chosen.
+        samples: inputs of the graph, of real prompts; needed where `settings.max_damage` is given.
+
+    Returns:
+        What was tried: the damage of every layer in `settings.bits`, the damage of the whole graph by the share of
+        layers with 8 bits, and those layers; None where nothing was measured.
+    """
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
+    if settings.max_damage is None or not samples:
+        onnx.save(_quantised(onnx.load(source), settings, frozenset()), target)
+        return None
+    model = onnx.load(source)
+    layers = layer_damages(model, samples, lambda part: _quantised(part, settings, frozenset()))
+    worst = sorted(layers, key=layers.__getitem__, reverse=True)
+    expected = [_run(model, feeds) for feeds in samples]
+    tried: dict[str, float] = {}
+    higher: list[str] = []
+    for share in SHARES:
+        higher = worst[: round(share * len(worst))]
+        made = _quantised(onnx.load(source), settings, frozenset(higher))
+        found = [_run(made, feeds) for feeds in samples]
+        pairs = [pair for every in zip(expected, found, strict=True) for pair in zip(*every, strict=True)]
+        tried[f"{share:g}"] = damage = max(_damage(*pair) for pair in pairs)
+        if damage <= settings.max_damage:
+            break
+    onnx.save(made, target)
+    return {"layers": layers, "graph": tried, "higher": higher}
+
+
+def layer_damages(
+    model: onnx.ModelProto, samples: Sequence[Feeds], quantised: Callable[[onnx.ModelProto], onnx.ModelProto]
+) -> dict[str, float]:
+    """The share of each layer's output that quantising it alone loses on the samples, squared, by the node's name."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == "MatMul" and _is_layer(node, weights)]
+    names = list(dict.fromkeys(node.input[0] for node in nodes))
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    inputs: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+    for feeds in samples:
+        for name, value in zip(names, _run(probe, feeds), strict=True):
+            inputs[name].append(value.reshape(-1, value.shape[-1]))
+    result = {}
+    for node in nodes:
+        rows = np.concatenate(inputs[node.input[0]])
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).astype(np.int64)]
+        alone = _alone(weights[node.input[1]], model)
+        made = quantised(alone)
+        result[node.name] = _damage(rows @ numpy_helper.to_array(weights[node.input[1]]), _run(made, {"rows": rows})[0])
+    return result
+
+
+def _is_layer(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> bool:
+    return node.input[1] in weights and len(weights[node.input[1]].dims) == 2
+
+
+def _alone(weight: onnx.TensorProto, model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model of one product with a weight."""
+    width, out = weight.dims
+    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["rows", width])
+    product = helper.make_tensor_value_info("product", onnx.TensorProto.FLOAT, ["rows", out])
+    node = helper.make_node("MatMul", ["rows", weight.name], ["product"], name="layer")
+    graph = helper.make_graph([node], "layer", [rows], [product], [weight])
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _quantised(model: onnx.ModelProto, settings: WeightSettings, higher: frozenset[str]) -> onnx.ModelProto:
+    """The model with quantised weights, those of the layers named `higher` in 8 bits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    def pass_over(given: onnx.ModelProto, names: list[str], **keys: Any) -> onnx.ModelProto:  # noqa: ANN401
+        quantizer = MatMulNBitsQuantizer(
+            given,
+            block_size=settings.block_size,
+            accuracy_level=settings.accuracy_level,
+            nodes_to_exclude=names,
+            **keys,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch dislikes arrays that cannot be written to, which nobody does
+            quantizer.process()
+        return quantizer.model.model
+
+    if settings.algorithm == "hqq" and settings.bits == 4:
+        config = HQQWeightOnlyQuantConfig(block_size=settings.block_size, bits=settings.bits)
+        model = pass_over(model, sorted(higher), algo_config=config)
+    else:
+        model = pass_over(model, sorted(higher), bits=settings.bits, is_symmetric=True)
+    return pass_over(model, [], bits=HIGHER_BITS, is_symmetric=True) if higher else model
+
+
+def _run(model: onnx.ModelProto, feeds: Feeds) -> list[NDArray[np.float32]]:
+    """The outputs of a model that is in memory."""
+    return [np.asarray(value) for value in open_session(model.SerializeToString()).run(None, dict(feeds))]
+
+
+def _damage(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    """‖expected − found‖² / ‖expected‖²."""
+    whole = float((expected.astype(np.float64) ** 2).sum())
+    return float(((expected.astype(np.float64) - found) ** 2).sum()) / whole if whole else 0.0

@@ -1,0 +1,121 @@
+"""Weight-only quantisation: damage is measured on samples, and the layers that lose most get 8 bits."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from recllm import weightonly
+from recllm.sessions import open_session
+from recllm.weightonly import WeightSettings, layer_damages, quantise_weights
+
+WIDTH = 64
+FOUR = WeightSettings(bits=4, algorithm="hqq", max_damage=0.001)
+
+
+def weights_of(seed, outliers=False):
+    weights = np.random.default_rng(seed).normal(size=(WIDTH, WIDTH)).astype(np.float32)
+    if outliers:
+        weights[::8] *= 40.0  # in every block a few that leave the others no steps
+    return weights
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """Two layers beside each other and one behind them; `hard` has outliers, and reads what is small there."""
+    layers = {"easy": weights_of(1), "hard": weights_of(2, outliers=True), "last": weights_of(3)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "easy"], ["a"], name="node easy"),
+        helper.make_node("MatMul", ["x", "hard"], ["b"], name="node hard"),
+        helper.make_node("Add", ["a", "b"], ["c"]),
+        helper.make_node("MatMul", ["c", "last"], ["y"], name="node last"),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", WIDTH]) for name in ("x", "y")]
+    tensors = [numpy_helper.from_array(array, name) for name, array in layers.items()]
+    made = helper.make_graph(nodes, "g", value[:1], value[1:], tensors)
+    path = tmp_path / "graph.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def samples():
+    x = np.random.default_rng(0).normal(size=(6, WIDTH)).astype(np.float32)
+    x[:, ::8] *= 0.01  # the outliers of `hard` say little, and cost the others their steps
+    return [{"x": x[:2]}, {"x": x[2:]}]
+
+
+def answers(path, samples):
+    return np.concatenate([open_session(path).run(None, feeds)[0] for feeds in samples])
+
+
+def lost(path, other, samples):
+    expected, found = answers(path, samples), answers(other, samples)
+    return float(((expected - found) ** 2).sum() / (expected**2).sum())
+
+
+def test_the_damage_of_a_layer_is_what_its_own_output_loses(graph, samples, tmp_path):
+    seen = []
+
+    def quantised(model):
+        seen.append([node.op_type for node in model.graph.node])
+        return weightonly._quantised(model, FOUR, frozenset())
+
+    damages = layer_damages(onnx.load(graph), samples, quantised)
+    assert list(damages) == ["node easy", "node hard", "node last"]
+    assert seen == [["MatMul"]] * 3
+    assert damages["node hard"] > 5 * damages["node easy"] > 0
+    # By hand: only the layer itself in few bits, on what it reads in the unharmed graph.
+    model = onnx.load(graph)
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, ["rows", WIDTH]))
+    only = tmp_path / "only.onnx"
+    onnx.save(weightonly._quantised(model, FOUR, frozenset()), only)
+    x = np.concatenate([feeds["x"] for feeds in samples])
+    expected = x @ weights_of(2, outliers=True)
+    found = answers(only, samples)
+    assert damages["node hard"] == pytest.approx(((expected - found) ** 2).sum() / (expected**2).sum(), rel=1e-3)
+
+
+def bits(path):
+    """Bits of every quantised layer."""
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
+    return [next(key.i for key in node.attribute if key.name == "bits") for node in nodes]
+
+
+def test_the_worst_layers_get_8_bits_until_the_graph_keeps_its_limit(graph, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(weightonly, "SHARES", (0.0, 1 / 3, 1.0))
+    alike = tmp_path / "alike.onnx"
+    assert quantise_weights(graph, alike, FOUR.model_copy(update={"max_damage": None})) is None
+    assert bits(alike) == [4, 4, 4]
+    assert lost(graph, alike, samples) > 0.01
+
+    target = tmp_path / "mixed.onnx"
+    report = quantise_weights(graph, target, FOUR.model_copy(update={"max_damage": 0.02}), samples)
+    assert report["higher"] == ["node hard"]
+    assert sorted(bits(target)) == [4, 4, 8]
+    assert list(report["graph"]) == ["0", "0.333333"]
+    assert report["graph"]["0"] > 0.02 >= report["graph"]["0.333333"]
+    assert lost(graph, target, samples) < lost(graph, alike, samples) / 2
+
+    strict = quantise_weights(graph, target, FOUR.model_copy(update={"max_damage": 1e-9}), samples)
+    assert bits(target) == [8, 8, 8]  # the best there is, and the gate judges it
+    assert len(strict["higher"]) == 3
+    assert strict["graph"]["1"] < strict["graph"]["0"] / 2
+
+
+def test_without_samples_all_layers_are_alike(graph, tmp_path):
+    target = tmp_path / "out.onnx"
+    assert quantise_weights(graph, target, FOUR) is None
+    assert bits(target) == [4, 4, 4]
+    assert quantise_weights(graph, target, WeightSettings()) is None
+    assert bits(target) == [8, 8, 8]
+
+
+def test_half_quadratic_quantisation_does_less_damage_than_rounding(graph, samples, tmp_path):
+    found = {}
+    for algorithm in ("rtn", "hqq"):
+        target = tmp_path / f"{algorithm}.onnx"
+        quantise_weights(graph, target, WeightSettings(bits=4, algorithm=algorithm))
+        found[algorithm] = lost(graph, target, samples)
+    assert found["hqq"] < found["rtn"]
