@@ -270,8 +270,8 @@ def fit_new_items(
     kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
 
     Items that have few events because nobody wants them look as new as those of tomorrow. So what was fitted is tried
-    on the real validation rows too, and new items are placed lower, or left without weights of their own, until
-    NDCG@10 there loses no more than `settings.new_cost`.
+    on the real validation rows too, and new items are placed lower, then only those without any event are new, then they
+    are left without weights of their own, until NDCG@10 there loses no more than `settings.new_cost`.
 
     Args:
         fusion: for items with events.
@@ -333,10 +333,12 @@ def fit_new_items(
         return float(ndcg(target_ranks(np.where(masked, np.nan, fused), targets[real]), NDCG_AT).mean())
 
     least = (1.0 - settings.new_cost) * as_it_is(before)
-    for name, theta in {best: made[best], **_lowered(names, best, made[best])}.items():
-        found = replace(fusion, new=theta, chosen_new=name, candidates_new=figures)
-        if as_it_is(found) >= least:
-            return found
+    tried = {best: made[best], **_lowered(names, best, made[best])}
+    for limit in dict.fromkeys((few, 1)):
+        for name, theta in tried.items():
+            found = replace(fusion, few=limit, new=theta, chosen_new=name, candidates_new=figures)
+            if as_it_is(found) >= least:
+                return found
     return before
 
 

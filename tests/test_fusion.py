@@ -282,6 +282,21 @@ def test_an_items_first_few_events_leave_it_new():
     assert weights["a"][0, 2] == before.weights(np.array([[9]]), counts)["a"][0, 2]
 
 
+def test_where_few_events_say_much_only_items_without_any_are_new():
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    n_item = np.where(np.arange(ITEMS) % 2 == 0, 3, n_item + 10)  # half of them has few, and is in demand
+    settings = QUICK.model_copy(update={"kinds": ("best single",)})
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=settings)
+    assert before.chosen == "only a"
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, few=5, settings=settings)
+    assert after.few == 1
+    assert after.chosen_new
+    known = (fusion.fuse(scores, n_user, n_item)[0] for fusion in (before, after))
+    assert np.array_equal(*known)
+    weights = after.weights(np.array([[9]]), np.array([0, 1]))
+    assert weights["b"][0, 0] > 0.1 > weights["b"][0, 1]
+
+
 def test_without_a_share_of_new_items_nothing_changes():
     scores, as_new, targets, n_user, n_item, seen = cold_start()
     before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
