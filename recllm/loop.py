@@ -21,17 +21,17 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback
 
 from recllm.adalora import RankBudget, orthogonality
 from recllm.checkpoints import WEIGHTS, Seal, SoundBest, load_trained, save_trained
 from recllm.devices import on_cpu, process_state
-from recllm.errors import RecllmError, require, unknown
+from recllm.errors import RecllmError, unknown
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
 from recllm.lean import lean
 from recllm.metrics import hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
+from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
 from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
 
 METRIC = "eval_ndcg@10"
@@ -144,12 +144,13 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     """Refuse keys of `[train]` that are not Trainer's, before any model loads.
 
     Raises:
-        RecllmError: an unknown key, with the nearest right one.
+        RecllmError: an unknown key, with the nearest right one, or a tracker that is not there.
     """
     known = {name for name in TrainingArguments.__dataclass_fields__ if name != "output_dir"}
     for key in keys:
         if key not in known:
             raise unknown("key in [train]", key, known)
+    check_trackers(keys.get("report_to", "none"))
 
 
 def rows_of_a_step(arguments: dict[str, Any]) -> int:
@@ -218,6 +219,7 @@ class Stage:
             "logging_steps": 10,
             "logging_nan_inf_filter": False,  # it would hide a loss that is no number
             "report_to": "none",
+            "run_name": f"{folder.parent.parent.name}-{self.scorer}",
             "remove_unused_columns": False,
             "dataloader_pin_memory": torch.cuda.is_available(),
             "save_total_limit": 2,
@@ -250,7 +252,8 @@ def fit(
     """
     checkpoints = folder / "checkpoints" / stage.scorer
     options = stage.options(checkpoints)
-    boards = _own_tensorboard(options, folder / "tensorboard" / stage.scorer)
+    reports = options["report_to"]
+    boards = own_tensorboard(options, folder / "tensorboard" / stage.scorer)
     kept = folder / f"no-number-{stage.scorer}"
 
     def trainer(adjusted: Adjusted) -> OrderedTrainer:
@@ -261,7 +264,8 @@ def fit(
         callbacks += [Watched(stage.scorer, watch)] if watch else []
         return stage_trainer(stage, options, callbacks, kept, adjusted)
 
-    train_on(trainer, stage.model, checkpoints, kept=kept, scorer=stage.scorer, resume=resume, say=say)
+    with own_wandb_run(reports):
+        train_on(trainer, stage.model, checkpoints, kept=kept, scorer=stage.scorer, resume=resume, say=say)
     process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
 
 
@@ -320,19 +324,6 @@ def _recompute(model: nn.Module, options: dict[str, Any]) -> None:
         new = hasattr(body, "activation_checkpointing_enable")
         name = "activation_checkpointing" if new else "gradient_checkpointing"
         getattr(body, f"{name}_enable")(**{f"{name}_kwargs": keys or {"use_reentrant": False}})
-
-
-def _own_tensorboard(options: dict[str, Any], folder: Path) -> list[TrainerCallback]:
-    """TensorBoard's callback where `report_to` names it, out of the way of the checkpoints, which are deleted."""
-    named = options["report_to"]
-    asked = [named] if isinstance(named, str) else list(named)
-    if "tensorboard" not in asked:
-        return []
-    options["report_to"] = [name for name in asked if name != "tensorboard"] or "none"
-    if not process_state().is_main_process:
-        return []
-    board = require("torch.utils.tensorboard", "train", "train.report_to = 'tensorboard'")
-    return [TensorBoardCallback(board.SummaryWriter(log_dir=str(folder)))]
 
 
 def _training_arguments(options: dict[str, Any]) -> TrainingArguments:

@@ -270,8 +270,8 @@ def fit_new_items(
     kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
 
     Items that have few events because nobody wants them look as new as those of tomorrow. So what was fitted is tried
-    on the real validation rows too, and new items are placed lower, then only those without any event are new, then they
-    are left without weights of their own, until NDCG@10 there loses no more than `settings.new_cost`.
+    on the real validation rows too, and new items are placed lower, then only those without any event are new, then
+    they are left without weights of their own, until NDCG@10 there loses no more than `settings.new_cost`.
 
     Args:
         fusion: for items with events.

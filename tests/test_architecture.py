@@ -22,9 +22,10 @@ TORCH_FREE = [
 ]
 TORCH = [
     "softmax", "sequence", "softtokens", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples",
-    "checkpoints", "watching", "recovery", "lean", "adalora", "cards", "loop", "cascade", "relevance", "trained",
-    "judging", "scoring", "distil", "nextitem", "planning", "train", "outcome", "tracing", "graphs", "rankgraphs",
-    "weightonly", "quantise", "parity", "gate", "rankexport", "export", "quickstart", "tuning", "commands",
+    "checkpoints", "watching", "tracking", "recovery", "lean", "adalora", "cards", "loop", "cascade", "relevance",
+    "trained", "judging", "scoring", "distil", "nextitem", "planning", "train", "outcome", "tracing", "graphs",
+    "rankgraphs", "weightonly", "quantise", "parity", "gate", "rankexport", "export", "quickstart", "tuning",
+    "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]
