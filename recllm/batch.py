@@ -27,7 +27,7 @@ T = TypeVar("T")
 Say = Callable[[str], None]
 Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
 CHUNK = 512
-"""Rows that are answered and written together; no more of the input or of the answers is held in memory."""
+"""Rows that are answered and written together; in memory are these, their answers and the rows behind them."""
 NO_HISTORY = "no item of the history is known; name the file that has their text: --history-items FILE"
 PAIRS = ["user_id", "item_id", "score"]
 """Columns of scores of named items."""
@@ -346,7 +346,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def ahead(parts: Iterator[T]) -> Iterator[T]:
-    """The parts in their order, each made in a thread of its own while the one before it is being used.
+    """The parts in their order, each made in another thread while the one before it is being used.
 
     What making a part raises is raised in its place.
     """

@@ -164,8 +164,9 @@ def logistic(labels: Array) -> Loss:
 def inside_users(labels: Array, users: NDArray[np.int64], weight: float) -> Loss:
     """`logistic`, and `weight` times the logistic loss over pairs of one user's liked and disliked rows.
 
-    Every user who has both counts the same (BPR's loss, Rendle et al. 2009, inside users): as AUC inside users does.
-    Of each user's rows of one label at most `ROWS_OF_A_USER`, evenly spaced, are compared.
+    Every user who has both counts the same (BPR's loss, Rendle et al. 2009, inside users), as in AUC inside users. Of
+    each user's rows of one label at most `ROWS_OF_A_USER`, evenly spaced, are compared; and in a set of several blocks
+    only those of one block, so that a user's rows should stand together.
 
     Args:
         labels: float64[rows] of 0 and 1.
@@ -173,6 +174,8 @@ def inside_users(labels: Array, users: NDArray[np.int64], weight: float) -> Loss
         weight: of the pairs beside the rows.
     """
     plain, liked, disliked, shares = logistic(labels), [], [], []
+    if weight == 0.0:
+        return plain
     order = np.argsort(users, kind="stable")
     for own in np.split(order, np.flatnonzero(np.diff(users[order])) + 1):
         ones, zeros = (_spaced(own[labels[own] == label]) for label in (1.0, 0.0))
@@ -187,7 +190,6 @@ def inside_users(labels: Array, users: NDArray[np.int64], weight: float) -> Loss
 
     def loss(rows: slice, scores: Array, intercept: float) -> tuple[float, Array, float]:
         total, gradient, slope = plain(rows, scores, intercept)
-        # Large sets come in blocks: pairs across two of them are passed over.
         here = (np.minimum(above, below) >= rows.start) & (np.maximum(above, below) < rows.stop)
         over, under = above[here] - rows.start, below[here] - rows.start
         difference, own = scores[under, 0] - scores[over, 0], weight * len(labels) * share[here]

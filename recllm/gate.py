@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from recllm.bundle import new_bundle, seal
 from recllm.files import write_json
 from recllm.parity import Tolerance, failures_of
@@ -23,6 +25,12 @@ class ExportRecipe(Settings):
     opset: int
     tolerance: Tolerance
     causal: WeightSettings = WeightSettings()
+
+    @model_validator(mode="after")
+    def _bits_are_the_precisions(self) -> "ExportRecipe":
+        if self.precision in ("int8", "int4") and self.precision != f"int{self.causal.bits}":
+            raise ValueError(f"precision '{self.precision}' and [causal] bits = {self.causal.bits} do not fit together")
+        return self
 
 
 def load_recipe(name: str) -> ExportRecipe:

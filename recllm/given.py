@@ -93,7 +93,7 @@ def _rows(path: Path) -> list[Row]:
             pl.col("user_id", "item_id").cast(pl.String),
             pl.col("label").cast(pl.Float64),
             pl.col("history").cast(pl.List(pl.String)).fill_null([]),
-            pl.col("ratings").cast(pl.List(pl.Float64)),
+            pl.col("ratings").cast(pl.List(pl.Float64)).list.eval(pl.element().fill_nan(None)),
             pl.col("timestamp").cast(pl.Int64),
         )
     except pl.exceptions.PolarsError as error:
@@ -142,9 +142,10 @@ class _Judged:
             before = own[: _shown(user, item, bisect.bisect_left(own, (_time(timestamp), place)))]
         else:
             before = [event for event in own if timestamp is None or event[0] <= timestamp]
-        labels = {event[2]: event[3] for event in before}
+        labels = {event[2]: event[3] for event in before if event[2] != item}  # its own label, if it stands twice
         ranks = {earlier: rank for rank, earlier in enumerate(labels)}
-        left_out = deque(earlier for earlier in labels if earlier not in set(history))
+        told = set(history)
+        left_out = deque(earlier for earlier in labels if earlier not in told)
         # Behind its last labelled item a history has what came after the train rows.
         behind = max((at + 1 for at, earlier in enumerate(history) if earlier in ranks), default=0)
         merged: list[str] = []

@@ -90,13 +90,13 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     known = train.histories()
 
     def rated(query: Query) -> Query:
-        return query if query.ratings is not None else known.get(query.user_id or "", query)
+        return query if query.has_ratings else known.get(query.user_id or "", query)
 
     means = ItemMean.load(folder)
     scorers |= {"item_mean": means, "user_mean": UserMean.load(folder)}
     scorers["explicit"] = AskedAbout(ExplicitMF.load(folder), rated)
     if len(task.index) <= MOST_ITEMS:
-        neighbours = RatedNeighbours.of(task.dataset.catalog, parts.text.vectors, means)
+        neighbours = RatedNeighbours(task.dataset.catalog, parts.text.vectors, means)
         scorers["rated_neighbours"] = AskedAbout(neighbours, rated)
     return scorers
 
@@ -104,7 +104,7 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
 def _fading_user_mean(run: Run, task: Task) -> UserMean:
     """Users' means whose half-life tells validation's labels apart best, by AUC; on a tie nothing fades."""
     scorer = UserMean.fit(task.split.train)
-    rows = [row for row in labelled_rows(task, "valid", run.seed) if row.query.ratings]
+    rows = [row for row in labelled_rows(task, "valid", run.seed) if row.query.has_ratings]
     labels = np.array([row.label for row in rows])
     if len(np.unique(labels)) < 2:
         return scorer

@@ -65,8 +65,8 @@ def read_rows(
     """Read `path` row by row, whatever its size.
 
     `history` is a list of item ids, oldest first; in CSV a text of ids parted by blanks or `|`, or a JSON list.
-    `ratings`, where there are any, is as long a list of numbers. A row with only `user_id` takes its history, and its
-    ratings, from `histories`.
+    `ratings`, where there are any, is as long a list of numbers, null for an item without one. A row with only
+    `user_id` takes its history, and its ratings, from `histories`.
 
     Args:
         path: Parquet, JSONL, CSV or TSV.
@@ -247,7 +247,7 @@ def _history(
 
 
 def _ratings(given: Any, items: int) -> tuple[float | None, ...] | None:  # noqa: ANN401
-    """Numbers from a list, or from a text of them, null for an item without a rating; None for a missing value."""
+    """Numbers from a list, or from a text of them, null or NaN for an item without one; None for a missing value."""
     if given is None or given == "":
         return None
     if isinstance(given, str):
@@ -255,7 +255,8 @@ def _ratings(given: Any, items: int) -> tuple[float | None, ...] | None:  # noqa
     if not isinstance(given, list):
         raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers")
     try:
-        found = tuple(None if value is None else float(value) for value in given)
+        numbers = (None if value is None else float(value) for value in given)
+        found = tuple(None if value is None or math.isnan(value) else value for value in numbers)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"'ratings' is {_named(given)}, not a list of numbers") from None
     if not all(math.isfinite(value) for value in found if value is not None):

@@ -1,6 +1,7 @@
 """Rated neighbours: a candidate is judged by what the user gave to the items most like it in words and columns."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,31 +24,26 @@ class RatedNeighbours:
     with likeness taken from columns, titles and text in place of co-ratings, so that it judges items nobody has rated.
     NaN for a query without a rated item of the catalogue, and for a candidate that is not in it.
 
-    Attributes:
-        items: the catalogue.
-        alike: float32[items, items], likeness of two items, at least 0.
-        means: float32[items], mean rating of each item.
+    Args:
+        catalog: columns and titles.
+        text: float32[items, width], text vectors of length 1; a NaN row for none.
+        means: of the training ratings; an item without any has the middle of the others'.
     """
 
-    def __init__(self, items: ItemIndex, alike: NDArray[np.float32], means: NDArray[np.float32]) -> None:
-        self.items, self.alike, self.means = items, alike, means
+    def __init__(self, catalog: Catalog, text: NDArray[np.float32], means: ItemMean) -> None:
+        self.items, self._catalog, self._text = ItemIndex(catalog.ids), catalog, text
+        own = means.score([Query(())], self.items)[0]
+        self.means = np.where(np.isnan(own), np.nanmean(own), own).astype(np.float32)
 
-    @classmethod
-    def of(cls, catalog: Catalog, text: NDArray[np.float32], means: ItemMean) -> "RatedNeighbours":
-        """Compare all items; one that has no mean rating has the middle of the others'.
-
-        Args:
-            catalog: columns and titles.
-            text: float32[items, width], text vectors of length 1; a NaN row for none.
-            means: of the training ratings.
-        """
-        items, vectors = ItemIndex(catalog.ids), np.nan_to_num(text)
-        shared = SharedFeatures(catalog.frame.iter_rows(named=True), np.ones(len(items), dtype=bool))
-        alike = np.empty((len(items), len(items)), dtype=np.float32)
-        for row in range(len(items)):
+    @cached_property
+    def alike(self) -> NDArray[np.float32]:
+        """Likeness of two items, at least 0: float32[items, items]; made when it is first asked for."""
+        vectors = np.nan_to_num(self._text)
+        shared = SharedFeatures(self._catalog.frame.iter_rows(named=True), np.ones(len(self.items), dtype=bool))
+        alike = np.empty((len(self.items), len(self.items)), dtype=np.float32)
+        for row in range(len(self.items)):
             alike[row] = shared.cosines(row) + TEXT_SHARE * np.maximum(vectors @ vectors[row], 0.0)
-        own = means.score([Query(())], items)[0]
-        return cls(items, alike, np.where(np.isnan(own), np.nanmean(own), own).astype(np.float32))
+        return alike
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """float32[queries, candidates]."""

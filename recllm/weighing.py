@@ -171,6 +171,7 @@ def fit_labels(
     pairs = {name: given[:, None] for name, given in scores.items()}
     z = drop_scorers(np.stack([base.z(name, pairs[name]) for name in base.names]), settings.drop, rng)
     user, item = base.user(n_user)[:, None], base.item(n_item)[:, None]
+    numbers = np.arange(len(label)) if users is None else users
     settings = settings.model_copy(update={"kinds": kinds})
 
     def fused(fusion: Fusion) -> NDArray[np.float64]:
@@ -180,10 +181,10 @@ def fit_labels(
         return auc(label, fused(fusion))
 
     def made(rows: NDArray[np.int64]) -> dict[str, Fusion]:
+        rows = rows[np.argsort(numbers[rows], kind="stable")]  # blocks are cut between users, not through all of them
         loss = inside_users(label[rows], numbers[rows], settings.pairwise)
         return _made(base, Problem(z[:, rows], user[rows], item[rows], loss), settings, figure)
 
-    numbers = np.arange(len(label)) if users is None else users
     outside: dict[str, NDArray[np.float64]] = {}
     for inside in _folds(numbers, label, rng):
         for name, fusion in made(np.flatnonzero(~inside)).items():

@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from recllm.errors import RecllmError
 from recllm.recipes import Settings
 from recllm.sessions import open_session
 
@@ -31,15 +32,21 @@ class WeightSettings(Settings):
 
     bits: Literal[4, 8] = 8
     """Of a weight."""
-    block_size: int = 32
+    block_size: Literal[16, 32, 64, 128, 256] = 32
     """Weights that share a scale."""
-    accuracy_level: int = 0
+    accuracy_level: int = Field(default=0, ge=0, le=4)
     """0: float32 products; 4 would round activations too."""
     algorithm: Literal["rtn", "hqq"] = "rtn"
     """Round to the nearest, or half-quadratic quantisation (Badri & Shaji 2023) of 4 bits, which fits zero points."""
     max_damage: float | None = Field(default=None, gt=0)
     """The share of what a graph says that may be lost on sample prompts, squared; the layers that lose most get 8 bits
     until it holds. None leaves all layers alike."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "WeightSettings":
+        if self.algorithm == "hqq" and (self.bits != 4 or self.accuracy_level != 0):
+            raise ValueError("algorithm 'hqq' is for bits = 4 with accuracy_level = 0")
+        return self
 
 
 def quantise_weights(
@@ -55,28 +62,52 @@ def quantise_weights(
 
     Returns:
         What was tried: the damage of every layer in `settings.bits`, the damage of the whole graph by the share of
-        layers with 8 bits, and those layers; None where nothing was measured.
+        layers with 8 bits, and those layers; None where nothing is measured.
+
+    Raises:
+        RecllmError: damage is to be measured, and there is no sample.
     """
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    if settings.max_damage is None or not samples:
-        onnx.save(_quantised(onnx.load(source), settings, frozenset()), target)
-        return None
     model = onnx.load(source)
+    if settings.max_damage is None:
+        onnx.save(_quantised(model, settings, frozenset()), target)
+        return None
+    if not samples:
+        raise RecllmError(
+            f"causal.max_damage is measured on training histories, and there is none for {source.name}. Leave it out "
+            "of the export recipe."
+        )
+    _name_layers(model)
     layers = layer_damages(model, samples, lambda part: _quantised(part, settings, frozenset()))
     worst = sorted(layers, key=layers.__getitem__, reverse=True)
-    expected = [_run(model, feeds) for feeds in samples]
+    # A weight of several layers is kept once, in the bits that the worst of them needs.
+    weight_of = {node.name: node.input[1] for node in model.graph.node if node.name in layers}
+    expected = _outputs(model, samples)
     tried: dict[str, float] = {}
     higher: list[str] = []
     for share in SHARES:
-        higher = worst[: round(share * len(worst))]
-        made = _quantised(onnx.load(source), settings, frozenset(higher))
-        found = [_run(made, feeds) for feeds in samples]
-        pairs = [pair for every in zip(expected, found, strict=True) for pair in zip(*every, strict=True)]
+        raised = {weight_of[name] for name in worst[: round(share * len(worst))]}
+        before, higher = higher, [name for name in worst if weight_of[name] in raised]
+        if tried and higher == before:
+            continue
+        given = onnx.ModelProto()
+        given.CopyFrom(model)
+        made = _quantised(given, settings, frozenset(higher))
+        pairs = zip(expected, _outputs(made, samples), strict=True)
         tried[f"{share:g}"] = damage = max(_damage(*pair) for pair in pairs)
         if damage <= settings.max_damage:
             break
     onnx.save(made, target)
     return {"layers": layers, "graph": tried, "higher": higher}
+
+
+def _name_layers(model: onnx.ModelProto) -> None:
+    """Give every product with a weight a name of its own, for layers are told apart by it."""
+    seen: set[str] = set()
+    for place, node in enumerate(model.graph.node):
+        if node.op_type == "MatMul" and (not node.name or node.name in seen):
+            node.name = f"layer {place} {node.name}".strip()
+        seen.add(node.name)
 
 
 def layer_damages(
@@ -90,17 +121,17 @@ def layer_damages(
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    outputs = _outputs(probe, samples)
     inputs: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
-    for feeds in samples:
-        for name, value in zip(names, _run(probe, feeds), strict=True):
-            inputs[name].append(value.reshape(-1, value.shape[-1]))
-    result = {}
+    for place, value in enumerate(outputs):
+        inputs[names[place % len(names)]].append(value.reshape(-1, value.shape[-1]))
+    result: dict[str, float] = {}
     for node in nodes:
         rows = np.concatenate(inputs[node.input[0]])
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).astype(np.int64)]
-        alone = _alone(weights[node.input[1]], model)
-        made = quantised(alone)
-        result[node.name] = _damage(rows @ numpy_helper.to_array(weights[node.input[1]]), _run(made, {"rows": rows})[0])
+        made = quantised(_alone(weights[node.input[1]], model))
+        expected = rows @ numpy_helper.to_array(weights[node.input[1]])
+        result[node.name] = _damage(expected, _outputs(made, [{"rows": rows}])[0])
     return result
 
 
@@ -143,9 +174,10 @@ def _quantised(model: onnx.ModelProto, settings: WeightSettings, higher: frozens
     return pass_over(model, [], bits=HIGHER_BITS, is_symmetric=True) if higher else model
 
 
-def _run(model: onnx.ModelProto, feeds: Feeds) -> list[NDArray[np.float32]]:
-    """The outputs of a model that is in memory."""
-    return [np.asarray(value) for value in open_session(model.SerializeToString()).run(None, dict(feeds))]
+def _outputs(model: onnx.ModelProto, samples: Sequence[Feeds]) -> list[NDArray[np.float32]]:
+    """All outputs of a model that is in memory, of each sample after the other."""
+    session = open_session(model.SerializeToString())
+    return [np.asarray(value) for feeds in samples for value in session.run(None, dict(feeds))]
 
 
 def _damage(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:

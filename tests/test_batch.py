@@ -128,7 +128,7 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path, recommender):
 BAD_RATINGS = [
     ('"high"', "'ratings' is ['high'], not a list of numbers"),
     ("[4]", "'ratings' has 1 numbers, and 'history' 2 items; each item needs one"),
-    ("[4, NaN]", "not all of it are finite numbers"),
+    ("[4, Infinity]", "not all of it are finite numbers"),
     (f"[4, {'9' * 400}]", "not a list of numbers"),
     ("7", "'ratings' is 7, not a list of numbers"),
 ]
@@ -151,6 +151,10 @@ def test_some_items_of_a_history_may_have_no_rating(tmp_path):
     (row,) = read_rows(source, ratings=True)
     assert row.ratings == (4.0, None)
     assert row.query.ratings == (4.0, None)
+    frame = pl.DataFrame({"history": [["0", "2"]], "ratings": [[4.0, float("nan")]]})
+    frame.write_parquet(tmp_path / "in.parquet")
+    (row,) = read_rows(tmp_path / "in.parquet", ratings=True)
+    assert row.ratings == (4.0, None)  # pandas writes what is missing so
 
 
 def test_a_csv_row_of_the_wrong_length_is_set_aside(tmp_path, recommender):

@@ -363,11 +363,11 @@ def test_gradient_equals_finite_differences(kind, monkeypatch):
     valid = rng.random((20, columns)) < 0.8
     valid[:, 0] = True
     labels = rng.integers(2, size=20).astype(np.float64)
-    pairs = inside_users(labels, rng.integers(4, size=20), 0.7) if kind == "inside users" else logistic(labels)
+    pairs = inside_users(labels, np.sort(rng.integers(4, size=20)), 0.7) if kind == "inside users" else logistic(labels)
     loss = cross_entropy(valid) if kind == "ranking" else pairs
     z = rng.normal(size=(3, 20, columns)).astype(np.float32)
     problem = Problem(z, rng.normal(size=(20, 1)), rng.normal(size=(20, columns)), loss)
-    monkeypatch.setattr(fitting, "BLOCK_CELLS", 100)  # several blocks
+    monkeypatch.setattr(fitting, "BLOCK_CELLS", 30)  # several blocks
 
     class Check:
         @staticmethod
@@ -423,6 +423,10 @@ def test_the_loss_inside_users_by_hand(monkeypatch):
     # Alone in their blocks the rows are compared with nobody.
     apart = [inside_users(labels, users, 2.0)(slice(at, at + 1), scores[at : at + 1], 0.3)[0] for at in range(6)]
     assert apart == [plain(slice(at, at + 1), scores[at : at + 1], 0.3)[0] for at in range(6)]
+    later = inside_users(np.append(0.0, labels), np.append(9, users), 2.0)
+    moved = later(slice(1, 7), scores, 0.3)[1] - plain(rows, scores, 0.3)[1]
+    pushed = 7 * 2.0 / 2 / (1 + np.exp([-0.5, 1.5]))  # of both pairs of user 7, who stands behind another row here
+    assert moved[:, 0] == pytest.approx([-pushed.sum(), *pushed, 0, 0, 0])
     monkeypatch.setattr(fitting, "ROWS_OF_A_USER", 1)
     capped = inside_users(labels, users, 2.0)(rows, scores, 0.3)[0] - plain(rows, scores, 0.3)[0]
     assert capped == pytest.approx(6 * 2.0 * np.log1p(np.exp(0.5)))

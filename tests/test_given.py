@@ -166,6 +166,31 @@ def split_labels(train, row):
     return [other["label"] for other in train if other["user_id"] == row["user_id"]][: row["timestamp"] - 10]
 
 
+def test_a_rows_own_label_is_not_in_its_history_where_the_event_stands_twice(tmp_path):
+    train = rows_of("u", [0, 1, 0, 1])
+    again = [{**row, "timestamp": row["timestamp"] + 20} for row in train]
+    split = split_of(tmp_path, [*train, *again], [{**train[0], "timestamp": 90}])
+    for example in [*split.train_rows, *split.test]:
+        own = [
+            rating
+            for item, rating in zip(example.query.history, example.query.ratings, strict=True)
+            if item == example.item_id
+        ]
+        assert own in ([], [None])
+    with pytest.raises(RecllmError, match=r"[Ll]eak"):
+        check_no_leak(split_of(tmp_path, train, [{**train[0], "timestamp": 90}], rated_histories=False))
+    with pytest.raises(RecllmError, match=r"[Ll]eak"):
+        check_no_leak(split_of(tmp_path, train, [{**train[0], "timestamp": 90}]))
+
+
+def test_a_missing_label_in_a_history_is_no_dislike(tmp_path):
+    train = [{**TRAIN[0], "history_label": [float("nan")]}, {**TRAIN[1], "history_label": None}]
+    split = split_of(tmp_path, train, [LATER[0] | {"history_label": [1.0, float("nan")]}])
+    assert split.test[0].query.ratings == (1.0, None)
+    assert split.train_rows[0].query.ratings == (None,)
+    assert split.train.frame["rating"].to_list() == [None, 1.0, 0.0]
+
+
 def test_histories_with_labels_and_rows_that_are_all_liked_are_left_alone(folder, tmp_path):
     assert given_split(folder).train_rows == given_split(folder, rated_histories=False).train_rows
     liked = rows_of("u", [1, 1, 1])

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 
 import recllm
+from recllm import judging
 from recllm.cli import main
 from recllm.data import Query
 from recllm.errors import RecllmError
@@ -234,6 +236,28 @@ class HistoryLength:
 def test_a_scorer_can_be_asked_about_another_query():
     scorer = AskedAbout(HistoryLength(), lambda query: Query(query.history[:1]))
     assert scorer.score([Query(("a", "b")), Query(())], ItemIndex(["x"])).tolist() == [[1.0], [0.0]]
+
+
+def test_the_half_life_of_user_means_is_chosen_on_rows_with_ratings(trained, monkeypatch):
+    """Rows whose user has rated nothing have no mean, and NaN has no place in an AUC."""
+    run, task = trained
+    unknown = [
+        replace(row, query=Query(row.query.history, row.query.user_id, (None,) * len(row.query.history)))
+        for row in task.split.valid[::2]
+    ]
+    both = replace(task, split=replace(task.split, valid=[*unknown, *task.split.valid[1::2]]))
+    asked = []
+    monkeypatch.setattr(judging, "auc", lambda labels, scores: asked.append(scores) or 0.5)
+    judging._fading_user_mean(run, both)
+    assert asked
+    assert all(len(scores) == len(task.split.valid[1::2]) and np.isfinite(scores).all() for scores in asked)
+    # Who is known to have rated nothing in the history is known by the training ratings, as who says nothing of it.
+    scorers, index = rating_scorers(run, task, load_collaborative(run, task)), ItemIndex(task.index.ids)
+    silent = Query(unknown[0].query.history, unknown[0].query.user_id)
+    for name in ("explicit", "rated_neighbours", "user_mean"):
+        assert np.array_equal(
+            *(scorers[name].score([query], index) for query in (silent, unknown[0].query)), equal_nan=True
+        )
 
 
 def test_scorers_of_likes_see_liked_items_only(trained):

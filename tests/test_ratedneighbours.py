@@ -25,7 +25,7 @@ MEANS = ItemMean(ItemIndex(["a", "c"]), np.array([3.0, 4.0], dtype=np.float32))
 
 @pytest.fixture
 def scorer():
-    return RatedNeighbours.of(ITEMS, TEXT, MEANS)
+    return RatedNeighbours(ITEMS, TEXT, MEANS)
 
 
 def test_likeness_is_that_of_columns_and_text(scorer):

@@ -6,6 +6,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from recllm import weightonly
+from recllm.errors import RecllmError
+from recllm.gate import ExportRecipe
+from recllm.recipes import parse
 from recllm.sessions import open_session
 from recllm.weightonly import WeightSettings, layer_damages, quantise_weights
 
@@ -104,12 +107,45 @@ def test_the_worst_layers_get_8_bits_until_the_graph_keeps_its_limit(graph, samp
     assert strict["graph"]["1"] < strict["graph"]["0"] / 2
 
 
-def test_without_samples_all_layers_are_alike(graph, tmp_path):
+def test_without_samples_nothing_can_be_measured(graph, tmp_path):
     target = tmp_path / "out.onnx"
-    assert quantise_weights(graph, target, FOUR) is None
-    assert bits(target) == [4, 4, 4]
+    with pytest.raises(RecllmError, match=r"measured on training histories, and there is none for graph.onnx"):
+        quantise_weights(graph, target, FOUR)
+    assert not target.exists()
     assert quantise_weights(graph, target, WeightSettings()) is None
     assert bits(target) == [8, 8, 8]
+
+
+def test_layers_without_a_name_and_with_one_weight_are_told_apart(graph, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(weightonly, "SHARES", (0.0, 0.2))
+    model = onnx.load(graph)
+    del model.graph.node[2:]
+    more = [("b", "easy", "c"), ("a", "hard", "d"), ("d", "last", "e")]
+    nodes = [helper.make_node("MatMul", [left, weight], [out]) for left, weight, out in more]
+    model.graph.node.extend([*nodes, helper.make_node("Add", ["c", "e"], ["y"])])
+    onnx.save(model, graph)
+    target = tmp_path / "out.onnx"
+    report = quantise_weights(graph, target, FOUR.model_copy(update={"max_damage": 1e-9}), samples)
+    assert len(report["layers"]) == 5
+    assert list(report["graph"]) == ["0", "0.2"]
+    assert len(report["higher"]) == 2  # both layers of one weight, though a fifth is one layer
+    assert sorted(bits(target)) == [4, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"precision": "int4"}, "precision 'int4' and .causal. bits = 8 do not fit together"),
+        ({"precision": "int8", "causal": {"bits": 4}}, "precision 'int8' and .causal. bits = 4 do not fit together"),
+        ({"precision": "int8", "causal": {"algorithm": "hqq"}}, "'hqq' is for bits = 4"),
+        ({"precision": "int4", "causal": {"bits": 4, "algorithm": "hqq", "accuracy_level": 4}}, "accuracy_level = 0"),
+        ({"precision": "int4", "causal": {"bits": 4, "block_size": 20}}, "block_size"),
+    ],
+)
+def test_a_recipe_whose_keys_do_not_fit_is_refused(recipe, message):
+    whole = {"opset": 23, "tolerance": {"rank_correlation": 0.9, "top10_overlap": 0.9}} | recipe
+    with pytest.raises(RecllmError, match=message):
+        parse(ExportRecipe, whole, "few.toml")
 
 
 def test_half_quadratic_quantisation_does_less_damage_than_rounding(graph, samples, tmp_path):

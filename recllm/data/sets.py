@@ -24,7 +24,13 @@ class Query:
     """Item ids, oldest first."""
     user_id: str | None = None
     ratings: tuple[float | None, ...] | None = None
-    """As long as `history`, None for an item that was not rated; None where nothing is known of ratings."""
+    """As long as `history`, None for an item without a rating. None says nothing of ratings, so that what training
+    knows of the user stands in; all of them None says that the user has rated nothing yet."""
+
+    @property
+    def has_ratings(self) -> bool:
+        """Whether an item of the history has a rating."""
+        return self.ratings is not None and any(rating is not None for rating in self.ratings)
 
 
 @dataclass(frozen=True, eq=False)
