@@ -8,18 +8,19 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.fusion import FusedScorer
 from recllm.histories import HistoryFormat
 from recllm.lm import BaseModel, encode_ids
+from recllm.metrics import ndcg
 from recllm.prompts import compile_prompt, load_prompt
-from recllm.ranking import Scorer, mask_seen
+from recllm.ranking import Scorer, mask_seen, target_ranks
 from recllm.recipes import Settings
 from recllm.runs import Run
 from recllm.runtime import Recommender, load
 from recllm.sequence import NextItemModel
 from recllm.sessions import open_session
+from recllm.splits import Example
 from recllm.tasks import Task
 from recllm.trained import Collaborative
 
@@ -38,6 +39,9 @@ class Tolerance(Settings):
     """Least mean Spearman correlation over the candidates of a history."""
     top10_overlap: float
     """Least mean share of torch's ten best that stay among the ten best."""
+    metric_loss: float | None = None
+    """The largest share of NDCG@10 on the gate's validation queries that may be lost, as far as the loss is more than
+    chance; not asked where not given."""
 
 
 def measure(
@@ -52,14 +56,15 @@ def measure(
     """Fidelity of each history graph, of the whole ranking, of the item graphs and of the item encoder."""
     random = np.random.default_rng(run.seed)
     places = np.sort(random.permutation(len(task.split.valid))[: run.export.gate_queries])
-    queries = [task.split.valid[place].query for place in places]
+    examples = [task.split.valid[place] for place in places]
+    queries = [example.query for example in examples]
     bundle = load(folder)
     result = {
         name: fidelity(scorer.score(queries, task.index), bundle.scorers[name].score(queries, task.index))
         for name, scorer in reference.items()
         if name in bundle.scorers
     }
-    result["ranking"] = _ranking_parity(bundle, task, parts.scorers() | reference, queries)
+    result["ranking"] = _ranking_parity(bundle, task, parts.scorers() | reference, examples)
     items = random.permutation(len(task.index))[:ENCODER_TEXTS]
     for name, (model, _) in sequences.items():
         result[f"{name} items"] = _item_parity(folder / f"{name}-items.onnx", model, items)
@@ -68,16 +73,36 @@ def measure(
 
 
 def _ranking_parity(
-    bundle: Recommender, task: Task, scorers: Mapping[str, Scorer], queries: Sequence[Query]
+    bundle: Recommender, task: Task, scorers: Mapping[str, Scorer], examples: Sequence[Example]
 ) -> dict[str, float]:
-    """Fidelity of the catalogue graph, all items ranked, with the fusion of torch's scores."""
+    """Fidelity of the catalogue graph, all items ranked, with the fusion of torch's scores; and NDCG@10 of both."""
+    queries = [example.query for example in examples]
     fused = FusedScorer({name: scorers[name] for name in bundle.fusion.names}, bundle.fusion, bundle.item_counts)
     expected = mask_seen(fused.score(queries, task.index), queries, task.index)
     out = bundle.recommend([query.history for query in queries], k=len(task.index))
     found = np.full_like(expected, np.nan)
     for row, ids in enumerate(out.ids):
         found[row, task.index.rows(ids)] = out.scores[row, : len(ids)]
-    return fidelity(expected, found)
+    targets = task.index.rows(example.item_id for example in examples)
+    rows = np.flatnonzero(targets >= 0)
+    gains = (ndcg(target_ranks(scores[rows], targets[rows]), 10) for scores in (expected, found))
+    return fidelity(expected, found) | metric_loss(*gains)
+
+
+def metric_loss(expected: NDArray[np.float64], found: NDArray[np.float64]) -> dict[str, float]:
+    """What a graph loses of a metric that is a mean over queries, float64[queries] by torch and by the graph.
+
+    Returns:
+        ndcg and ndcg_torch; and least_loss, the share of torch's that is lost at least: the lower end of a 95 %
+        interval of the paired differences, 0 where none is shown. NaN without a query.
+    """
+    if not len(expected):
+        return {"ndcg": np.nan, "ndcg_torch": np.nan, "least_loss": np.nan}
+    lost = expected - found
+    low = float(lost.mean() - 1.96 * lost.std() / np.sqrt(len(lost)))
+    whole = float(expected.mean())
+    least = max(0.0, low) / whole if whole else 0.0
+    return {"ndcg": float(found.mean()), "ndcg_torch": whole, "least_loss": least}
 
 
 def _item_parity(path: Path, model: NextItemModel, rows: NDArray[np.int64]) -> dict[str, float]:
@@ -179,4 +204,11 @@ def failures_of(parity: dict[str, dict[str, float]], tolerance: Tolerance) -> li
         ):
             if not measured[key] >= least:
                 found.append(f"{graph}: {key} is {measured[key]:.4f}, at least {least} is asked")
+        lost = measured.get("least_loss", 0.0)
+        if tolerance.metric_loss is not None and lost > tolerance.metric_loss:
+            found.append(
+                f"{graph}: NDCG@10 on validation is {measured['ndcg']:.4f} where torch has "
+                f"{measured['ndcg_torch']:.4f}: at least {100 * lost:.1f} % are lost, "
+                f"{100 * tolerance.metric_loss:g} % allowed"
+            )
     return found

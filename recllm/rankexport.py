@@ -15,7 +15,9 @@ from recllm.files import write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
 from recllm.judging import load_relevance
 from recllm.lm import model_folder
+from recllm.metrics import auc
 from recllm.onnxreader import OnnxReader
+from recllm.pairs import labelled_rows
 from recllm.parity import fidelity
 from recllm.pointwise import PointwiseScorer
 from recllm.quantise import quantise, write_quantisation
@@ -139,10 +141,24 @@ def _tokenizer(run: Run) -> Path:
 
 
 def _parity(folder: Path, run: Run, task: Task, scorer: RelevanceScorer) -> dict[str, float]:
-    """Fidelity of the answers to some validation histories about some items."""
+    """Fidelity of the answers to some validation histories about some items, and AUC of both on as many labels."""
     random = np.random.default_rng(run.seed)
     queries = list(dict.fromkeys(row.query for row in task.split.valid if scorer.prompts.knows(row.query)))
     chosen = [queries[place] for place in np.sort(random.permutation(len(queries))[: run.export.gate_queries])]
     items = [item for item in task.index.ids if item in scorer.prompts.candidates]
     asked = ItemIndex([items[place] for place in random.permutation(len(items))[:GATE_CANDIDATES]])
-    return fidelity(scorer.score(chosen, asked), load_ranker(folder, keep_bytes=0).score(chosen, asked))
+    ranker = load_ranker(folder, keep_bytes=0)
+    return fidelity(scorer.score(chosen, asked), ranker.score(chosen, asked)) | _aucs(run, task, scorer, ranker)
+
+
+def _aucs(run: Run, task: Task, scorer: RelevanceScorer, ranker: PointwiseScorer) -> dict[str, float]:
+    """AUC on labelled validation rows that both judge; nothing where these have one label only."""
+    rows = labelled_rows(task, "valid", run.seed)
+    drawn = np.random.default_rng(run.seed).permutation(len(rows))[: run.export.gate_queries]
+    pairs = [rows[place].query for place in drawn], [rows[place].item_id for place in drawn]
+    labels = np.array([rows[place].label for place in drawn])
+    scores = {"auc": ranker.score_pairs(*pairs), "auc_torch": scorer.score_pairs(*pairs)}
+    known = ~np.isnan(np.array(list(scores.values()))).any(axis=0)
+    if len(np.unique(labels[known])) < 2:
+        return {}
+    return {name: auc(labels[known], own[known]) for name, own in scores.items()}

@@ -18,11 +18,13 @@ from recllm.files import read_json
 from recllm.fusion import FusedScorer, Fusion
 from recllm.gate import load_recipe
 from recllm.lm import load_base, mean_pool
-from recllm.parity import GRID, Tolerance, failures_of, fidelity
+from recllm.parity import GRID, Tolerance, failures_of, fidelity, metric_loss
+from recllm.protocols import evaluation_protocol
 from recllm.quantise import quantise
 from recllm.ranking import mask_seen, top_k
 from recllm.recipes import find_recipe
 from recllm.runs import load_run
+from recllm.scoring import known_scores
 from recllm.tasks import prepare
 from recllm.trained import load_collaborative, load_language, load_light, sequence_scorer
 from recllm.weightonly import WeightSettings
@@ -212,6 +214,18 @@ def test_the_manifest_says_what_is_inside(tiny_bundle, loaded):
     parity = read_json(tiny_bundle / "parity.json")
     assert parity["tolerance"] == load_recipe("fp32").tolerance.model_dump()
     assert all(measured["max_difference"] <= 1e-3 for measured in parity["measured"].values())
+    ranking = parity["measured"]["ranking"]
+    assert ranking["ndcg"] == pytest.approx(ranking["ndcg_torch"], abs=1e-6)
+    # The metric of the run's own fusion on the same queries of validation.
+    run, _task, parts = loaded
+    protocol, valid = evaluation_protocol(run, task), task.split.valid
+    rows = np.sort(np.random.default_rng(run.seed).permutation(len(valid))[: run.export.gate_queries])
+    scores = known_scores(run, task, parts, lambda _: None)["valid"]
+    examples = [valid[row] for row in rows]
+    some = {name: own[rows] for name, own in scores.items()}
+    fused = protocol.fuse(Fusion.load(run.folder / "fusion.json"), some, examples)
+    table = protocol.table({"fusion": fused}, examples, (10,))
+    assert ranking["ndcg_torch"] == pytest.approx(table.interval("fusion", "NDCG@10")[0], abs=1e-6)
 
 
 def test_an_untrained_run_says_how_to_train_it(loaded, tmp_path):
@@ -282,6 +296,21 @@ def test_fidelity_does_not_take_ties_for_an_order():
     assert fidelity(np.ones_like(given), np.zeros_like(given))["rank_correlation"] == 1.0
 
 
+def test_a_lost_metric_is_shown_by_more_than_chance():
+    torch_gains = np.array([1.0, 0.0, 0.5, 0.5] * 25)
+    found = metric_loss(torch_gains, torch_gains * 0.8)
+    lost = torch_gains * 0.2
+    low = lost.mean() - 1.96 * lost.std() / 10
+    assert found == pytest.approx({"ndcg": 0.4, "ndcg_torch": 0.5, "least_loss": low / 0.5})
+    # A single query that is lost of a hundred proves nothing; nor does a gain.
+    one = torch_gains.copy()
+    one[0] = 0.0
+    assert metric_loss(torch_gains, one)["least_loss"] == 0.0
+    assert metric_loss(one, torch_gains)["least_loss"] == 0.0
+    assert metric_loss(np.zeros(3), np.zeros(3))["least_loss"] == 0.0
+    assert np.isnan(metric_loss(np.zeros(0), np.zeros(0))["least_loss"])
+
+
 @pytest.mark.parametrize(
     ("measured", "words"),
     [
@@ -289,11 +318,16 @@ def test_fidelity_does_not_take_ties_for_an_order():
         ({"rank_correlation": 0.8}, r"lm: rank_correlation is 0.8000, at least 0.9 is asked"),
         ({"rank_correlation": float("nan")}, "lm: rank_correlation is nan"),
         ({"top10_overlap": 0.5}, r"lm: top10_overlap is 0.5000, at least 0.9 is asked"),
+        (
+            {"ndcg": 0.08, "ndcg_torch": 0.1, "least_loss": 0.12},
+            "lm: NDCG@10 on validation is 0.0800 where torch has 0.1000: at least 12.0 % are lost, 2 % allowed",
+        ),
     ],
 )
 def test_what_breaks_a_tolerance_is_said(measured, words):
     fine = {"max_difference": 0.0, "rank_correlation": 1.0, "top10_overlap": 1.0}
-    tolerance = Tolerance(max_difference=0.1, rank_correlation=0.9, top10_overlap=0.9)
+    tolerance = Tolerance(max_difference=0.1, rank_correlation=0.9, top10_overlap=0.9, metric_loss=0.02)
     assert failures_of({"lm": fine}, tolerance) == []
+    assert failures_of({"lm": fine | {"least_loss": 0.01}}, tolerance) == []
     (said,) = failures_of({"lm": fine | measured}, tolerance)
     assert words in said

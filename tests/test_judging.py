@@ -306,6 +306,7 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     assert all(own["layers"] and min(own["graph"].values()) > 0 for own in said.values())
     assert result.folder == run.folder / "bundle-fp32"
     assert result.parity["ranker"]["max_difference"] < 1e-3
+    assert 0.5 < result.parity["ranker"]["auc"] == pytest.approx(result.parity["ranker"]["auc_torch"], abs=1e-3)
     ranker, scorer = load_ranker(result.folder), load_relevance(run, task)
     queries = [row.query for row in task.split.test[:7]]
     histories, ratings = [query.history for query in queries], [query.ratings for query in queries]
