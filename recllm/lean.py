@@ -1,9 +1,12 @@
-"""Lean passes of a model: frozen weights in half precision, and short attention that is cheap to go back through.
+"""Lean passes of a model: frozen weights in half precision, short attention that is cheap to go back through, compiling.
 
-Neither changes what is computed: under autocast a frozen weight is rounded at every use anyway, and short attention is
-the same softmax in other kernels.
+None of them changes what is computed: under autocast a frozen weight is rounded at every use anyway, short attention is
+the same softmax in other kernels, and so is what is compiled.
 """
 
+import os
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from recllm.errors import RecllmError
 
 NAME = "recllm_short"
 SHORT = 192
@@ -44,6 +49,44 @@ def round_frozen(model: nn.Module, kind: torch.dtype) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module not in kept and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(kind)
+
+
+def compile_layers(model: nn.Module, *, cpu: bool, backend: str = "inductor", mode: str | None = None) -> None:
+    """Compile the layers of a model's bodies in place, once for all of them and for all lengths.
+
+    Layers and not whole models: they are alike, so that one is compiled and not thirty, and what is around them (the
+    catalogue's softmax, adapters' budgets) stays as it is. Nothing is renamed, so checkpoints stay what they are.
+
+    Args:
+        model: its outermost lists of modules are the layers.
+        cpu: whether it trains on the CPU, where compiling needs a C++ compiler.
+        backend: of torch.compile.
+        mode: of torch.compile.
+
+    Raises:
+        RecllmError: there is no compiler, or nothing to compile.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if cpu and backend == "inductor" and shutil.which(compiler) is None:
+        raise RecllmError(
+            f"train.torch_compile needs a C++ compiler on a CPU, and there is no '{compiler}'. Install one (CXX names "
+            "another), or leave the key out."
+        )
+    layers = list(_outermost_layers(model))
+    if not layers:
+        raise RecllmError("train.torch_compile found no layers in this model. Leave it out.")
+    for layer in layers:
+        # Dynamic from the start: else the first two lengths are compiled anew, and a training that goes on from a
+        # checkpoint meets them in another order, and rounds otherwise.
+        layer.compile(dynamic=True, backend=backend, mode=mode)
+
+
+def _outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
+    for own in module.children():
+        if isinstance(own, nn.ModuleList):
+            yield from own
+        else:
+            yield from _outermost_layers(own)
 
 
 def short_attention(

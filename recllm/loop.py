@@ -28,7 +28,7 @@ from recllm.devices import on_cpu, process_state
 from recllm.errors import RecllmError, unknown
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
-from recllm.lean import lean
+from recllm.lean import compile_layers, lean
 from recllm.metrics import hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
@@ -286,6 +286,7 @@ def stage_trainer(
     """
     options = dict(options)
     _recompute(stage.model, options)
+    _compile(stage.model, options)
     settings = _training_arguments(divided(options, adjusted.parts))
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
@@ -324,6 +325,18 @@ def _recompute(model: nn.Module, options: dict[str, Any]) -> None:
         new = hasattr(body, "activation_checkpointing_enable")
         name = "activation_checkpointing" if new else "gradient_checkpointing"
         getattr(body, f"{name}_enable")(**{f"{name}_kwargs": keys or {"use_reentrant": False}})
+
+
+def _compile(model: nn.Module, options: dict[str, Any]) -> None:
+    """Compile the layers where the keys ask for it; Trainer would compile, and rename, the whole of our model.
+
+    Raises:
+        RecllmError: it cannot be compiled here.
+    """
+    asked = options.pop("torch_compile", False)
+    backend, mode = (options.pop(f"torch_compile_{key}", None) for key in ("backend", "mode"))
+    if asked or backend or mode:  # as Trainer reads its keys
+        compile_layers(model, cpu=on_cpu(), backend=backend or "inductor", mode=mode)
 
 
 def _training_arguments(options: dict[str, Any]) -> TrainingArguments:

@@ -246,6 +246,8 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
         try:
             trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number", steps=stage.steps)
             trainer.train()
+            if options.get("torch_compile"):
+                trainer.evaluate()  # compiles what validation reads: once, and not in every one of them
             began = time.monotonic()
             trainer.evaluate()
             _finish()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from recllm.adapters import attach, load_adapter
-from recllm.lean import NAME, SHORT, lean
+from recllm.errors import RecllmError
+from recllm.lean import NAME, SHORT, compile_layers, lean
 from recllm.lm import load_base
 from recllm.runs import AdapterSettings
 
@@ -17,7 +18,7 @@ def gradients(model, kind=None):
     ids = torch.randint(0, 40, (3, 9), generator=random)
     model.zero_grad()
     with torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None):
-        hidden = model(input_ids=ids).last_hidden_state.float()
+        hidden = model(input_ids=ids, use_cache=False).last_hidden_state.float()
     (hidden * torch.randn(hidden.shape, generator=random)).sum().backward()
     return hidden.detach(), {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
 
@@ -76,3 +77,29 @@ def test_on_an_accelerator_attention_stays_as_it_is(tiny_lm_folder):
     lean(model, None, cpu=False)
     assert model.config._attn_implementation == "sdpa"
     assert all(own.dtype == torch.float32 for own in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at every input's
+def test_layers_are_compiled_in_place_and_keep_their_names(tiny_lm_folder):
+    model = load_base(tiny_lm_folder).model
+    names, before = [name for name, _ in model.named_parameters()], gradients(model.requires_grad_(True))
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    compile_layers(model, cpu=True, backend=backend)
+    after = gradients(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert len(compiled) == 1  # all layers are one graph
+    torch.testing.assert_close(after[0], before[0])
+    assert all(torch.allclose(after[1][name], value, atol=1e-5) for name, value in before[1].items())
+
+
+def test_without_a_compiler_or_layers_compiling_is_refused(tiny_lm_folder, monkeypatch):
+    with pytest.raises(RecllmError, match=r"train\.torch_compile found no layers"):
+        compile_layers(torch.nn.Linear(2, 2), cpu=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RecllmError, match="needs a C\\+\\+ compiler on a CPU, and there is no 'no-such-compiler'"):
+        compile_layers(load_base(tiny_lm_folder).model, cpu=True)

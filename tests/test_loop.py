@@ -444,6 +444,33 @@ def test_a_light_scorer_has_no_activations_to_compute_twice(tmp_path):
         train(light(), tmp_path, gradient_checkpointing=True)
 
 
+@pytest.mark.filterwarnings("default")  # torch's compiler asks itself for what it calls deprecated
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_layers_resume_exactly(tiny_lm_folder, tmp_path, monkeypatch):
+    keys = {"history": LM_HISTORY, "max_steps": 6, "torch_compile": True}
+    straight = train(language(tiny_lm_folder), tmp_path / "straight", **keys)
+    killed_at(4, monkeypatch, lambda: train(language(tiny_lm_folder), tmp_path / "killed", **keys))
+    assert last_checkpoint(tmp_path / "killed" / "checkpoints" / "light").endswith("checkpoint-4")
+    resumed = train(language(tiny_lm_folder), tmp_path / "killed", **keys, resume=True)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at every input's
+def test_compiling_is_trainers_key_and_changes_no_loss(tiny_lm_folder, tmp_path):
+    def undropped():
+        model = language(tiny_lm_folder)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    plain = train(undropped(), tmp_path / "plain", history=LM_HISTORY, max_steps=4)
+    compiled = train(undropped(), tmp_path / "made", history=LM_HISTORY, max_steps=4, torch_compile_backend="aot_eager")
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
     check_trainer_keys({"gradient_accumulation_steps": 2, "logging_steps": 5})
     with pytest.raises(RecllmError, match=r"Unknown key in \[train\] 'loging_steps'. Did you mean 'logging_steps'"):
