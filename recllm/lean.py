@@ -1,4 +1,4 @@
-"""Lean passes of a model: frozen weights in half precision, short attention that is cheap to go back through, compiling.
+"""Lean passes of a model: frozen weights in half precision, cheap attention for short histories, compiled layers.
 
 None of them changes what is computed: under autocast a frozen weight is rounded at every use anyway, short attention is
 the same softmax in other kernels, and so is what is compiled.
