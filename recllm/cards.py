@@ -1,10 +1,11 @@
 """Model cards and adapters in PEFT's own format: what was trained on what, how good it is, and how to load it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
-from torch import nn
+from torch import Tensor, nn
 
 from recllm.assets import ASSETS
 from recllm.files import read_json, sha256_of, whole_folder, written
@@ -17,19 +18,27 @@ OWN_START = ("pissa", "olora", "orthogonal")
 """Starts of LoRA that change the base model's weights: PEFT cannot put such an adapter on the base as it was."""
 
 
-def save_adapter(run: Run, model: nn.Module, folder: Path) -> None:
+def save_adapter(run: Run, model: nn.Module, values: Mapping[str, Tensor], folder: Path) -> None:
     """Write the adapter of a trained model as PEFT does, for `PeftModel.from_pretrained` on the base's `AutoModel`.
 
     Bottlenecks are not PEFT's, and a start that changes the base model cannot be loaded that way: nothing is written.
+
+    Args:
+        run: names the base model.
+        model: what was trained.
+        values: what of it trains, whole, by its names: the model itself may have parts only.
+        folder: takes the adapter's folder.
     """
-    found = next((module for module in model.modules() if isinstance(module, peft.PeftModel)), None)
+    named = ((name, module) for name, module in model.named_modules() if isinstance(module, peft.PeftModel))
+    place, found = next(named, ("", None))
     start = str(getattr(found and found.active_peft_config, "init_lora_weights", "")).lower()
     if found is None or start.startswith(OWN_START):
         return
     found.active_peft_config.base_model_name_or_path = run.model.name
     with whole_folder(folder / ADAPTER) as part:
         # False: it would ask the hub whether the vocabulary was enlarged.
-        found.save_pretrained(str(part), save_embedding_layers=False)
+        own = {name.removeprefix(f"{place}."): value for name, value in values.items()}
+        found.save_pretrained(str(part), save_embedding_layers=False, state_dict=own)
 
 
 def write_adapter_card(run: Run) -> None:

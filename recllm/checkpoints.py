@@ -1,7 +1,7 @@
 """Checkpoints: only what trains, sealed by the sha256 of every file, and verified before training goes on from them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from recllm.devices import process_state
 from recllm.errors import RecllmError
 from recllm.files import read_json, sha256_of, write_json, written
+from recllm.sharded import put, reshard, whole
 
 WEIGHTS = "model.safetensors"
 SEAL = "sha256.json"
@@ -19,13 +20,14 @@ CHANGED = "Was the run file changed?"
 
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that train, on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in model.named_parameters() if value.requires_grad}
+    """Copies of the parameters that train, on the CPU; where they are sharded all processes have to ask."""
+    reshard(model)
+    return {name: whole(value).cpu().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def save_trained(model: nn.Module, path: Path) -> None:
-    """Write the parameters that train as safetensors, whole or not at all."""
-    kept = {name: value.contiguous() for name, value in trained_values(model).items()}
+def save_trained(values: Mapping[str, Tensor], path: Path) -> None:
+    """Write `trained_values` as safetensors, whole or not at all."""
+    kept = {name: value.contiguous() for name, value in values.items()}
     with written(path) as temporary:
         save_file(kept, temporary, metadata={"format": "pt"})
 
@@ -44,7 +46,7 @@ def load_trained(model: nn.Module, path: Path) -> None:
         if weights[name].shape != expected[name].shape:
             shapes = f"{list(weights[name].shape)} and not {list(expected[name].shape)}"
             raise RecllmError(f"{path} does not fit this run: '{name}' has the shape {shapes}. {CHANGED}")
-    model.load_state_dict(weights, strict=False)
+    put(model, weights)
 
 
 class Seal(TrainerCallback):
@@ -59,8 +61,8 @@ class Seal(TrainerCallback):
 
 def seal(folder: Path) -> None:
     """Write the sha256 of every file of a checkpoint."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SEAL)
-    write_json(folder / SEAL, {path.name: sha256_of(path) for path in files})
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(folder / SEAL, {path.relative_to(folder).as_posix(): sha256_of(path) for path in files})
 
 
 def damage(folder: Path) -> str | None:

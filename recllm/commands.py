@@ -199,6 +199,8 @@ def profile_flags(name: str) -> list[str]:
     shipped = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if name not in shipped:
         raise unknown("profile", name, shipped, "A configuration file of accelerate works too.")
+    if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise RecllmError(f"The profile '{name}' needs DeepSpeed: pip install deepspeed. Without it, take fsdp2.")
     return ["--config_file", str(PROFILES / f"{name}.yaml")]
 
 

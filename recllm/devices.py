@@ -24,6 +24,11 @@ def process_state() -> PartialState:
     return PartialState(cpu=on_cpu(), timeout=PATIENCE)
 
 
+def sharded() -> bool:
+    """Whether the launcher shards what is trained over the processes (FSDP, DeepSpeed's ZeRO)."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
 def fast_bf16() -> bool:
     """Whether this machine multiplies bf16 in hardware (AMX or AVX-512 BF16); without it a CPU is slower in bf16."""
     if torch.cuda.is_available():

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from recllm.adapters import AdapterRecipe, attach, merge
 from recllm.cards import save_adapter
-from recllm.checkpoints import load_trained, save_trained
+from recllm.checkpoints import load_trained, save_trained, trained_values
 from recllm.data import Query
 from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.errors import RecllmError
@@ -184,8 +184,9 @@ def train_light_judge(
         metric="eval_auc",
     )
     fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
+    values = trained_values(model)
     if process_state().is_main_process:
-        save_trained(model, folder / "model.safetensors")
+        save_trained(values, folder / "model.safetensors")
         save_stage(folder, {"rows": len(examples)})
         shutil.rmtree(run.folder / "checkpoints" / "light", ignore_errors=True)
     process_state().wait_for_everyone()
@@ -242,9 +243,10 @@ def train_relevance(
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
     if stage.trained:
         fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
+    values = trained_values(stage.model)
     if process_state().is_main_process:
-        save_trained(stage.model, folder / "model.safetensors")
-        save_adapter(run, stage.model, folder)
+        save_trained(values, folder / "model.safetensors")
+        save_adapter(run, stage.model, values, folder)
         save_stage(folder, {"rows": len(stage.train) if stage.trained else 0, "trained": stage.trained})
         shutil.rmtree(run.folder / "checkpoints" / "relevance", ignore_errors=True)
     process_state().wait_for_everyone()

@@ -72,7 +72,7 @@ def compile_layers(model: nn.Module, *, cpu: bool, backend: str = "inductor", mo
             f"train.torch_compile needs a C++ compiler on a CPU, and there is no '{compiler}'. Install one (CXX names "
             "another), or leave the key out."
         )
-    layers = list(_outermost_layers(model))
+    layers = list(outermost_layers(model))
     if not layers:
         raise RecllmError("train.torch_compile found no layers in this model. Leave it out.")
     for layer in layers:
@@ -81,12 +81,13 @@ def compile_layers(model: nn.Module, *, cpu: bool, backend: str = "inductor", mo
         layer.compile(dynamic=True, backend=backend, mode=mode)
 
 
-def _outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
+def outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model's bodies: what stands in lists of modules that are in no other list."""
     for own in module.children():
         if isinstance(own, nn.ModuleList):
             yield from own
         else:
-            yield from _outermost_layers(own)
+            yield from outermost_layers(own)
 
 
 def short_attention(

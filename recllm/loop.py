@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
@@ -21,16 +23,19 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import SCHEDULER_NAME
 
 from recllm.adalora import RankBudget, orthogonality
-from recllm.checkpoints import WEIGHTS, Seal, SoundBest, load_trained, save_trained
-from recllm.devices import on_cpu, process_state
+from recllm.checkpoints import WEIGHTS, Seal, SoundBest, load_trained, save_trained, trained_values
+from recllm.devices import on_cpu, process_state, sharded
 from recllm.errors import RecllmError, unknown
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
 from recllm.lean import compile_layers, lean
 from recllm.metrics import hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
+from recllm.sharded import check_shardable, name_layers, reshard
 from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
 from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
 
@@ -46,6 +51,8 @@ class OrderedTrainer(Trainer):
     """For parameters of the body; None takes the one rate for all."""
     rate: float = 1.0
     """All learning rates are multiplied by it."""
+    half: torch.dtype | None = None
+    """The dtype of autocast where what is trained is sharded; else accelerate knows it."""
     kept_batches: Path
     """Where the batch of a loss that is no number is kept."""
     valid_collator: Callable[[Any], dict[str, Tensor]]
@@ -93,6 +100,12 @@ class OrderedTrainer(Trainer):
             result = result + orthogonality(model) / self.current_gradient_accumulation_steps
         return result
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Half precision around sharded models, as accelerate puts it around all others."""
+        if self.half is None:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(self.args.device.type, dtype=self.half, cache_enabled=cache_enabled)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -127,11 +140,25 @@ class OrderedTrainer(Trainer):
             for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
                 group["initial_lr"], group["lr"] = peak, group["lr"] * factor
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains into a folder, by the first process; where it is sharded all have to take part."""
+        values = trained_values(self.accelerator.unwrap_model(self.model))
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_trained(self.accelerator.unwrap_model(self.model), folder / WEIGHTS)
+            save_trained(values, folder / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        reshard(self.model)  # the optimizer knows the parts only
+        # Trainer would write the whole model beside it, frozen weights and all.
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / WEIGHTS)
@@ -266,6 +293,7 @@ def fit(
 
     with own_wandb_run(reports):
         train_on(trainer, stage.model, checkpoints, kept=kept, scorer=stage.scorer, resume=resume, say=say)
+    unset_hf_deepspeed_config()  # else transformers would load the next model in parts, too
     process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
 
 
@@ -287,11 +315,16 @@ def stage_trainer(
     options = dict(options)
     _recompute(stage.model, options)
     _compile(stage.model, options)
+    half = torch.bfloat16 if options.get("bf16") else torch.float16 if options.get("fp16") else None
+    if sharded():
+        check_shardable(stage.model, half)
+        name_layers(stage.model)
+        # Autocast rounds, as everywhere; FSDP and DeepSpeed would keep norms and projections in half precision too.
+        options["bf16"] = False
     settings = _training_arguments(divided(options, adjusted.parts))
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
-    kind = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    lean(stage.model, kind, cpu=on_cpu())
+    lean(stage.model, half, cpu=on_cpu())
     # One process has nobody to wait for: its last batch may be short.
     round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
     trainer = OrderedTrainer(
@@ -303,8 +336,11 @@ def stage_trainer(
         compute_metrics=stage.compute_metrics,
         callbacks=[RankBudget(stage.steps if steps is None else steps), *callbacks, Seal()],
     )
+    if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise RecllmError("Sharded training needs accelerators, and there is none here. Take --profile cpu.")
     trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = stage.adapter_learning_rate, stage.valid_collator
+    trainer.half = half if sharded() else None
     trainer.rate, trainer.kept_batches = adjusted.rate, kept
     return trainer
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.cards import save_adapter
-from recllm.checkpoints import save_trained
+from recllm.checkpoints import save_trained, trained_values
 from recllm.devices import precision_keys, process_state
 from recllm.distil import taught_windows
 from recllm.examples import Examples, NextItemCollator
@@ -156,10 +156,11 @@ def _stage(
 
 def _train(run: Run, stage: Stage, *, resume: bool, say: Say, watch: Watch | None) -> None:
     fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
+    values = trained_values(stage.model)
     if process_state().is_main_process:
         folder = run.folder / stage.scorer
-        save_trained(stage.model, folder / "model.safetensors")
-        save_adapter(run, stage.model, folder)
+        save_trained(values, folder / "model.safetensors")
+        save_adapter(run, stage.model, values, folder)
         save_stage(folder, {"steps": stage.steps, "windows": len(stage.train)})
         shutil.rmtree(run.folder / "checkpoints" / stage.scorer, ignore_errors=True)
     process_state().wait_for_everyone()

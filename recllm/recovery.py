@@ -18,6 +18,7 @@ from recllm.checkpoints import last_checkpoint, trained_values
 from recllm.devices import process_state
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
+from recllm.sharded import put
 from recllm.watching import NonFiniteLossError
 
 ADJUSTED = "adjusted.json"
@@ -83,6 +84,7 @@ def train_on(
             adjusted = _smaller(adjusted, whole, say)
         else:
             return
+        fsdp = made.is_fsdp_enabled
         del made
         gc.collect()
         if torch.cuda.is_available():
@@ -90,7 +92,13 @@ def train_on(
         if process_state().is_main_process:
             write_json(note, asdict(adjusted))
         process_state().wait_for_everyone()
-        model.load_state_dict(start, strict=False)  # where there is no checkpoint yet
+        if fsdp:
+            # accelerate cannot wrap it again: it knows parameters by their address, and empty parts have none.
+            raise RecllmError(
+                "A model that FSDP has sharded cannot go back by itself. Start the same command again with --resume: "
+                "it goes on from the last good checkpoint, with half the learning rate."
+            )
+        put(model, start)  # where there is no checkpoint yet
         resume = True
 
 

@@ -136,9 +136,10 @@ class NextItemModel(nn.Module):
         self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, token_scale)
         self.heads = ItemProjection(features.text.shape[1], features.factors.shape[1], head_width, None)
         self.query = nn.Linear(width, head_width)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
+        # Vectors of one and no scalars: what is sharded over processes needs an axis to be cut along.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(START_SCALE)]))
         self.bias = nn.Parameter(torch.zeros(len(features.index)))
-        self.cold_bias = nn.Parameter(torch.zeros(()))  # of an item without factors: what learns of events learns none
+        self.cold_bias = nn.Parameter(torch.zeros(1))  # of an item without factors: what learns of events learns none
         self.lead, self.factor_dropout = lead, factor_dropout
         # Not persistent: the vectors are saved once for all models of a run, not in every checkpoint.
         self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)

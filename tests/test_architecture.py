@@ -21,8 +21,8 @@ TORCH_FREE = [
     "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
-    "softmax", "sequence", "softtokens", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples",
-    "checkpoints", "watching", "tracking", "recovery", "lean", "adalora", "cards", "loop", "cascade", "relevance",
+    "softmax", "sequence", "softtokens", "lightjudge", "bottleneck", "adapters", "lm", "devices", "examples", "lean",
+    "sharded", "checkpoints", "watching", "tracking", "recovery", "adalora", "cards", "loop", "cascade", "relevance",
     "trained", "judging", "scoring", "distil", "nextitem", "planning", "train", "outcome", "tracing", "graphs",
     "rankgraphs", "weightonly", "quantise", "parity", "gate", "rankexport", "export", "quickstart", "tuning",
     "commands",

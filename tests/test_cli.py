@@ -1,5 +1,6 @@
 """The command line: light to start, every command with an example, and each road walked on a tiny model."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import typer
 import recllm
 from recllm import commands
 from recllm.cli import app, main
+from recllm.errors import RecllmError
 
 HEAVY = ("torch", "transformers", "polars", "numpy", "pydantic", "tokenizers", "rich", "onnxruntime")
 
@@ -165,14 +167,32 @@ def test_what_ends_the_command_ends_its_child_too():
         assert parent.wait() == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize(("name", "kind"), [("cpu", "MULTI_GPU"), ("gpu", "NO"), ("gpus", "MULTI_GPU")])
-def test_accelerate_reads_every_profile(name, kind):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cpu", "MULTI_GPU"),
+        ("gpu", "NO"),
+        ("gpus", "MULTI_GPU"),
+        ("fsdp2", "FSDP"),
+        ("zero2", "DEEPSPEED"),
+        ("zero3", "DEEPSPEED"),
+    ],
+)
+def test_accelerate_reads_every_profile(name, kind, monkeypatch):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    assert sorted(path.stem for path in commands.PROFILES.glob("*.yaml")) == ["cpu", "gpu", "gpus"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "there")
+    shipped = sorted(path.stem for path in commands.PROFILES.glob("*.yaml"))
+    assert shipped == ["cpu", "fsdp2", "gpu", "gpus", "zero2", "zero3"]
     config = load_config_from_file(commands.profile_flags(name)[1])
     assert config.distributed_type == kind
     assert config.use_cpu is (name == "cpu")
+
+
+def test_a_profile_of_deepspeed_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RecllmError, match=r"The profile 'zero3' needs DeepSpeed: pip install deepspeed"):
+        commands.profile_flags("zero3")
 
 
 def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, tmp_path):

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from recllm import loop, recovery
 from recllm.adapters import AdapterRecipe
-from recllm.checkpoints import WEIGHTS, last_checkpoint, load_trained, save_trained
+from recllm.checkpoints import WEIGHTS, last_checkpoint, load_trained, save_trained, trained_values
 from recllm.devices import fast_bf16, precision_keys
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, WholeBatches, collate_counted
@@ -444,6 +444,13 @@ def test_a_light_scorer_has_no_activations_to_compute_twice(tmp_path):
         train(light(), tmp_path, gradient_checkpointing=True)
 
 
+def test_sharding_without_an_accelerator_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(RecllmError, match="Sharded training needs accelerators, and there is none here"):
+        train(light(), tmp_path, max_steps=2)
+
+
 @pytest.mark.filterwarnings("default")  # torch's compiler asks itself for what it calls deprecated
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_layers_resume_exactly(tiny_lm_folder, tmp_path, monkeypatch):
@@ -485,7 +492,7 @@ def test_what_trainer_refuses_is_one_message(tmp_path):
 
 
 def test_weights_of_another_run_are_refused(tmp_path):
-    save_trained(light(), tmp_path / "light.safetensors")
+    save_trained(trained_values(light()), tmp_path / "light.safetensors")
     other = light()
     other.bias.requires_grad_(False)
     with pytest.raises(RecllmError, match=r"does not fit this run: 'bias' is in one of them only"):

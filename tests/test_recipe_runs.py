@@ -15,7 +15,7 @@ from recllm import loop
 from recllm.adalora import adalora_of
 from recllm.adapters import attach, load_adapter
 from recllm.bottleneck import Bottleneck
-from recllm.checkpoints import load_trained, save_trained
+from recllm.checkpoints import load_trained, save_trained, trained_values
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator
 from recllm.export import SequenceGraph
@@ -134,7 +134,7 @@ def test_a_recipe_trains_resumes_merges_and_exports(name, folder, tmp_path, monk
     resumed = train(model_of(folder, recipe), tmp_path / "killed", rate=rate, resume=True)
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
 
-    save_trained(model, tmp_path / "model.safetensors")
+    save_trained(trained_values(model), tmp_path / "model.safetensors")
     loaded = model_of(folder, in_full_precision(recipe))
     load_trained(loaded, tmp_path / "model.safetensors")
     ids, ends = np.array([[0, 1, 7, 9, 11], [0, 1, 3, 3, 20]]), np.array([[2, 3, 4], [4, 3, 2]])
@@ -200,7 +200,7 @@ def test_lora_starts_in_the_ways_of_peft_and_still_merges(start, folder, tmp_pat
     recipe = recipe.model_copy(update={"config": recipe.config | {"init_lora_weights": start}})
     model = model_of(folder, recipe)
     train(model, tmp_path, rate=5e-3)
-    save_trained(model, tmp_path / "model.safetensors")
+    save_trained(trained_values(model), tmp_path / "model.safetensors")
     loaded = model_of(folder, recipe)
     load_trained(loaded, tmp_path / "model.safetensors")
     ids, ends = np.array([[0, 1, 7, 9, 11]]), np.array([[2, 3, 4]])

@@ -1,0 +1,84 @@
+"""Sharded training (FSDP2, ZeRO-3): weights that lie in parts on several processes, gathered whole and put back."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from recllm.errors import RecllmError
+from recllm.lean import outermost_layers
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave every process with its own parts only: what a pass has gathered last is kept for the way back, else."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A weight without its gradient; one that lies in parts is gathered, for which all processes have to ask."""
+    if hasattr(value, "ds_id"):
+        with _gathered(value):
+            return value.detach().clone()
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write whole weights into the parameters of their names; of one that lies in parts every process takes its own.
+
+    All processes have to take part, with the same names.
+    """
+    reshard(model)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            kept = own[name]
+            if hasattr(kept, "ds_id"):
+                with _gathered(kept, by=0):
+                    kept.copy_(value)
+                continue
+            if isinstance(kept, DTensor):
+                value = distribute_tensor(value.to(kept.device), kept.device_mesh, kept.placements)
+            kept.copy_(value)
+
+
+def _gathered(value: Tensor, by: int | None = None) -> AbstractContextManager[Any]:
+    """A weight of DeepSpeed's ZeRO-3, whole inside; what process `by` writes there is what all have afterwards."""
+    import deepspeed  # type: ignore[import-not-found]  # no part of recllm: who trains with it has installed it
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([value], modifier_rank=by)
+    return gathered
+
+
+def check_shardable(model: nn.Module, half: torch.dtype | None) -> None:
+    """Check that a model can be trained in parts.
+
+    Args:
+        model: with its adapter.
+        half: the dtype of autocast, None for float32.
+
+    Raises:
+        RecllmError: it cannot.
+    """
+    way_out = "Take --profile gpus"
+    if half == torch.float16:
+        raise RecllmError(f'Sharded training has no fp16. {way_out}, or train.precision = "bf16".')
+    quantised = ("Params4bit", "Int8Params")
+    if any(type(value).__name__ in quantised for value in model.parameters()):
+        raise RecllmError(f"A quantised base model is not sharded. {way_out}, or a recipe like 'lora'.")
+    if any("lora_E" in name for name, _ in model.named_parameters()):
+        raise RecllmError(
+            f"AdaLoRA counts ranks over whole matrices, and here they lie in parts. {way_out}, or 'lora'."
+        )
+
+
+def name_layers(model: nn.Module) -> None:
+    """Tell accelerate which modules are gathered one after the other: the layers, named as transformers does."""
+    names: Any = sorted({type(layer).__name__ for layer in outermost_layers(model)})
+    model._no_split_modules = names

@@ -1,0 +1,153 @@
+"""Sharded training: two processes with half of the weights each learn what one learns, and go on where they were."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from recllm.commands import profile_flags
+from recllm.errors import RecllmError
+from recllm.files import read_json
+from recllm.runs import load_run
+from recllm.sharded import check_shardable, name_layers, put, whole
+from recllm.train import train_run
+
+ROOT = Path(__file__).parents[1]
+ON_CPU = """
+# accelerate shards on accelerators only. Here two processes of a CPU pass for them.
+import os, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+begin = PartialState.__init__
+
+def init(self, *given, **named):
+    begin(self, *given, **named)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+PartialState.__init__ = init
+
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from recllm import loop, train
+
+class Kill(loop.Seal):
+    def on_save(self, args, state, control, **given):
+        sharded = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "2" or any(
+            isinstance(value, DTensor) or hasattr(value, "ds_id") for value in given["model"].parameters()
+        )
+        assert sharded
+        super().on_save(args, state, control, **given)
+        if "lm" in str(args.output_dir) and state.global_step == int(os.environ["KILLED_AT"]):
+            torch.distributed.barrier()
+            os._exit(9)
+
+import torch
+loop.Seal = Kill
+train.main(sys.argv[1:])
+"""
+
+
+def launch(profile, script, run, *arguments, killed_at=0):
+    """`accelerate launch` with a profile and two processes."""
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "KILLED_AT": str(killed_at),
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", *profile_flags(profile), str(script), str(run)]
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {(line["scorer"], line["step"]): line["loss"] for line in lines if "loss" in line}
+
+
+ZERO = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)])
+def test_sharded_processes_learn_what_one_learns_and_resume_to_the_same_bits(profile, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
+    without_dropout = ["light.dropout=0", "light.factor_dropout=0", "model.factor_dropout=0", "train.logging_steps=1"]
+    without_dropout += ["adapter.lora_dropout=0", "train.precision=fp32", "train.save_steps=3", "train.eval_steps=3"]
+    one = load_run(tiny_run, [f"output={tmp_path / 'one'}", *without_dropout, "light.per_device_train_batch_size=8"])
+    train_run(one, say=lambda _: None)
+    script = tmp_path / "on_cpu.py"
+    script.write_text(ON_CPU, encoding="utf-8")
+    halves = [*without_dropout, "light.per_device_train_batch_size=4", "train.per_device_train_batch_size=8"]
+    settings = [part for override in halves for part in ("--set", override)]
+    for name, killed_at in (("two", 0), ("killed", 3)):
+        done = launch(profile, script, tiny_run, *settings, "--set", f"output={tmp_path / name}", killed_at=killed_at)
+        assert (done.returncode == 0) is (killed_at == 0), done.stderr[-3000:]
+    assert not (tmp_path / "killed" / "tiny" / "lm").exists()
+    done = launch(profile, script, tmp_path / "killed" / "tiny", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = one.folder
+    for other in ("two", "killed"):
+        found = losses(tmp_path / other / "tiny")
+        assert found == pytest.approx(losses(folder), abs=1e-3)
+    for scorer in ("light", "lm"):
+        straight, resumed = (
+            load_file(tmp_path / name / "tiny" / scorer / "model.safetensors") for name in ("two", "killed")
+        )
+        alone = load_file(folder / scorer / "model.safetensors")
+        assert {name: value.shape for name, value in straight.items()} == {
+            name: value.shape for name, value in alone.items()
+        }
+        assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+    assert read_json(tmp_path / "two" / "tiny" / "fusion.json")["names"]
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(4, 1, 4) for _ in range(2)])
+        self.gain = nn.Parameter(torch.ones(3))
+
+
+def test_layers_are_named_for_accelerate():
+    model = Stack()
+    name_layers(model)
+    assert model._no_split_modules == ["TransformerEncoderLayer"]
+
+
+def test_what_is_not_sharded_is_whole_already():
+    model = Stack()
+    put(model, {"gain": torch.tensor([1.0, 2.0, 3.0])})
+    assert whole(model.gain).tolist() == [1.0, 2.0, 3.0]
+    assert not whole(model.gain).requires_grad
+
+
+def test_what_cannot_be_cut_is_refused():
+    model = Stack()
+    model.register_parameter("lora_E", nn.Parameter(torch.ones(2)))
+    with pytest.raises(RecllmError, match="AdaLoRA counts ranks over whole matrices"):
+        check_shardable(model, None)
+
+    class Params4bit(nn.Parameter):
+        pass
+
+    model = Stack()
+    model.layers[0].linear1.weight = Params4bit(torch.ones(4, 4))
+    with pytest.raises(RecllmError, match="A quantised base model is not sharded"):
+        check_shardable(model, torch.bfloat16)
+    with pytest.raises(RecllmError, match="Sharded training has no fp16"):
+        check_shardable(Stack(), torch.float16)
+    check_shardable(Stack(), torch.bfloat16)
