@@ -17,6 +17,7 @@ from recllm.histories import HistoryFormat
 from recllm.loop import Stage, fit, ranking_metrics, rows_at_least
 from recllm.runs import Run
 from recllm.sequence import NextItemModel
+from recllm.stored import training_windows
 from recllm.tasks import Task
 from recllm.trained import (
     Collaborative,
@@ -59,7 +60,9 @@ def light_stage(run: Run, task: Task, features: ItemFeatures, taught: Sequence[T
         run.seed,
         batch=_batch(settings.per_device_train_batch_size),
     )
-    rows = with_taught(windows.all(), taught, passes=settings.num_train_epochs, batch=windows.batch, seed=run.seed)
+    rows: Sequence[Rows | Taught] = training_windows(windows)
+    if taught:
+        rows = with_taught(windows.all(), taught, passes=settings.num_train_epochs, batch=windows.batch, seed=run.seed)
     arguments = {
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
@@ -107,7 +110,7 @@ def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> St
         **settings.trainer_keys(),
     }
     valid = _validation_windows(task, history, run.seed, VALIDATION_WINDOWS)
-    stage = _stage("lm", model, history, windows.all(rows_at_least(arguments)), arguments, valid)
+    stage = _stage("lm", model, history, training_windows(windows, rows_at_least(arguments)), arguments, valid)
     return replace(stage, adapter_learning_rate=settings.learning_rate, patience=settings.early_stopping_patience)
 
 

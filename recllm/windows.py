@@ -54,8 +54,6 @@ def with_taught(
         batch: windows in a step on all devices.
         seed: of their order.
     """
-    if not taught:
-        return list(windows)
     random = np.random.default_rng([seed, 2])
     whole, steps = len(windows) // batch, -(-len(taught) // batch)
     added: list[Taught] = []
@@ -110,15 +108,26 @@ class Windows:
             size = int(random.integers(1, self.length + 1)) if stop == events else self.length
             stop = start + 1
 
-    def all(self, at_least: int = 0) -> list[NDArray[np.int64]]:
+    @property
+    def about(self) -> int:
+        """About how many windows all epochs have."""
+        if self.recent:
+            return self.epochs * len(self.sequences)
+        return self.epochs * sum(1 + len(events) // self.length for events in self.sequences)
+
+    def each(self, at_least: int = 0) -> Iterator[NDArray[np.int64]]:
         """The windows of all epochs, one after the other, and of further ones until there are `at_least` so many."""
-        rows: list[NDArray[np.int64]] = []
         rest: list[NDArray[np.int64]] = []
-        number = 0
-        while number < self.epochs or 0 < len(rows) + len(rest) < at_least:
+        number = given = 0
+        while number < self.epochs or 0 < given < at_least:
             windows = list(self.epoch(number))
             whole = len(windows) - len(windows) % self.batch
-            rows.extend(windows[:whole])
+            yield from windows[:whole]
             rest.extend(windows[whole:])  # to the end: it would shift the batches of the epochs after it
+            given += len(windows)
             number += 1
-        return rows + rest
+        yield from rest
+
+    def all(self, at_least: int = 0) -> list[NDArray[np.int64]]:
+        """All that `each` gives."""
+        return list(self.each(at_least))
