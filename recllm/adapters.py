@@ -22,8 +22,7 @@ MERGE_TOLERANCE = 1e-3
 """Largest difference of a hidden state that merging may make, relative to the largest hidden state."""
 UNSUPPORTED = {
     "loftq": "it changes the quantised base model, and recllm merges over the base in full precision; take 'gaussian'",
-    "eva": "it needs a pass over the training data before training, which recllm does not make; 'pissa' needs none",
-    "corda": "it needs a pass over the training data before training, which recllm does not make; 'pissa' needs none",
+    "corda": "it needs a pass over the training data before training, which recllm makes for 'eva' only",
     "lora_ga": "it needs gradients before training, which recllm does not make; 'pissa' needs none",
 }
 """Initialisations of LoRA that are refused, with the reason."""
@@ -71,7 +70,10 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
     """
     if recipe.tuner == BOTTLENECK:
         return insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
-    given = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
+    given: dict[str, Any] = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
+    if str(recipe.config.get("init_lora_weights", "")).lower() == "eva":
+        # The same rank everywhere: a trained adapter is loaded into matrices of the recipe's own shapes.
+        given["eva_config"] = peft.EvaConfig(rho=1.0)
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 asks for the attribute that transformers 5 has renamed.
@@ -80,6 +82,8 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             # VeRA's random matrices are drawn from their seed wherever they are loaded: that is the recipe's intention.
             warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B", UserWarning)
+            # EVA's advice, on memory that a small model has.
+            warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
             return peft.get_peft_model(model, _config_class(recipe.tuner)(**given | recipe.config))
     except (ValueError, TypeError) as error:
         raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}' for this model: {error}") from error

@@ -14,6 +14,7 @@ from recllm.checkpoints import load_trained, save_trained, trained_values
 from recllm.data import Query
 from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.errors import RecllmError
+from recllm.eva import start_from_data
 from recllm.examples import Examples
 from recllm.files import read_json
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
@@ -242,6 +243,7 @@ def train_relevance(
     stage = relevance_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
     if stage.trained:
+        start_from_data(stage)
         fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:

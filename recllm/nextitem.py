@@ -12,6 +12,7 @@ from recllm.cards import save_adapter
 from recllm.checkpoints import save_trained, trained_values
 from recllm.devices import precision_keys, process_state
 from recllm.distil import taught_windows
+from recllm.eva import start_from_data
 from recllm.examples import Examples, NextItemCollator
 from recllm.histories import HistoryFormat
 from recllm.loop import Stage, fit, ranking_metrics, rows_at_least
@@ -83,6 +84,7 @@ def train_language(
         return
     stage = language_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {stage.trained:,} parameters train")
+    start_from_data(stage)
     _train(run, stage, resume=resume, say=say, watch=watch)
 
 

@@ -19,7 +19,7 @@ from recllm.checkpoints import trained_values
 from recllm.devices import on_cpu
 from recllm.distil import planned_windows
 from recllm.errors import RecllmError
-from recllm.examples import Examples, NextItemCollator
+from recllm.examples import Examples, NextItemCollator, lengths_of
 from recllm.histories import HistoryFormat
 from recllm.judging import relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder
@@ -140,12 +140,6 @@ def random_features(run: Run, task: Task) -> ItemFeatures:
     factors = random.normal(size=(len(task.index), run.cf.factors)).astype(np.float32)
     factors[~task.warm] = np.nan
     return ItemFeatures(task.index, text, factors)
-
-
-def lengths_of(batch: dict[str, torch.Tensor]) -> NDArray[np.int64]:
-    """Ids of each row of a batch that are no padding, int64[rows]."""
-    lengths = batch["lengths"] if "lengths" in batch else batch["ends"].max(dim=1).values + 1
-    return np.asarray(lengths, dtype=np.int64)
 
 
 def measure(stage: Stage, say: Say) -> Cost:

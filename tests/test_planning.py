@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from recllm.errors import RecllmError
+from recllm.examples import lengths_of
 from recllm.loop import fit
 from recllm.nextitem import language_stage
-from recllm.planning import Cost, Plan, lengths_of, measure, peak_memory, plan_run
+from recllm.planning import Cost, Plan, measure, peak_memory, plan_run
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.trained import load_collaborative

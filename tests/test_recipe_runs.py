@@ -17,6 +17,7 @@ from recllm.adapters import attach, load_adapter
 from recllm.bottleneck import Bottleneck
 from recllm.checkpoints import load_trained, save_trained, trained_values
 from recllm.errors import RecllmError
+from recllm.eva import start_from_data
 from recllm.examples import Examples, NextItemCollator
 from recllm.export import SequenceGraph
 from recllm.histories import item_token_history
@@ -97,6 +98,7 @@ def train(model, place, *, rate, resume=False):
         compute_metrics=loop.ranking_metrics,
         adapter_learning_rate=rate,
     )
+    start_from_data(stage)
     loop.fit(stage, folder=place, say=lambda _: None, resume=resume)
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
@@ -194,7 +196,7 @@ def test_overflowing_gradients_do_not_end_the_budget(folder, tmp_path, monkeypat
     assert sum(sum(ranks) for ranks in pattern.values()) / len(pattern) == pytest.approx(16, abs=0.5)
 
 
-@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "olora"])
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "olora", "eva"])
 def test_lora_starts_in_the_ways_of_peft_and_still_merges(start, folder, tmp_path):
     recipe = recipe_of("lora")
     recipe = recipe.model_copy(update={"config": recipe.config | {"init_lora_weights": start}})
@@ -209,9 +211,11 @@ def test_lora_starts_in_the_ways_of_peft_and_still_merges(start, folder, tmp_pat
     assert np.allclose(torch_encode(merged(loaded))(ids, ends), before, atol=1e-4)
 
 
-@pytest.mark.parametrize("start", ["eva", "loftq", "corda", "lora_ga"])
+@pytest.mark.parametrize("start", ["loftq", "corda", "lora_ga"])
 def test_a_start_that_cannot_be_served_is_refused_with_the_reason(start):
-    with pytest.raises(RecllmError, match=rf"init_lora_weights = '{start}' is not supported: it .*'(pissa|gaussian)'"):
+    with pytest.raises(
+        RecllmError, match=rf"init_lora_weights = '{start}' is not supported: it .*'(pissa|gaussian|eva)'"
+    ):
         load_adapter(AdapterSettings.model_validate({"recipe": "lora", "init_lora_weights": start}))
 
 

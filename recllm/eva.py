@@ -1,0 +1,75 @@
+"""LoRA that starts from the training data (EVA, Paischer et al. 2024): A spans what the layers' inputs vary in most."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+
+from recllm.errors import RecllmError
+from recllm.examples import lengths_of
+from recllm.loop import Stage
+
+BATCHES = 16
+"""First training batches that are read for it, again and again until the directions settle."""
+PASSES = 20
+
+
+class _Batches:
+    """Training batches that PEFT cycles through; a limit, for it has none."""
+
+    def __init__(self, stage: Stage) -> None:
+        rows = stage.arguments["per_device_train_batch_size"]
+        starts = range(0, min(len(stage.train), BATCHES * rows), rows)
+        self.batches = [
+            stage.collator([stage.train[row] for row in range(start, min(start + rows, len(stage.train)))])
+            for start in starts
+        ]
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.passes += 1
+        if self.passes > PASSES:
+            raise RecllmError(
+                f"EVA's directions have not settled after {PASSES} passes over {len(self)} batches. Take a smaller "
+                'adapter.r, larger batches, or adapter.init_lora_weights = "pissa".'
+            )
+        return iter(self.batches)
+
+
+def start_from_data(stage: Stage) -> None:
+    """Give the LoRA matrices of a stage's model their start, where its recipe asks for one by the data.
+
+    A gets the first right singular vectors of each layer's inputs, the same number for every layer; B stays zero, so
+    that nothing is changed by it. All processes read the same batches, and so have the same start.
+
+    Raises:
+        RecllmError: the directions do not settle.
+    """
+    found = next((module for module in stage.model.modules() if isinstance(module, peft.PeftModel)), None)
+    if found is None or getattr(found.active_peft_config, "init_lora_weights", None) != "eva":
+        return
+    training = stage.model.training
+    stage.model.eval()
+
+    def read(_: Any, batch: dict[str, Tensor]) -> None:  # noqa: ANN401
+        with torch.inference_mode():
+            stage.model(**batch)
+
+    def read_places(batch: dict[str, Tensor], _: Any) -> Tensor:  # noqa: ANN401
+        lengths = torch.from_numpy(lengths_of(batch))
+        return (torch.arange(batch["ids"].shape[1]) < lengths[:, None]).nonzero()
+
+    peft.initialize_lora_eva_weights(
+        found,
+        _Batches(stage),
+        forward_fn=read,
+        prepare_model_inputs_fn=read_places,
+        gather_distributed_inputs=False,
+        show_progress_bar=False,
+    )
+    stage.model.train(training)
