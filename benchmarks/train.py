@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recllm.examples import lengths_of
 from recllm.judging import relevance_stage
 from recllm.loop import Stage, fit
 from recllm.nextitem import language_stage, light_stage
-from recllm.planning import lengths_of, measure, peak_memory, random_features
+from recllm.planning import measure, peak_memory, random_features
 from recllm.recipes import parse
 from recllm.runs import Run, write_run
 from recllm.tasks import prepare
