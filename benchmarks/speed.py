@@ -37,8 +37,8 @@ from recllm.tracing import write_graph
 
 OPSET = 23
 HISTORY, CANDIDATES, TOKENS = 300, 100, 12
-SHARE = 4
-"""A quick run times full prompts on every fourth candidate of a round, in turns; each costs the same."""
+SHARE = 10
+"""A quick run times full prompts on every tenth candidate of a round, in turns; each costs the same."""
 GROWTH = (10, 32, 100, 316, 1000)
 FLAT = 1.05
 """What counts as flat on a machine that others use too."""
@@ -234,7 +234,7 @@ def ranking_bars(seconds: Mapping[str, float], difference: float) -> dict[str, B
 def main() -> None:
     """Measure, print rounds and the line of bars."""
     parser = argparse.ArgumentParser(prog="recllm bench speed", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="full prompts of a quarter of the candidates")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the full prompts, and fewer rounds")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a causal language model")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
@@ -243,14 +243,24 @@ def main() -> None:
     folder = model_folder(given.model, lambda line: print(line, file=sys.stderr))
     vocabulary = load_config(folder).vocab_size
     torch.set_num_threads(given.threads)
+    began = time.perf_counter()
+
+    def done(part: str) -> None:
+        print(f"{part}: done after {time.perf_counter() - began:.0f} s")
+
     with tempfile.TemporaryDirectory() as place:
         print("Writing the ONNX graphs")
         write_graphs(Path(place), str(folder))
         with contenders(list(CONTENDERS), Path(place), str(folder), vocabulary, given.threads) as running:
+            done("Graphs and models")
             seconds, difference = rank_rounds(running, rounds, share)
+            done("Ranking")
             per_candidate = growth(running["torch fp32 recllm"], few)
+            done("Growth with candidates")
         encoder = encoder_seconds(Path(place), few, 256 if given.quick else 1024)
+        done("Encoder")
     catalogue = catalogues.growth(CATALOGUES, given.threads)
+    done("Catalogue")
     if not given.quick:
         catalogue["search"] = catalogues.search_alone(10_000_000, SEARCHED_WIDTH, given.threads)
         print(f"8-bit search of 10,000,000 items, {SEARCHED_WIDTH} wide, seconds: {catalogue['search']}")

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 def set_up() -> None:
     """Keep libraries from telling users what concerns only us; called by the commands, never at import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning in every process that is forked
+    # oneDNN keeps a compiled kernel for each shape, a thousand by default: trainings over histories of all lengths on a
+    # CPU grew by hundreds of megabytes (LOG.md). What one step takes is far less. Read when torch first multiplies.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     # bitsandbytes misses an optional kernel of 4-bit products on the CPU, and says so to everybody who imports PEFT.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
