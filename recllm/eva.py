@@ -7,6 +7,7 @@ import peft
 import torch
 from torch import Tensor
 
+from recllm.devices import process_state, sharded
 from recllm.errors import RecllmError
 from recllm.examples import lengths_of
 from recllm.loop import Stage
@@ -55,6 +56,8 @@ def start_from_data(stage: Stage) -> None:
         return
     training = stage.model.training
     stage.model.eval()
+    if not sharded():  # what is sharded may be too large for one device; this pass then takes the CPU's time
+        stage.model.to(process_state().device)
 
     def read(_: Any, batch: dict[str, Tensor]) -> None:  # noqa: ANN401
         with torch.inference_mode():
@@ -62,7 +65,7 @@ def start_from_data(stage: Stage) -> None:
 
     def read_places(batch: dict[str, Tensor], _: Any) -> Tensor:  # noqa: ANN401
         lengths = torch.from_numpy(lengths_of(batch))
-        return (torch.arange(batch["ids"].shape[1]) < lengths[:, None]).nonzero()
+        return (torch.arange(batch["ids"].shape[1]) < lengths[:, None]).nonzero().to(batch["ids"].device)
 
     peft.initialize_lora_eva_weights(
         found,
