@@ -57,6 +57,11 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
     if recipe.tuner == BOTTLENECK:
         parse(BottleneckSettings, recipe.config, str(path))
     start = str(recipe.config.get("init_lora_weights", "")).lower()
+    if start == "eva" and (recipe.tuner != "lora" or "eva_config" in recipe.config):
+        raise RecllmError(
+            "adapter.init_lora_weights = 'eva' is for the tuner 'lora' without an eva_config: recllm keeps the same "
+            "rank in every layer, for a trained adapter is loaded into matrices of the recipe's own shapes."
+        )
     if start in UNSUPPORTED:
         raise RecllmError(f"adapter.init_lora_weights = '{start}' is not supported: {UNSUPPORTED[start]}.")
     return recipe

@@ -38,6 +38,8 @@ def save_adapter(run: Run, model: nn.Module, values: Mapping[str, Tensor], folde
     with whole_folder(folder / ADAPTER) as part:
         # False: it would ask the hub whether the vocabulary was enlarged.
         own = {name.removeprefix(f"{place}."): value for name, value in values.items()}
+        # Some tuners keep what does not train, VeRA its projections, which every layer shares.
+        own = dict(found.named_buffers(remove_duplicate=False)) | own
         found.save_pretrained(str(part), save_embedding_layers=False, state_dict=own)
 
 

@@ -43,8 +43,11 @@ def load_trained(model: nn.Module, path: Path) -> None:
     for name in sorted(set(weights) | set(expected)):
         if name not in weights or name not in expected:
             raise RecllmError(f"{path} does not fit this run: '{name}' is in one of them only. {CHANGED}")
-        if weights[name].shape != expected[name].shape:
-            shapes = f"{list(weights[name].shape)} and not {list(expected[name].shape)}"
+        shape = getattr(expected[name], "ds_shape", expected[name].shape)  # ZeRO-3 leaves an empty one behind
+        if weights[name].numel() == shape.numel() == 1:
+            weights[name] = weights[name].reshape(shape)  # scalars of runs from before they were vectors of one
+        if weights[name].shape != shape:
+            shapes = f"{list(weights[name].shape)} and not {list(shape)}"
             raise RecllmError(f"{path} does not fit this run: '{name}' has the shape {shapes}. {CHANGED}")
     put(model, weights)
 
@@ -86,9 +89,9 @@ def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -
     numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
     found = None
     for _, path in sorted(numbered, reverse=True):
-        whole = (path / SEAL).is_file()
-        file = damage(path) if whole else None
-        if whole and file is None:
+        sealed = (path / SEAL).is_file()
+        file = damage(path) if sealed else None
+        if sealed and file is None:
             found = str(path)
             break
         if file is not None:

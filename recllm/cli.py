@@ -171,7 +171,9 @@ def train(
     overwrite: Overwrite = False,
     profile: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="cpu, gpu, gpus, or a configuration file of accelerate: launch with it."),
+        typer.Option(
+            metavar="NAME", help="cpu, gpu, gpus, fsdp2, zero2, zero3, or a configuration file of accelerate."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it will take and show what is read; train nothing.")

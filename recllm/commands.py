@@ -190,7 +190,7 @@ def profile_flags(name: str) -> list[str]:
     """Flags of `accelerate launch` for a shipped profile, or for a configuration file of accelerate.
 
     Raises:
-        RecllmError: neither.
+        RecllmError: neither, or a profile of DeepSpeed where that is not installed.
     """
     if name.endswith((".yaml", ".yml", ".json")):
         if not Path(name).is_file():

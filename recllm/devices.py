@@ -1,5 +1,6 @@
 """Where training runs: the processes that train together, the CPU or an accelerator, and the precision that is fast."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -24,9 +25,18 @@ def process_state() -> PartialState:
     return PartialState(cpu=on_cpu(), timeout=PATIENCE)
 
 
+def sharding() -> str:
+    """How the launcher shards what is trained over the processes: "fsdp", "zero2" …, or "none"."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
+    return "none"
+
+
 def sharded() -> bool:
     """Whether the launcher shards what is trained over the processes (FSDP, DeepSpeed's ZeRO)."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    return sharding() != "none"
 
 
 def fast_bf16() -> bool:

@@ -1,6 +1,6 @@
 """LoRA that starts from the training data (EVA, Paischer et al. 2024): A spans what the layers' inputs vary in most."""
 
-from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import peft
@@ -17,29 +17,14 @@ BATCHES = 16
 PASSES = 20
 
 
-class _Batches:
-    """Training batches that PEFT cycles through; a limit, for it has none."""
-
-    def __init__(self, stage: Stage) -> None:
-        rows = stage.arguments["per_device_train_batch_size"]
-        starts = range(0, min(len(stage.train), BATCHES * rows), rows)
-        self.batches = [
-            stage.collator([stage.train[row] for row in range(start, min(start + rows, len(stage.train)))])
-            for start in starts
-        ]
-        self.passes = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self.passes += 1
-        if self.passes > PASSES:
-            raise RecllmError(
-                f"EVA's directions have not settled after {PASSES} passes over {len(self)} batches. Take a smaller "
-                'adapter.r, larger batches, or adapter.init_lora_weights = "pissa".'
-            )
-        return iter(self.batches)
+def first_batches(stage: Stage) -> list[dict[str, Tensor]]:
+    """The first training batches of a stage, as one device collates them."""
+    rows = stage.arguments["per_device_train_batch_size"]
+    last = min(len(stage.train), BATCHES * rows)
+    return [
+        stage.collator([stage.train[row] for row in range(start, min(start + rows, last))])
+        for start in range(0, last, rows)
+    ]
 
 
 def start_from_data(stage: Stage) -> None:
@@ -59,7 +44,14 @@ def start_from_data(stage: Stage) -> None:
     if not sharded():  # what is sharded may be too large for one device; this pass then takes the CPU's time
         stage.model.to(process_state().device)
 
+    batches, calls = first_batches(stage), count()
+
     def read(_: Any, batch: dict[str, Tensor]) -> None:  # noqa: ANN401
+        if next(calls) > PASSES * len(batches):  # PEFT itself has no limit, and goes round the batches for ever
+            raise RecllmError(
+                f"EVA's directions have not settled after {PASSES} passes over {len(batches)} batches. Take a smaller "
+                'adapter.r, larger batches, or adapter.init_lora_weights = "pissa".'
+            )
         with torch.inference_mode():
             stage.model(**batch)
 
@@ -69,7 +61,7 @@ def start_from_data(stage: Stage) -> None:
 
     peft.initialize_lora_eva_weights(
         found,
-        _Batches(stage),
+        batches,
         forward_fn=read,
         prepare_model_inputs_fn=read_places,
         gather_distributed_inputs=False,

@@ -75,6 +75,8 @@ def compile_layers(model: nn.Module, *, cpu: bool, backend: str = "inductor", mo
     layers = list(outermost_layers(model))
     if not layers:
         raise RecllmError("train.torch_compile found no layers in this model. Leave it out.")
+    # Dynamo gives up after a few models in one process, as a search trains them: each begins anew.
+    torch.compiler.reset()
     for layer in layers:
         # Dynamic from the start: else the first two lengths are compiled anew, and a training that goes on from a
         # checkpoint meets them in another order, and rounds otherwise.

@@ -40,6 +40,8 @@ from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
 from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
 
 METRIC = "eval_ndcg@10"
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+"""Trainer's keys that ask for compiled layers."""
 EVALUATIONS = 10
 """Validations, and with them checkpoints, in a stage of training."""
 
@@ -230,7 +232,7 @@ class Stage:
     @property
     def trained(self) -> int:
         """Parameters that train."""
-        return sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+        return sum(getattr(own, "ds_numel", own.numel()) for own in self.model.parameters() if own.requires_grad)
 
     @property
     def steps(self) -> int:
@@ -369,9 +371,10 @@ def _compile(model: nn.Module, options: dict[str, Any]) -> None:
     Raises:
         RecllmError: it cannot be compiled here.
     """
-    asked = options.pop("torch_compile", False)
-    backend, mode = (options.pop(f"torch_compile_{key}", None) for key in ("backend", "mode"))
+    asked, backend, mode = (options.pop(key, None) for key in COMPILING)
     if asked or backend or mode:  # as Trainer reads its keys
+        if sharded():
+            raise RecllmError("train.torch_compile has not been tried on sharded layers. Leave it out.")
         compile_layers(model, cpu=on_cpu(), backend=backend or "inductor", mode=mode)
 
 

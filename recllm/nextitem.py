@@ -50,8 +50,13 @@ def train_light(
     _train(run, light_stage(run, task, parts.features, taught), resume=resume, say=say, watch=watch)
 
 
-def light_stage(run: Run, task: Task, features: ItemFeatures, taught: Sequence[Taught] = ()) -> Stage:
-    """The training of the light sequence scorer, beside the events on what a teacher has completed."""
+def light_stage(
+    run: Run, task: Task, features: ItemFeatures, taught: Sequence[Taught] = (), *, store: bool = True
+) -> Stage:
+    """The training of the light sequence scorer, beside the events on what a teacher has completed.
+
+    Without `store` no file of windows is written.
+    """
     settings = run.light
     model, history = light_model(run, task, features)
     windows = Windows(
@@ -61,9 +66,12 @@ def light_stage(run: Run, task: Task, features: ItemFeatures, taught: Sequence[T
         run.seed,
         batch=_batch(settings.per_device_train_batch_size),
     )
-    rows: Sequence[Rows | Taught] = training_windows(windows)
-    if taught:
-        rows = with_taught(windows.all(), taught, passes=settings.num_train_epochs, batch=windows.batch, seed=run.seed)
+    passes: int = settings.num_train_epochs
+    rows: Sequence[Rows | Taught] = (
+        with_taught(windows.all(), taught, passes=passes, batch=windows.batch, seed=run.seed)
+        if taught
+        else training_windows(windows, store=store)
+    )
     arguments = {
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
@@ -88,8 +96,8 @@ def train_language(
     _train(run, stage, resume=resume, say=say, watch=watch)
 
 
-def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> Stage:
-    """The fine-tuning of the language model for the next item."""
+def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say, *, store: bool = True) -> Stage:
+    """The fine-tuning of the language model for the next item; without `store` no file of windows is written."""
     settings = run.train
     model, history, _ = language_model(run, task, features, adapter_recipe(run), say)
     if run.model.heads_from_light and (light := load_light(run, task, features)) is not None:
@@ -112,7 +120,8 @@ def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> St
         **settings.trainer_keys(),
     }
     valid = _validation_windows(task, history, run.seed, VALIDATION_WINDOWS)
-    stage = _stage("lm", model, history, training_windows(windows, rows_at_least(arguments)), arguments, valid)
+    rows = training_windows(windows, rows_at_least(arguments), store=store)
+    stage = _stage("lm", model, history, rows, arguments, valid)
     return replace(stage, adapter_learning_rate=settings.learning_rate, patience=settings.early_stopping_patience)
 
 

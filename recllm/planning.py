@@ -23,7 +23,7 @@ from recllm.examples import Examples, NextItemCollator, lengths_of
 from recllm.histories import HistoryFormat
 from recllm.judging import relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder
-from recllm.loop import Stage, check_trainer_keys, stage_trainer
+from recllm.loop import COMPILING, Stage, check_trainer_keys, stage_trainer
 from recllm.nextitem import language_stage, light_stage
 from recllm.runs import Run
 from recllm.tasks import Task, prepare
@@ -119,9 +119,13 @@ def plan_run(run: Run, say: Say) -> Plan:
     costs, examples = [], []
     judges = run.model.task == "relevance"
     if run.light.num_train_epochs and not judges:
-        costs.append(measure(light_stage(run, task, features, planned_windows(run, task)), say))
+        costs.append(measure(light_stage(run, task, features, planned_windows(run, task), store=False), say))
     if run.model.name != "none":
-        stage = relevance_stage(run, task, features, say) if judges else language_stage(run, task, features, say)
+        stage = (
+            relevance_stage(run, task, features, say)
+            if judges
+            else language_stage(run, task, features, say, store=False)
+        )
         if len(stage.train):
             costs.append(measure(stage, say))
         if judges and run.light.num_train_epochs:
@@ -240,7 +244,7 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
         try:
             trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number", steps=stage.steps)
             trainer.train()
-            if options.get("torch_compile"):
+            if any(options.get(key) for key in COMPILING):
                 trainer.evaluate()  # compiles what validation reads: once, and not in every one of them
             began = time.monotonic()
             trainer.evaluate()

@@ -396,10 +396,13 @@ def _toml(value: JsonValue) -> str:
     return repr(value)
 
 
-def write_environment(run: Run, fingerprints: dict[str, str], *, device: str, processes: int = 1) -> None:
-    """Write versions, seed, device, number of processes and data fingerprints beside the weights."""
+def write_environment(
+    run: Run, fingerprints: dict[str, str], *, device: str, processes: int = 1, sharding: str = "none"
+) -> None:
+    """Write versions, seed, device, number of processes, how they shard, and data fingerprints beside the weights."""
     versions = {package: found for package in PACKAGES if (found := _version(package))}
     facts = {"seed": run.seed, "data": fingerprints, "versions": versions, "device": device, "processes": processes}
+    facts |= {"sharding": sharding}
     write_json(run.folder / ENVIRONMENT, facts | {"python": platform.python_version(), "machine": platform.platform()})
 
 

@@ -1,10 +1,12 @@
 """Sharded training (FSDP2, ZeRO-3): weights that lie in parts on several processes, gathered whole and put back."""
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -67,6 +69,11 @@ def check_shardable(model: nn.Module, half: torch.dtype | None) -> None:
         RecllmError: it cannot.
     """
     way_out = "Take --profile gpus"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        old = os.environ.get("FSDP_VERSION", "1") != "2"
+        if old or parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            what = "fsdp_version: 2" if old else "fsdp_cpu_ram_efficient_loading: false"
+            raise RecllmError(f"Sharding by FSDP needs '{what}' in accelerate's configuration. Take --profile fsdp2.")
     if half == torch.float16:
         raise RecllmError(f'Sharded training has no fp16. {way_out}, or train.precision = "bf16".')
     quantised = ("Params4bit", "Int8Params")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from recllm.devices import process_state
 from recllm.fetch import cache_folder
 from recllm.files import written
-from recllm.windows import Rows, Windows
+from recllm.windows import CUTTING, Rows, Windows
 
 STORED_FROM = 1_000_000
 """Windows of all epochs from which on they are stored: fewer take less memory than reading them from a file."""
@@ -38,13 +38,13 @@ class StoredWindows(Sequence[Any]):
         return self.table[int(place)][ITEMS].astype(np.int64)
 
 
-def training_windows(windows: Windows, at_least: int = 0) -> Sequence[Rows]:
+def training_windows(windows: Windows, at_least: int = 0, *, store: bool = True) -> Sequence[Rows]:
     """`windows.all(at_least)`; where they are many, memory-mapped from a file in the cache.
 
     The file is written by the first process, named by the sha256 of what the windows are cut from and how, and found
-    again by the next training that cuts the same ones.
+    again by the next training that cuts the same ones. Without `store` all stay in memory, and nothing is written.
     """
-    if max(windows.about, at_least) < STORED_FROM:
+    if not store or max(windows.about, at_least) < STORED_FROM:
         return windows.all(at_least)
     path = cache_folder() / "windows" / f"{_content(windows, at_least)}.arrow"
     with process_state().main_process_first():
@@ -55,7 +55,7 @@ def training_windows(windows: Windows, at_least: int = 0) -> Sequence[Rows]:
 
 def _content(windows: Windows, at_least: int) -> str:
     """What decides about the windows, as a name."""
-    settings = (windows.length, windows.epochs, windows.seed, windows.recent, windows.batch, at_least)
+    settings = (CUTTING, windows.length, windows.epochs, windows.seed, windows.recent, windows.batch, at_least)
     digest = hashlib.sha256(repr(settings).encode())
     for sequence in windows.sequences:
         digest.update(np.int64(len(sequence)).tobytes())

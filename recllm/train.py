@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from recllm.cards import write_adapter_card
-from recllm.devices import process_state
+from recllm.devices import process_state, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError
 from recllm.files import read_json
@@ -125,18 +125,29 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
 
 
 def _check_processes(run: Run, processes: int) -> None:
-    """Check that a training that was begun goes on with as many processes: they decide which rows a step has.
+    """Check that a training that was begun goes on with as many processes, and sharded alike.
+
+    They decide which rows a step has, and how the optimizer's state is written.
 
     Raises:
-        RecllmError: it was begun with more or fewer.
+        RecllmError: it was begun with more or fewer, or sharded in another way.
     """
     path = run.folder / ENVIRONMENT
-    before = read_json(path).get("processes", 1) if path.is_file() else processes
-    if before != processes and any((run.folder / "checkpoints").glob("*/checkpoint-*")):
+    if not path.is_file() or not any((run.folder / "checkpoints").glob("*/checkpoint-*")):
+        return
+    facts = read_json(path)
+    before, way = facts.get("processes", 1), facts.get("sharding", "none")
+    if way != sharding():
+        raise RecllmError(
+            f"{run.folder} has checkpoints of a training with the sharding '{way}', and now it is '{sharding()}'. "
+            "Go on with the profile that it was begun with, or start anew (--overwrite)."
+        )
+    if before != processes:
+        profile = "" if way == "none" else f"--profile {'fsdp2' if way == 'fsdp' else way} "
         raise RecllmError(
             f"{run.folder} has checkpoints of a training with {before} process{'es' * (before > 1)}, and now there "
             f"{'are' if processes > 1 else 'is'} {processes}. Go on with as many (recllm train {run.folder} --resume "
-            f"-- --num_processes {before}), or start anew (--overwrite)."
+            f"{profile}-- --num_processes {before}), or start anew (--overwrite)."
         )
 
 
@@ -148,7 +159,7 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int) -> None:
         write_run(run, run.folder / FILE)
     keep_recipes(run)
     if not (run.folder / ENVIRONMENT).is_file():
-        write_environment(run, task.fingerprints(), device=_device(), processes=processes)
+        write_environment(run, task.fingerprints(), device=_device(), processes=processes, sharding=sharding())
 
 
 def _describe(task: Task, say: Say) -> None:

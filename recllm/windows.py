@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 """Rows of items in the catalogue."""
 
+CUTTING = 1
+"""Version of how windows are cut and ordered: stored ones of another version are not read. Raise it with any change."""
 POOL = 64
 """Batches that are sorted by length together."""
 

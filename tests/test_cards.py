@@ -5,8 +5,11 @@ import shutil
 import pytest
 import torch
 
-from recllm.cards import ADAPTER, CARD, write_adapter_card
+from recllm.adapters import AdapterRecipe, attach
+from recllm.cards import ADAPTER, CARD, save_adapter, write_adapter_card
+from recllm.checkpoints import trained_values
 from recllm.files import read_json, write_json
+from recllm.lm import load_base
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.trained import load_collaborative, load_language
@@ -66,3 +69,17 @@ def test_a_bundle_has_its_card(tiny_bundle):
     assert text.startswith("# tiny: a bundle that recommends (fp32)")
     assert 'model = recllm.load("bundle-fp32")' in text
     assert CARD in read_json(tiny_bundle / "manifest.json")["files"]
+
+
+def test_a_tuner_that_keeps_what_does_not_train_is_saved_with_it(tiny_run, tiny_lm_folder, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    recipe = AdapterRecipe(tuner="vera", config={"r": 4, "target_modules": ["q_proj"], "save_projection": True})
+    model = attach(load_base(tiny_lm_folder).model, recipe)
+    save_adapter(load_run(tiny_run), model, trained_values(model), tmp_path)
+    bare = AutoModel.from_pretrained(tiny_lm_folder, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(bare, tmp_path / ADAPTER)
+    for name, value in model.named_buffers():
+        if "vera_" in name:
+            assert torch.equal(dict(loaded.named_buffers())[name], value)

@@ -46,10 +46,10 @@ def test_a_spans_what_the_first_layer_reads(staged, judges):
     assert all(not value.any() for value in matrices(stage, "B").values())
     seen = []
     handle = layer.register_forward_hook(lambda _, given, __: seen.append(given[0].detach()))
-    batches, places = eva._Batches(stage), []
+    places = []
     stage.model.eval()
     with torch.inference_mode():
-        for batch in batches.batches:
+        for batch in eva.first_batches(stage):
             stage.model(**batch)
             lengths = torch.from_numpy(eva.lengths_of(batch))
             places.append(torch.arange(batch["ids"].shape[1]) < lengths[:, None])
@@ -78,6 +78,14 @@ def test_the_start_is_the_same_every_time(staged):
 
 
 def test_directions_that_do_not_settle_are_an_error(staged, monkeypatch):
-    monkeypatch.setattr(eva, "PASSES", 0)
-    with pytest.raises(RecllmError, match="EVA's directions have not settled after 0 passes"):
-        start_from_data(staged("adapter.init_lora_weights=eva"))
+    monkeypatch.setattr(eva, "PASSES", 3)
+    stage = staged("adapter.init_lora_weights=eva")
+    read, random = stage.model.forward, torch.Generator().manual_seed(0)
+
+    def other_words_every_time(ids, **given):
+        return read(ids=torch.randint(0, 9, ids.shape, generator=random), **given)
+
+    monkeypatch.setattr(stage.model, "forward", other_words_every_time)
+    stage.model.body.model.active_peft_config.eva_config.tau = 1.1  # no cosine is as large
+    with pytest.raises(RecllmError, match="EVA's directions have not settled after 3 passes over 16 batches"):
+        start_from_data(stage)

@@ -95,6 +95,12 @@ def test_layers_are_compiled_in_place_and_keep_their_names(tiny_lm_folder):
     assert len(compiled) == 1  # all layers are one graph
     torch.testing.assert_close(after[0], before[0])
     assert all(torch.allclose(after[1][name], value, atol=1e-5) for name, value in before[1].items())
+    for _ in range(10):  # a search trains many models in one process, more than Dynamo compiles by itself
+        compiled.clear()
+        other = load_base(tiny_lm_folder).model.requires_grad_(True)
+        compile_layers(other, cpu=True, backend=backend)
+        gradients(other)
+        assert len(compiled) == 1
 
 
 def test_without_a_compiler_or_layers_compiling_is_refused(tiny_lm_folder, monkeypatch):

@@ -446,6 +446,7 @@ def test_a_light_scorer_has_no_activations_to_compute_twice(tmp_path):
 
 def test_sharding_without_an_accelerator_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(RecllmError, match="Sharded training needs accelerators, and there is none here"):
         train(light(), tmp_path, max_steps=2)
@@ -493,6 +494,11 @@ def test_what_trainer_refuses_is_one_message(tmp_path):
 
 def test_weights_of_another_run_are_refused(tmp_path):
     save_trained(trained_values(light()), tmp_path / "light.safetensors")
+    values = trained_values(light()) | {"cold_bias": torch.tensor(0.5)}  # a scalar, as it once was
+    save_trained(values, tmp_path / "old.safetensors")
+    old = light()
+    load_trained(old, tmp_path / "old.safetensors")
+    assert old.cold_bias.tolist() == [0.5]
     other = light()
     other.bias.requires_grad_(False)
     with pytest.raises(RecllmError, match=r"does not fit this run: 'bias' is in one of them only"):

@@ -219,6 +219,12 @@ def test_a_start_that_cannot_be_served_is_refused_with_the_reason(start):
         load_adapter(AdapterSettings.model_validate({"recipe": "lora", "init_lora_weights": start}))
 
 
+@pytest.mark.parametrize("given", [{"recipe": "adalora"}, {"recipe": "lora", "eva_config": {"rho": 2.0}}])
+def test_eva_keeps_the_same_rank_everywhere(given):
+    with pytest.raises(RecllmError, match="'eva' is for the tuner 'lora' without an eva_config"):
+        load_adapter(AdapterSettings.model_validate(given | {"init_lora_weights": "eva"}))
+
+
 @pytest.mark.parametrize("tuner", ["prompt_tuning", "prefix_tuning", "p_tuning"])
 def test_learnt_tokens_are_refused_with_the_reason(tuner, tmp_path):
     path = tmp_path / "mine.toml"

@@ -135,7 +135,7 @@ def test_what_is_not_sharded_is_whole_already():
     assert not whole(model.gain).requires_grad
 
 
-def test_what_cannot_be_cut_is_refused():
+def test_what_cannot_be_cut_is_refused(monkeypatch):
     model = Stack()
     model.register_parameter("lora_E", nn.Parameter(torch.ones(2)))
     with pytest.raises(RecllmError, match="AdaLoRA counts ranks over whole matrices"):
@@ -144,6 +144,15 @@ def test_what_cannot_be_cut_is_refused():
     class Params4bit(nn.Parameter):
         pass
 
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecllmError, match=r"Sharding by FSDP needs 'fsdp_version: 2'.* Take --profile fsdp2"):
+        check_shardable(Stack(), None)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_shardable(Stack(), None)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(RecllmError, match="needs 'fsdp_cpu_ram_efficient_loading: false'"):
+        check_shardable(Stack(), None)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     model = Stack()
     model.layers[0].linear1.weight = Params4bit(torch.ones(4, 4))
     with pytest.raises(RecllmError, match="A quantised base model is not sharded"):

@@ -66,6 +66,15 @@ def test_the_same_windows_are_written_once(tmp_path, monkeypatch):
     for windows in others:
         training_windows(windows)
     assert len(files(tmp_path)) == len(written) + len(others)
+    monkeypatch.setattr(stored, "CUTTING", -1)
+    training_windows(others[0])
+    assert len(files(tmp_path)) == len(written) + len(others) + 1
+
+
+@pytest.mark.usefixtures("_all_are_many")
+def test_a_plan_writes_no_windows(tmp_path):
+    assert isinstance(training_windows(Windows(SEQUENCES, 4, epochs=3, seed=1), store=False), list)
+    assert not files(tmp_path)
 
 
 def test_few_windows_stay_in_memory(tmp_path):

@@ -258,7 +258,7 @@ def test_the_module_says_what_is_wrong_and_exits_with_2(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"Error: There is no run file '{tmp_path / 'no.toml'}'")
 
 
-def test_another_number_of_processes_is_refused_where_checkpoints_are(tiny_run, tmp_path):
+def test_another_number_of_processes_is_refused_where_checkpoints_are(tiny_run, tmp_path, monkeypatch):
     run = again(tiny_run, tmp_path)
     shutil.copytree(tiny_run, run.folder)
     facts = read_json(run.folder / "environment.json")
@@ -266,6 +266,13 @@ def test_another_number_of_processes_is_refused_where_checkpoints_are(tiny_run, 
     train_run(run, resume=True, say=silent)  # it is finished: nothing depends on them any more
     (run.folder / "checkpoints" / "lm" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(RecllmError, match=r"checkpoints of a training with 2 processes, and now there is 1\. Go on"):
+        train_run(run, resume=True, say=silent)
+    write_json(run.folder / "environment.json", facts | {"processes": 2, "sharding": "zero3"})
+    with pytest.raises(RecllmError, match="a training with the sharding 'zero3', and now it is 'none'"):
+        train_run(run, resume=True, say=silent)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(RecllmError, match=r"--resume --profile zero3 -- --num_processes 2\)"):
         train_run(run, resume=True, say=silent)
 
 
