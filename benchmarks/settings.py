@@ -51,7 +51,7 @@ DATA: dict[str, dict[str, Any]] = {
     # A million events in long histories: a wider light scorer that reads further back, and the first layers of the
     # language model, which then sees as many of them as it has time for.
     "ml-1m": {
-        "model": {"head_width": 256, "layers": 6},
+        "model": {"head_width": 256, "layers": 6, "max_history": 100},
         "light": {
             "width": 256,
             "learning_rate": 1e-3,
@@ -59,7 +59,7 @@ DATA: dict[str, dict[str, Any]] = {
             "per_device_train_batch_size": 32,
             "num_train_epochs": 12,
         },
-        "train": {"num_train_epochs": 4, "per_device_train_batch_size": 32},
+        "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
     },
     # The longer a history with likes and dislikes, the more the judge knows of its user (LOG.md).
     "collm-ml-1m": {"light": {"max_history": 80}},
