@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -442,6 +443,15 @@ def test_activations_computed_twice_give_the_same_weights(key, tiny_lm_folder, t
 def test_a_light_scorer_has_no_activations_to_compute_twice(tmp_path):
     with pytest.raises(RecllmError, match=r"train\.gradient_checkpointing is for language models"):
         train(light(), tmp_path, gradient_checkpointing=True)
+
+
+def test_what_is_sharded_is_rounded_by_autocast():
+    trainer = object.__new__(loop.OrderedTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    for half in (torch.bfloat16, None):
+        trainer.half = half
+        with trainer.autocast_smart_context_manager():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (half or torch.float32)
 
 
 def test_sharding_without_an_accelerator_is_refused(tmp_path, monkeypatch):
