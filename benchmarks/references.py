@@ -143,9 +143,12 @@ class SASRecScorer:
 
 
 def train_sasrec(
-    task: Task, figure: Figure, seed: int, *, dropout: float, width: int = 128, positions: int = 50
+    task: Task, figure: Figure, seed: int, say: Say, *, dropout: float, width: int = 128, positions: int = 50
 ) -> SASRecScorer:
-    """Train by AdamW with the light scorer's schedule of windows; the best epoch on validation is kept."""
+    """Train by AdamW with the light scorer's schedule of windows; the best epoch on validation is kept.
+
+    `say` gets a line per epoch.
+    """
     torch.manual_seed(seed)
     batch, none = 64, torch.zeros(0, dtype=torch.long)
     model = SASRec(len(task.index), width, positions, dropout)
@@ -169,6 +172,7 @@ def train_sasrec(
             loss.backward()
             optimizer.step()
         found = figure(SASRecScorer(model, task.index, task.warm, positions))
+        say(f"ref SASRec: epoch {epoch + 1} of at most {SASREC_EPOCHS}, validation NDCG@10 {found:.4f}")
         since = 0 if found > best else since + 1
         if found > best:
             best, kept = found, copy.deepcopy(model)
@@ -217,7 +221,7 @@ def _tuned(
 ) -> Reference:
     start, best, trials = time.monotonic(), None, {}
     for settings in _combinations(grid):
-        scorer = _fit(name, task, vectors, figure, seed, settings)
+        scorer = _fit(name, task, vectors, figure, seed, say, settings)
         found = figure(scorer)
         trials[" ".join(f"{key}={value}" for key, value in settings.items())] = round(found, 5)
         say(f"{name} {settings}: validation NDCG@10 {found:.4f}")
@@ -238,6 +242,7 @@ def _fit(
     vectors: RawVectors,
     figure: Figure,
     seed: int,
+    say: Say,
     settings: dict[str, Any],
 ) -> Fading:
     train = task.split.train
@@ -248,6 +253,6 @@ def _fit(
     if name == "ref EASE":
         return EASE.fit(train, **settings)
     if name == "ref SASRec":
-        return train_sasrec(task, figure, seed, **settings)
+        return train_sasrec(task, figure, seed, say, **settings)
     rows = vectors.align(task.index)
     return TextSimilarity(task.index, Standard.fit(rows)(rows) if settings["centred"] else rows)
