@@ -70,7 +70,8 @@ def test_merging_changes_no_hidden_state_and_does_so_twice(tiny_lm_folder, keys)
     fresh = attach(load_base(tiny_lm_folder).model, recipe(**keys))
     fresh.load_state_dict(weights)
     second = hidden(merge(fresh))
-    assert torch.allclose(first, before, atol=1e-5)
+    # Of the largest value: PEFT keeps names in a set, so every process draws other weights.
+    assert (first - before).abs().max() <= 1e-5 * before.abs().max()
     assert torch.equal(first, second)
 
 
