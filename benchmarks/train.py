@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from recllm.examples import lengths_of
 from recllm.judging import relevance_stage
+from recllm.lean import lean
 from recllm.loop import Stage, fit
 from recllm.nextitem import language_stage, light_stage
 from recllm.planning import measure, peak_memory, random_features
@@ -85,7 +86,8 @@ def stage_of(run: Run) -> Stage:
 
 
 def stepper(stage: Stage, batch: dict[str, Tensor], *, bf16: bool) -> Callable[[], None]:
-    """One plain step on a batch: forward, back, AdamW."""
+    """One step on a batch as training makes it: forward, back, AdamW, and the model made lean for its precision."""
+    lean(stage.model, torch.bfloat16 if bf16 else None, cpu=True)
     optimizer = torch.optim.AdamW([value for value in stage.model.parameters() if value.requires_grad], lr=1e-4)
     model: nn.Module = stage.model.train()
 
@@ -113,7 +115,8 @@ def in_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, flo
 
 def targets(place: Path, rounds: int) -> dict[str, float]:
     """Supervised targets and tokens per second of whole histories and of pairs, in this machine's best precision."""
-    whole, pairs = stage_of(run_of(place)), stage_of(run_of(place, model={"task": "relevance"}))
+    whole, exact = stage_of(run_of(place)), stage_of(run_of(place))
+    pairs = stage_of(run_of(place, model={"task": "relevance"}))
     long = [row for row in whole.train.rows if len(row) == HISTORY + 1][:ROWS]
     histories = whole.collator(long)
     asked = [pairs.train[row] for row in range(64)]
@@ -122,7 +125,7 @@ def targets(place: Path, rounds: int) -> dict[str, float]:
     seconds = in_turns(
         {
             "histories": stepper(whole, histories, bf16=True),
-            "histories in fp32": stepper(whole, histories, bf16=False),
+            "histories in fp32": stepper(exact, histories, bf16=False),
             "pairs": stepper(pairs, prompts, bf16=True),
         },
         rounds,
