@@ -143,7 +143,8 @@ def _check_processes(run: Run, processes: int) -> None:
             "Go on with the profile that it was begun with, or start anew (--overwrite)."
         )
     if before != processes:
-        profile = "" if way == "none" else f"--profile {'fsdp2' if way == 'fsdp' else way} "
+        shipped = {"fsdp": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
+        profile = f"--profile {shipped[way]} " if way in shipped else ""
         raise RecllmError(
             f"{run.folder} has checkpoints of a training with {before} process{'es' * (before > 1)}, and now there "
             f"{'are' if processes > 1 else 'is'} {processes}. Go on with as many (recllm train {run.folder} --resume "
