@@ -54,7 +54,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--references", nargs="*", default=list(GRIDS), choices=[*GRIDS, []], metavar="NAME", help="which; default all"
     )
+    parser.add_argument("--control", choices=settings.CONTROLS, help="what the trained models lack; no references")
     parser.add_argument("--runs", type=Path, help="keep the runs here, and go on with those that are there")
+    parser.add_argument("--result", help="names the kept result; default by protocol and data")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
     )
@@ -62,14 +64,18 @@ def arguments() -> argparse.Namespace:
     if given.quick:
         given.seeds = given.seeds[:1]
         given.lm = "smollm2-135m-instruct" if given.protocol == "topk" else given.lm
+    if given.control is not None:
+        given.references = []  # they know nothing of the control
+        if given.lm == "none" and settings.CONTROLS[given.control].get("language_model"):
+            parser.error(f"--control {given.control} is about the language model: name it by --lm.")
     given.data = given.data or settings.PROTOCOLS[given.protocol].data[0]
     return given
 
 
 def run_of(given: argparse.Namespace, seed: int, output: Path) -> Run:
     """The run of one seed."""
-    values = settings.run_values(given.protocol, given.data, given.lm, quick=given.quick)
-    values |= {"name": f"{given.protocol}-{Path(given.data).name}-seed-{seed}", "output": str(output), "seed": seed}
+    values = settings.run_values(given.protocol, given.data, given.lm, quick=given.quick, control=given.control)
+    values |= {"name": f"{'-'.join(name_parts(given))}-seed-{seed}", "output": str(output), "seed": seed}
     if given.protocol == "cold-item":
         values["data"]["given_back"] = given.events
     if given.protocol == "few-shot":
@@ -143,6 +149,7 @@ def main() -> None:
         "command": command(),
         "seeds": given.seeds,
         "language_model": given.lm,
+        "control": given.control,
         "versions": found[0][2]["environment"]["versions"],
         "device": found[0][2]["environment"]["device"],
         "tables": {part: table.to_dict() for part, table in tables.items()},
@@ -182,13 +189,18 @@ def differences(table: Table, protocol: str) -> dict[str, list[float | None]]:
     return result
 
 
-def keep(result: dict[str, Any], given: argparse.Namespace) -> None:
-    """Write the result under benchmarks/results/, in place of an older one of the same kind."""
+def name_parts(given: argparse.Namespace) -> list[str]:
+    """What names a result and its runs."""
     parts = [given.protocol, Path(given.data).name]
     parts += [f"{given.events}-events"] if given.protocol == "cold-item" else []
     parts += [f"{given.shots}-shots"] if given.protocol == "few-shot" else []
-    parts += ["quick"] if given.quick else []
-    path = RESULTS / f"{'-'.join(parts)}.json"
+    parts += [given.control] if given.control is not None else []
+    return [*parts, "quick"] if given.quick else parts
+
+
+def keep(result: dict[str, Any], given: argparse.Namespace) -> None:
+    """Write the result under benchmarks/results/, in place of an older one of the same kind."""
+    path = RESULTS / f"{given.result or '-'.join(name_parts(given))}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
     say(f"Kept in {path.name}")

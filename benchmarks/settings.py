@@ -40,6 +40,13 @@ FUSIONS = [
     "levels",
 ]
 """Every kind, so that the results compare them; the best on validation is the fusion of the table."""
+CONTROLS: dict[str, dict[str, str]] = {
+    "random-weights": {"language_model": "random"},
+    "shuffled-text": {"text": "shuffled"},
+    "no-text": {"text": "same"},
+    "no-factors": {"factors": "same"},
+}
+"""By name the `[control]` table of a run that lacks something: a gain that survives that does not come from it."""
 QUICK_STEPS = 60
 """Steps of the language model in a quick run."""
 TEST_ROWS = 20_000
@@ -74,7 +81,7 @@ DATA: dict[str, dict[str, Any]] = {
 """What differs from one data set to another; everything else is equal."""
 
 
-def run_values(protocol: str, data: str, lm: str, *, quick: bool) -> dict[str, Any]:
+def run_values(protocol: str, data: str, lm: str, *, quick: bool, control: str | None = None) -> dict[str, Any]:
     """The tables of a run file; the split is drawn by seed 0 whatever the run's own seed is."""
     own = PROTOCOLS[protocol]
     values: dict[str, Any] = {
@@ -101,6 +108,8 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool) -> dict[str, A
         values["train"] |= {"max_steps": QUICK_STEPS, "num_train_epochs": 8}
     for table, keys in DATA.get(Path(data).name, {}).items():
         values[table] = values.get(table, {}) | keys
+    if control is not None:
+        values["control"] = dict(CONTROLS[control])
     return values
 
 
@@ -111,6 +120,8 @@ def _bar(value: float, bar: float) -> Bar:
 def bars(given: argparse.Namespace, tables: dict[str, Table]) -> dict[str, Bar]:
     """The bars of a protocol and data set, each with what was measured and whether it holds."""
     table = tables["all"]
+    if given.control is not None:
+        return {}  # asked of what is shipped, not of what lacks a part on purpose
     if given.protocol == "topk":
         return _topk(given, table)
     if given.protocol == "cold-item":

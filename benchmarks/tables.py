@@ -97,9 +97,10 @@ def fading(found: dict[str, Result]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     done = set()
     for name, result in found.items():
-        # A further result of a set has the same half-lives.
-        if result["protocol"] != "topk" or name.endswith("quick") or result["data"] in done:
+        if result["protocol"] != "topk" or name.endswith("quick") or result.get("control"):
             continue
+        if result["data"] in done:
+            continue  # a further result of a set has the same half-lives
         done.add(result["data"])
         for scorer, figures in result["half_lives"][0].items():
             best = max(figures, key=figures.__getitem__)
@@ -115,6 +116,8 @@ def fusions(found: dict[str, Result]) -> Iterator[str]:
     yield f"| result | best single | {' | '.join(kinds)} |"
     yield "|---" * (len(kinds) + 2) + "|"
     for name, result in found.items():
+        if result.get("control"):
+            continue  # chosen for what lacks a part
         tried = [own["candidates"] for own in result["fusion"]]
         single = [max(value for kind, value in own.items() if kind.startswith("only ")) for own in tried]
         cells = [figure([sum(single) / len(single), None, None])]
@@ -127,9 +130,9 @@ def fusions(found: dict[str, Result]) -> Iterator[str]:
 def curve(found: dict[str, Result], part: str = "all") -> Iterator[str]:
     """The cold-item results by the number of events that were given back, ranked among the items of `part`."""
     kept = {
-        (result["data"], int(name.removesuffix("-events").rpartition("-")[2])): result
+        (result["data"], int(events[1])): result
         for name, result in found.items()
-        if result["protocol"] == "cold-item"
+        if result["protocol"] == "cold-item" and (events := re.search(r"-(\d+)-events$", name))
     }
     shown = ("text", "neighbours", "mf", "ease", "transitions", "light", "lm", "fusion")
     yield f"| set | events | {' | '.join(shown)} |"
@@ -140,13 +143,33 @@ def curve(found: dict[str, Result], part: str = "all") -> Iterator[str]:
         yield f"| {data} | {events} | {' | '.join(cells)} |"
 
 
+def controls(found: dict[str, Result]) -> Iterator[str]:
+    """What is left where a part was taken away, under the result of the same set and protocol with all of it."""
+    lacking: dict[str, list[str]] = {}
+    for name, result in found.items():
+        if result.get("control"):
+            lacking.setdefault(name.replace(f"-{result['control']}", ""), []).append(name)
+    shown = ("light", "lm", "fusion without lm", "fusion")
+    yield f"| result | lacks | {' | '.join(shown)} | the language model adds |"
+    yield "|---" * (len(shown) + 3) + "|"
+    for whole, others in lacking.items():
+        for name in ([whole] if whole in found else []) + others:
+            result = found[name]
+            rows, metric = rows_of(result), "AUC" if "AUC" in result["tables"]["all"]["metrics"] else "NDCG@10"
+            cells = [figure([rows[scorer][metric][0], None, None]) if scorer in rows else "–" for scorer in shown]
+            adds = result["differences"]["all"].get("fusion without lm")
+            cells.append("–" if adds is None else "{:+.4f} ({:+.4f} … {:+.4f})".format(*adds))
+            yield f"| {whole} | {result.get('control') or 'nothing'} | {' | '.join(cells)} |"
+
+
 def table(name: str, found: dict[str, Result]) -> list[str]:
-    """The lines of a table: `summary`, `bars`, or the name of a result with or without a part behind a colon."""
+    """The lines of a table: `summary`, `bars` and so on, or a result's name, with or without a part behind a colon."""
     special: dict[str, Callable[[dict[str, Result]], Iterator[str]]] = {
         "summary": summary,
         "bars": bars,
         "fading": fading,
         "fusions": fusions,
+        "controls": controls,
         "curve": curve,
         "curve: among cold items": partial(curve, part="among cold items"),
     }

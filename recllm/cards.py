@@ -99,6 +99,7 @@ def card(run: Run, title: str) -> list[str]:
         "data": run.data.name,
         "fingerprints": ", ".join(f"{key} {value[:16]}" for key, value in facts["data"].items()),
         "split": run.data.split,
+        **({"control": f"{run.control.lacking}: not for use"} if run.control.lacking else {}),
         "seed": str(run.seed),
         "device": facts["device"],
         "versions": ", ".join(f"{key} {value}" for key, value in facts["versions"].items()),

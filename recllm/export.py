@@ -95,11 +95,16 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     run that judges pairs gives its language model as a bundle that ranks candidates.
 
     Raises:
-        RecllmError: the run is not trained, or an unknown recipe.
+        RecllmError: the run is not trained or is a control, or an unknown recipe.
     """
     loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
     if not (run.folder / "fusion.json").is_file():
         raise RecllmError(f"{run.folder} has no fitted fusion. Train the run first: recllm train {run.folder}/run.toml")
+    if run.control.lacking:
+        raise RecllmError(
+            f"{run.folder} is a control ({run.control.lacking}): it shows what that is worth and is not for shipping. "
+            "Train a run without it."
+        )
     if run.model.task == "relevance":
         return export_ranker(run, task, loaded, say)
     parts = load_collaborative(run, task)

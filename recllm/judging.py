@@ -18,7 +18,7 @@ from recllm.eva import start_from_data
 from recllm.examples import Examples
 from recllm.files import read_json
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
-from recllm.lm import embedding_scale, load_base, model_folder, scoring_device
+from recllm.lm import embedding_scale, scoring_device
 from recllm.loop import Stage, fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
@@ -39,6 +39,7 @@ from recllm.trained import (
     adapter_recipe,
     in_full_precision,
     load_collaborative,
+    own_base,
     save_stage,
     stage_done,
 )
@@ -212,7 +213,7 @@ def relevance_model(
     Raises:
         RecllmError: the model or the prompt cannot be had, or the prompt names a column that is not there.
     """
-    base = load_base(model_folder(run.model.name, say), recipe, run.model.layers)
+    base = own_base(run, recipe, say)
     prompt = load_prompt(run.prompt_file("relevance"), task="relevance")
     prompt.check_against(task.dataset.catalog)
     prompt = prompt.model_copy(update={"max_history": min(prompt.max_history, run.model.max_history)})

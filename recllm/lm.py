@@ -168,13 +168,17 @@ def check_layers(folder: Path, layers: int | None) -> None:
         raise RecllmError(f"model.layers = {layers}, and {folder} has {there} layers. Take at most that many.")
 
 
-def load_base(folder: Path, recipe: AdapterRecipe | None = None, layers: int | None = None) -> BaseModel:
+def load_base(
+    folder: Path, recipe: AdapterRecipe | None = None, layers: int | None = None, *, drawn_by: int | None = None
+) -> BaseModel:
     """Load hidden-state model and tokenizer; frozen, in evaluation mode, float32 unless the recipe quantises it.
 
     Args:
         folder: the model.
         recipe: says whether it is quantised.
         layers: keep the first so many only, and the norm behind the last one; None keeps all.
+        drawn_by: a seed that draws the weights anew in place of the pretrained ones, as a control; with no recipe that
+            quantises, for transformers quantises what it loads.
     """
     config = load_config(folder)
     quantization = None if recipe is None or recipe.quantization is None else BitsAndBytesConfig(**recipe.quantization)
@@ -182,7 +186,11 @@ def load_base(folder: Path, recipe: AdapterRecipe | None = None, layers: int | N
     # A causal model is loaded whole and its body taken: a checkpoint of one names its weights that way.
     kind = AutoModelForCausalLM if causal else AutoModel
     with _quietly():
-        model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+        if drawn_by is not None:
+            torch.manual_seed(drawn_by)
+            model = kind.from_config(config, dtype=torch.float32)
+        else:
+            model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
     body = model.get_decoder() if causal else model
     if quantization is not None and body is not model:
         # PEFT asks the module that it is given whether its layers are quantised.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from recllm.control import ControlSettings
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
 from recllm.itemitem import EaseSettings, TransitionSettings
@@ -239,6 +240,7 @@ class Run(Settings):
     neighbours: NeighbourSettings = NeighbourSettings()
     fusion: FusionSettings = FusionSettings()
     export: ExportSettings = ExportSettings()
+    control: ControlSettings = ControlSettings()
 
     @model_validator(mode="after")
     def _keys_fit_the_task(self) -> "Run":
@@ -246,6 +248,8 @@ class Run(Settings):
             raise ValueError("light.teacher is for runs of next items, and this one judges pairs")
         if self.model.soft_tokens and self.model.task != "relevance":
             raise ValueError("model.soft_tokens is for runs that judge pairs; those of next items have item tokens")
+        if self.control.language_model == "random" and self.model.name == "none":
+            raise ValueError("control.language_model is random, and model.name = none: there is nothing to draw")
         return self
 
     @property

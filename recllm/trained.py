@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from recllm.adapters import AdapterRecipe, load_adapter, merge
 from recllm.checkpoints import load_trained
+from recllm.control import controlled
 from recllm.data import Interactions, Query
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError
@@ -160,6 +161,7 @@ def load_collaborative(run: Run, task: Task) -> Collaborative:
     features, text_standard, factor_standard = item_features(
         task.index, vectors, RawVectors(mf.items.ids, mf.item_factors)
     )
+    features = controlled(features, run.control, run.seed)
     return Collaborative(
         Popularity.load(folder),
         mf,
@@ -237,10 +239,15 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
         kept: read the copies in the run's folder, where it has them.
 
     Raises:
-        RecllmError: an unknown name or key, or an encoder where a causal model is needed.
+        RecllmError: an unknown name or key, an encoder where a causal model is needed, or a control that cannot be.
     """
     if run.adapter.recipe != "none":
-        load_adapter(run.adapter, run.adapter_file if kept else None)
+        adapter = load_adapter(run.adapter, run.adapter_file if kept else None)
+        if run.control.language_model == "random" and adapter.quantization is not None:
+            raise RecllmError(
+                "control.language_model = random draws weights in full precision, and the recipe "
+                f"'{run.adapter.recipe}' quantises them. Take one that does not, such as --set adapter.recipe=lora."
+            )
     tasks: tuple[Literal["item", "next_item", "relevance"], ...] = ("item", "next_item", "relevance")
     for task in tasks:
         load_prompt(run.prompt_file(task) if kept else getattr(run.prompt, task), task=task)
@@ -264,11 +271,17 @@ def adapter_recipe(run: Run) -> AdapterRecipe | None:
     return None if run.adapter.recipe == "none" else load_adapter(run.adapter, run.adapter_file)
 
 
+def own_base(run: Run, recipe: AdapterRecipe | None, say: Say) -> BaseModel:
+    """The run's language model before any training: pretrained, unless the run is a control."""
+    drawn_by = run.seed if run.control.language_model == "random" else None
+    return load_base(model_folder(run.model.name, say), recipe, run.model.layers, drawn_by=drawn_by)
+
+
 def language_model(
     run: Run, task: Task, features: ItemFeatures, recipe: AdapterRecipe | None, say: Say
 ) -> tuple[NextItemModel, HistoryFormat, BaseModel]:
     """The next-item language model with the adapter of `recipe`, untrained."""
-    base = load_base(model_folder(run.model.name, say), recipe, run.model.layers)
+    base = own_base(run, recipe, say)
     history = language_history(run, task, base)
     torch.manual_seed(run.seed)
     return next_item_model(base, recipe, features, task.item_counts, history, run.model), history, base

@@ -16,8 +16,9 @@ TORCH_FREE = [
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
     "recency", "priors", "mf", "itemitem", "neighbours", "ratedneighbours", "histories", "windows", "vectors",
-    "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "hub",
-    "catalogue", "sessions", "shortlist", "runtime", "onnxreader", "ranker", "growing", "query_rows", "sheets", "parts",
+    "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols",
+    "bundle", "hub", "catalogue", "sessions", "shortlist", "runtime", "onnxreader", "ranker", "growing", "query_rows",
+    "sheets", "parts",
     "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [

@@ -54,9 +54,31 @@ def test_an_unknown_result_is_named():
         load("tables").table("nothing", {})
 
 
+def ranked(control=None, **figures):
+    """A kept result of a ranking."""
+    rows = [{"scorer": name, "slice": "all", "NDCG@10": [value, None, None]} for name, value in figures.items()]
+    tables = {"all": {"metrics": ["HitRate@10", "NDCG@10"], "rows": rows}}
+    adds = {"fusion without lm": [0.01, -0.002, 0.03]} if WITHOUT_LM in figures else {}
+    return {"protocol": "topk", "control": control, "tables": tables, "differences": {"all": adds}}
+
+
+def test_controls_stand_under_what_they_are_controls_of():
+    found = {
+        "topk-a": ranked(lm=0.2, light=0.3, **{WITHOUT_LM: 0.3, FUSION: 0.4}),
+        "topk-a-no-text": ranked("no-text", light=0.1, fusion=0.2),
+        "topk-b-no-text-quick": ranked("no-text", fusion=0.2),
+        "topk-c": ranked(fusion=0.2),
+    }
+    assert load("tables").table("controls", found)[2:] == [
+        "| topk-a | nothing | .3000 | .2000 | .3000 | .4000 | +0.0100 (-0.0020 … +0.0300) |",
+        "| topk-a | no-text | .1000 | – | – | .2000 | – |",
+        "| topk-b-quick | no-text | – | – | – | .2000 | – |",
+    ]
+
+
 def test_bars_of_a_ranking():
     settings = load("settings")
-    given = argparse.Namespace(protocol="topk", data="x-wines-slim")
+    given = argparse.Namespace(protocol="topk", data="x-wines-slim", control=None)
     table = made(**{FUSION: 0.24, WITHOUT_LM: 0.23, "lm": 0.2, "ref EASE": 0.2, "ref ALS": 0.1})
     bars = settings.bars(given, {"all": table})
     assert bars["ratio_to_best_reference"] == {"value": 1.2, "bar": 1.1, "holds": True, "best": "ref EASE"}
@@ -73,7 +95,7 @@ def test_bars_of_cold_items_are_against_the_text_cosine():
         "all": made(**{FUSION: 0.1}),
         "among cold items": made(**{FUSION: 0.3, "text": 0.2, "ref text cosine": 0.1}),
     }
-    bars = settings.bars(argparse.Namespace(protocol="cold-item", data="x"), tables)
+    bars = settings.bars(argparse.Namespace(protocol="cold-item", data="x", control=None), tables)
     assert bars["ratio_to_text_cosine_among_cold_items"] == {"value": 3.0, "bar": 2.0, "holds": True}
 
 
@@ -87,6 +109,9 @@ def test_every_protocol_has_a_run():
             for quick in (False, True):
                 values = settings.run_values(name, data, "none", quick=quick)
                 assert parse(Run, values | {"name": "x"}, "test").data.split == protocol.split
+    for name in settings.CONTROLS:
+        values = settings.run_values("topk", "ml-100k", "minilm-l6", quick=False, control=name)
+        assert parse(Run, values | {"name": "x"}, "test").control.lacking, name
     assert set(settings.FUSIONS) >= set(parse(Run, {"name": "x", "data": {"name": "y"}}, "test").fusion.kinds)
 
 

@@ -232,6 +232,21 @@ def test_a_model_can_keep_its_first_layers(fixture, request):
     assert short.model.num_parameters() < whole.model.num_parameters()
 
 
+@pytest.mark.parametrize("fixture", ["tiny_lm_folder", "tiny_encoder_folder"])
+def test_weights_can_be_drawn_anew_by_a_seed(fixture, request):
+    folder = request.getfixturevalue(fixture)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    found = [load_base(folder, drawn_by=seed, layers=1).model for seed in (3, 3, 4)]
+    first, same, other, pretrained = (
+        model(input_ids=ids).last_hidden_state for model in (*found, load_base(folder, layers=1).model)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, pretrained)
+    assert not found[0].training
+    assert not any(own.requires_grad for own in found[0].parameters())
+
+
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma3Text", "Mistral"])
 def test_what_the_layers_are_is_cut_with_them(family, tiny_family):
     body = tiny_family(family)
