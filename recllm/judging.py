@@ -17,6 +17,7 @@ from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.examples import Examples
 from recllm.files import read_json
+from recllm.judgedloss import InsideUsers
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
 from recllm.lm import embedding_scale, scoring_device
 from recllm.loop import Stage, fit, rows_at_least
@@ -131,7 +132,7 @@ def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudg
         dropout=settings.dropout,
         limit=settings.max_history,
         factor_dropout=settings.factor_dropout,
-        pairwise=settings.pairwise,
+        inside=InsideUsers(settings.pairwise, settings.listwise),
     )
     given = task.split.train_rows
     threshold = like_threshold(task.split.train, run.data.like_at)
@@ -263,7 +264,7 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
     """
     model, prompt = relevance_model(run, task, features, adapter_recipe(run), say)
     prompts = PairPrompts(prompt, task.dataset.catalog, model)
-    settings = run.train
+    settings, inside = run.train, InsideUsers(run.model.pairwise, run.model.listwise)
     arguments = {
         "learning_rate": settings.head_learning_rate,
         "per_device_train_batch_size": settings.per_device_train_batch_size,
@@ -284,10 +285,10 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
             epochs=settings.num_train_epochs,
             at_least=rows_at_least(arguments),
             seed=run.seed,
-            block=ROWS_OF_A_USER if run.model.pairwise else 1,
+            block=ROWS_OF_A_USER if inside else 1,
         )
         train, valid = written(rows, prompts), written(validation_rows(run, task, prompts), prompts)
-    model.pairwise = run.model.pairwise
+    model.inside = inside
     return Stage(
         "relevance",
         model,

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from recllm.data import Query
 from recllm.histories import padded
+from recllm.judgedloss import NOTHING, InsideUsers, judged_loss
 from recllm.ranking import ItemIndex, Scores
-from recllm.sequence import IGNORED, ItemProjection, LightBody, drop_factors
+from recllm.sequence import ItemProjection, LightBody, drop_factors
 from recllm.splits import Example
 from recllm.vectors import ItemFeatures
 
@@ -169,7 +170,7 @@ class LightJudge(nn.Module):
         width, layers, heads, dropout: of the transformer.
         limit: the longest history.
         factor_dropout: share of items that lose their factors in a training step.
-        pairwise: weight of the logistic loss over pairs of one user's rows with different labels.
+        inside: weights of the losses over rows of one user.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class LightJudge(nn.Module):
         dropout: float,
         limit: int,
         factor_dropout: float = 0.0,
-        pairwise: float = 0.0,
+        inside: InsideUsers = NOTHING,
     ) -> None:
         super().__init__()
         self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, 1.0)
@@ -191,7 +192,7 @@ class LightJudge(nn.Module):
         self.facts = nn.Linear(FACTS, width)
         self.body = LightBody(width, layers, heads, limit + 1, dropout)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
-        self.factor_dropout, self.pairwise = factor_dropout, pairwise
+        self.factor_dropout, self.inside = factor_dropout, inside
         self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)
         self.register_buffer("item_factors", torch.from_numpy(features.factors), persistent=False)
 
@@ -206,14 +207,14 @@ class LightJudge(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         **_: object,
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy, and the pairwise loss over those rows of one user that stand in this batch.
+        """Binary cross-entropy, and the losses over those rows of one user that stand in this batch.
 
         Returns:
             `loss`, a scalar, and `logits`, float32[batch].
         """
         logits, given = self.logits(ids, kinds, ends, facts), labels[:, 0]
-        weight = self.pairwise if self.training else 0.0
-        return {"loss": judged_loss(logits, given, users, weight, num_items_in_batch), "logits": logits}
+        inside = self.inside if self.training else NOTHING
+        return {"loss": judged_loss(logits, given, users, inside, num_items_in_batch), "logits": logits}
 
     def logits(self, ids: Tensor, kinds: Tensor, ends: Tensor, facts: Tensor) -> Tensor:
         """Scores float32[batch] of pairs, padded on the right."""
@@ -228,27 +229,6 @@ class LightJudge(nn.Module):
     def _factors(self) -> Tensor:
         factors: Tensor = self.item_factors  # type: ignore[assignment]
         return drop_factors(factors, self.factor_dropout) if self.training else factors
-
-
-def judged_loss(logits: Tensor, labels: Tensor, users: Tensor, pairwise: float, number: Tensor | int | None) -> Tensor:
-    """Binary cross-entropy of float32[batch] labels (−100 where a row does not count), and `pairwise` inside users.
-
-    `number` is the count of labels over all devices and accumulation steps, Trainer's own; None takes this batch's.
-    """
-    counts = labels != IGNORED
-    total = functional.binary_cross_entropy_with_logits(logits[counts], labels[counts], reduction="sum")
-    if pairwise:
-        total = total + pairwise * counts.sum() * inside_users(logits, labels, users)
-    return total / (counts.sum().clamp(min=1) if number is None else number)
-
-
-def inside_users(logits: Tensor, labels: Tensor, users: Tensor) -> Tensor:
-    """Mean logistic loss over a user's pairs of a liked and a disliked row (Rendle et al. 2009, BPR); 0 without any."""
-    same = (users[:, None] == users[None, :]) & (users >= 0)[:, None]
-    pairs = same & (labels[:, None] == 1.0) & (labels[None, :] == 0.0)
-    if not pairs.any():
-        return logits.sum() * 0.0
-    return functional.softplus(logits[None, :] - logits[:, None])[pairs].mean()
 
 
 @dataclass(eq=False)

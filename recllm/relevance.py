@@ -15,8 +15,8 @@ from recllm.data import Catalog
 from recllm.devices import fast_bf16
 from recllm.errors import RecllmError
 from recllm.histories import padded
+from recllm.judgedloss import NOTHING, judged_loss
 from recllm.lean import round_frozen
-from recllm.lightjudge import judged_loss
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.pointwise import Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
@@ -72,8 +72,8 @@ class RelevanceModel(nn.Module):
         self.difference = nn.Linear(config.hidden_size, 1) if output is None else AnswerDifference(output, answers)
         self.soft_from: int | None = None
         """The token of the catalogue's first item, where items have tokens of their own."""
-        self.pairwise = 0.0
-        """Weight of the loss over liked and disliked rows of one user."""
+        self.inside = NOTHING
+        """Weights of the losses over rows of one user."""
 
     def forward(
         self,
@@ -86,14 +86,14 @@ class RelevanceModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Binary cross-entropy of `labels` float32[batch, 1], −100 where a row does not count.
 
-        With `pairwise` it also compares the rows of one user, int64[batch] `users`, that stand in this batch.
+        With weights `inside` users it also compares the rows of one user, int64[batch] `users`, in this batch.
 
         Returns:
             `loss`, a scalar, and `logits`, float32[batch].
         """
         logits, given = self.logits(ids, lengths), labels[:, 0]
-        weight = self.pairwise if self.training else 0.0
-        return {"loss": judged_loss(logits, given, users, weight, num_items_in_batch), "logits": logits}
+        inside = self.inside if self.training else NOTHING
+        return {"loss": judged_loss(logits, given, users, inside, num_items_in_batch), "logits": logits}
 
     def logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores float32[batch] of whole prompts, int64[batch, length], padded on the right."""

@@ -126,7 +126,9 @@ class ModelSettings(Settings):
     relevance_rows: int = Field(default=20_000, ge=1)
     """The most rows of an epoch (relevance); a larger training set is sampled anew for every epoch."""
     pairwise: float = Field(default=0.0, ge=0)
-    """Weight of the loss over one user's liked and disliked rows beside cross-entropy (relevance)."""
+    """Weight of the loss over pairs of one user's liked and disliked rows beside cross-entropy (relevance)."""
+    listwise: float = Field(default=0.0, ge=0)
+    """Weight of the softmax over one user's rows beside cross-entropy (relevance)."""
     soft_tokens: bool = False
     """Name each item also by one token of its text vector and factors (relevance)."""
 
@@ -157,7 +159,9 @@ class LightSettings(Settings):
     pairs_in_step: int = Field(default=128, ge=1)
     """Labelled pairs in a step, where the run judges pairs."""
     pairwise: float = Field(default=0.5, ge=0)
-    """Weight of the loss over one user's liked and disliked rows beside cross-entropy, where the run judges pairs."""
+    """Weight of the loss over pairs of one user's liked and disliked rows, where the run judges pairs."""
+    listwise: float = Field(default=0.0, ge=0)
+    """Weight of the softmax over one user's rows, where the run judges pairs."""
     num_train_epochs: int = Field(default=10, ge=0)
     """Passes over all events; 0 trains no light scorer."""
     teacher: str | None = None

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from recllm.data import Query
+from recllm.judgedloss import NOTHING, InsideUsers
 from recllm.lightjudge import (
     CANDIDATE,
     DISLIKED,
@@ -35,13 +36,13 @@ ROWS = [
 ]
 
 
-def judge(pairwise=0.0, seed=0):
+def judge(inside=NOTHING, seed=0):
     random = np.random.default_rng(seed)
     text, factors = (random.normal(size=(ITEMS, width)).astype(np.float32) for width in (6, 3))
     text[:, 0] = np.where(np.arange(ITEMS) % 2, 3.0, -3.0)
     torch.manual_seed(seed)
     features = ItemFeatures(INDEX, text, factors)
-    return LightJudge(features, width=16, layers=1, heads=2, dropout=0.0, limit=4, pairwise=pairwise)
+    return LightJudge(features, width=16, layers=1, heads=2, dropout=0.0, limit=4, inside=inside)
 
 
 def form(limit=4):
@@ -122,7 +123,7 @@ def test_the_loss_inside_users_is_of_liked_against_disliked_rows_of_one_user():
         for user, item, label in (("u", "2", 1.0), ("u", "3", 0.0), ("u", "4", 0.0), ("v", "5", 1.0))
     ]
     batch = PairCollator()(pairs)
-    plain, both = judge().train(), judge(pairwise=2.0).train()
+    plain, both = judge().train(), judge(InsideUsers(pairwise=2.0)).train()
     logits = plain(**batch)["logits"].detach().double()
     inside = torch.nn.functional.softplus(logits[1:3] - logits[0]).mean().item()
     assert both(**batch)["loss"].item() - plain(**batch)["loss"].item() == pytest.approx(2.0 * inside, rel=1e-4)
