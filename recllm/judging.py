@@ -45,6 +45,7 @@ from recllm.trained import (
     stage_done,
 )
 from recllm.vectors import ItemFeatures
+from recllm.warmstart import start
 from recllm.watching import Watch
 
 ROWS_OF_A_USER = 8
@@ -154,6 +155,7 @@ def train_light_judge(
         return
     model, form = light_judge(run, task, parts.features)
     say(f"Training the light judge, {settings.num_train_epochs} epochs")
+    start(model, run, "light", task.index, say)
     arguments = {
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
@@ -245,7 +247,8 @@ def train_relevance(
     stage = relevance_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
     if stage.trained:
-        start_from_data(stage)
+        if not start(stage.model, run, "lm", task.index, say):
+            start_from_data(stage)
         fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:

@@ -31,6 +31,7 @@ from recllm.trained import (
     stage_done,
 )
 from recllm.vectors import ItemFeatures
+from recllm.warmstart import start
 from recllm.watching import Watch
 from recllm.windows import Rows, Taught, Windows, with_taught
 
@@ -47,7 +48,9 @@ def train_light(
         return
     taught = taught_windows(run, task, say)
     say(f"Training the light sequence scorer, {settings.num_train_epochs} epochs")
-    _train(run, light_stage(run, task, parts.features, taught), resume=resume, say=say, watch=watch)
+    stage = light_stage(run, task, parts.features, taught)
+    start(stage.model, run, "light", task.index, say)
+    _train(run, stage, resume=resume, say=say, watch=watch)
 
 
 def light_stage(
@@ -92,7 +95,8 @@ def train_language(
         return
     stage = language_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {stage.trained:,} parameters train")
-    start_from_data(stage)
+    if not start(stage.model, run, "lm", task.index, say):
+        start_from_data(stage)
     _train(run, stage, resume=resume, say=say, watch=watch)
 
 

@@ -183,8 +183,8 @@ class TrainSettings(Settings):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    learning_rate: float = Field(default=5e-4, gt=0)
-    """Peak learning rate of the adapter."""
+    learning_rate: float = Field(default=5e-4, ge=0)
+    """Peak learning rate of the adapter; 0 leaves it as it starts, and only what is beside it trains."""
     head_learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of the projections and the bias."""
     num_train_epochs: int = Field(default=1, ge=1)
@@ -231,6 +231,8 @@ class Run(Settings):
 
     seed: int = 0
     """The one seed; everything random is drawn from it."""
+    start_from: str | None = None
+    """Folder of a finished run of the same models; light scorer and language model start from what it learnt."""
     data: DataSettings
     prompt: PromptSettings = PromptSettings()
     adapter: AdapterSettings = AdapterSettings()

@@ -32,6 +32,7 @@ from recllm.runs import (
 from recllm.scoring import fit_fusion
 from recllm.tasks import Task, prepare
 from recllm.trained import check_names, collaborative
+from recllm.warmstart import check_start, check_start_data
 from recllm.watching import Watch
 
 Say = Callable[[str], None]
@@ -84,11 +85,14 @@ def train_run(
         check_names(run, say, kept=resume)
         if not (resume and has_been_taught(run)):
             check_teacher(run)
+            check_start(run)
     with clock.stage("data"):
         task = prepare(run, say)
         if resume:
             check_same_data(run, task.fingerprints())
             _check_processes(run, state.num_processes)
+        else:
+            check_start_data(run, task.fingerprints())
         if state.is_main_process:
             _begin(run, task, overwrite=overwrite, processes=state.num_processes)
         _describe(task, say)

@@ -44,10 +44,10 @@ from recllm.recipes import find_recipe
 from recllm.runs import Run
 from recllm.sequence import LightBody, NextItemModel
 from recllm.tasks import Task
-from recllm.vectors import ItemFeatures, RawVectors, Standard, item_features
+from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_features
+from recllm.warmstart import turned
 
 Say = Callable[[str], None]
-VECTORS = "vectors.safetensors"
 HALF_LIVES = "half_lives.json"
 """In `cf/`: NDCG@10 on validation of every half-life that was tried, by scorer."""
 
@@ -93,7 +93,9 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors) -> None:
     folder, protocol = run.folder / "cf", evaluation_protocol(run, task)
     positives = protocol.positives()
     Popularity.fit(task.split.train, task.index.ids).save(folder)
-    fading: dict[str, ImplicitMF | ItemItem | TextSimilarity] = {"mf": ImplicitMF.fit(positives, run.cf, seed=run.seed)}
+    fading: dict[str, ImplicitMF | ItemItem | TextSimilarity] = {
+        "mf": turned(ImplicitMF.fit(positives, run.cf, seed=run.seed), run)
+    }
     if len(task.index) <= run.ease.max_items:
         fading["ease"] = EASE.fit(positives, regularization=run.ease.regularization)
     fading["text"] = _text_similarity(task, vectors, None)

@@ -20,8 +20,8 @@ from recllm.runs import Run, load_run, set_key, write_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task
 from recllm.train import train_run
-from recllm.trained import VECTORS, encoder_name, load_collaborative, stage_done
-from recllm.vectors import RawVectors
+from recllm.trained import encoder_name, load_collaborative, stage_done
+from recllm.vectors import VECTORS, RawVectors
 
 Say = Callable[[str], None]
 JOURNAL, RESULT, BEST, PICTURE = "journal.log", "trials.json", "best.toml", "trials.svg"

@@ -10,6 +10,9 @@ from safetensors.numpy import load_file, save_file
 from recllm.files import read_json, write_json, written
 from recllm.ranking import ItemIndex
 
+VECTORS = "vectors.safetensors"
+"""In a run's folder: the text vectors of its items."""
+
 
 @dataclass(frozen=True)
 class ItemFeatures:

@@ -24,9 +24,9 @@ TORCH_FREE = [
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "adapters", "lm", "devices",
     "examples", "lean", "sharded", "checkpoints", "watching", "tracking", "recovery", "adalora", "cards", "loop",
-    "eva", "cascade", "relevance", "trained", "judging", "scoring", "distil", "stored", "nextitem", "planning",
-    "train", "outcome", "tracing", "graphs", "rankgraphs", "weightonly", "quantise", "parity", "gate", "rankexport",
-    "export", "quickstart", "tuning", "commands",
+    "eva", "cascade", "relevance", "warmstart", "trained", "judging", "scoring", "distil", "stored", "nextitem",
+    "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "weightonly", "quantise", "parity", "gate",
+    "rankexport", "export", "quickstart", "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

@@ -1,0 +1,153 @@
+"""Warm starts: a run whose light scorer and language model begin with what an earlier run has learnt."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from recllm.errors import RecllmError
+from recllm.files import read_json
+from recllm.mf import ImplicitMF
+from recllm.ranking import ItemIndex
+from recllm.runs import ENVIRONMENT, Run, load_run
+from recllm.vectors import VECTORS
+
+Say = Callable[[str], None]
+
+OF_ITEMS, OF_NEW_ITEMS = "bias", "cold_bias"
+"""The parameter with a value per item, and the one that an item without events has in its place."""
+SPLIT_KEYS = ("split", "min_events", "cold_share", "given_back", "shots")
+
+
+def check_start(run: Run) -> Run | None:
+    """The run that `run` starts from; None where it starts from nothing.
+
+    Raises:
+        RecllmError: no finished run, one of other models, or one whose split would let it know this run's test rows.
+    """
+    if run.start_from is None:
+        return None
+    if not Path(run.start_from).is_dir():
+        raise RecllmError(f"start_from = '{run.start_from}' is no folder. Name the folder of a finished run.")
+    earlier = load_run(Path(run.start_from))
+    if earlier.folder.resolve() == run.folder.resolve():
+        raise RecllmError("start_from is this run itself. Give the new run a name of its own (--set name=…).")
+    if not (earlier.folder / "fusion.json").is_file():
+        raise RecllmError(
+            f"start_from = '{run.start_from}' is not trained to its end. Go on with it first: "
+            f"recllm train {run.start_from} --resume"
+        )
+    here, there = _facts(run), _facts(earlier)
+    if "none" in (run.model.name, earlier.model.name):
+        here.pop("model.name"), there.pop("model.name")
+    for key, own in here.items():
+        if own != (other := there.get(key, own)):
+            raise RecllmError(
+                f"{key} is {own!r} here and {other!r} in start_from = '{run.start_from}'. A run starts from one of the "
+                "same models and the same kind of split: give both the same, or leave start_from out."
+            )
+    return earlier
+
+
+def _facts(run: Run) -> dict[str, object]:
+    """What two runs have to have alike, by the name that a user knows."""
+    facts: dict[str, object] = {f"data.{key}": getattr(run.data, key) for key in SPLIT_KEYS}
+    if run.data.split == "cold-items" or run.data.shots is not None:
+        facts["data.seed"] = run.seed if run.data.seed is None else run.data.seed
+    return facts | {
+        "model.task": run.model.task,
+        "model.name": run.model.name,
+        "model.item_encoder": run.model.item_encoder or run.model.name,
+        "control.language_model": run.control.language_model,
+        "cf.factors": run.cf.factors,
+    }
+
+
+def check_start_data(run: Run, fingerprints: dict[str, str]) -> None:
+    """Check that the items that a run keeps for its test were no training items of the run that it starts from.
+
+    Raises:
+        RecllmError: cold items were drawn from other data.
+    """
+    earlier = check_start(run)
+    if earlier is None or run.data.split != "cold-items":
+        return
+    if read_json(earlier.folder / ENVIRONMENT)["data"] != fingerprints:
+        raise RecllmError(
+            f"start_from = '{run.start_from}' was trained on other data, from which other cold items are drawn: it "
+            "knows items that this run is measured on. Train without start_from, or with another split."
+        )
+
+
+def turned(mf: ImplicitMF, run: Run) -> ImplicitMF:
+    """The factors turned onto those of the earlier run, which say the same and lie as its models have learnt them.
+
+    Alternating least squares gives factors up to a rotation only. The one that brings the items that both have closest
+    together is U Vᵀ of the singular vectors of XᵀY (Schönemann 1966, "A generalized solution of the orthogonal
+    Procrustes problem"); dot products, and so everything that `mf` says itself, stay as they are.
+    """
+    earlier = check_start(run)
+    if earlier is None:
+        return mf
+    before = ImplicitMF.load(earlier.folder / "cf")
+    rows = before.items.rows(mf.items.ids)
+    now = mf.item_factors[rows >= 0].astype(np.float64)
+    left, _, right = np.linalg.svd(now.T @ before.item_factors[rows[rows >= 0]])
+    factors = (mf.item_factors @ (left @ right)).astype(np.float32)
+    return ImplicitMF(mf.items, factors, mf.settings, mf.half_life)
+
+
+def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -> bool:
+    """Give a model, before it trains, the weights of the earlier run's model of the same name; whether there are any.
+
+    An item that the earlier run did not know starts with the bias of one without events. What only the new model has,
+    such as soft tokens, starts as it is drawn.
+
+    Args:
+        model: the model, of which only what trains is kept.
+        run: the run.
+        scorer: `light` or `lm`.
+        index: the items of the new run.
+        say: gets a line of what was taken over.
+
+    Raises:
+        RecllmError: the earlier model has parameters that this one lacks, or of another shape.
+    """
+    earlier = check_start(run)
+    path = None if earlier is None else earlier.folder / scorer / "model.safetensors"
+    if earlier is None or path is None or not path.is_file():
+        return False
+    weights = load_file(path)
+    if OF_ITEMS in weights:
+        ids = read_json((earlier.folder / VECTORS).with_suffix(".ids.json"))
+        weights[OF_ITEMS] = _biases(weights, ItemIndex(ids).rows(index.ids))
+    own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for name, value in weights.items():
+        if name not in own:
+            raise _unfit(path, f"it has '{name}', and this run has not")
+        if value.shape != own[name].shape:
+            raise _unfit(path, f"'{name}' has the shape {list(value.shape)} there and {list(own[name].shape)} here")
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    new = sum(value.numel() for name, value in own.items() if name not in weights)
+    rest = f"; {new:,} of its parameters are new" if new else ""
+    say(f"'{scorer}' starts from {earlier.folder}{rest}")
+    return True
+
+
+def _biases(weights: dict[str, Tensor], rows: NDArray[np.int64]) -> Tensor:
+    """Biases of new items float32[items] by their rows in the earlier run, −1 where it had none."""
+    known = weights[OF_ITEMS][torch.from_numpy(np.maximum(rows, 0))]
+    return torch.where(torch.from_numpy(rows >= 0), known, weights[OF_NEW_ITEMS].reshape(()))
+
+
+def _unfit(path: Path, why: str) -> RecllmError:
+    return RecllmError(
+        f"{path} does not fit: {why}. A run starts from one with the same [light], [adapter] and model.head_width; "
+        "take over its settings, or leave start_from out."
+    )

@@ -1,0 +1,218 @@
+"""Warm starts: what an earlier run learnt is where the next one begins, item by item, or it is said why not."""
+
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recllm.errors import RecllmError
+from recllm.files import read_json
+from recllm.mf import FactorSettings, ImplicitMF
+from recllm.outcome import evaluate_run
+from recllm.ranking import ItemIndex
+from recllm.runs import ENVIRONMENT, Run, load_run
+from recllm.scoring import known_scores
+from recllm.tasks import prepare
+from recllm.train import train_run
+from recllm.trained import light_model, load_collaborative
+from recllm.warmstart import check_start, check_start_data, start, turned
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def after(tiny_run, tmp_path):
+    """Makes a run that starts from the tiny one, with keys changed."""
+
+    def made(*overrides, start_from=tiny_run):
+        own = ["name=next", f"output={tmp_path}", f"start_from={start_from}"]
+        return load_run(tiny_run / "run.toml", [*own, *overrides])
+
+    return made
+
+
+def test_factors_are_turned_onto_those_of_the_earlier_run(tiny_run, after):
+    before = ImplicitMF.load(tiny_run / "cf")
+    rng = np.random.default_rng(0)
+    rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    order = rng.permutation(len(before.items))[:-3]  # three items are gone, and one is new
+    moved = np.concatenate([before.item_factors[order], np.ones((1, 4))]) @ rotation
+    ids = [before.items.ids[row] for row in order]
+    mf = ImplicitMF(ItemIndex([*ids, "new"]), moved.astype(np.float32), FactorSettings(factors=4), 3.0)
+    found = turned(mf, after())
+    assert found.item_factors[:-1] == pytest.approx(before.item_factors[order], abs=1e-5)
+    assert found.item_factors @ found.item_factors.T == pytest.approx(moved @ moved.T, abs=1e-5)
+    assert (found.items.ids, found.half_life, found.settings) == (mf.items.ids, 3.0, mf.settings)
+    assert turned(mf, load_run(tiny_run)) is mf  # a run that starts from nothing
+
+
+def test_it_goes_on_from_what_was_learnt(tiny_run, after):
+    few = ["light.num_train_epochs=1", "light.learning_rate=1e-6", "train.max_steps=3", "train.eval_steps=3"]
+    lines, figures, later = [], {}, {}
+    for name in ("next", "alone"):
+        run = after(*few, "train.learning_rate=0", "train.head_learning_rate=1e-6", "seed=3", f"name={name}")
+        run = run if name == "next" else run.model_copy(update={"start_from": None})
+        task = train_run(run, say=lines.append)
+        scores = known_scores(run, task, load_collaborative(run, task), lambda _: None)
+        table = evaluate_run(run, task, scores["test"])
+        figures[name] = {scorer: table.interval(scorer, "NDCG@10")[0] for scorer in ("light", "lm")}
+        later[name] = load_file(run.folder / "lm" / WEIGHTS)
+    assert figures["next"]["light"] > 0.9 > figures["alone"]["light"]
+    assert figures["next"]["lm"] > 0.75 > figures["alone"]["lm"]
+    assert [line for line in lines if "starts from" in line] == [
+        f"'{scorer}' starts from {tiny_run}" for scorer in ("light", "lm")
+    ]
+    earlier = load_file(tiny_run / "lm" / WEIGHTS)
+    adapter = [name for name in earlier if "lora_" in name]
+    assert adapter
+    assert all(torch.equal(later["next"][name], earlier[name]) for name in adapter)  # a rate of 0 leaves it alone
+    assert any(not torch.equal(later["next"][name], earlier[name]) for name in earlier if name not in adapter)
+
+
+def test_biases_go_with_their_items(tiny_run, checkerboard_folder, after, tmp_path):
+    folder = tmp_path / "grown"
+    shutil.copytree(checkerboard_folder, folder)
+    items = pl.read_csv(folder / "items.csv", infer_schema=False).reverse()
+    new = items[:1].with_columns(item_id=pl.lit("new"), title=pl.lit("Blue film new"))
+    pl.concat([new, items]).write_csv(folder / "items.csv")
+    run = after(f"data.name={folder}")
+    task = prepare(run)
+    parts = load_collaborative(load_run(tiny_run), prepare(load_run(tiny_run)))
+    features = parts.features
+    rows = features.index.rows(task.index.ids)
+    grown = type(features)(task.index, features.text[rows], features.factors[rows])
+    model, _ = light_model(run, task, grown)
+    assert start(model, run, "light", task.index, lambda _: None)
+    before = load_file(tiny_run / "light" / WEIGHTS)
+    by_id = dict(zip(features.index.ids, before["bias"].tolist(), strict=True))
+    found = dict(zip(task.index.ids, model.bias.tolist(), strict=True))
+    assert found.pop("new") == before["cold_bias"].item()
+    assert found == by_id
+    assert task.index.ids[:2] == ("new", "23")
+
+
+def test_a_text_adapter_first_and_soft_tokens_after_it(rated_checkerboard, tiny_lm_folder, tmp_path):
+    data = tmp_path / "rated"
+    data.mkdir()
+    rated_checkerboard.interactions.frame.write_csv(data / "interactions.csv")
+    rated_checkerboard.catalog.frame.write_csv(data / "items.csv")
+    first = Run.model_validate(
+        {
+            "name": "text",
+            "output": str(tmp_path),
+            "data": {"name": str(data)},
+            "model": {"name": str(tiny_lm_folder), "task": "relevance", "max_history": 2, "relevance_rows": 64},
+            "light": {"width": 8, "layers": 1, "heads": 2, "num_train_epochs": 1},
+            "cf": {"factors": 4},
+            "train": {
+                "learning_rate": 1e-2,
+                "max_steps": 3,
+                "eval_steps": 3,
+                "per_device_train_batch_size": 8,
+                "precision": "fp32",
+            },
+        }
+    )
+    train_run(first, say=lambda _: None)
+    second = first.model_dump(exclude_none=True) | {"name": "both", "start_from": str(first.folder)}
+    second["model"]["soft_tokens"], second["train"]["learning_rate"] = True, 0.0
+    lines = []
+    run = Run.model_validate(second)
+    train_run(run, say=lines.append)
+    earlier, later = (load_file(own.folder / "lm" / WEIGHTS) for own in (first, run))
+    assert set(earlier) < set(later)
+    assert any(name.endswith("lora_B.default.weight") and value.any() for name, value in earlier.items())
+    assert all(torch.equal(later[name], value) for name, value in earlier.items() if "lora_" in name)
+    new = sum(value.numel() for name, value in later.items() if name not in earlier)
+    assert f"'lm' starts from {first.folder}; {new:,} of its parameters are new" in lines
+    assert f"'light' starts from {first.folder}" in lines
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("cf.factors=5", r"cf\.factors is 5 here and 4 in start_from"),
+        ("model.task=relevance", r"model\.task is 'relevance' here and 'next_item' in"),
+        ("data.split=temporal", r"data\.split is 'temporal' here and 'leave-last-out' in.*same kind of split"),
+        ("data.min_events=5", r"data\.min_events is 5 here and 4 in"),
+        ("name=tiny", None),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(key, words, after, tiny_run):
+    if words is None:
+        run, words = after(key, f"output={tiny_run.parent}"), "start_from is this run itself"
+        with pytest.raises(RecllmError, match=words):
+            check_start(run)
+        return
+    run = after(key)
+    with pytest.raises(RecllmError, match=words):
+        train_run(run, say=lambda _: None)
+    assert not run.folder.exists()
+
+
+def test_another_model_and_another_encoder_are_refused(after, tiny_encoder_folder):
+    with pytest.raises(RecllmError, match=r"model\.item_encoder is '.*' here"):
+        check_start(after(f"model.item_encoder={tiny_encoder_folder}"))
+    with pytest.raises(RecllmError, match=r"model\.name is 'other' here"):
+        check_start(after("model.name=other"))
+
+
+def test_a_run_without_a_language_model_starts_its_light_scorer(after, tiny_run, tiny_lm_folder):
+    run = after("model.name=none", f"model.item_encoder={tiny_lm_folder}")
+    assert check_start(run).folder == tiny_run
+
+
+def test_other_shapes_are_named(after, tiny_run):
+    task = prepare(load_run(tiny_run))
+    features = load_collaborative(load_run(tiny_run), task).features
+    for key, words in (("light.width=8", r"has the shape \[.*\] there and"), ("light.layers=2", None)):
+        run, lines = after(key), []
+        model, _ = light_model(run, task, features)
+        if words is None:  # more layers than were learnt: those are new, and that is said
+            assert start(model, run, "light", task.index, lines.append)
+            assert "of its parameters are new" in lines[0]
+            continue
+        with pytest.raises(RecllmError, match=rf"model\.safetensors does not fit: .*{words}.*leave start_from out"):
+            start(model, run, "light", task.index, lines.append)
+    deep = after("light.layers=2")
+    shutil.copytree(tiny_run, deep.folder.parent / "deep")
+    model, _ = light_model(deep, task, features)
+    torch_weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    from safetensors.torch import save_file
+
+    save_file(torch_weights, deep.folder.parent / "deep" / "light" / WEIGHTS)
+    plain = after(start_from=deep.folder.parent / "deep")
+    model, _ = light_model(plain, task, features)
+    with pytest.raises(RecllmError, match=r"it has '.*', and this run has not"):
+        start(model, plain, "light", task.index, lambda _: None)
+
+
+def test_what_is_no_finished_run_is_named(after, tiny_run, tmp_path):
+    with pytest.raises(RecllmError, match=r"start_from = '.*nowhere' is no folder"):
+        check_start(after(start_from=tmp_path / "nowhere"))
+    shutil.copytree(tiny_run, tmp_path / "half")
+    (tmp_path / "half" / "fusion.json").unlink()
+    with pytest.raises(RecllmError, match=r"is not trained to its end.*recllm train .*half --resume"):
+        check_start(after(start_from=tmp_path / "half"))
+
+
+def test_cold_items_have_to_be_drawn_from_the_same_data(tiny_run, after, tmp_path):
+    folder = tmp_path / "cold"
+    shutil.copytree(tiny_run, folder)
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    (folder / "run.toml").write_text(text.replace("leave-last-out", "cold-items"), encoding="utf-8")
+    run = after("data.split=cold-items", start_from=folder)
+    same = read_json(folder / ENVIRONMENT)["data"]
+    check_start_data(run, same)
+    with pytest.raises(RecllmError, match=r"other cold items are drawn"):
+        check_start_data(run, same | {next(iter(same)): "else"})
+    with pytest.raises(RecllmError, match=r"data\.seed is 1 here and 0 in"):
+        check_start(after("data.split=cold-items", "seed=1", start_from=folder))
