@@ -58,7 +58,7 @@ def collate_counted(
 
 def lengths_of(batch: dict[str, Tensor]) -> NDArray[np.int64]:
     """Ids of each row of a batch that are no padding, int64[rows]."""
-    lengths = batch["lengths"] if "lengths" in batch else batch["ends"].max(dim=1).values + 1
+    lengths = batch["lengths"] if "lengths" in batch else batch["ends"].reshape(len(batch["ids"]), -1).amax(1) + 1
     return np.asarray(lengths.cpu(), dtype=np.int64)
 
 

@@ -153,9 +153,26 @@ def train_light_judge(
     settings, folder = run.light, run.folder / "light"
     if settings.num_train_epochs == 0 or stage_done(folder):
         return
-    model, form = light_judge(run, task, parts.features)
+    stage = light_judge_stage(run, task, parts.features)
     say(f"Training the light judge, {settings.num_train_epochs} epochs")
-    start(model, run, "light", task.index, say)
+    start(stage.model, run, "light", task.index, say)
+    fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
+    values = trained_values(stage.model)
+    if process_state().is_main_process:
+        save_trained(values, folder / "model.safetensors")
+        save_stage(folder, {"rows": len(stage.train)})
+        shutil.rmtree(run.folder / "checkpoints" / "light", ignore_errors=True)
+    process_state().wait_for_everyone()
+
+
+def light_judge_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
+    """The training of the light judge.
+
+    Raises:
+        RecllmError: as `train_light_judge`.
+    """
+    settings = run.light
+    model, form = light_judge(run, task, features)
     arguments = {
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
@@ -175,12 +192,11 @@ def train_light_judge(
         seed=run.seed,
         block=ROWS_OF_A_USER,
     )
-    examples = Examples(Made(len(rows), lambda place: _pair(form, rows[place])))
     valid = validation_sample(run, task, form.knows, "a known history")
-    stage = Stage(
+    return Stage(
         "light",
         model,
-        examples,
+        Examples(Made(len(rows), lambda place: _pair(form, rows[place]))),
         Examples([form.pair(row.query, row.item_id)._replace(label=row.label or 0.0) for row in valid]),
         collator=PairCollator(),
         valid_collator=PairCollator(),
@@ -188,13 +204,6 @@ def train_light_judge(
         compute_metrics=auc_metric,
         metric="eval_auc",
     )
-    fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
-    values = trained_values(model)
-    if process_state().is_main_process:
-        save_trained(values, folder / "model.safetensors")
-        save_stage(folder, {"rows": len(examples)})
-        shutil.rmtree(run.folder / "checkpoints" / "light", ignore_errors=True)
-    process_state().wait_for_everyone()
 
 
 def _pair(form: PairFormat, row: Example) -> Pair:
@@ -248,7 +257,7 @@ def train_relevance(
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
     if stage.trained:
         if not start(stage.model, run, "lm", task.index, say):
-            start_from_data(stage)
+            start_from_data(stage, run.folder / "checkpoints" / stage.scorer if resume else None, say)
         fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:

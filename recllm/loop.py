@@ -35,7 +35,7 @@ from recllm.files import written
 from recllm.lean import compile_layers, lean
 from recllm.metrics import hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
-from recllm.sharded import check_shardable, name_layers, reshard
+from recllm.sharded import name_layers, reshard
 from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
 from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
 
@@ -55,10 +55,19 @@ class OrderedTrainer(Trainer):
     """All learning rates are multiplied by it."""
     half: torch.dtype | None = None
     """The dtype of autocast where what is trained is sharded; else accelerate knows it."""
+    validating = False
+    """Whether it is validating, or was when it failed."""
     kept_batches: Path
     """Where the batch of a loss that is no number is kept."""
     valid_collator: Callable[[Any], dict[str, Tensor]]
     data_collator: Callable[[Any], dict[str, Tensor]]
+
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:  # noqa: ANN401  Trainer's own
+        """Validate; `validating` stays where that fails, so that it is not the training that is made smaller."""
+        self.validating = True
+        result = super().evaluation_loop(*given, **named)
+        self.validating = False
+        return result
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         examples: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -319,11 +328,10 @@ def stage_trainer(
     _compile(stage.model, options)
     half = torch.bfloat16 if options.get("bf16") else torch.float16 if options.get("fp16") else None
     if sharded():
-        check_shardable(stage.model, half)
         name_layers(stage.model)
         # Autocast rounds, as everywhere; FSDP and DeepSpeed would keep norms and projections in half precision too.
         options["bf16"] = False
-    settings = _training_arguments(divided(options, adjusted.parts))
+    settings = _training_arguments(divided(options, adjusted))
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
     lean(stage.model, half, cpu=on_cpu())
@@ -338,8 +346,6 @@ def stage_trainer(
         compute_metrics=stage.compute_metrics,
         callbacks=[RankBudget(stage.steps if steps is None else steps), *callbacks, Seal()],
     )
-    if sharded() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise RecllmError("Sharded training needs accelerators, and there is none here. Take --profile cpu.")
     trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = stage.adapter_learning_rate, stage.valid_collator
     trainer.half = half if sharded() else None
@@ -373,8 +379,6 @@ def _compile(model: nn.Module, options: dict[str, Any]) -> None:
     """
     asked, backend, mode = (options.pop(key, None) for key in COMPILING)
     if asked or backend or mode:  # as Trainer reads its keys
-        if sharded():
-            raise RecllmError("train.torch_compile has not been tried on sharded layers. Leave it out.")
         compile_layers(model, cpu=on_cpu(), backend=backend or "inductor", mode=mode)
 
 

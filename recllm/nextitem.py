@@ -96,7 +96,7 @@ def train_language(
     stage = language_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {stage.trained:,} parameters train")
     if not start(stage.model, run, "lm", task.index, say):
-        start_from_data(stage)
+        start_from_data(stage, run.folder / "checkpoints" / stage.scorer if resume else None, say)
     _train(run, stage, resume=resume, say=say, watch=watch)
 
 

@@ -21,7 +21,7 @@ from recllm.distil import planned_windows
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, lengths_of
 from recllm.histories import HistoryFormat
-from recllm.judging import relevance_stage
+from recllm.judging import light_judge_stage, relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder
 from recllm.loop import COMPILING, Stage, check_trainer_keys, stage_trainer
 from recllm.nextitem import language_stage, light_stage
@@ -118,8 +118,13 @@ def plan_run(run: Run, say: Say) -> Plan:
     features = random_features(run, task)
     costs, examples = [], []
     judges = run.model.task == "relevance"
-    if run.light.num_train_epochs and not judges:
-        costs.append(measure(light_stage(run, task, features, planned_windows(run, task), store=False), say))
+    if run.light.num_train_epochs:
+        light = (
+            light_judge_stage(run, task, features)
+            if judges
+            else light_stage(run, task, features, planned_windows(run, task), store=False)
+        )
+        costs.append(measure(light, say))
     if run.model.name != "none":
         stage = (
             relevance_stage(run, task, features, say)
@@ -128,8 +133,6 @@ def plan_run(run: Run, say: Say) -> Plan:
         )
         if len(stage.train):
             costs.append(measure(stage, say))
-        if judges and run.light.num_train_epochs:
-            say("The light judge is not in this plan; it trains in minutes")
         examples = shown(run, task, stage)
     split = task.split
     users = split.train.frame["user_id"].n_unique()

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from transformers import Trainer
+from transformers import TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from recllm.checkpoints import last_checkpoint, trained_values
@@ -32,18 +32,32 @@ class Adjusted:
     Attributes:
         rate: the learning rates are multiplied by it.
         parts: micro-batches into which a batch of one device is divided.
+        valid_parts: into how many more a batch of the validation is.
     """
 
     rate: float = 1.0
     parts: int = 1
+    valid_parts: int = 1
 
 
 UNCHANGED = Adjusted()
 """Before anything went wrong."""
 
 
+class Attempt(Protocol):
+    """What is asked of a trainer."""
+
+    args: TrainingArguments
+    is_fsdp_enabled: bool
+    validating: bool
+    """Whether it is validating, or was when it failed."""
+
+    def train(self, resume_from_checkpoint: str | None = None) -> object:
+        """Train to the end, from a checkpoint where one is named."""
+
+
 def train_on(
-    trainer: Callable[[Adjusted], Trainer],
+    trainer: Callable[[Adjusted], Attempt],
     model: nn.Module,
     checkpoints: Path,
     *,
@@ -80,8 +94,11 @@ def train_on(
         except Exception as error:  # the device's libraries raise many kinds
             if not should_reduce_batch_size(error):
                 raise
-            whole = made.args.per_device_train_batch_size * adjusted.parts
-            adjusted = _smaller(adjusted, whole, say)
+            if made.validating:
+                adjusted = _smaller_validation(adjusted, made.args.per_device_eval_batch_size, say)
+            else:
+                whole = made.args.per_device_train_batch_size * adjusted.parts
+                adjusted = _smaller(adjusted, whole, say)
         else:
             return
         fsdp = made.is_fsdp_enabled
@@ -145,15 +162,37 @@ def _smaller(adjusted: Adjusted, whole: int, say: Callable[[str], None]) -> Adju
     return replace(adjusted, parts=parts)
 
 
-def divided(options: dict[str, Any], parts: int) -> dict[str, Any]:
+def _smaller_validation(adjusted: Adjusted, rows: int, say: Callable[[str], None]) -> Adjusted:
+    """Half of the `rows` that a device validates at once; training stays as it is.
+
+    Raises:
+        RecllmError: a single row does not fit, or several processes train.
+    """
+    if process_state().num_processes > 1:
+        raise RecllmError(
+            f"Out of memory while validating {rows} rows at once on a device. Take fewer (--set "
+            f"train.per_device_eval_batch_size={max(1, rows // 2)}): with several processes this is not done by itself."
+        ) from None
+    if rows == 1:
+        raise RecllmError(
+            "Out of memory while validating a single row. Take shorter histories (model.max_history) or a smaller "
+            "model."
+        ) from None
+    say(f"Out of memory while validating {rows} rows at once: going on with {rows // 2}")
+    return replace(adjusted, valid_parts=2 * adjusted.valid_parts)
+
+
+def divided(options: dict[str, Any], adjusted: Adjusted) -> dict[str, Any]:
     """Trainer's keys with the rows of a device divided into micro-batches, in validation too."""
-    if parts == 1:
-        return options
-    return options | {
-        "per_device_train_batch_size": options["per_device_train_batch_size"] // parts,
-        "gradient_accumulation_steps": options.get("gradient_accumulation_steps", 1) * parts,
-        "per_device_eval_batch_size": max(1, options["per_device_eval_batch_size"] // parts),
-    }
+    parts = adjusted.parts
+    keys: dict[str, Any] = {}
+    if parts > 1:
+        keys["per_device_train_batch_size"] = options["per_device_train_batch_size"] // parts
+        keys["gradient_accumulation_steps"] = options.get("gradient_accumulation_steps", 1) * parts
+    if parts * adjusted.valid_parts > 1:
+        rows = options["per_device_eval_batch_size"] // (parts * adjusted.valid_parts)
+        keys["per_device_eval_batch_size"] = max(1, rows)
+    return options | keys
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from recllm.adapters import AdapterRecipe
+from recllm.devices import on_cpu, process_state
 from recllm.errors import RecllmError
 from recllm.lean import outermost_layers
 
@@ -58,12 +60,13 @@ def _gathered(value: Tensor, by: int | None = None) -> AbstractContextManager[An
     return gathered
 
 
-def check_shardable(model: nn.Module, half: torch.dtype | None) -> None:
-    """Check that a model can be trained in parts.
+def check_shardable(recipe: AdapterRecipe | None, *, half: torch.dtype | None, compiled: bool) -> None:
+    """Check, before any work, that what the launcher asks to shard can be.
 
     Args:
-        model: with its adapter.
+        recipe: the adapter's, None where only projections train.
         half: the dtype of autocast, None for float32.
+        compiled: whether layers are to be compiled.
 
     Raises:
         RecllmError: it cannot.
@@ -74,12 +77,16 @@ def check_shardable(model: nn.Module, half: torch.dtype | None) -> None:
         if old or parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
             what = "fsdp_version: 2" if old else "fsdp_cpu_ram_efficient_loading: false"
             raise RecllmError(f"Sharding by FSDP needs '{what}' in accelerate's configuration. Take --profile fsdp2.")
+    if process_state().distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        here, other = ("there is none here", "cpu") if on_cpu() else ("one process trains on one", "gpu")
+        raise RecllmError(f"Sharded training needs several accelerators, and {here}. Take --profile {other}.")
     if half == torch.float16:
         raise RecllmError(f'Sharded training has no fp16. {way_out}, or train.precision = "bf16".')
-    quantised = ("Params4bit", "Int8Params")
-    if any(type(value).__name__ in quantised for value in model.parameters()):
+    if compiled:
+        raise RecllmError("train.torch_compile has not been tried on sharded layers. Leave it out.")
+    if recipe is not None and recipe.quantization is not None:
         raise RecllmError(f"A quantised base model is not sharded. {way_out}, or a recipe like 'lora'.")
-    if any("lora_E" in name for name, _ in model.named_parameters()):
+    if recipe is not None and recipe.tuner == "adalora":
         raise RecllmError(
             f"AdaLoRA counts ranks over whole matrices, and here they lie in parts. {way_out}, or 'lora'."
         )

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from recllm.cards import write_adapter_card
-from recllm.devices import process_state, sharding
+from recllm.devices import precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.judging import train_light_judge, train_relevance
-from recllm.loop import check_trainer_keys
+from recllm.loop import COMPILING, check_trainer_keys
 from recllm.nextitem import train_language, train_light
 from recllm.process import set_up
 from recllm.runs import (
@@ -30,8 +30,9 @@ from recllm.runs import (
     write_run,
 )
 from recllm.scoring import fit_fusion
+from recllm.sharded import check_shardable
 from recllm.tasks import Task, prepare
-from recllm.trained import check_names, collaborative
+from recllm.trained import adapter_recipe, check_names, collaborative
 from recllm.warmstart import check_start, check_start_data
 from recllm.watching import Watch
 
@@ -83,6 +84,8 @@ def train_run(
     _check_folder(run, resume=resume, overwrite=overwrite)
     with state.main_process_first():
         check_names(run, say, kept=resume)
+        if sharded():
+            _check_shardable(run)
         if not (resume and has_been_taught(run)):
             check_teacher(run)
             check_start(run)
@@ -126,6 +129,13 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
         )
     if resume and begun:
         check_resumed(run)
+
+
+def _check_shardable(run: Run) -> None:
+    keys = precision_keys(run.train.precision) | run.train.trainer_keys()
+    recipe = None if run.model.name == "none" else adapter_recipe(run)
+    half = torch.bfloat16 if keys.get("bf16") else torch.float16 if keys.get("fp16") else None
+    check_shardable(recipe, half=half, compiled=any(keys.get(key) for key in COMPILING))
 
 
 def _check_processes(run: Run, processes: int) -> None:

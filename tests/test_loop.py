@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -382,12 +381,43 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(tmp_path):
     assert np.allclose(losses[0], losses[1], atol=1e-5)
 
 
+class CrampedWhileValidating(NextItemModel):
+    """A light model on a device that has memory for a whole batch, and for four validation rows."""
+
+    def forward(self, ids, ends, labels, seen, num_items_in_batch=None, **_):
+        if not self.training and len(ids) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(ids, ends, labels, seen, num_items_in_batch)
+
+
+def test_out_of_memory_while_validating_leaves_the_training_as_it_is(tmp_path):
+    said, keys = [], {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16}
+    plain = train(without_dropout(NextItemModel), tmp_path / "roomy", **keys)
+    found = train(without_dropout(CrampedWhileValidating), tmp_path / "cramped", **keys, say=said.append)
+    assert [line for line in said if "memory" in line] == [
+        "Out of memory while validating 16 rows at once: going on with 8",
+        "Out of memory while validating 8 rows at once: going on with 4",
+    ]
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+def test_a_single_validation_row_that_does_not_fit_is_one_message(tmp_path):
+    class Tiny(NextItemModel):
+        def forward(self, **given):
+            if not self.training:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().forward(**given)
+
+    with pytest.raises(RecllmError, match=r"Out of memory while validating a single row\. Take shorter histories"):
+        train(without_dropout(Tiny), tmp_path)
+
+
 @pytest.mark.parametrize(("rows", "found"), [(16, [8, 4, 2, 1]), (12, [6, 3, 1]), (5, [1])])
 def test_micro_batches_divide_a_batch_evenly(rows, found):
     adjusted, given = recovery.UNCHANGED, {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 32}
     for fewer in found:
         adjusted = recovery._smaller(adjusted, rows, lambda _: None)
-        divided = recovery.divided(given, adjusted.parts)
+        divided = recovery.divided(given, adjusted)
         assert divided["per_device_train_batch_size"] == fewer
         assert fewer * divided["gradient_accumulation_steps"] == rows
 
@@ -443,23 +473,6 @@ def test_activations_computed_twice_give_the_same_weights(key, tiny_lm_folder, t
 def test_a_light_scorer_has_no_activations_to_compute_twice(tmp_path):
     with pytest.raises(RecllmError, match=r"train\.gradient_checkpointing is for language models"):
         train(light(), tmp_path, gradient_checkpointing=True)
-
-
-def test_what_is_sharded_is_rounded_by_autocast():
-    trainer = object.__new__(loop.OrderedTrainer)
-    trainer.args = SimpleNamespace(device=torch.device("cpu"))
-    for half in (torch.bfloat16, None):
-        trainer.half = half
-        with trainer.autocast_smart_context_manager():
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (half or torch.float32)
-
-
-def test_sharding_without_an_accelerator_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(RecllmError, match="Sharded training needs accelerators, and there is none here"):
-        train(light(), tmp_path, max_steps=2)
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler asks itself for what it calls deprecated

@@ -91,7 +91,8 @@ def test_a_plan_of_adalora_knows_how_long_the_training_is(tiny_run, tmp_path):
 def test_a_plan_of_judging_shows_prompts_with_their_labels(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path, "model.task='relevance'", "train.num_train_epochs=1", "data.split='leave-last-out'")
     plan = plan_run(run, silent)
-    assert [cost.scorer for cost in plan.costs] == ["relevance"]
+    assert [cost.scorer for cost in plan.costs] == ["light", "relevance"]
+    assert all(cost.tokens > cost.rows > 0 for cost in plan.costs)
     assert {example.rsplit("\n→ ", 1)[1] for example in plan.examples} <= {"liked", "not liked"}
     assert all("Will this person like" in example or "film" in example for example in plan.examples)
 

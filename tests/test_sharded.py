@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.numpy import load_file
 from torch import nn
 
+from recllm import loop, sharded
+from recllm.adapters import AdapterRecipe
 from recllm.commands import profile_flags
 from recllm.errors import RecllmError
 from recllm.files import read_json
@@ -135,28 +139,66 @@ def test_what_is_not_sharded_is_whole_already():
     assert not whole(model.gain).requires_grad
 
 
-def test_what_cannot_be_cut_is_refused(monkeypatch):
-    model = Stack()
-    model.register_parameter("lora_E", nn.Parameter(torch.ones(2)))
-    with pytest.raises(RecllmError, match="AdaLoRA counts ranks over whole matrices"):
-        check_shardable(model, None)
-
-    class Params4bit(nn.Parameter):
-        pass
-
+@pytest.fixture
+def sharding_by_fsdp(monkeypatch):
+    """As in a process of a launcher that shards over accelerators."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecllmError, match=r"Sharding by FSDP needs 'fsdp_version: 2'.* Take --profile fsdp2"):
-        check_shardable(Stack(), None)
     monkeypatch.setenv("FSDP_VERSION", "2")
-    check_shardable(Stack(), None)
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    with pytest.raises(RecllmError, match="needs 'fsdp_cpu_ram_efficient_loading: false'"):
-        check_shardable(Stack(), None)
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    model = Stack()
-    model.layers[0].linear1.weight = Params4bit(torch.ones(4, 4))
-    with pytest.raises(RecllmError, match="A quantised base model is not sharded"):
-        check_shardable(model, torch.bfloat16)
-    with pytest.raises(RecllmError, match="Sharded training has no fp16"):
-        check_shardable(Stack(), torch.float16)
-    check_shardable(Stack(), torch.bfloat16)
+    monkeypatch.setattr(sharded, "process_state", lambda: SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    return monkeypatch
+
+
+def test_what_can_be_cut_is_not_refused(sharding_by_fsdp):
+    for recipe in (None, AdapterRecipe(tuner="lora", config={})):
+        for half in (None, torch.bfloat16):
+            check_shardable(recipe, half=half, compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["adapter.recipe=adalora"], "AdaLoRA counts ranks over whole matrices"),
+        (["adapter.recipe=qlora"], "A quantised base model is not sharded"),
+        (["train.precision=fp16"], "Sharded training has no fp16"),
+        (["train.fp16=true"], "Sharded training has no fp16"),
+        (["train.torch_compile=true"], "torch_compile has not been tried on sharded layers"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_any_work(overrides, words, sharding_by_fsdp, tiny_run, tmp_path):
+    run = load_run(tiny_run / "run.toml", [*overrides, f"output={tmp_path}"])
+    with pytest.raises(RecllmError, match=words):
+        train_run(run, say=lambda _: None)
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("FSDP_VERSION", "1", r"Sharding by FSDP needs 'fsdp_version: 2'.* Take --profile fsdp2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "needs 'fsdp_cpu_ram_efficient_loading: false'"),
+    ],
+)
+def test_another_way_of_sharding_is_refused(key, value, words, sharding_by_fsdp):
+    sharding_by_fsdp.setenv(key, value)
+    with pytest.raises(RecllmError, match=words):
+        check_shardable(None, half=None, compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "words"), [(True, r"there is none here\. Take --profile cpu"), (False, r"one process .* --profile gpu")]
+)
+def test_sharding_needs_several_accelerators(cpu, words, sharding_by_fsdp):
+    alone = SimpleNamespace(distributed_type=DistributedType.NO)
+    sharding_by_fsdp.setattr(sharded, "process_state", lambda: alone)
+    sharding_by_fsdp.setattr(sharded, "on_cpu", lambda: cpu)
+    with pytest.raises(RecllmError, match=words):
+        check_shardable(None, half=None, compiled=False)
+
+
+def test_what_is_sharded_is_rounded_by_autocast():
+    trainer = object.__new__(loop.OrderedTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    for half in (torch.bfloat16, None):
+        trainer.half = half
+        with trainer.autocast_smart_context_manager():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (half or torch.float32)
