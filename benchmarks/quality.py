@@ -11,20 +11,24 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import settings
+from numpy.typing import NDArray
 from references import GRIDS, Reference, tuned_references
 
+from recllm.data import Query
 from recllm.evaluate import KnownScores, evaluate_ranking
 from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
 from recllm.outcome import FUSION, evaluate_run
 from recllm.protocols import evaluation_protocol
-from recllm.ranking import ItemIndex
+from recllm.ranking import ItemIndex, mask_seen, top_k
 from recllm.recipes import parse
+from recllm.reserved import Lists, reserve
 from recllm.results import Table, averaged
 from recllm.runs import ENVIRONMENT, Run, set_key
 from recllm.scoring import known_scores
@@ -34,6 +38,7 @@ from recllm.trained import load_collaborative
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN_SUM = "plain sum"
+KEPT = "fusion, 1 of 10 places for new items"
 
 
 def say(line: str) -> None:
@@ -102,6 +107,10 @@ def measure(run: Run, names: list[str]) -> tuple[dict[str, Table], dict[str, Ref
     plain = Fusion.load(run.folder / "fusion.json").plain_sum()
     others: dict[str, Any] = {name: reference.scorer for name, reference in references.items()}
     others[PLAIN_SUM] = protocol.fuse(plain, scores, examples)
+    if task.split.cold_items:
+        fused = protocol.fuse(Fusion.load(run.folder / "fusion.json"), scores, examples)
+        queries = [example.query for example in examples]
+        others[KEPT] = with_places(fused, queries, task.index, ItemIndex(sorted(task.split.cold_items)))
     tables = {"all": evaluate_run(run, task, scores, others=others)}
     if task.split.cold_items:
         tables["among cold items"] = among_cold(run, task, scores, others)
@@ -111,6 +120,22 @@ def measure(run: Run, names: list[str]) -> tuple[dict[str, Table], dict[str, Ref
         "half_lives": read_json(run.folder / "cf" / "half_lives.json"),
     }
     return tables, references, facts
+
+
+def with_places(
+    fused: NDArray[np.float32], queries: Sequence[Query], index: ItemIndex, new: ItemIndex, k: int = 10, count: int = 1
+) -> NDArray[np.float32]:
+    """Scores that rank as a list of `k` does which keeps places for new items: the negative place of every item."""
+    shown = mask_seen(fused, queries, index)
+    only_new = np.where(np.isin(np.arange(len(index)), index.rows(new.ids)), shown, np.float32(np.nan))
+    empty = np.zeros((len(shown), 0, k), dtype=np.float32)
+    kept = reserve(Lists(*top_k(shown, k), empty), Lists(*top_k(only_new, count), empty[:, :, :count])).rows
+    # What is no longer among the best stands behind them, in its old order.
+    order = np.argsort(np.argsort(np.where(np.isnan(fused), np.inf, -fused), axis=1, kind="stable"), axis=1)
+    places = (order + k).astype(np.float32)
+    rows, columns = np.nonzero(kept >= 0)
+    places[rows, kept[rows, columns]] = columns
+    return np.where(np.isnan(fused), np.float32(np.nan), -places)
 
 
 def among_cold(run: Run, task: Task, scores: dict[str, Any], others: dict[str, Any]) -> Table:

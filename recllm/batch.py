@@ -124,7 +124,9 @@ class Job:
             raise RecllmError(f"'{self.target}' is the input itself; name another file for the answers.")
 
 
-def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10, exclude_seen: bool = True) -> Summary:
+def recommend_file(
+    recommender: Recommender | TwoStage, job: Job, *, k: int = 10, exclude_seen: bool = True, new_items: int = 0
+) -> Summary:
     """The `k` best items for every row: `user_id, rank, item_id, score, share_<scorer>…`.
 
     A row without `user_id` is named by its line. Bad rows go to `<target>.rejects.jsonl` and never stop the job.
@@ -132,19 +134,21 @@ def recommend_file(recommender: Recommender | TwoStage, job: Job, *, k: int = 10
     Raises:
         RecllmError: `k`, the source's columns or kind, the target's kind; a target that exists; not one good row.
     """
-    recommender.check_k(k)
+    recommender.check_k(k, new_items)
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
-        return best_items(recommender, rows, k, exclude_seen=exclude_seen)
+        return best_items(recommender, rows, k, exclude_seen=exclude_seen, new_items=new_items)
 
     job = job.knowing(work="recommend", k=k, exclude_seen=exclude_seen)
+    if new_items:
+        job = job.knowing(new_items=new_items)
     columns = ["user_id", "rank", "item_id", "score", *(f"share_{name}" for name in recommender.share_names)]
     ratings = isinstance(recommender, TwoStage)
     return _run(job, recommender.index, answer, columns, need=(), ratings=ratings)
 
 
 def best_items(
-    recommender: Recommender | TwoStage, rows: Sequence[QueryRow], k: int, *, exclude_seen: bool
+    recommender: Recommender | TwoStage, rows: Sequence[QueryRow], k: int, *, exclude_seen: bool, new_items: int = 0
 ) -> pl.DataFrame:
     """The `k` best items of some rows: `user_id, rank, item_id, score, share_<scorer>…`, best first."""
     histories = [row.history for row in rows]
@@ -152,7 +156,7 @@ def best_items(
         ratings = [row.ratings for row in rows]
         found = recommender.recommend(histories, k, exclude_seen=exclude_seen, ratings=ratings)
     else:
-        found = recommender.recommend(histories, k, exclude_seen=exclude_seen)
+        found = recommender.recommend(histories, k, exclude_seen=exclude_seen, new_items=new_items)
     lengths = np.array([len(ids) for ids in found.ids], dtype=np.int64)
     kept = np.arange(k) < lengths[:, None]  # (rows, k)
     columns = {

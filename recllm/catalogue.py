@@ -16,6 +16,8 @@ from recllm.fusion import Fusion
 WIDE = 1024
 """From this width on a deviation is taken from the scores: the root of the spread would be as large as the items."""
 ROWS_AT_ONCE = 65_536
+KNOWN_BARRED = "known_barred"
+"""An input of the graph that may be left out, float32[1]: 1 ranks new items only, 0 all."""
 Vectors = NDArray[np.float32]
 
 

@@ -232,6 +232,7 @@ def export(
         "recllm recommend runs/films/bundle-int8 --history '50 181' -k 5",
         "recllm recommend runs/films/bundle-int8 users.jsonl --out recommendations.parquet",
         "recllm recommend runs/films/bundle-int8 ids.csv --interactions log.csv --out recommendations.csv",
+        "recllm recommend runs/films/bundle-int8 users.jsonl --out recommendations.parquet --new-items 1",
         "recllm recommend runs/films/bundle-int8 --history '50 181' --ranker runs/judge/bundle-fp32 --rank-top 50",
     )
 )
@@ -249,6 +250,7 @@ def recommend(
         str, typer.Option(metavar="KIND", help="exact, or for large catalogues int8 or faiss (extra 'index').")
     ] = "exact",
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Also items of the history itself.")] = False,
+    new_items: Annotated[int, typer.Option(min=0, help="How many of the k at least are items of few events.")] = 0,
     ranker: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Reorder the best by the language model of this bundle.")
     ] = None,
@@ -280,12 +282,12 @@ def recommend(
         seconds=rank_seconds,
     )
     if history is not None:
-        commands.recommend_history(stages, history, k, include_seen=include_seen)
+        commands.recommend_history(stages, history, k, include_seen=include_seen, new_items=new_items)
         return
     if source is None or out is None:
         raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
     job = commands.batch_job(source, out, interactions, column or [], shard, overwrite=overwrite)
-    commands.recommend_rows(stages, job, k, include_seen=include_seen)
+    commands.recommend_rows(stages, job, k, include_seen=include_seen, new_items=new_items)
 
 
 @app.command(

@@ -5,7 +5,7 @@ whatever else maps batches; docs/serving.md has the recipes.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class BatchRecommender:
         bundle: a folder that every worker can read.
         k: how many items.
         exclude_seen: leave the history's own items out.
+        new_items: how many of the k at least are items of few events.
         provider: cpu, cuda or tensorrt.
         threads: inside one operator; a worker takes one core unless told otherwise.
         index: as `recllm.load` takes it.
@@ -43,6 +44,7 @@ class BatchRecommender:
         k: int = 10,
         *,
         exclude_seen: bool = True,
+        new_items: int = 0,
         provider: str = "cpu",
         threads: int = 1,
         index: str = "exact",
@@ -51,8 +53,7 @@ class BatchRecommender:
         rank_weight: float = 1.0,
     ) -> None:
         recommender = load(bundle, provider=provider, threads=threads, index=index)
-        recommender.check_k(k)
-        self.k, self.exclude_seen = k, exclude_seen
+        self.k, self.exclude_seen, self.new_items = k, exclude_seen, new_items
         self.recommender = (
             recommender
             if ranker is None
@@ -63,6 +64,7 @@ class BatchRecommender:
                 rank_weight,
             )
         )
+        self.recommender.check_k(k, new_items)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Answer the rows of a batch.
@@ -89,12 +91,15 @@ class BatchRecommender:
             for line, values in enumerate(zip(*columns.values(), strict=True), start=1)
         ]
         good = [row for row in rows if isinstance(row, QueryRow)]
-        parts = [best_items(self.recommender, good, self.k, exclude_seen=self.exclude_seen)] if good else []
+        parts = [self._answers(good)] if good else []
         parts += [_refused(row) for row in rows if isinstance(row, BadRow)]
         empty = pl.DataFrame(schema={"user_id": pl.String, "rank": pl.Int32, "item_id": pl.String, "score": pl.Float32})
         shares = {f"share_{name}": pl.Float32 for name in self.recommender.share_names}
         whole = pl.concat([empty, pl.DataFrame(schema=shares | {"error": pl.String}), *parts], how="diagonal")
         return {name: whole[name].to_numpy() for name in whole.columns}
+
+    def _answers(self, rows: Sequence[QueryRow]) -> pl.DataFrame:
+        return best_items(self.recommender, rows, self.k, exclude_seen=self.exclude_seen, new_items=self.new_items)
 
 
 def _row(line: int, fields: dict[str, Any], *, ratings: bool) -> QueryRow | BadRow:

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from recllm.catalogue import folded, rooted
+from recllm.catalogue import KNOWN_BARRED, folded, rooted
 from recllm.fitting import BORDA_PLACES, FLAT, RANK_OFFSET, Evidence
 from recllm.fusion import Fusion
 
@@ -48,9 +48,9 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     """Write the graph that scores, fuses and ranks a whole catalogue; the formula is `Fusion.fuse`'s.
 
     Inputs, per scorer s: `s_queries` float32[users, width], NaN rows for unknown; `n_user` int64[users], `seen`
-    int64[users, seen] (places in the graph, −1 for none), `k` int64[1]; and the item side, which `prepare` makes.
-    Outputs: `rows` int64[users, k], places in the graph (−1 behind the last); `scores` float32[users, k]; and `shares`
-    float32[users, scorers, k].
+    int64[users, seen] (places in the graph, −1 for none), `k` int64[1] and, where new items have weights of their own,
+    `known_barred`; and the item side, which `prepare` makes. Outputs: `rows` int64[users, k], places in the graph (−1
+    behind the last); `scores` float32[users, k]; and `shares` float32[users, scorers, k].
 
     Args:
         fusion: of rankings; its constants of labelled pairs say nothing of a catalogue.
@@ -92,7 +92,10 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
         if before := [own for own, level in enumerate(fusion.levels) if level < fusion.levels[place]]:
             silenced = reduce(partial(build.add, "Or"), [marks.known(own, "items") for own in before])
             apart[place][0] = build.add("Where", silenced, build.constant(0.0), apart[place][0])
-    left = {side: build.add("Concat", *own, barred, axis=1) for side, own in blocks.items()}
+    bars = dict.fromkeys(sides, barred)
+    if fusion.new is not None:
+        bars["items"] = build.add("Add", barred, build.add("Mul", KNOWN_BARRED, build.constant(BARRED)))
+    left = {side: build.add("Concat", *own, bars[side], axis=1) for side, own in blocks.items()}
     totals = [
         reduce(partial(build.add, "Add"), [own[at] for own in apart.values()], build.add("MatMul", left[side], side))
         for at, side in enumerate(sides)
@@ -275,13 +278,17 @@ def _write(build: Builder, widths: Mapping[str, int], sides: Sequence[str], fusi
     inputs += [value(side, [f"{side}_rows", side]) for side in sides]
     inputs += [value("patterns", [len(widths), "patterns"]), value("known", [len(widths)])]
     inputs += [value("n_user", ["users"], TensorProto.INT64), value("n_item", ["items"], TensorProto.INT64)]
+    constants = list(build.constants.values())
+    if fusion.new is not None:  # an input with a value: who leaves it out ranks all items
+        inputs.append(value(KNOWN_BARRED, [1]))
+        constants.append(numpy_helper.from_array(np.zeros(1, dtype=np.float32), KNOWN_BARRED))
     inputs += [value("seen", ["users", "seen"], TensorProto.INT64), value("k", [1], TensorProto.INT64)]
     outputs = [
         value("rows", ["users", "top"], TensorProto.INT64),
         value("scores", ["users", "top"]),
         value("shares", ["users", len(widths), "top"]),
     ]
-    graph = helper.make_graph(build.nodes, "catalogue", inputs, outputs, list(build.constants.values()))
+    graph = helper.make_graph(build.nodes, "catalogue", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

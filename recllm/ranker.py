@@ -164,9 +164,15 @@ class TwoStage:
         """Whose shares a score has."""
         return (*self.recommender.share_names, RANKER_SHARE)
 
-    def check_k(self, k: int) -> None:
-        """As `Recommender.check_k`."""
-        self.recommender.check_k(k)
+    def check_k(self, k: int, new_items: int = 0) -> None:
+        """As `Recommender.check_k`; a ranker moves items, so that no places can be kept.
+
+        Raises:
+            RecllmError: as there, or places are to be kept for new items.
+        """
+        self.recommender.check_k(k, new_items)
+        if new_items:
+            raise RecllmError("Places are kept for new items (--new-items) or a ranker reorders the list; take one.")
 
     def recommend(
         self,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from recllm.bundle import read_catalog, read_manifest
-from recllm.catalogue import prepare
+from recllm.catalogue import KNOWN_BARRED, prepare
 from recllm.data import Catalog, Query
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError, unknown
@@ -25,6 +25,7 @@ from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores, VectorScorer
+from recllm.reserved import Lists, reserve
 from recllm.sessions import open_session
 from recllm.shortlist import EXACT, LISTED, Shortlist, check_kind, merged, recall
 from recllm.vectors import Standard
@@ -147,6 +148,8 @@ class Recommender:
         self._kind, self._threads = kind, threads
         prepared = prepare(fusion, vectors, counts)
         self._order, self._places, self._feeds = prepared.order, prepared.places, prepared.feeds
+        new = np.append(counts < fusion.few, False)  # the last one stands for place −1
+        self._new_places = np.flatnonzero(new[self._order])
         self._shortlist: Shortlist | None = None
         if kind != EXACT:
             at = np.append(counts, 0)[self._order]
@@ -160,7 +163,7 @@ class Recommender:
         return tuple(self.scorers)
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True
+        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True, new_items: int = 0
     ) -> Recommendations:
         """The `k` best items after every history, over the whole catalogue.
 
@@ -168,11 +171,13 @@ class Recommender:
             histories: item ids, oldest first; unknown ids are passed over, an empty history gets what leads without it.
             k: how many.
             exclude_seen: leave the history's own items out.
+            new_items: how many of the k at least are new items, those of few events; the best of them, behind the rest
+                where they are not among the best anyway.
 
         Raises:
-            RecllmError: k is not between 1 and the number of items.
+            RecllmError: k is not between 1 and the number of items, or new items cannot be told apart.
         """
-        self.check_k(k)
+        self.check_k(k, new_items)
         queries = [Query(tuple(history)) for history in histories]
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)
@@ -180,24 +185,33 @@ class Recommender:
         at_once = max(1, min(USERS_IN_BATCH, PLACES_AT_ONCE // k))
         for start in range(0, len(queries), at_once):
             part = queries[start : start + at_once]
-            rows, best, parts = self._top(part, k, exclude_seen)
+            vectors = self._vectors(part)
+            found = self._top(part, vectors, k, exclude_seen)
+            if new_items:
+                found = reserve(found, self._best_new(part, vectors, new_items, exclude_seen))
             place = slice(start, start + len(part))
-            scores[place] = best
+            scores[place] = found.scores
             for at, name in enumerate(self.scorers):
-                shares[name][place] = parts[:, at]
-            ids.extend([self.index.ids[row] for row in line if row >= 0] for line in rows)
+                shares[name][place] = found.shares[:, at]
+            ids.extend([self.index.ids[row] for row in line if row >= 0] for line in found.rows)
         return Recommendations(ids, scores, shares)
 
-    def check_k(self, k: int) -> None:
-        """Check that so many items can be recommended.
+    def check_k(self, k: int, new_items: int = 0) -> None:
+        """Check that so many items can be recommended, and so many of them be new.
 
         Raises:
-            RecllmError: k is not between 1 and the number of items.
+            RecllmError: k is not between 1 and the number of items, or new items cannot be told apart.
         """
         if not 1 <= k <= len(self.index):
             raise RecllmError(
                 f"k={k} is not possible: the catalogue has {len(self.index):,} items. Take 1 to that many."
             )
+        if not 0 <= new_items <= k:
+            raise RecllmError(f"{new_items} new items do not go into a list of {k}. Take 0 to {k}.")
+        if new_items and self.fusion.new is None:
+            raise RecllmError("New items have no weights of their own in this bundle, so no places are kept for them.")
+        if new_items and KNOWN_BARRED not in {own.name for own in self._catalogue.get_overridable_initializers()}:
+            raise RecllmError("This bundle was exported before places could be kept for new items. Export it again.")
 
     def recall(self, histories: Sequence[Sequence[str]] | None = None, k: int = 10) -> float:
         """The share of the exact `k` best that the index gives, seen items left out; 1 without an index.
@@ -221,13 +235,13 @@ class Recommender:
         """Rows of the exact best and of those that the index gives, int64[queries, k] each."""
         assert self._shortlist is not None
         vectors, parts = self._vectors(queries), []
-        found, _, _ = self._top(queries, k, exclude_seen=True)
+        found = self._top(queries, vectors, k, exclude_seen=True)
         for start in range(0, len(self._order), PLACES_AT_ONCE):
             stop = min(start + PLACES_AT_ONCE, len(self._order))
             listed = np.tile(np.arange(start, stop), (len(queries), 1))
-            rows, scores, _ = self._ranked(queries, vectors, min(k, stop - start), True, listed)
-            parts.append((rows, np.where(np.isnan(scores), -np.inf, scores)))
-        return merged(parts, k)[0], found
+            ranked = self._ranked(queries, vectors, min(k, stop - start), True, listed)
+            parts.append((ranked.rows, np.where(np.isnan(ranked.scores), -np.inf, ranked.scores)))
+        return merged(parts, k)[0], found.rows
 
     def _sample(self, count: int) -> list[Query]:
         """Histories of a single item, drawn by a fixed seed from the items with events."""
@@ -238,8 +252,10 @@ class Recommender:
     def _vectors(self, queries: Sequence[Query]) -> dict[str, NDArray[np.float32]]:
         return {name: scorer.query_vectors(queries) for name, scorer in self.scorers.items()}
 
-    def _top(self, queries: Sequence[Query], k: int, exclude_seen: bool) -> tuple[Any, Any, Any]:
-        vectors, places = self._vectors(queries), None
+    def _top(
+        self, queries: Sequence[Query], vectors: Mapping[str, NDArray[np.float32]], k: int, exclude_seen: bool
+    ) -> Lists:
+        places = None
         if self._shortlist is not None:
             own = max(LISTED, 2 * k) + np.array([len(query.history) * exclude_seen for query in queries])
             n_user = evidence(queries, ItemIndex(()), self.item_counts)[0]
@@ -254,8 +270,10 @@ class Recommender:
         k: int,
         exclude_seen: bool,
         listed: NDArray[np.int64] | None,
-    ) -> tuple[Any, Any, Any]:
-        """Rows, scores and shares of the best among all items, or among those `listed` per query (places, −1 none)."""
+        *,
+        only_new: bool = False,
+    ) -> Lists:
+        """The best among all items, or among those `listed` per query (places, −1 none), and of them the new ones."""
         seen = [self._places[self.index.known(query.history if exclude_seen else ())] for query in queries]
         feeds, order = self._feeds, self._order
         if self._shortlist is not None and listed is not None:
@@ -270,8 +288,23 @@ class Recommender:
             "k": np.array([k], dtype=np.int64),
         }
         given = {f"{name}_queries": own for name, own in vectors.items()}
+        if only_new:
+            given[KNOWN_BARRED] = np.ones(1, dtype=np.float32)
         rows, scores, shares = self._catalogue.run(None, given | feeds | counts)
-        return np.where(rows < 0, -1, order[rows]), scores, shares
+        return Lists(np.where(rows < 0, -1, order[rows]), scores, shares)
+
+    def _best_new(
+        self, queries: Sequence[Query], vectors: Mapping[str, NDArray[np.float32]], count: int, exclude_seen: bool
+    ) -> Lists:
+        if self._shortlist is None:
+            return self._ranked(queries, vectors, count, exclude_seen, None, only_new=True)
+        # They are few: all of them, whatever a search would find.
+        found = Lists.empty(len(queries), len(self.scorers))
+        for start in range(0, len(self._new_places), PLACES_AT_ONCE):
+            listed = np.tile(self._new_places[start : start + PLACES_AT_ONCE], (len(queries), 1))
+            most = min(count, listed.shape[1])
+            found = found.merged(self._ranked(queries, vectors, most, exclude_seen, listed, only_new=True), count)
+        return found
 
     def score(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> tuple[Scores, dict[str, Scores]]:
         """Fused scores of `items`, float32[histories, items], standardised over the whole catalogue, and their shares.

@@ -17,9 +17,8 @@ TORCH_FREE = [
     "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
     "recency", "priors", "mf", "itemitem", "neighbours", "ratedneighbours", "histories", "windows", "vectors",
     "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols",
-    "bundle", "hub", "catalogue", "sessions", "shortlist", "runtime", "onnxreader", "ranker", "growing", "query_rows",
-    "sheets", "parts",
-    "batch", "distributed", "doctor", "charts", "report",
+    "bundle", "hub", "catalogue", "sessions", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing",
+    "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "adapters", "lm", "devices",

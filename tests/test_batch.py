@@ -84,6 +84,21 @@ def test_seen_items_are_left_out_unless_asked_for(tmp_path, recommender):
     assert set(every["item_id"]) - set(new["item_id"]) == {"0", "2", "4"}
 
 
+def test_places_are_kept_for_new_items_and_that_is_another_job(tmp_path, recommender, monkeypatch):
+    grown = recommender.with_items([{"item_id": "new", "title": "Red film 40"}])
+    source = write(tmp_path / "in.jsonl", {"b": ["1", "3", "5"], "c": ["7", "9"]})  # friends of blue films
+    for count, target in ((0, "plain.csv"), (1, "kept.csv")):
+        recommend_file(grown, Job(source, tmp_path / target), k=1, new_items=count)
+    plain, kept = (read(tmp_path / name)["item_id"].to_list() for name in ("plain.csv", "kept.csv"))
+    assert "new" not in plain
+    assert kept == ["new", "new"]
+    monkeypatch.setattr(grown, "recommend", once_only(grown.recommend))
+    with pytest.raises(RuntimeError):
+        recommend_file(grown, Job(source, tmp_path / "out.csv", chunk=1), k=1)
+    with pytest.raises(RecllmError, match="what differs: new_items"):
+        recommend_file(grown, Job(source, tmp_path / "out.csv", chunk=1), k=1, new_items=1)
+
+
 def test_a_list_shorter_than_k_has_no_empty_lines(tmp_path, recommender):
     source = write(tmp_path / "in.jsonl", {"a": [str(item) for item in range(20)], "b": ["0"]})
     recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=24)

@@ -147,3 +147,25 @@ def test_references_are_tuned_on_validation_and_answer_as_scorers(checkerboard_f
 @pytest.mark.parametrize("path", sorted((FOLDER / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_results_are_json_without_nan(path):
     json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_scores_with_places_for_new_items_rank_as_the_list_does(monkeypatch):
+    from recllm.data import Query
+    from recllm.ranking import ItemIndex, mask_seen, top_k
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    quality = load("quality")
+    rng = np.random.default_rng(0)
+    index, new = ItemIndex([*"abcdefghij"]), ItemIndex(["h", "i", "j"])
+    fused = rng.normal(size=(20, 10)).astype(np.float32)
+    fused[:, 7:] -= 9.0  # new items are behind all others
+    fused[rng.random(fused.shape) < 0.1] = np.nan
+    queries = [Query((index.ids[row % 7],)) for row in range(20)]
+    found = quality.with_places(fused, queries, index, new, k=4, count=2)
+    assert np.array_equal(np.isnan(found), np.isnan(fused))
+    rows, _ = top_k(mask_seen(found, queries, index), 4)
+    known, _ = top_k(mask_seen(fused, queries, index), 4)
+    others, _ = top_k(np.where(np.arange(10) >= 7, fused, np.nan), 2)
+    for listed, before, kept in zip(rows, known, others, strict=True):
+        count = int((kept >= 0).sum())
+        assert listed.tolist() == [*before[: 4 - count].tolist(), *kept[:count].tolist()]

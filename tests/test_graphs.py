@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from recllm import catalogue
-from recllm.catalogue import prepare
+from recllm.catalogue import KNOWN_BARRED, prepare
 from recllm.fitting import Evidence
 from recllm.fusion import BACKUP, Fusion
 from recllm.graphs import catalogue_graph
@@ -42,7 +42,7 @@ def run(tmp_path, given, feeds, n_user, n_item, seen, k):
     catalogue_graph(given, WIDTHS, tmp_path / "catalogue.onnx")
     session = ort.InferenceSession(tmp_path / "catalogue.onnx", providers=["CPUExecutionProvider"])
     ready = prepare(given, {name: feeds[f"{name}_items"] for name in WIDTHS}, n_item)
-    queries = {name: value for name, value in feeds.items() if name.endswith("_queries")}
+    queries = {name: value for name, value in feeds.items() if name.endswith("_queries") or name == KNOWN_BARRED}
     facts = {"n_user": n_user, "seen": np.where(seen < 0, -1, ready.places[seen]), "k": np.array([k])}
     rows, *found = session.run(["rows", "scores", "shares"], ready.feeds | queries | facts)
     return np.where(rows < 0, -1, ready.order[rows]), *found
@@ -144,6 +144,15 @@ def test_items_without_events_have_weights_of_their_own(even, levels, standardis
         run(tmp_path, few, feeds, n_user, n_item, NONE_SEEN, ITEMS),
         expected(few, feeds, n_user, n_item, NONE_SEEN, ITEMS),
     )
+    barred = {KNOWN_BARRED: np.ones(1, dtype=np.float32)}
+    rows, scores, shares = run(tmp_path, few, feeds | barred, n_user, n_item, NONE_SEEN, ITEMS)
+    every = expected(few, feeds, n_user, n_item, NONE_SEEN, ITEMS)
+    for user, own in enumerate(every[0]):  # the same items at the same scores, without those of many events
+        new_ones = (own >= 0) & (n_item[own] < 20)
+        assert rows[user][rows[user] >= 0].tolist() == own[new_ones].tolist()
+        assert scores[user, : new_ones.sum()] == pytest.approx(every[1][user, new_ones], abs=2e-5)
+        assert shares[user, :, : new_ones.sum()] == pytest.approx(every[2][user][:, new_ones], abs=2e-5)
+        assert np.isnan(scores[user, new_ones.sum() :]).all()
     plain = run(tmp_path, replace(given, new=None), feeds, n_user, n_item, NONE_SEEN, ITEMS)
     assert not np.array_equal(found[0], plain[0])
 

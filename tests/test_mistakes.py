@@ -223,6 +223,10 @@ MISTAKES = {
         lambda s: ["recommend", str(s.bundle), "--history", "0 2", "-k", "25"],
         r"k=25 is not possible: the catalogue has 24 items\. Take 1 to that many",
     ),
+    "more places for new items than there are": (
+        lambda s: ["recommend", str(s.bundle), "--history", "0 2", "-k", "3", "--new-items", "4"],
+        r"4 new items do not go into a list of 3\. Take 0 to 3",
+    ),
     "the provider is not there": (
         lambda s: ["recommend", str(s.bundle), "--history", "0", "--provider", "tensorrt"],
         r"The provider 'tensorrt' is not in this ONNX Runtime|cannot open .* with 'tensorrt': .*ask for the provider",

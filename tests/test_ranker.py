@@ -65,6 +65,13 @@ def test_ratings_of_another_length_are_refused(recommender):
         TwoStage(recommender, Opinionated()).recommend([["0"], ["0", "2"]], 2, ratings=[None, [4.0]])
 
 
+def test_a_ranker_keeps_no_places_for_new_items(recommender, tmp_path):
+    rows = tmp_path / "in.jsonl"
+    rows.write_text('{"history": ["0"]}', encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"Places are kept for new items \(--new-items\) or a ranker reorders"):
+        recommend_file(TwoStage(recommender, Opinionated()), Job(rows, tmp_path / "out.csv"), k=2, new_items=1)
+
+
 def test_without_weight_the_first_order_stays(recommender):
     found = TwoStage(recommender, Opinionated(), top=8, weight=0.0).recommend(HISTORIES, 12)
     assert found.ids == recommender.recommend(HISTORIES, 12).ids

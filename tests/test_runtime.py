@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,40 @@ def test_a_new_item_by_its_text_goes_to_the_right_half(bundle):
     for ids, mine, others in zip(out.ids, own, other, strict=True):
         assert mine in ids[:8]
         assert others not in ids[: ids.index(mine)]
+
+
+@pytest.mark.parametrize("index", ["exact", "int8"])
+def test_places_are_kept_for_new_items(tiny_bundle, index, monkeypatch):
+    monkeypatch.setattr("recllm.runtime.PLACES_AT_ONCE", 6)
+    grown = recllm.load(tiny_bundle, index=index).with_items([*NEW, {"item_id": "102", "title": "Blue film 32"}])
+    new = {"100", "101", "102"}
+    whole = grown.recommend(HISTORIES, k=27)
+    for count in range(4):
+        found = grown.recommend(HISTORIES, k=5, new_items=count)
+        for row, ids in enumerate(found.ids):
+            must = [item for item in whole.ids[row] if item in new][:count]
+            rest = [item for item in whole.ids[row] if item not in must][: 5 - len(must)]
+            assert ids == [item for item in whole.ids[row] if item in {*must, *rest}]
+            places = [whole.ids[row].index(item) for item in ids]
+            assert found.scores[row] == pytest.approx(whole.scores[row][places], abs=1e-5)
+            total = sum(share[row] for share in found.shares.values())
+            assert total == pytest.approx(found.scores[row], abs=1e-5)
+    seen = grown.recommend([["100", "101", "2"]], k=4, new_items=3).ids[0]
+    assert new & set(seen) == {"102"}
+    assert len(seen) == 4
+
+
+def test_places_for_new_items_have_bounds_and_reasons(bundle, tiny_bundle, monkeypatch):
+    with pytest.raises(RecllmError, match=r"6 new items do not go into a list of 5\. Take 0 to 5"):
+        bundle.recommend([["1"]], k=5, new_items=6)
+    assert bundle.recommend([["1"]], k=5, new_items=2).ids == bundle.recommend([["1"]], k=5).ids  # there is none
+    old = recllm.load(tiny_bundle)
+    monkeypatch.setattr(old, "_catalogue", SimpleNamespace(get_overridable_initializers=list))
+    with pytest.raises(RecllmError, match=r"exported before places could be kept.*Export it again"):
+        old.recommend([["1"]], k=5, new_items=1)
+    monkeypatch.setattr(old, "fusion", replace(old.fusion, new=None))
+    with pytest.raises(RecllmError, match="New items have no weights of their own in this bundle"):
+        old.recommend([["1"]], k=5, new_items=1)
 
 
 def test_new_items_leave_the_old_scores_of_every_scorer_alone(bundle):
