@@ -150,8 +150,8 @@ def controls(found: dict[str, Result]) -> Iterator[str]:
         if result.get("control"):
             lacking.setdefault(name.replace(f"-{result['control']}", ""), []).append(name)
     shown = ("light", "lm", "fusion without lm", "fusion")
-    yield f"| result | lacks | {' | '.join(shown)} | the language model adds |"
-    yield "|---" * (len(shown) + 3) + "|"
+    yield f"| result | seeds | lacks | {' | '.join(shown)} | the language model adds |"
+    yield "|---" * (len(shown) + 4) + "|"
     for whole, others in lacking.items():
         for name in ([whole] if whole in found else []) + others:
             result = found[name]
@@ -159,7 +159,7 @@ def controls(found: dict[str, Result]) -> Iterator[str]:
             cells = [figure([rows[scorer][metric][0], None, None]) if scorer in rows else "–" for scorer in shown]
             adds = result["differences"]["all"].get("fusion without lm")
             cells.append("–" if adds is None else "{:+.4f} ({:+.4f} … {:+.4f})".format(*adds))
-            yield f"| {whole} | {result.get('control') or 'nothing'} | {' | '.join(cells)} |"
+            yield f"| {whole} | {len(result['seeds'])} | {result.get('control') or 'nothing'} | {' | '.join(cells)} |"
 
 
 def table(name: str, found: dict[str, Result]) -> list[str]:

@@ -59,7 +59,7 @@ def ranked(control=None, **figures):
     rows = [{"scorer": name, "slice": "all", "NDCG@10": [value, None, None]} for name, value in figures.items()]
     tables = {"all": {"metrics": ["HitRate@10", "NDCG@10"], "rows": rows}}
     adds = {"fusion without lm": [0.01, -0.002, 0.03]} if WITHOUT_LM in figures else {}
-    return {"protocol": "topk", "control": control, "tables": tables, "differences": {"all": adds}}
+    return {"protocol": "topk", "seeds": [0], "control": control, "tables": tables, "differences": {"all": adds}}
 
 
 def test_controls_stand_under_what_they_are_controls_of():
@@ -70,9 +70,9 @@ def test_controls_stand_under_what_they_are_controls_of():
         "topk-c": ranked(fusion=0.2),
     }
     assert load("tables").table("controls", found)[2:] == [
-        "| topk-a | nothing | .3000 | .2000 | .3000 | .4000 | +0.0100 (-0.0020 … +0.0300) |",
-        "| topk-a | no-text | .1000 | – | – | .2000 | – |",
-        "| topk-b-quick | no-text | – | – | – | .2000 | – |",
+        "| topk-a | 1 | nothing | .3000 | .2000 | .3000 | .4000 | +0.0100 (-0.0020 … +0.0300) |",
+        "| topk-a | 1 | no-text | .1000 | – | – | .2000 | – |",
+        "| topk-b-quick | 1 | no-text | – | – | – | .2000 | – |",
     ]
 
 
