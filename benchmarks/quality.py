@@ -108,9 +108,9 @@ def measure(run: Run, names: list[str]) -> tuple[dict[str, Table], dict[str, Ref
     others: dict[str, Any] = {name: reference.scorer for name, reference in references.items()}
     others[PLAIN_SUM] = protocol.fuse(plain, scores, examples)
     if task.split.cold_items:
-        fused = protocol.fuse(Fusion.load(run.folder / "fusion.json"), scores, examples)
-        queries = [example.query for example in examples]
-        others[KEPT] = with_places(fused, queries, task.index, ItemIndex(sorted(task.split.cold_items)))
+        fusion = Fusion.load(run.folder / "fusion.json")
+        fused, queries = protocol.fuse(fusion, scores, examples), [example.query for example in examples]
+        others[KEPT] = with_places(fused, queries, task.index, task.item_counts < fusion.few)
     tables = {"all": evaluate_run(run, task, scores, others=others)}
     if task.split.cold_items:
         tables["among cold items"] = among_cold(run, task, scores, others)
@@ -123,11 +123,16 @@ def measure(run: Run, names: list[str]) -> tuple[dict[str, Table], dict[str, Ref
 
 
 def with_places(
-    fused: NDArray[np.float32], queries: Sequence[Query], index: ItemIndex, new: ItemIndex, k: int = 10, count: int = 1
+    fused: NDArray[np.float32],
+    queries: Sequence[Query],
+    index: ItemIndex,
+    new: NDArray[np.bool_],
+    k: int = 10,
+    count: int = 1,
 ) -> NDArray[np.float32]:
     """Scores that rank as a list of `k` does which keeps places for new items: the negative place of every item."""
     shown = mask_seen(fused, queries, index)
-    only_new = np.where(np.isin(np.arange(len(index)), index.rows(new.ids)), shown, np.float32(np.nan))
+    only_new = np.where(new, shown, np.float32(np.nan))
     empty = np.zeros((len(shown), 0, k), dtype=np.float32)
     kept = reserve(Lists(*top_k(shown, k), empty), Lists(*top_k(only_new, count), empty[:, :, :count])).rows
     # What is no longer among the best stands behind them, in its old order.

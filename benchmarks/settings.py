@@ -112,6 +112,8 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool, control: str |
         values["train"] |= {"max_steps": QUICK_STEPS, "num_train_epochs": 8}
     for table, keys in DATA.get(Path(data).name, {}).items():
         values[table] = values.get(table, {}) | keys
+    if quick:  # too short for compiling, and the whole model as it was
+        values["train"].pop("torch_compile", None), values["model"].pop("layers", None)
     if control is not None:
         values["control"] = dict(CONTROLS[control])
     return values

@@ -153,7 +153,7 @@ def controls(found: dict[str, Result]) -> Iterator[str]:
     yield f"| result | seeds | lacks | {' | '.join(shown)} | the language model adds |"
     yield "|---" * (len(shown) + 4) + "|"
     for whole, others in lacking.items():
-        for name in ([whole] if whole in found else []) + others:
+        for name in [own for own in (whole,) if own in found and own not in others] + others:
             result = found[name]
             rows, metric = rows_of(result), "AUC" if "AUC" in result["tables"]["all"]["metrics"] else "NDCG@10"
             cells = [figure([rows[scorer][metric][0], None, None]) if scorer in rows else "–" for scorer in shown]

@@ -103,6 +103,11 @@ def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -
     return found
 
 
+def has_checkpoint(folder: Path, scorer: str, say: Callable[[str], None]) -> bool:
+    """Whether a stage of a run has a good checkpoint; what a model starts from is of no use then."""
+    return last_checkpoint(folder / "checkpoints" / scorer, say) is not None
+
+
 class SoundBest(TrainerCallback):
     """Forgets the best checkpoint where it is damaged or gone: the next validation is the best one then."""
 

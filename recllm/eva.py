@@ -1,15 +1,12 @@
 """LoRA that starts from the training data (EVA, Paischer et al. 2024): A spans what the layers' inputs vary in most."""
 
-from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor
 
-from recllm.checkpoints import last_checkpoint
 from recllm.devices import process_state, sharded
 from recllm.errors import RecllmError
 from recllm.examples import lengths_of
@@ -30,10 +27,8 @@ def first_batches(stage: Stage) -> list[dict[str, Tensor]]:
     ]
 
 
-def start_from_data(stage: Stage, checkpoints: Path | None = None, say: Callable[[str], None] = print) -> None:
+def start_from_data(stage: Stage) -> None:
     """Give the LoRA matrices of a stage's model their start, where its recipe asks for one by the data.
-
-    Not where training goes on from one of the `checkpoints`, which has them already; `say` is told of damaged ones.
 
     A gets the first right singular vectors of each layer's inputs, the same number for every layer; B stays zero, so
     that nothing is changed by it. All processes read the same batches, and so have the same start.
@@ -43,8 +38,6 @@ def start_from_data(stage: Stage, checkpoints: Path | None = None, say: Callable
     """
     found = next((module for module in stage.model.modules() if isinstance(module, peft.PeftModel)), None)
     if found is None or getattr(found.active_peft_config, "init_lora_weights", None) != "eva":
-        return
-    if checkpoints is not None and last_checkpoint(checkpoints, say) is not None:
         return
     training = stage.model.training
     stage.model.eval()

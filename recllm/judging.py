@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from recllm.adapters import AdapterRecipe, attach, merge
 from recllm.cards import save_adapter
-from recllm.checkpoints import load_trained, save_trained, trained_values
+from recllm.checkpoints import has_checkpoint, load_trained, save_trained, trained_values
 from recllm.data import Query
 from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.errors import RecllmError
@@ -20,7 +20,7 @@ from recllm.files import read_json
 from recllm.judgedloss import InsideUsers
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
 from recllm.lm import embedding_scale, scoring_device
-from recllm.loop import Stage, fit, rows_at_least
+from recllm.loop import Stage, adapter_names, fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Made, earlier_events, labelled_rows, training_pairs
@@ -155,7 +155,8 @@ def train_light_judge(
         return
     stage = light_judge_stage(run, task, parts.features)
     say(f"Training the light judge, {settings.num_train_epochs} epochs")
-    start(stage.model, run, "light", task.index, say)
+    if not (resume and has_checkpoint(run.folder, stage.scorer, say)):
+        start(stage.model, run, "light", task.index, say)
     fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:
@@ -256,8 +257,9 @@ def train_relevance(
     stage = relevance_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
     if stage.trained:
-        if not start(stage.model, run, "lm", task.index, say):
-            start_from_data(stage, run.folder / "checkpoints" / stage.scorer if resume else None, say)
+        begun = resume and has_checkpoint(run.folder, stage.scorer, say)
+        if not begun and not start(stage.model, run, "lm", task.index, say):
+            start_from_data(stage)
         fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:
@@ -301,6 +303,12 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
         )
         train, valid = written(rows, prompts), written(validation_rows(run, task, prompts), prompts)
     model.inside = inside
+    trained = {name for name, own in model.named_parameters() if own.requires_grad}
+    if settings.learning_rate == 0 and trained and trained == adapter_names(model):
+        raise RecllmError(
+            "train.learning_rate = 0 leaves the adapter as it is, and this run has nothing beside it to train. Add "
+            "model.soft_tokens = true, or give it a rate."
+        )
     return Stage(
         "relevance",
         model,

@@ -36,6 +36,7 @@ from recllm.lean import compile_layers, lean
 from recllm.metrics import hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.sharded import name_layers, reshard
+from recllm.softtokens import SoftTokens
 from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
 from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
 
@@ -83,11 +84,11 @@ class OrderedTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Four groups: the body's adapter and the rest, with and without weight decay."""
-        decayed = set(self.get_decay_parameter_names(self.model))
+        decayed, adapted = set(self.get_decay_parameter_names(self.model)), adapter_names(self.model)
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith("body."), name in decayed), []).append(parameter)
+                groups.setdefault((name in adapted, name in decayed), []).append(parameter)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         rate = self.args.learning_rate if self.adapter_learning_rate is None else self.adapter_learning_rate
         self.optimizer = kind(
@@ -144,7 +145,8 @@ class OrderedTrainer(Trainer):
         if checkpoint is None:
             return
         scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        factor = self._peaks[0] / scheduler.base_lrs[0]
+        factors = [peak / base for peak, base in zip(self._peaks, scheduler.base_lrs, strict=True) if base]
+        factor = factors[0] if factors else 1.0  # a rate of 0 stays one
         if factor != 1.0:
             scheduler.base_lrs = list(self._peaks)
             scheduler._last_lr = [last * factor for last in scheduler._last_lr]
@@ -176,6 +178,16 @@ class OrderedTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_trained(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of the body's trained parameters that are its adapter's: all but soft tokens', which are a projection."""
+    soft = {id(own) for module in model.modules() if isinstance(module, SoftTokens) for own in module.parameters()}
+    return {
+        name
+        for name, own in model.named_parameters()
+        if own.requires_grad and name.startswith("body.") and id(own) not in soft
+    }
 
 
 def check_trainer_keys(keys: dict[str, Any]) -> None:

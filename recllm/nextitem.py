@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.cards import save_adapter
-from recllm.checkpoints import save_trained, trained_values
+from recllm.checkpoints import has_checkpoint, save_trained, trained_values
 from recllm.devices import precision_keys, process_state
 from recllm.distil import taught_windows
 from recllm.eva import start_from_data
@@ -49,7 +49,8 @@ def train_light(
     taught = taught_windows(run, task, say)
     say(f"Training the light sequence scorer, {settings.num_train_epochs} epochs")
     stage = light_stage(run, task, parts.features, taught)
-    start(stage.model, run, "light", task.index, say)
+    if not (resume and has_checkpoint(run.folder, stage.scorer, say)):
+        start(stage.model, run, "light", task.index, say)
     _train(run, stage, resume=resume, say=say, watch=watch)
 
 
@@ -95,8 +96,9 @@ def train_language(
         return
     stage = language_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}': {stage.trained:,} parameters train")
-    if not start(stage.model, run, "lm", task.index, say):
-        start_from_data(stage, run.folder / "checkpoints" / stage.scorer if resume else None, say)
+    begun = resume and has_checkpoint(run.folder, stage.scorer, say)
+    if not begun and not start(stage.model, run, "lm", task.index, say):
+        start_from_data(stage)
     _train(run, stage, resume=resume, say=say, watch=watch)
 
 

@@ -29,6 +29,7 @@ from recllm.runs import Run
 from recllm.tasks import Task, prepare
 from recllm.trained import Say, check_names, encoder_name
 from recllm.vectors import ItemFeatures
+from recllm.warmstart import check_start
 from recllm.watching import NonFiniteLossError
 
 SHOWN = 3
@@ -114,6 +115,7 @@ def plan_run(run: Run, say: Say) -> Plan:
     # Away from the run's folder: it may hold the recipes of an earlier training.
     run = run.model_copy(update={"output": str(Path(run.output) / ".planned")})
     check_names(run, say)
+    check_start(run)
     task = prepare(run, say)
     features = random_features(run, task)
     costs, examples = [], []

@@ -254,6 +254,9 @@ class Run(Settings):
             raise ValueError("light.teacher is for runs of next items, and this one judges pairs")
         if self.model.soft_tokens and self.model.task != "relevance":
             raise ValueError("model.soft_tokens is for runs that judge pairs; those of next items have item tokens")
+        reads_words = self.model.task == "relevance" or self.model.history == "text"
+        if self.control.text != "own" and self.model.name != "none" and reads_words:
+            raise ValueError("control.text takes away items' vectors, and this run's language model reads their words")
         if self.control.language_model == "random" and self.model.name == "none":
             raise ValueError("control.language_model is random, and model.name = none: there is nothing to draw")
         return self

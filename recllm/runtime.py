@@ -209,7 +209,10 @@ class Recommender:
         if not 0 <= new_items <= k:
             raise RecllmError(f"{new_items} new items do not go into a list of {k}. Take 0 to {k}.")
         if new_items and self.fusion.new is None:
-            raise RecllmError("New items have no weights of their own in this bundle, so no places are kept for them.")
+            raise RecllmError(
+                "New items have no weights of their own in this bundle's fusion, so no places are kept for them. Train "
+                "with a fusion.new_share above 0 and more validation rows, or leave --new-items out."
+            )
         if new_items and KNOWN_BARRED not in {own.name for own in self._catalogue.get_overridable_initializers()}:
             raise RecllmError("This bundle was exported before places could be kept for new items. Export it again.")
 
@@ -298,7 +301,7 @@ class Recommender:
     ) -> Lists:
         if self._shortlist is None:
             return self._ranked(queries, vectors, count, exclude_seen, None, only_new=True)
-        # They are few: all of them, whatever a search would find.
+        # All of them, whatever a search would find.
         found = Lists.empty(len(queries), len(self.scorers))
         for start in range(0, len(self._new_places), PLACES_AT_ONCE):
             listed = np.tile(self._new_places[start : start + PLACES_AT_ONCE], (len(queries), 1))

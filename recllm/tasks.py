@@ -6,16 +6,21 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from recllm.data import Dataset, read_dataset
 from recllm.errors import RecllmError
 from recllm.evaluate import warm_and_cold
 from recllm.fetch import resolve_data
+from recllm.files import written
 from recllm.given import given_split
 from recllm.ranking import ItemIndex
 from recllm.runs import DataSettings, Run
 from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
+
+LEARNT, LEARNT_BEFORE = "learnt.parquet", "learnt-before.parquet"
+"""In a run's folder: the pairs of user and item that it has learnt with all that it started from, and those alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +64,17 @@ class Task:
         }
 
 
-def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
+def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: bool = True) -> Task:
     """Read and split the data of a run, and check that nothing after the cut reaches training.
 
+    Args:
+        run: the run.
+        say: gets a line of what is fetched, or left out.
+        begun: whether what lies in the run's folder is of this run, if there is anything.
+
     Raises:
-        RecllmError: the data cannot be read or split, or an item of a text model has no text at all.
+        RecllmError: the data cannot be read or split, an item of a text model has no text at all, or the run starts
+            from one that does not say what it has learnt.
     """
     settings = run.data
     if settings.name:
@@ -88,6 +99,8 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
         split = replace(split, test=sampled(split.test, settings.test_rows, seed))
     check_no_leak(split)
     _check_labels(split, run)
+    if run.start_from is not None:
+        split = _without_learnt(split, run, say, begun=begun)
     if not split.valid or not split.test:
         raise RecllmError(
             f"The split '{settings.split}' of '{dataset.name}' leaves {len(split.valid)} validation and "
@@ -95,6 +108,46 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None) -> Task:
             "choose another data.split."
         )
     return Task(dataset, split, ItemIndex(dataset.catalog.ids))
+
+
+def keep_learnt(run: Run, task: Task) -> None:
+    """Write into the run's folder which pairs of user and item it learns, with those of the runs it starts from."""
+    own = _pairs(task.split)
+    if run.start_from is not None:
+        before = pl.read_parquet(Path(run.start_from) / LEARNT)
+        with written(run.folder / LEARNT_BEFORE) as part:
+            before.write_parquet(part)
+        own = pl.concat([own, before]).unique(maintain_order=True)
+    with written(run.folder / LEARNT) as part:
+        own.write_parquet(part)
+
+
+def _pairs(split: Split) -> pl.DataFrame:
+    return split.train.frame.select("user_id", "item_id").unique(maintain_order=True)
+
+
+def _without_learnt(split: Split, run: Run, say: Callable[[str], None], *, begun: bool) -> Split:
+    """The split without those validation and test rows that the runs have learnt which this one starts from.
+
+    Such as those of a user with too few events to be asked about yesterday. What this run learns itself, where an
+    event may come again, stays.
+    """
+    own = run.folder / LEARNT_BEFORE
+    path = own if begun and own.is_file() else Path(str(run.start_from)) / LEARNT
+    if not path.is_file():
+        raise RecllmError(
+            f"start_from = '{run.start_from}' does not say what it has learnt (it has no {LEARNT}), so that nobody "
+            "could tell whether it knows this run's test rows. Train it again, or leave start_from out."
+        )
+    known = pl.read_parquet(path).join(_pairs(split), on=["user_id", "item_id"], how="anti")
+    pairs = set(known.iter_rows())
+    valid, test = (
+        [row for row in part if (row.query.user_id, row.item_id) not in pairs] for part in (split.valid, split.test)
+    )
+    gone = len(split.valid) - len(valid), len(split.test) - len(test)
+    if any(gone):
+        say(f"{gone[0]:,} validation and {gone[1]:,} test rows are left out: '{run.start_from}' has learnt them")
+    return replace(split, valid=valid, test=test)
 
 
 def _check_labels(split: Split, run: Run) -> None:

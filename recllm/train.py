@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from recllm.adapters import load_adapter
 from recllm.cards import write_adapter_card
 from recllm.devices import precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
@@ -31,8 +32,8 @@ from recllm.runs import (
 )
 from recllm.scoring import fit_fusion
 from recllm.sharded import check_shardable
-from recllm.tasks import Task, prepare
-from recllm.trained import adapter_recipe, check_names, collaborative
+from recllm.tasks import LEARNT, Task, keep_learnt, prepare
+from recllm.trained import check_names, collaborative
 from recllm.warmstart import check_start, check_start_data
 from recllm.watching import Watch
 
@@ -82,19 +83,21 @@ def train_run(
     state = process_state()
     say = say if state.is_main_process else _silent
     _check_folder(run, resume=resume, overwrite=overwrite)
+    begun = resume and (run.folder / ENVIRONMENT).is_file()
     with state.main_process_first():
         check_names(run, say, kept=resume)
         if sharded():
-            _check_shardable(run)
+            _check_shardable(run, kept=resume)
         if not (resume and has_been_taught(run)):
             check_teacher(run)
+        if not begun:
             check_start(run)
     with clock.stage("data"):
-        task = prepare(run, say)
+        task = prepare(run, say, begun=not overwrite)
         if resume:
             check_same_data(run, task.fingerprints())
             _check_processes(run, state.num_processes)
-        else:
+        if not begun:
             check_start_data(run, task.fingerprints())
         if state.is_main_process:
             _begin(run, task, overwrite=overwrite, processes=state.num_processes)
@@ -131,9 +134,10 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
         check_resumed(run)
 
 
-def _check_shardable(run: Run) -> None:
+def _check_shardable(run: Run, *, kept: bool) -> None:
     keys = precision_keys(run.train.precision) | run.train.trainer_keys()
-    recipe = None if run.model.name == "none" else adapter_recipe(run)
+    named = run.model.name != "none" and run.adapter.recipe != "none"
+    recipe = load_adapter(run.adapter, run.adapter_file if kept else None) if named else None
     half = torch.bfloat16 if keys.get("bf16") else torch.float16 if keys.get("fp16") else None
     check_shardable(recipe, half=half, compiled=any(keys.get(key) for key in COMPILING))
 
@@ -173,6 +177,8 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int) -> None:
     if not (run.folder / FILE).is_file():
         write_run(run, run.folder / FILE)
     keep_recipes(run)
+    if not (run.folder / LEARNT).is_file():
+        keep_learnt(run, task)
     if not (run.folder / ENVIRONMENT).is_file():
         write_environment(run, task.fingerprints(), device=_device(), processes=processes, sharding=sharding())
 

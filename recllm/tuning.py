@@ -26,7 +26,7 @@ from recllm.vectors import VECTORS, RawVectors
 Say = Callable[[str], None]
 JOURNAL, RESULT, BEST, PICTURE = "journal.log", "trials.json", "best.toml", "trials.svg"
 """What the folder of a search holds beside its trials."""
-FITTED = {"data", "cf", "recency", "ease", "transitions", "neighbours", "prompt", "seed", "model"}
+FITTED = {"data", "cf", "recency", "ease", "transitions", "neighbours", "prompt", "seed", "model", "start_from"}
 """Tables that change what is fitted before training; where none is searched it is fitted once for all trials."""
 TIMED_QUERIES, TIMED_ROUNDS = 64, 3
 """Validation queries that are scored together to time a user, and how often."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from recllm.adapters import load_adapter
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.mf import ImplicitMF
@@ -42,8 +43,8 @@ def check_start(run: Run) -> Run | None:
             f"recllm train {run.start_from} --resume"
         )
     here, there = _facts(run), _facts(earlier)
-    if "none" in (run.model.name, earlier.model.name):
-        here.pop("model.name"), there.pop("model.name")
+    if "none" not in (run.model.name, earlier.model.name):
+        here, there = here | _language_facts(run, None), there | _language_facts(earlier, earlier.adapter_file)
     for key, own in here.items():
         if own != (other := there.get(key, own)):
             raise RecllmError(
@@ -56,15 +57,31 @@ def check_start(run: Run) -> Run | None:
 def _facts(run: Run) -> dict[str, object]:
     """What two runs have to have alike, by the name that a user knows."""
     facts: dict[str, object] = {f"data.{key}": getattr(run.data, key) for key in SPLIT_KEYS}
-    if run.data.split == "cold-items" or run.data.shots is not None:
+    if run.data.split == "cold-items":
         facts["data.seed"] = run.seed if run.data.seed is None else run.data.seed
+    if run.data.shots is not None or run.control.lacking:  # drawn by it, as weights and orders of a control are
+        facts["seed"] = run.seed
+    facts |= {f"control.{key}": value for key, value in run.control.model_dump().items()}
+    if run.light.num_train_epochs:
+        facts |= {f"light.{key}": getattr(run.light, key) for key in ("width", "layers", "heads", "max_history")}
     return facts | {
         "model.task": run.model.task,
-        "model.name": run.model.name,
         "model.item_encoder": run.model.item_encoder or run.model.name,
-        "control.language_model": run.control.language_model,
         "cf.factors": run.cf.factors,
     }
+
+
+def _language_facts(run: Run, kept_recipe: str | None) -> dict[str, object]:
+    """What two language models have to have alike; dropout and the base's precision belong to a training."""
+    facts: dict[str, object] = {
+        f"model.{key}": getattr(run.model, key) for key in ("name", "layers", "history", "head_width")
+    }
+    facts["adapter.recipe"] = run.adapter.recipe
+    if run.adapter.recipe != "none":
+        recipe = load_adapter(run.adapter, kept_recipe)
+        own = {key: value for key, value in recipe.config.items() if "dropout" not in key}
+        facts |= {"the adapter's method": recipe.tuner, "the adapter's keys": own}
+    return facts
 
 
 def check_start_data(run: Run, fingerprints: dict[str, str]) -> None:
@@ -124,12 +141,16 @@ def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -
     weights = load_file(path)
     if OF_ITEMS in weights:
         ids = read_json((earlier.folder / VECTORS).with_suffix(".ids.json"))
-        weights[OF_ITEMS] = _biases(weights, ItemIndex(ids).rows(index.ids))
+        rows, known = ItemIndex(ids).rows(index.ids), ImplicitMF.load(earlier.folder / "cf").items
+        # On its list without an event: what the parameter holds for such an item was never learnt.
+        weights[OF_ITEMS] = _biases(weights, np.where(known.rows(index.ids) >= 0, rows, -1))
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
     for name, value in weights.items():
         if name not in own:
             raise _unfit(path, f"it has '{name}', and this run has not")
-        if value.shape != own[name].shape:
+        if value.numel() == own[name].numel() == 1:
+            weights[name] = value.reshape(own[name].shape)  # scalars of runs from before they were vectors of one
+        elif value.shape != own[name].shape:
             raise _unfit(path, f"'{name}' has the shape {list(value.shape)} there and {list(own[name].shape)} here")
     with torch.no_grad():
         for name, value in weights.items():
@@ -148,6 +169,6 @@ def _biases(weights: dict[str, Tensor], rows: NDArray[np.int64]) -> Tensor:
 
 def _unfit(path: Path, why: str) -> RecllmError:
     return RecllmError(
-        f"{path} does not fit: {why}. A run starts from one with the same [light], [adapter] and model.head_width; "
-        "take over its settings, or leave start_from out."
+        f"{path} does not fit: {why}. A run starts from one with the same [light], [adapter] and [model]; take over "
+        "its settings, or leave start_from out."
     )

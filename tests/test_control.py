@@ -104,6 +104,13 @@ def test_a_control_of_a_model_that_is_not_there_is_refused(tiny_run):
         load_run(tiny_run / "run.toml", ["control.language_model=random", "model.name=none"])
 
 
+@pytest.mark.parametrize("key", ["model.history=text", "model.task=relevance"])
+def test_text_vectors_are_no_control_of_who_reads_the_words(key, tiny_run):
+    with pytest.raises((RecllmError, ValidationError), match="this run's language model reads their words"):
+        load_run(tiny_run / "run.toml", ["control.text=shuffled", key])
+    load_run(tiny_run / "run.toml", ["control.text=shuffled", "model.task=relevance", "model.name=none"])
+
+
 def test_drawn_weights_are_not_quantised(tiny_run, tmp_path):
     overrides = ["control.language_model=random", "adapter.recipe=qlora", f"output={tmp_path}"]
     with pytest.raises(RecllmError, match=r"draws weights in full precision, and the recipe 'qlora'.*recipe=lora"):

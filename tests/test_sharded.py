@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,14 @@ def test_what_cannot_be_cut_is_refused_before_any_work(overrides, words, shardin
     with pytest.raises(RecllmError, match=words):
         train_run(run, say=lambda _: None)
     assert not run.folder.exists()
+
+
+def test_the_recipe_that_is_asked_for_counts_and_not_the_one_that_is_overwritten(sharding_by_fsdp, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "tiny")  # was trained with LoRA
+    run = load_run(tmp_path / "tiny" / "run.toml", ["adapter.recipe=adalora", f"output={tmp_path}"])
+    with pytest.raises(RecllmError, match="AdaLoRA counts ranks"):
+        train_run(run, overwrite=True, say=lambda _: None)
+    assert (tmp_path / "tiny" / "fusion.json").is_file()
 
 
 @pytest.mark.parametrize(

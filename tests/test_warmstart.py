@@ -6,18 +6,19 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from recllm.errors import RecllmError
 from recllm.files import read_json
+from recllm.judging import relevance_model
 from recllm.mf import FactorSettings, ImplicitMF
 from recllm.outcome import evaluate_run
 from recllm.ranking import ItemIndex
 from recllm.runs import ENVIRONMENT, Run, load_run
 from recllm.scoring import known_scores
-from recllm.tasks import prepare
+from recllm.tasks import LEARNT, keep_learnt, prepare
 from recllm.train import train_run
-from recllm.trained import light_model, load_collaborative
+from recllm.trained import adapter_recipe, light_model, load_collaborative
 from recllm.warmstart import check_start, check_start_data, start, turned
 
 WEIGHTS = "model.safetensors"
@@ -96,6 +97,16 @@ def test_biases_go_with_their_items(tiny_run, checkerboard_folder, after, tmp_pa
     found = dict(zip(task.index.ids, model.bias.tolist(), strict=True))
     assert found.pop("new") == before["cold_bias"].item()
     assert found == by_id
+    factors = tmp_path / "earlier"
+    shutil.copytree(tiny_run, factors)
+    mf = ImplicitMF.load(factors / "cf")
+    kept = [row for row, item in enumerate(mf.items.ids) if item != "7"]
+    ids = [mf.items.ids[row] for row in kept]
+    ImplicitMF(ItemIndex(ids), mf.item_factors[kept], mf.settings).save(factors / "cf")
+    start(model, after(f"data.name={folder}", start_from=factors), "light", task.index, lambda _: None)
+    listed = dict(zip(task.index.ids, model.bias.tolist(), strict=True))
+    assert listed["7"] == before["cold_bias"].item()  # on the list, and without an event that it could learn of
+    assert listed["9"] == by_id["9"]
     assert task.index.ids[:2] == ("new", "23")
 
 
@@ -134,6 +145,14 @@ def test_a_text_adapter_first_and_soft_tokens_after_it(rated_checkerboard, tiny_
     new = sum(value.numel() for name, value in later.items() if name not in earlier)
     assert f"'lm' starts from {first.folder}; {new:,} of its parameters are new" in lines
     assert f"'light' starts from {first.folder}" in lines
+    task = prepare(run)
+    drawn, _ = relevance_model(run, task, load_collaborative(run, task).features, adapter_recipe(run), lines.append)
+    soft = [name for name in later if "embed_tokens" in name]
+    assert len(soft) == len(later) - len(earlier)
+    moved = [not torch.equal(later[name], value) for name, value in drawn.named_parameters() if name in soft]
+    assert any(moved)
+    with pytest.raises(RecllmError, match=r"learning_rate = 0 leaves the adapter as it is.*soft_tokens = true"):
+        train_run(Run.model_validate(second | {"name": "no", "model": first.model.model_dump(exclude_none=True)}))
 
 
 @pytest.mark.parametrize(
@@ -158,11 +177,32 @@ def test_what_does_not_fit_is_refused_before_any_work(key, words, after, tiny_ru
     assert not run.folder.exists()
 
 
-def test_another_model_and_another_encoder_are_refused(after, tiny_encoder_folder):
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.name=other"], r"model\.name is 'other' here"),
+        (["model.layers=1"], r"model\.layers is 1 here and None in"),
+        (["model.head_width=8"], r"model\.head_width is 8 here and 16 in"),
+        (["light.width=8"], r"light\.width is 8 here and 16 in"),
+        (["light.layers=2"], r"light\.layers is 2 here and 1 in"),
+        (["adapter.recipe=dora"], r"adapter\.recipe is 'dora' here and 'lora' in"),
+        (["adapter.lora_alpha=99"], r"the adapter's keys is .*99.* here and"),
+        (["adapter.init_lora_weights=pissa"], r"the adapter's keys is .*pissa.* here and"),
+        (["control.language_model=random"], r"control\.language_model is 'random' here and 'pretrained' in"),
+        (["control.text=shuffled"], r"control\.text is 'shuffled' here and 'own' in"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_other_models_are_refused(overrides, words, after, tiny_lm_folder):
+    encoder = [f"model.item_encoder={tiny_lm_folder}"] if overrides == ["model.name=other"] else []
+    with pytest.raises(RecllmError, match=words):
+        check_start(after(*overrides, *encoder))
+
+
+def test_dropout_and_another_encoder(after, tiny_encoder_folder):
+    assert check_start(after("adapter.lora_dropout=0.3")) is not None
     with pytest.raises(RecllmError, match=r"model\.item_encoder is '.*' here"):
         check_start(after(f"model.item_encoder={tiny_encoder_folder}"))
-    with pytest.raises(RecllmError, match=r"model\.name is 'other' here"):
-        check_start(after("model.name=other"))
 
 
 def test_a_run_without_a_language_model_starts_its_light_scorer(after, tiny_run, tiny_lm_folder):
@@ -170,29 +210,59 @@ def test_a_run_without_a_language_model_starts_its_light_scorer(after, tiny_run,
     assert check_start(run).folder == tiny_run
 
 
-def test_other_shapes_are_named(after, tiny_run):
-    task = prepare(load_run(tiny_run))
-    features = load_collaborative(load_run(tiny_run), task).features
-    for key, words in (("light.width=8", r"has the shape \[.*\] there and"), ("light.layers=2", None)):
-        run, lines = after(key), []
-        model, _ = light_model(run, task, features)
-        if words is None:  # more layers than were learnt: those are new, and that is said
-            assert start(model, run, "light", task.index, lines.append)
-            assert "of its parameters are new" in lines[0]
-            continue
-        with pytest.raises(RecllmError, match=rf"model\.safetensors does not fit: .*{words}.*leave start_from out"):
-            start(model, run, "light", task.index, lines.append)
-    deep = after("light.layers=2")
-    shutil.copytree(tiny_run, deep.folder.parent / "deep")
-    model, _ = light_model(deep, task, features)
-    torch_weights = {name: value.detach().clone() for name, value in model.named_parameters()}
-    from safetensors.torch import save_file
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("more", torch.ones(2), r"it has 'more', and this run has not"),
+        ("query.bias", torch.ones(3), r"'query\.bias' has the shape \[3\] there and \[16\] here"),
+        ("cold_bias", torch.tensor(0.25), None),
+    ],
+)
+def test_what_a_file_has_is_what_the_model_takes(name, value, words, after, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "other")
+    path = tmp_path / "other" / "light" / WEIGHTS
+    save_file(load_file(path) | {name: value}, path)
+    run, task = after(start_from=tmp_path / "other"), prepare(load_run(tiny_run))
+    model, _ = light_model(run, task, load_collaborative(load_run(tiny_run), task).features)
+    if words is None:  # a scalar, as it once was
+        assert start(model, run, "light", task.index, lambda _: None)
+        assert model.cold_bias.tolist() == [0.25]
+        return
+    with pytest.raises(RecllmError, match=rf"model\.safetensors does not fit: {words}.*leave start_from out"):
+        start(model, run, "light", task.index, lambda _: None)
 
-    save_file(torch_weights, deep.folder.parent / "deep" / "light" / WEIGHTS)
-    plain = after(start_from=deep.folder.parent / "deep")
-    model, _ = light_model(plain, task, features)
-    with pytest.raises(RecllmError, match=r"it has '.*', and this run has not"):
-        start(model, plain, "light", task.index, lambda _: None)
+
+def test_rows_that_were_learnt_are_not_measured(tiny_run, checkerboard_folder, after, tmp_path):
+    """The earlier log was the longer one: everybody's last event that it learnt is asked about now, in validation."""
+    folder, half, lines = tmp_path / "data", tmp_path / "half", []
+    shutil.copytree(checkerboard_folder, folder)
+    events = pl.read_csv(folder / "interactions.csv", infer_schema=False).with_columns(pl.col("seq").cast(int))
+    events.filter(pl.col("seq") < pl.col("seq").max().over("user_id")).write_csv(folder / "interactions.csv")
+    run = after(f"data.name={folder}")
+    with pytest.raises(RecllmError, match=r"leaves 0 validation and 40 test events"):
+        prepare(run, lines.append)
+    assert lines == [f"40 validation and 0 test rows are left out: '{tiny_run}' has learnt them"]
+    shutil.copytree(tiny_run, half)
+    pl.read_parquet(half / LEARNT).filter(pl.col("user_id") != "u3").write_parquet(half / LEARNT)
+    task = prepare(after(f"data.name={folder}", start_from=half))
+    assert [row.query.user_id for row in task.split.valid] == ["u3"]
+    assert len(task.split.test) == 40
+
+
+def test_what_was_learnt_is_handed_on(tiny_run, after, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "monday")
+    more = pl.DataFrame({"user_id": ["elsewhere"], "item_id": ["1"]})
+    pl.concat([pl.read_parquet(tiny_run / LEARNT), more]).write_parquet(tmp_path / "monday" / LEARNT)
+    run = after("name=tuesday", start_from=tmp_path / "monday")
+    task = prepare(run)
+    keep_learnt(run, task)
+    handed = pl.read_parquet(run.folder / LEARNT)
+    assert ("elsewhere", "1") in set(handed.iter_rows())
+    assert len(handed) == handed.n_unique() == len(pl.read_parquet(tiny_run / LEARNT)) + 1
+    shutil.rmtree(tmp_path / "monday")  # what this run was measured on stays what it was
+    assert len(prepare(run).split.test) == len(task.split.test)
+    with pytest.raises(RecllmError, match=r"does not say what it has learnt \(it has no learnt\.parquet\)"):
+        prepare(run, begun=False)
 
 
 def test_what_is_no_finished_run_is_named(after, tiny_run, tmp_path):
