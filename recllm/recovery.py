@@ -175,8 +175,8 @@ def _smaller_validation(adjusted: Adjusted, rows: int, say: Callable[[str], None
         ) from None
     if rows == 1:
         raise RecllmError(
-            "Out of memory while validating a single row. Take shorter histories (model.max_history, light.max_history) "
-            "or a smaller model."
+            "Out of memory while validating a single row. Take shorter histories (model.max_history, "
+            "light.max_history) or a smaller model."
         ) from None
     say(f"Out of memory while validating {rows} rows at once: going on with {rows // 2}")
     return replace(adjusted, valid_parts=2 * adjusted.valid_parts)
