@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recllm.adapters import load_adapter
-from recllm.errors import RecllmError
+from recllm.errors import RecllmError, require
 from recllm.files import read_json
 from recllm.mf import ImplicitMF
 from recllm.ranking import ItemIndex
@@ -103,9 +103,9 @@ def check_start_data(run: Run, fingerprints: dict[str, str]) -> None:
 def turned(mf: ImplicitMF, run: Run) -> ImplicitMF:
     """The factors turned onto those of the earlier run, which say the same and lie as its models have learnt them.
 
-    Alternating least squares gives factors up to a rotation only. The one that brings the items that both have closest
-    together is U Vᵀ of the singular vectors of XᵀY (Schönemann 1966, "A generalized solution of the orthogonal
-    Procrustes problem"); dot products, and so everything that `mf` says itself, stay as they are.
+    Alternating least squares gives factors up to a rotation only. This one brings the items that both have closest
+    together (Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem"); dot products, and so
+    everything that `mf` says itself, stay as they are.
     """
     earlier = check_start(run)
     if earlier is None:
@@ -113,8 +113,9 @@ def turned(mf: ImplicitMF, run: Run) -> ImplicitMF:
     before = ImplicitMF.load(earlier.folder / "cf")
     rows = before.items.rows(mf.items.ids)
     now = mf.item_factors[rows >= 0].astype(np.float64)
-    left, _, right = np.linalg.svd(now.T @ before.item_factors[rows[rows >= 0]])
-    factors = (mf.item_factors @ (left @ right)).astype(np.float32)
+    procrustes = require("scipy.linalg", "train", "Turning factors").orthogonal_procrustes
+    rotation, _ = procrustes(now, before.item_factors[rows[rows >= 0]].astype(np.float64))
+    factors = (mf.item_factors @ rotation).astype(np.float32)
     return ImplicitMF(mf.items, factors, mf.settings, mf.half_life)
 
 
