@@ -15,7 +15,7 @@ from recllm.batch import Job, ahead, recommend_file, score_file, score_items_fil
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.parts import Parts, folder_of
-from recllm.query_rows import BadRow, count_rows, read_rows
+from recllm.query_rows import read_rows
 from recllm.ranking import ItemIndex
 
 HISTORIES = {"a": ["0", "2", "4"], "b": ["1", "3"], "c": ["10", "12", "14", "16"], "d": []}
@@ -470,27 +470,6 @@ def test_progress_says_how_many_how_fast_and_how_long(tmp_path, recommender, mon
     assert lines[0].startswith("2 of 4 users, ")
     assert lines[0].endswith(" s left")
     assert "users/s" in lines[0]
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
-def test_rows_are_counted_before_they_are_read(suffix, tmp_path):
-    assert count_rows(write(tmp_path / f"in{suffix}", HISTORIES)) == len(HISTORIES)
-
-
-def test_parquet_rows_come_in_order_from_many_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr("recllm.query_rows.PARQUET_ROWS", 16)
-    frame = pl.DataFrame({"history": [[row, row + 1] for row in range(200)], "text": ["x"] * 200})
-    frame.write_parquet(tmp_path / "in.parquet", row_group_size=24)
-    rows = list(read_rows(tmp_path / "in.parquet"))
-    assert [row.history for row in rows] == [(str(row), str(row + 1)) for row in range(200)]
-    assert [row.line for row in rows] == list(range(1, 201))
-    assert not any(isinstance(row, BadRow) for row in rows)
-
-
-def test_a_file_that_is_no_parquet_is_named(tmp_path):
-    (tmp_path / "in.parquet").write_bytes(b"user_id,history\n")
-    with pytest.raises(RecllmError, match="is not a Parquet file that can be read"):
-        read_rows(tmp_path / "in.parquet")
 
 
 def test_the_input_is_not_written_over(recommender, tmp_path):

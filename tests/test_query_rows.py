@@ -1,0 +1,35 @@
+"""Rows of a job: counted before they are read, in order, and a file of another kind is named."""
+
+import polars as pl
+import pytest
+
+from recllm.errors import RecllmError
+from recllm.query_rows import BadRow, count_rows, read_rows
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_rows_are_counted_before_they_are_read(suffix, tmp_path):
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".parquet":
+        pl.DataFrame({"history": [["0", "2"], ["1"], []]}).write_parquet(path)
+    elif suffix == ".jsonl":
+        path.write_text('{"history": ["0", "2"]}\n{"history": ["1"]}\n{"history": []}\n', encoding="utf-8")
+    else:
+        path.write_text("history\n0 2\n1\n[]\n", encoding="utf-8")
+    assert count_rows(path) == 3
+
+
+def test_parquet_rows_come_in_order_from_many_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr("recllm.query_rows.PARQUET_ROWS", 16)
+    frame = pl.DataFrame({"history": [[row, row + 1] for row in range(200)], "text": ["x"] * 200})
+    frame.write_parquet(tmp_path / "in.parquet", row_group_size=24)
+    rows = list(read_rows(tmp_path / "in.parquet"))
+    assert [row.history for row in rows] == [(str(row), str(row + 1)) for row in range(200)]
+    assert [row.line for row in rows] == list(range(1, 201))
+    assert not any(isinstance(row, BadRow) for row in rows)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "in.parquet").write_bytes(b"user_id,history\n")
+    with pytest.raises(RecllmError, match="is not a Parquet file that can be read"):
+        read_rows(tmp_path / "in.parquet")
