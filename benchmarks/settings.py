@@ -28,7 +28,7 @@ PROTOCOLS = {
     "ctr": Protocol(("collm-ml-1m",), "given", "AUC", "relevance"),
     "few-shot": Protocol(("tallrec-movie",), "given", "AUC", "relevance"),
 }
-SHORT_PROMPT = Path(__file__).parent / "next_item_short.toml"
+SHORT_PROMPTS = {task: str(Path(__file__).parent / f"{task}_short.toml") for task in ("next_item", "relevance")}
 FUSIONS = [
     "by counts",
     "without counts",
@@ -73,7 +73,24 @@ DATA: dict[str, dict[str, Any]] = {
         "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
     },
     # The longer a history with likes and dislikes, the more the judge knows of its user (LOG.md).
-    "collm-ml-1m": {"light": {"max_history": 80}},
+    # Its language model reads the rows of a user's films together, half its layers in one pass.
+    "collm-ml-1m": {
+        "light": {"max_history": 80},
+        "model": {
+            "layers": 15,
+            "max_history": 30,
+            "history_stride": 15,
+            "rows_together": 30,
+            "relevance_rows": 40_000,
+            "pairwise": 0.5,
+        },
+        "train": {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "torch_compile": True,
+        },
+    },
     # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items.
     "amazon-beauty-2014": {
         "light": {"per_device_train_batch_size": 128, "max_history": 20, "num_train_epochs": 14},
@@ -95,7 +112,7 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool, control: str |
         # On a CPU adapters on all linear layers, with dropout, cost more than the frozen model itself.
         "adapter": {"recipe": "lora", "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0},
         "fusion": {"kinds": FUSIONS},
-        "prompt": {"next_item": str(SHORT_PROMPT)},
+        "prompt": dict(SHORT_PROMPTS),
         "train": {
             "num_train_epochs": 3,
             "per_device_train_batch_size": 64,

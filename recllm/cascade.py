@@ -123,7 +123,7 @@ def shares_prefixes(model: nn.Module) -> bool:
     A family may keep something else than keys and values, share them between layers, or add to its attention what
     cascade attention does not know: then the hidden states differ, and prompts are to be read whole.
     """
-    if not _tells_windows(model):
+    if not tells_windows(model):
         return False
     device = next(model.parameters()).device
     ids = torch.arange(1, 8, device=device)[None]
@@ -141,9 +141,9 @@ def shares_prefixes(model: nn.Module) -> bool:
     return bool((whole - parts).abs().max() <= SAME * whole.abs().max())
 
 
-def _tells_windows(model: nn.Module) -> bool:
+def tells_windows(model: nn.Module) -> bool:
     """Whether layers that look back a limited way say so to their attention, which the short trial cannot see."""
-    kinds = set(getattr(_pretrained(model).config, "layer_types", None) or ())
+    kinds = set(getattr(pretrained(model).config, "layer_types", None) or ())
     if not kinds - {"full_attention"}:
         return True
     layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
@@ -153,7 +153,7 @@ def _tells_windows(model: nn.Module) -> bool:
 @contextmanager
 def _cascading(model: nn.Module) -> Iterator[None]:
     """With cascade attention in place of the model's own."""
-    config = _pretrained(model).config
+    config = pretrained(model).config
     own = config._attn_implementation
     config._attn_implementation = NAME
     try:
@@ -162,7 +162,7 @@ def _cascading(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = own
 
 
-def _pretrained(model: nn.Module) -> PreTrainedModel:
+def pretrained(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside whatever PEFT has put around it."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 

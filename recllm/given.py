@@ -39,6 +39,8 @@ EVENTS = {
 Row = tuple[str, str, float, list[str], list[float | None] | None, int | None]
 UNKNOWN_SHARE, WHOLE_SHARE = 1 / 3, 1 / 3
 """Shares of train rows whose user is taken for unknown, and of those that know all of the user's earlier rows."""
+NEIGHBOURS = 40
+"""Train rows of a user, one after the other, that know the earlier ones up to the same point."""
 
 
 def given_split(folder: Path, *, shots: int | None = None, rated_histories: bool = True, seed: int = 0) -> Split:
@@ -139,7 +141,7 @@ class _Judged:
             return row
         own = self.users.get(user, [])
         if place is not None:
-            before = own[: _shown(user, item, bisect.bisect_left(own, (_time(timestamp), place)))]
+            before = own[: _shown(user, bisect.bisect_left(own, (_time(timestamp), place)), len(own))]
         else:
             before = [event for event in own if timestamp is None or event[0] <= timestamp]
         labels = {event[2]: event[3] for event in before if event[2] != item}  # its own label, if it stands twice
@@ -161,15 +163,20 @@ def _time(timestamp: int | None) -> float:
     return -math.inf if timestamp is None else float(timestamp)
 
 
-def _shown(user: str, item: str, earlier: int) -> int:
-    """How many of the user's earlier train rows a train row knows: the same in every run."""
-    digest = hashlib.blake2b(f"{user}\0{item}".encode(), digest_size=4).digest()
+def _shown(user: str, earlier: int, rows: int) -> int:
+    """How many of `earlier` train rows of a user with `rows` of them a train row knows: the same in every run.
+
+    Neighbours know them up to the same point, so that the history of one goes on from another's.
+    """
+    block = earlier // NEIGHBOURS
+    digest = hashlib.blake2b(f"{user}\0{block}".encode(), digest_size=4).digest()
     drawn = int.from_bytes(digest) / 2**32
     if drawn < UNKNOWN_SHARE:
         return 0
     if drawn >= 1 - WHOLE_SHARE:
         return earlier
-    return int((drawn - UNKNOWN_SHARE) / (1 - UNKNOWN_SHARE - WHOLE_SHARE) * (earlier + 1))
+    last = min(rows, (block + 1) * NEIGHBOURS)
+    return min(earlier, int((drawn - UNKNOWN_SHARE) / (1 - UNKNOWN_SHARE - WHOLE_SHARE) * last))
 
 
 def _interactions(rows: list[Row]) -> Interactions:

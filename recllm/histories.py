@@ -8,6 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def window_start(length: int, limit: int, stride: int) -> int:
+    """Where the read end of a history of `length` items begins: at the first multiple of `stride` that leaves `limit`.
+
+    So a history and the same one with a few more events mostly begin at the same item.
+    """
+    stride = min(stride, limit)  # else a history a little longer than the limit had nothing left
+    return max(0, -(-(length - limit) // stride) * stride)
+
+
 @dataclass(frozen=True)
 class HistoryFormat:
     """How a history becomes ids of a table whose first rows are `vocabulary` and whose other rows are item tokens.
@@ -38,8 +47,7 @@ class HistoryFormat:
         """
         if self.texts is not None:
             rows = rows[[self.texts[row] is not None for row in rows]]
-        over = len(rows) - self.limit
-        return self.fitting(rows[max(0, -(-over // self.stride) * self.stride) :] if over > 0 else rows)
+        return self.fitting(rows[window_start(len(rows), self.limit, self.stride) :])
 
     def fitting(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The last of `rows` whose texts fit into the model's positions; all of them where items are tokens."""

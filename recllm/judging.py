@@ -1,8 +1,9 @@
 """Judging: train a language model to say whether a user will like an item; beside it the scorers of ratings."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from recllm.adapters import AdapterRecipe, attach, merge
 from recllm.cards import save_adapter
 from recllm.checkpoints import has_checkpoint, load_trained, save_trained, trained_values
 from recllm.data import Query
-from recllm.devices import fast_bf16, precision_keys, process_state
+from recllm.devices import fast_bf16, precision_keys, process_state, sharded
 from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.examples import Examples
@@ -23,7 +24,7 @@ from recllm.lm import embedding_scale, scoring_device
 from recllm.loop import Stage, adapter_names, fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
-from recllm.pairs import Made, earlier_events, labelled_rows, training_pairs
+from recllm.pairs import Made, earlier_events, in_blocks, labelled_rows, training_blocks, user_of
 from recllm.pointwise import PairPrompts
 from recllm.priors import ItemMean, UserMean
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
@@ -31,6 +32,7 @@ from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.ratedneighbours import MOST_ITEMS, RatedNeighbours
 from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
 from recllm.runs import Run
+from recllm.sequence import IGNORED
 from recllm.softtokens import add_soft_tokens, bake_soft_tokens
 from recllm.splits import Example, like_threshold
 from recllm.tasks import Task
@@ -44,6 +46,7 @@ from recllm.trained import (
     save_stage,
     stage_done,
 )
+from recllm.trees import TreeCollator, Written, reads_trees
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import start
 from recllm.watching import Watch
@@ -182,7 +185,7 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
         "seed": run.seed,
         "report_to": run.train.trainer_keys().get("report_to", "none"),
     }
-    rows = training_pairs(
+    rows = training_blocks(
         task,
         items=frozenset(task.index.ids),
         like_at=run.data.like_at,
@@ -192,13 +195,13 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
         at_least=rows_at_least(arguments),
         seed=run.seed,
         block=ROWS_OF_A_USER,
-    )
+    ).each
     valid = validation_sample(run, task, form.knows, "a known history")
     return Stage(
         "light",
         model,
         Examples(Made(len(rows), lambda place: _pair(form, rows[place]))),
-        Examples([form.pair(row.query, row.item_id)._replace(label=row.label or 0.0) for row in valid]),
+        Examples([form.pair(row.query, row.item_id)._replace(label=row.label or 0.0) for (row,) in valid]),
         collator=PairCollator(),
         valid_collator=PairCollator(),
         arguments=arguments,
@@ -229,7 +232,8 @@ def relevance_model(
     base = own_base(run, recipe, say)
     prompt = load_prompt(run.prompt_file("relevance"), task="relevance")
     prompt.check_against(task.dataset.catalog)
-    prompt = prompt.model_copy(update={"max_history": min(prompt.max_history, run.model.max_history)})
+    read = min(prompt.max_history, run.model.max_history)
+    prompt = prompt.model_copy(update={"max_history": read, "history_stride": run.model.history_stride})
     compiled = compile_prompt(prompt, base.tokenizer, like_threshold(task.split.train, run.data.like_at))
     torch.manual_seed(run.seed)
     scale = embedding_scale(base)
@@ -289,20 +293,30 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
         **settings.trainer_keys(),
     }
     train, valid = Examples([]), Examples([])
+    together = run.model.rows_together
+    if together > 1 and not (model.causal and (sharded() or reads_trees(model.body))):
+        raise RecllmError(
+            f"'{run.model.name}' cannot read several rows behind one history. Leave model.rows_together at 1."
+        )
     if any(value.requires_grad for value in model.parameters()):
-        rows = training_pairs(
+        blocks = training_blocks(
             task,
             items=prompts.candidates,
             like_at=run.data.like_at,
             max_history=run.model.max_history,
             limit=run.model.relevance_rows,
             epochs=settings.num_train_epochs,
-            at_least=rows_at_least(arguments),
+            at_least=rows_at_least(arguments) * together,
             seed=run.seed,
-            block=ROWS_OF_A_USER if inside else 1,
+            block=together if together > 1 else ROWS_OF_A_USER if inside else 1,
+            stride=run.model.history_stride,
+            alike=prompts.beginning if together > 1 else user_of,
         )
-        train, valid = written(rows, prompts), written(validation_rows(run, task, prompts), prompts)
+        judged = validation_blocks(run, task, prompts)
+        write = partial(written_blocks if together > 1 else written_rows, prompts=prompts)
+        train, valid = write(blocks), write(judged)
     model.inside = inside
+    collator = TreeCollator() if together > 1 else RelevanceCollator()
     trained = {name for name, own in model.named_parameters() if own.requires_grad}
     if settings.learning_rate == 0 and trained and trained == adapter_names(model):
         raise RecllmError(
@@ -314,8 +328,8 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
         model,
         train,
         valid,
-        collator=RelevanceCollator(),
-        valid_collator=RelevanceCollator(),
+        collator=collator,
+        valid_collator=collator,
         arguments=arguments,
         compute_metrics=auc_metric,
         metric="eval_auc",
@@ -324,35 +338,65 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
     )
 
 
-def written(rows: Sequence[Example], prompts: PairPrompts) -> Examples:
-    """Prompt ids, label and user of every row, written when they are asked for; a row without a user has −1."""
-    users: dict[str, int] = {}
+def written_rows(blocks: Sequence[Sequence[Example]], prompts: PairPrompts) -> Examples:
+    """Prompt ids, label and user of every row of the blocks, written when they are asked for."""
+    places = [(number, row) for number, block in enumerate(blocks) for row in range(len(block))]
+    write = RowWriter(prompts)
 
-    def write(place: int) -> tuple[list[int], float, int]:
-        row = rows[place]
+    def whole(place: int) -> tuple[list[int], float, int]:
+        number, row = places[place]
+        stem, branch, label, user = write(blocks[number][row])
+        return stem + branch, label, user
+
+    return Examples(Made(len(places), whole))
+
+
+def written_blocks(blocks: Sequence[Sequence[Example]], prompts: PairPrompts) -> Examples:
+    """The rows of every block, written when they are asked for."""
+    write = RowWriter(prompts)
+    return Examples(Made(len(blocks), lambda place: [write(row) for row in blocks[place]]))
+
+
+class RowWriter:
+    """Writes rows, and numbers their users as they come; a row without a user has −1."""
+
+    def __init__(self, prompts: PairPrompts) -> None:
+        self.prompts = prompts
+        self.users: dict[str, int] = {}
+
+    def __call__(self, row: Example) -> Written:
+        """A labelled row as token ids."""
         assert row.label is not None
-        user = -1 if row.query.user_id is None else users.setdefault(row.query.user_id, len(users))
-        return prompts.whole(row.query, row.item_id), row.label, user
-
-    return Examples(Made(len(rows), write))
+        user = -1 if row.query.user_id is None else self.users.setdefault(row.query.user_id, len(self.users))
+        return Written(self.prompts.stem(row.query), self.prompts.branch(row.item_id), row.label, user)
 
 
-def validation_rows(run: Run, task: Task, prompts: PairPrompts) -> list[Example]:
-    """Labelled validation rows that the model can judge, at most `VALIDATION_ROWS` of them, the same for one seed.
+def validation_blocks(run: Run, task: Task, prompts: PairPrompts) -> list[list[Example]]:
+    """Blocks of labelled validation rows that the model can judge, in all about `VALIDATION_ROWS`.
 
     Raises:
         RecllmError: they do not have both labels.
     """
+    together = run.model.rows_together
     return validation_sample(
         run,
         task,
         lambda query, item: prompts.knows(query) and item in prompts.candidates,
         "a history and text",
+        block=together,
+        alike=prompts.beginning,
     )
 
 
-def validation_sample(run: Run, task: Task, judges: Callable[[Query, str], bool], what: str) -> list[Example]:
-    """At most `VALIDATION_ROWS` labelled validation rows that a model can judge, the same for one seed.
+def validation_sample(
+    run: Run,
+    task: Task,
+    judges: Callable[[Query, str], bool],
+    what: str,
+    block: int = 1,
+    alike: Callable[[Query], Hashable] = user_of,
+) -> list[list[Example]]:
+    """Blocks of labelled validation rows that a model can judge, the same for one seed, to about `VALIDATION_ROWS`.
 
     Raises:
         RecllmError: they do not have both labels; `what` says in the message what a row needs.
@@ -363,13 +407,16 @@ def validation_sample(run: Run, task: Task, judges: Callable[[Query, str], bool]
             f"The checkpoint is chosen by AUC on validation, and its {len(rows)} rows that have {what} do "
             "not have both labels. Set data.like_at, or choose another data.split."
         )
-    kept = np.sort(np.random.default_rng(run.seed).permutation(len(rows))[:VALIDATION_ROWS])
-    return [rows[place] for place in kept]
+    blocks = in_blocks(rows, np.random.default_rng(run.seed).permutation(len(rows)), block, alike)
+    before = np.cumsum([0, *map(len, blocks)])[:-1]  # rows of the blocks before each
+    kept = [own for own, count in zip(blocks, before, strict=True) if count < VALIDATION_ROWS]
+    return [[rows[place] for place in own] for own in sorted(kept)]
 
 
 def auc_metric(prediction: EvalPrediction) -> dict[str, float]:
-    """AUC of the logits."""
-    return {"auc": auc(np.asarray(prediction.label_ids)[:, 0], np.asarray(prediction.predictions).reshape(-1))}
+    """AUC of the logits of what is a row."""
+    labels, logits = np.asarray(prediction.label_ids).reshape(-1), np.asarray(prediction.predictions).reshape(-1)
+    return {"auc": auc(labels[labels != IGNORED], logits[labels != IGNORED])}
 
 
 def load_relevance(run: Run, task: Task, *, bf16: bool | None = None) -> RelevanceScorer:

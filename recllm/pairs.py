@@ -1,6 +1,6 @@
 """Labelled pairs: (query, item, label) rows to train relevance on and to measure it by, with sampled negatives."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from typing import TypeVar, overload
 
 import numpy as np
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from recllm.data import Query
 from recllm.errors import RecllmError
+from recllm.histories import window_start
 from recllm.splits import Example, like_threshold
 from recllm.tasks import Task
 
@@ -38,14 +39,19 @@ class Made(Sequence[T]):
         return self.make(places) if isinstance(places, int) else [self.make(place) for place in places]
 
 
-def earlier_events(task: Task, *, like_at: float, max_history: int) -> Sequence[Example]:
-    """Every training event that has an earlier one, its history the last `max_history` events before it."""
+def user_of(query: Query) -> str | None:
+    """What rows have in common that stand together, where nothing else is said."""
+    return query.user_id
+
+
+def earlier_events(task: Task, *, like_at: float, max_history: int, stride: int = 1) -> Sequence[Example]:
+    """Every training event that has an earlier one, its history the last events before it, as `window_start` cuts."""
     queries, threshold = list(task.split.train.histories().values()), like_threshold(task.split.train, like_at)
     places = [(user, place) for user, query in enumerate(queries) for place in range(1, len(query.history))]
 
     def make(row: int) -> Example:
         user, place = places[row]
-        query, first = queries[user], max(0, place - max_history)
+        query, first = queries[user], window_start(place, max_history, stride)
         ratings = None if query.ratings is None else query.ratings[first:place]
         rating = None if query.ratings is None else query.ratings[place]
         label = None if rating is None else float(rating >= threshold)
@@ -54,7 +60,21 @@ def earlier_events(task: Task, *, like_at: float, max_history: int) -> Sequence[
     return Made(len(places), make)
 
 
-def training_pairs(
+class Blocks(Made[list[Example]]):
+    """Blocks of rows, made when they are asked for; `sizes` are the numbers of their rows."""
+
+    def __init__(self, sizes: Sequence[int], make: Callable[[int], list[Example]]) -> None:
+        super().__init__(len(sizes), make)
+        self.sizes = sizes
+
+    @property
+    def each(self) -> Sequence[Example]:
+        """Their rows, one after the other."""
+        places = [(number, row) for number, rows in enumerate(self.sizes) for row in range(rows)]
+        return Made(len(places), lambda place: self[places[place][0]][places[place][1]])
+
+
+def training_blocks(
     task: Task,
     *,
     items: Container[str],
@@ -65,7 +85,9 @@ def training_pairs(
     seed: int,
     at_least: int = 0,
     block: int = 1,
-) -> Sequence[Example]:
+    stride: int = 1,
+    alike: Callable[[Query], Hashable] = user_of,
+) -> Blocks:
     """The rows that relevance is trained on, in the order in which they are seen, all epochs one after the other.
 
     With labels of both kinds they are the labelled events; where all are positive (no ratings), every event is
@@ -80,13 +102,16 @@ def training_pairs(
         epochs: passes.
         seed: of order and samples.
         at_least: further passes until there are so many rows.
-        block: the most rows of one user that stand together, for a loss inside users.
+        block: the most events that stand together.
+        stride: a longer history begins at a multiple of so many items.
+        alike: events whose queries it gives the same stand together; by default those of one user.
 
     Raises:
         RecllmError: no training event has a history, or a user has every item.
     """
     given = task.split.train_rows
-    base = earlier_events(task, like_at=like_at, max_history=max_history) if given is None else given
+    events = earlier_events(task, like_at=like_at, max_history=max_history, stride=stride)
+    base = events if given is None else given
     labels = {
         row: example.label for row, example in enumerate(base) if example.query.history and example.item_id in items
     }
@@ -100,35 +125,37 @@ def training_pairs(
     count = limit if judged else max(1, limit // 2)
     passes = max(epochs, -(-at_least // (min(count, len(rows)) * (1 if judged else 2))))
     order = [
-        (epoch, int(row))
+        (epoch, own)
         for epoch in range(passes)
-        for row in _blocks(base, np.random.default_rng((seed, epoch)).permutation(rows)[:count], block)
+        for own in in_blocks(base, np.random.default_rng((seed, epoch)).permutation(rows)[:count], block, alike)
     ]
     if judged:
-        return Made(len(order), lambda place: base[order[place][1]])
+        return Blocks([len(own) for _, own in order], lambda place: [base[row] for row in order[place][1]])
     negatives = Negatives(task, task.split.train.histories(), items)
 
-    def make(place: int) -> Example:
-        epoch, row = order[place // 2]
-        return negatives.pair(base[row], (seed, epoch, row))[place % 2]
+    def make(place: int) -> list[Example]:
+        epoch, own = order[place]
+        return [row for event in own for row in negatives.pair(base[event], (seed, epoch, event))]
 
-    return Made(2 * len(order), make)
+    return Blocks([2 * len(own) for _, own in order], make)
 
 
-def _blocks(base: Sequence[Example], rows: NDArray[np.int64], block: int) -> NDArray[np.int64]:
-    """The rows, in blocks of up to `block` of one user; blocks stand where their first row stood."""
+def in_blocks(
+    base: Sequence[Example], rows: NDArray[np.int64], block: int, alike: Callable[[Query], Hashable]
+) -> list[list[int]]:
+    """The `rows` of `base`, in blocks of up to `block` that are alike; blocks stand where their first row stood."""
     if block == 1:
-        return rows
-    open_blocks: dict[str | None, list[int]] = {}
+        return [[row] for row in rows.tolist()]
+    open_blocks: dict[Hashable, list[int]] = {}
     blocks: list[list[int]] = []
     for row in rows.tolist():
-        user = base[row].query.user_id
-        own = open_blocks.get(user)
+        key = alike(base[row].query)
+        own = open_blocks.get(key)
         if own is None or len(own) == block:
-            own = open_blocks[user] = []
+            own = open_blocks[key] = []
             blocks.append(own)
         own.append(row)
-    return np.array([row for own in blocks for row in own], dtype=np.int64)
+    return blocks
 
 
 def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:

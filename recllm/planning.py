@@ -28,6 +28,7 @@ from recllm.nextitem import language_stage, light_stage
 from recllm.runs import Run
 from recllm.tasks import Task, prepare
 from recllm.trained import Say, check_names, encoder_name
+from recllm.trees import TreeCollator
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import check_start
 from recllm.watching import NonFiniteLossError
@@ -293,6 +294,8 @@ def shown(run: Run, task: Task, stage: Stage) -> list[str]:
     if not isinstance(stage.collator, NextItemCollator):
         words = {1.0: "liked", 0.0: "not liked"}
         soft: int | None = stage.model.soft_from  # type: ignore[assignment]
+        if isinstance(stage.collator, TreeCollator):
+            examples = [(row.stem + row.branch, row.label, row.user) for block in examples for row in block][:SHOWN]
         return [f"{_spelt(ids, tokenizer, titles, soft)}\n→ {words[label]}" for ids, label, _ in examples]
     history = stage.collator.history
     return [

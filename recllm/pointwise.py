@@ -19,6 +19,8 @@ from recllm.prompts import CompiledPrompt
 from recllm.ranking import ItemIndex, Scores
 
 Ids = NDArray[np.int64]
+Beginning = tuple[str | None, int, str | None]
+"""User, place and item of the first event that is read."""
 
 CALL_TOKENS = 32
 """What a pass costs beside its tokens, in tokens: a shorter block has to save more padding than that."""
@@ -127,18 +129,36 @@ class PairPrompts:
 
     def prefix(self, query: Query) -> list[int]:
         """Everything up to the candidate."""
-        kept = [place for place, item in enumerate(query.history) if self._items.get(item) is not None]
-        kept = kept[-self.prompt.prompt.max_history :]
+        return self.stem(query) + self.prompt.middle
+
+    def stem(self, query: Query) -> list[int]:
+        """The part of the prefix that a longer history of the same `beginning` goes on from."""
+        known = self._known(query)
+        first, stride = self.prompt.first_read(len(known)), self.prompt.prompt.history_stride
         while True:
+            kept = known[first:]
             ratings = None if query.ratings is None else [query.ratings[place] for place in kept]
-            ids = self.prompt.prefix_ids([self._items[query.history[place]] for place in kept], ratings)
-            if len(ids) <= self._room or not kept:
+            ids = self.prompt.stem_ids([self._items[query.history[place]] for place in kept], ratings)
+            if len(ids) + len(self.prompt.middle) <= self._room or not kept:
                 return ids
-            kept = kept[1:]
+            first += stride if len(kept) > stride else 1
+
+    def branch(self, item_id: str) -> list[int]:
+        """What stands behind the stem, of an item that is among the candidates."""
+        return self.prompt.middle + self.candidates[item_id]
 
     def whole(self, query: Query, item_id: str) -> list[int]:
         """The whole prompt of an item that is among the candidates."""
-        return self.prefix(query) + self.candidates[item_id]
+        return self.stem(query) + self.branch(item_id)
+
+    def beginning(self, query: Query) -> Beginning:
+        """Alike for histories of one user that are read from the same item on: mostly one goes on from another."""
+        known = self._known(query)
+        first = self.prompt.first_read(len(known))
+        return query.user_id, first, query.history[known[first]] if known else None
+
+    def _known(self, query: Query) -> list[int]:
+        return [place for place, item in enumerate(query.history) if self._items.get(item) is not None]
 
 
 @dataclass
@@ -253,8 +273,7 @@ class PointwiseScorer:
         if single:
             empty = self._calibration([items[row] for row in single])
             with self._reading():
-                written = [self.prompts.whole(queries[row], items[row]) for row in single]
-                result[single] = self._whole(written, self.progress)
+                result[single] = self._apart([queries[row] for row in single], [items[row] for row in single])
             result[single] -= np.array([empty[items[row]] for row in single], dtype=np.float32)
         return result
 
@@ -290,6 +309,11 @@ class PointwiseScorer:
     def _reading(self) -> AbstractContextManager[None]:
         """Whatever the reader needs around its passes."""
         return nullcontext()
+
+    def _apart(self, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
+        """Answers float32[pairs] about one item per query, not calibrated."""
+        written = [self.prompts.whole(query, item) for query, item in zip(queries, items, strict=True)]
+        return self._whole(written, self.progress)
 
     def _whole(self, written: Sequence[list[int]], progress: Callable[[int], None]) -> NDArray[np.float32]:
         """Answers float32[prompts] to whole prompts, read in batches of one length as nearly as may be."""

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError, unknown
+from recllm.histories import window_start
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.templates import REST, Slot, literals, render_item, split_item, split_text
 from recllm.tokens import Tokens
@@ -46,6 +47,8 @@ class Prompt(Settings):
     """The positive answer, then the negative one (relevance prompts only)."""
     max_history: PositiveInt = 30
     """The last so many items of a history are written."""
+    history_stride: PositiveInt = 1
+    """A longer history begins at a multiple of so many items: then its beginning is the same for some events."""
     max_item_tokens: PositiveInt = 32
     """An item's text is cut after so many tokens."""
     max_candidate_tokens: PositiveInt | None = None
@@ -127,6 +130,8 @@ class CompiledPrompt:
     """What stands before the history (before the item, in an item prompt), with the beginning-of-text token."""
     end: list[int]
     """What the tokenizer itself puts at the end of a text ([SEP] of an encoder); often nothing."""
+    middle: list[int]
+    """What stands between the history and the candidate."""
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None) -> None:
         """Compile; `like_at` is the rating from which an item counts as liked (None: ratings are not written)."""
@@ -153,7 +158,7 @@ class CompiledPrompt:
         opening = self._tokens.template(head)
         # A template that writes the beginning-of-text token itself does not get it twice.
         self.start = opening if opening[: len(begin)] == begin else begin + opening
-        self._middle, self._tail = self._tokens.template(middle), self._tokens.template(around[-1])
+        self.middle, self._tail = self._tokens.template(middle), self._tokens.template(around[-1])
         self._separator = self._tokens.template(separator)
         self._empty = self._tokens.template(head_lead + prompt.empty_history)
         self._marks = self._tokens.template(prompt.disliked), self._tokens.template(prompt.liked)
@@ -197,8 +202,16 @@ class CompiledPrompt:
 
     def prefix_ids(self, items: Sequence[list[int] | None], ratings: Sequence[float | None] | None = None) -> list[int]:
         """`prefix` from the `item_ids` of the history, oldest first; None items are left out."""
+        return self.stem_ids(items, ratings) + self.middle
+
+    def stem_ids(self, items: Sequence[list[int] | None], ratings: Sequence[float | None] | None = None) -> list[int]:
+        """The part of a prefix that a longer history goes on from; `middle` is the rest of it."""
         assert self.prompt.task == "relevance"
-        return self.start + self._history(items, ratings) + self._middle
+        return self.start + self._history(items, ratings)
+
+    def first_read(self, items: int) -> int:
+        """The first of so many items of a history that is written."""
+        return window_start(items, self.prompt.max_history, self.prompt.history_stride)
 
     @property
     def empty_prefix(self) -> list[int]:
@@ -232,13 +245,14 @@ class CompiledPrompt:
         if self.prompt.task == "item":
             named = [("item", self.item_ids(catalog.record(candidate)) or [])]
         elif self.prompt.task == "next_item":
-            kept = [ids for ids in items if ids is not None][-self.prompt.max_history :]
+            known = [ids for ids in items if ids is not None]
+            kept = known[self.first_read(len(known)) :]
             named = [("start", self.start), *((f"item {place}", ids) for place, ids in enumerate(kept, start=1))]
         else:
             history = self._history(items, query.ratings)
             suffix = self.suffix(catalog.record(candidate)) or self._tail
             split = len(suffix) - len(self._tail)
-            named = [("start", self.start), ("history", history), ("middle", self._middle)]
+            named = [("start", self.start), ("history", history), ("middle", self.middle)]
             named += [("candidate", suffix[:split]), ("rest", suffix[split:])]
         tokens = [token for _, ids in named for token in ids]
         pieces = [Piece(name, self._tokens.decode(ids), len(ids)) for name, ids in named]
@@ -250,7 +264,7 @@ class CompiledPrompt:
     def _history(self, items: Sequence[list[int] | None], ratings: Sequence[float | None] | None) -> list[int]:
         known = [(ids, self._mark(ratings, place)) for place, ids in enumerate(items) if ids is not None]
         joined: list[int] = []
-        for ids, mark in known[-self.prompt.max_history :]:
+        for ids, mark in known[self.first_read(len(known)) :]:
             joined += (self._separator if joined else []) + ids + mark
         return joined or self._empty
 

@@ -49,6 +49,7 @@ class RankerSettings:
         like_at: the rating from which an item counts as liked.
         calibrated: whether the score after an empty history is taken off.
         soft_from: the token of the catalogue's first item; None where items have none.
+        history_stride: a longer history begins at a multiple of so many items.
     """
 
     max_tokens: int
@@ -56,6 +57,7 @@ class RankerSettings:
     like_at: float
     calibrated: bool
     soft_from: int | None = None
+    history_stride: int = 1
 
 
 class Ranker(PointwiseScorer):
@@ -63,7 +65,8 @@ class Ranker(PointwiseScorer):
 
     def __init__(self, reader: OnnxReader, catalog: Catalog, folder: Path, settings: RankerSettings, keep: int) -> None:
         prompt = load_prompt(str(folder / PROMPT), task="relevance")
-        prompt = prompt.model_copy(update={"max_history": settings.max_history})
+        own = {"max_history": settings.max_history, "history_stride": settings.history_stride}
+        prompt = prompt.model_copy(update=own)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         compiled = compile_prompt(prompt, tokenizer, settings.like_at)
         super().__init__(reader, compiled, catalog, settings.calibrated, keep)

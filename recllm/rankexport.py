@@ -108,6 +108,7 @@ def _export(
         like_threshold(task.split.train, run.data.like_at),
         scorer.calibrated,
         scorer.model.soft_from,
+        scorer.prompt.prompt.history_stride,
     )
     facts = {
         "kind": KIND,

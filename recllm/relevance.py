@@ -11,18 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recllm.cascade import Prefix, joined, read_prefix, read_suffixes, shares_prefixes
-from recllm.data import Catalog
+from recllm.data import Catalog, Query
 from recllm.devices import fast_bf16
 from recllm.errors import RecllmError
 from recllm.histories import padded
 from recllm.judgedloss import NOTHING, judged_loss
 from recllm.lean import round_frozen
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
-from recllm.pointwise import Ids, PointwiseScorer
+from recllm.pointwise import Beginning, Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
+from recllm.trees import Tree, read_trees, reads_trees, tree_of, trees_together
 
 TOKENS_AT_ONCE = 4096, 65536
 """Tokens that are read at once, on a CPU and on a GPU."""
+TREE_TOKENS = 1536
+"""Ids of a tree that is only read: its attention grows with their square."""
 ANY_LENGTH = 1 << 20
 """Longest prompt of a model that states no limit."""
 
@@ -32,11 +35,11 @@ class RelevanceCollator:
     """(prompt ids, label, number of the user) rows to padded tensors."""
 
     def __call__(self, rows: Sequence[tuple[list[int], float, int]]) -> dict[str, Tensor]:
-        """Ids int64[batch, length], lengths and users int64[batch], labels float32[batch, 1]."""
+        """Ids int64[batch, length], lengths int64[batch], users int64[batch, 1], labels float32[batch, 1]."""
         return {
             "ids": torch.from_numpy(padded([ids for ids, _, _ in rows])),
             "lengths": torch.tensor([len(ids) for ids, _, _ in rows]),
-            "users": torch.tensor([user for _, _, user in rows]),
+            "users": torch.tensor([[user] for _, _, user in rows]),
             "labels": torch.tensor([[label] for _, label, _ in rows], dtype=torch.float32),
         }
 
@@ -82,18 +85,26 @@ class RelevanceModel(nn.Module):
         labels: Tensor,
         users: Tensor,
         num_items_in_batch: Tensor | int | None = None,
-        **_: object,
+        ends: Tensor | None = None,
+        **tree: Tensor,
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy of `labels` float32[batch, 1], −100 where a row does not count.
+        """Binary cross-entropy of `labels` float32[batch, rows], −100 where a row does not count.
 
-        With weights `inside` users it also compares the rows of one user, int64[batch] `users`, in this batch.
+        With weights `inside` users it also compares the rows of one user, int64[batch, rows] `users`, in this batch.
+        Whole prompts are a row each; with `ends`, int64[batch, rows], each sequence is a tree of `trees_together`.
 
         Returns:
-            `loss`, a scalar, and `logits`, float32[batch].
+            `loss`, a scalar, and `logits`, float32[batch, rows].
         """
-        logits, given = self.logits(ids, lengths), labels[:, 0]
+        logits = self.logits(ids, lengths)[:, None] if ends is None else self.tree_logits(ids, ends, **tree)
         inside = self.inside if self.training else NOTHING
-        return {"loss": judged_loss(logits, given, users, inside, num_items_in_batch), "logits": logits}
+        loss = judged_loss(logits.reshape(-1), labels.reshape(-1), users.reshape(-1), inside, num_items_in_batch)
+        return {"loss": loss, "logits": logits}
+
+    def tree_logits(self, ids: Tensor, ends: Tensor, **tree: Tensor) -> Tensor:
+        """Scores float32[trees, rows] of the rows of trees, as `trees_together` gives them."""
+        hidden = read_trees(self.body, ids, **tree)
+        return self.answer(torch.gather(hidden, 1, ends[..., None].expand(*ends.shape, hidden.shape[-1])))
 
     def logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores float32[batch] of whole prompts, int64[batch, length], padded on the right."""
@@ -140,6 +151,17 @@ class TorchReader:
     def shares(self) -> bool:
         """Whether candidates can share a prefix: tried once."""
         return self.causal and shares_prefixes(self.model.body)
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether prompts that begin alike can be read as a tree: tried once."""
+        return self.causal and reads_trees(self.model.body)
+
+    def tree(self, trees: Sequence[Tree]) -> list[NDArray[np.float32]]:
+        """Answers to the rows of trees: per tree float32[its rows]."""
+        given = {name: own.to(self._device) for name, own in trees_together(trees).items()}
+        found = _array(self.model.tree_logits(**given))
+        return [answers[: len(tree.ends)] for tree, answers in zip(trees, found, strict=True)]
 
     @property
     def _device(self) -> torch.device:
@@ -206,11 +228,38 @@ class RelevanceScorer(PointwiseScorer):
         progress: Callable[[int], None] = lambda _: None,
         keep_bytes: int = 0,
     ) -> None:
-        super().__init__(TorchReader(model), prompt, catalog, calibrated, keep_bytes, progress)
+        self._torch = TorchReader(model)
+        super().__init__(self._torch, prompt, catalog, calibrated, keep_bytes, progress)
         self.model, self._bf16 = model, bf16
         if bf16:
-            _ = self.reader.shares  # tried in float32, where rounding hides less
+            _ = self._torch.shares, self._torch.grows  # tried in float32, where rounding hides less
             round_frozen(model.body.requires_grad_(False), torch.bfloat16)
+
+    def _apart(self, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:
+        """As the base class; histories of one user that go on from one another are read once."""
+        if not self._torch.grows:
+            return super()._apart(queries, items)
+        alike: dict[Beginning, list[int]] = {}
+        for row, query in enumerate(queries):
+            alike.setdefault(self.prompts.beginning(query), []).append(row)
+        result = np.zeros(len(queries), dtype=np.float32)
+        alone = [rows[0] for rows in alike.values() if len(rows) == 1]
+        result[alone] = super()._apart([queries[row] for row in alone], [items[row] for row in alone])
+        many = [rows for rows in alike.values() if len(rows) > 1]
+        for rows, answers in self._together(many, queries, items):
+            result[rows] = answers
+            self.progress(len(rows))
+        return result
+
+    def _together(
+        self, blocks: Sequence[Sequence[int]], queries: Sequence[Query], items: Sequence[str]
+    ) -> Iterator[tuple[Sequence[int], NDArray[np.float32]]]:
+        """Rows and the answers to them, of blocks of rows that begin alike."""
+        for block in blocks:
+            written = [(self.prompts.stem(queries[row]), self.prompts.branch(items[row])) for row in block]
+            for places in _parts(written, TREE_TOKENS):
+                (answers,) = self._torch.tree([tree_of([written[place] for place in places])])
+                yield [block[place] for place in places], answers
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -221,6 +270,21 @@ class RelevanceScorer(PointwiseScorer):
                 yield
         finally:
             self.model.train(was_training)
+
+
+def _parts(rows: Sequence[tuple[list[int], list[int]]], most: int) -> Iterator[list[int]]:
+    """Places of rows, those with stems of like length together, in parts of about `most` token ids."""
+    part: list[int] = []
+    behind = 0
+    for place in sorted(range(len(rows)), key=lambda place: len(rows[place][0])):
+        stem, branch = rows[place]
+        if part and len(stem) + behind + len(branch) > most:
+            yield part
+            part, behind = [], 0
+        part.append(place)
+        behind += len(branch)
+    if part:
+        yield part
 
 
 def answer_output(base: BaseModel) -> nn.Linear | None:

@@ -125,6 +125,8 @@ class ModelSettings(Settings):
     """Start from the light scorer's item vectors, where there is one and `head_width` is its width."""
     relevance_rows: int = Field(default=20_000, ge=1)
     """The most rows of an epoch (relevance); a larger training set is sampled anew for every epoch."""
+    rows_together: int = Field(default=1, ge=1)
+    """The most events of a user that are read behind one history, in one sequence (relevance, causal models)."""
     pairwise: float = Field(default=0.0, ge=0)
     """Weight of the loss over pairs of one user's liked and disliked rows beside cross-entropy (relevance)."""
     listwise: float = Field(default=0.0, ge=0)

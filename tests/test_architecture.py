@@ -14,16 +14,16 @@ ROOT = Path(__file__).parents[1]
 TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
-    "data", "splits", "given", "templates", "tokens", "prompts", "ranking", "metrics", "results", "evaluate",
-    "recency", "priors", "mf", "itemitem", "neighbours", "ratedneighbours", "histories", "windows", "vectors",
-    "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols",
-    "bundle", "hub", "catalogue", "sessions", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing",
-    "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
+    "data", "splits", "given", "templates", "tokens", "histories", "prompts", "ranking", "metrics", "results",
+    "evaluate", "recency", "priors", "mf", "itemitem", "neighbours", "ratedneighbours", "windows", "vectors", "control",
+    "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "hub",
+    "catalogue", "sessions", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "query_rows",
+    "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "adapters", "lm", "devices",
-    "examples", "lean", "sharded", "checkpoints", "watching", "tracking", "recovery", "adalora", "cards", "loop",
-    "eva", "cascade", "relevance", "warmstart", "trained", "judging", "scoring", "distil", "stored", "nextitem",
+    "examples", "lean", "sharded", "checkpoints", "watching", "tracking", "recovery", "adalora", "cards", "loop", "eva",
+    "cascade", "trees", "relevance", "warmstart", "trained", "judging", "scoring", "distil", "stored", "nextitem",
     "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "weightonly", "quantise", "parity", "gate",
     "rankexport", "export", "quickstart", "tuning", "commands",
 ]

@@ -7,7 +7,7 @@ import pytest
 
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
-from recllm.pairs import Made, Negatives, labelled_rows, training_pairs
+from recllm.pairs import Made, Negatives, labelled_rows, training_blocks
 from recllm.ranking import ItemIndex
 from recllm.splits import Example, Split, leave_last_out
 from recllm.tasks import Task
@@ -19,7 +19,7 @@ def task_of(dataset, split=None):
 
 def rows_of(task, **changed):
     keys = {"items": task.index, "like_at": 4.0, "max_history": 3, "limit": 1000, "epochs": 1, "seed": 0} | changed
-    return training_pairs(task, **keys)
+    return training_blocks(task, **keys).each
 
 
 @pytest.fixture(scope="module")
