@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import recllm
 from recllm import judging
@@ -175,6 +176,39 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     expected, found = (load_file(run.folder / "lm" / "model.safetensors") for run in (whole, cut))
     assert set(found) == set(expected)
     assert all(found[name] == pytest.approx(value, abs=1e-5) for name, value in expected.items())
+
+
+def test_rows_read_behind_one_history_teach_the_same(
+    given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path
+):
+    run = settings(
+        given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder, per_device_train_batch_size=3, eval_steps=40
+    )
+    model = {"rows_together": 5, "max_history": 4, "history_stride": 3, "pairwise": 0.5}
+    run = run.model_copy(update={"model": run.model.model_copy(update=model)})
+    task = prepare(run)
+    apart = run.model_copy(update={"model": run.model.model_copy(update={"rows_together": 1})})
+    stages = [judging.relevance_stage(own, task, None, lambda _: None) for own in (run, apart)]
+    rows = [row for block in stages[0].train for row in block]
+    prompts = sorted((row.stem + row.branch, row.label) for row in rows)
+    assert prompts == sorted(row[:2] for row in stages[1].train)
+    assert len(rows) == 3 * 280
+    assert max(map(len, stages[0].train)) == 4  # as many as begin alike
+    assert sum(map(len, stages[0].valid)) == len(stages[1].valid) == 80
+    with torch.inference_mode():
+        model = stages[0].model.eval()
+        (loss, other) = (
+            model(**stage.collator(examples))["loss"]
+            for stage, examples in ((stages[0], list(stages[0].valid)), (stages[1], list(stages[1].valid)))
+        )
+    assert float(loss) == pytest.approx(float(other), abs=1e-5)
+    train_run(run, say=lambda _: None)
+    table = tables(run, task)["test"]
+    assert table.interval("relevance", "AUC")[0] > 0.95
+    encoder = settings(given_folder, tiny_encoder_folder, tmp_path, tiny_encoder_folder)
+    encoder = encoder.model_copy(update={"model": encoder.model.model_copy(update={"rows_together": 5})})
+    with pytest.raises(RecllmError, match=r"cannot read several rows behind one history. Leave model.rows_together"):
+        judging.relevance_stage(encoder, task, None, lambda _: None)
 
 
 def test_without_an_adapter_a_causal_model_answers_zero_shot(

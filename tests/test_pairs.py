@@ -100,6 +100,24 @@ def test_only_items_that_can_be_written_are_candidates(rated, bare):
         assert all(int(row.item_id) < 7 for row in rows)
 
 
+def test_what_is_alike_stands_together(rated, bare):
+    for task, rows_of_an_event in ((rated, 1), (bare, 2)):
+        keys = {"items": task.index, "like_at": 4.0, "max_history": 4, "limit": 1000, "epochs": 2, "seed": 0}
+        blocks = training_blocks(task, **keys, block=3, stride=2, alike=lambda query: (query.user_id, query.history[0]))
+        assert list(blocks.sizes) == [len(block) for block in blocks]
+        assert max(blocks.sizes) == 3 * rows_of_an_event
+        for block in blocks:
+            assert len({(row.query.user_id, row.query.history[0]) for row in block}) == 1
+        assert list(blocks.each) == [row for block in blocks for row in block]
+        alone = rows_of(task, max_history=4, epochs=2)
+        assert len(blocks.each) == len(alone)
+        # Only the histories are longer or shorter: they begin at every second event.
+        assert {(row.query.user_id, row.item_id) for row in blocks.each} >= {
+            (row.query.user_id, row.item_id) for row in alone if row.label
+        }
+        assert {len(row.query.history) for row in blocks.each} == {1, 2, 3, 4}
+
+
 def test_given_rows_keep_their_histories(rated):
     given = [
         Example(Query(("1", "2"), "u0"), "3", 1.0),

@@ -110,6 +110,27 @@ def test_batches_and_order_do_not_change_a_score(which, request, checkerboard, m
     assert many == pytest.approx([*whole[0], np.nan], abs=1e-5, nan_ok=True)
 
 
+def test_histories_that_go_on_from_one_another_are_read_once(causal, prompt, checkerboard, tiny_tokenizer, monkeypatch):
+    """The end of a long history begins at a multiple of the stride; who begins alike stands in one tree."""
+    strided = compile_prompt(prompt.prompt.model_copy(update={"max_history": 6, "history_stride": 3}), tiny_tokenizer)
+    scorer = RelevanceScorer(causal, strided, checkerboard.catalog)
+    index, read = ItemIndex(checkerboard.catalog.ids), []
+    whole = causal.logits
+    monkeypatch.setattr(causal, "logits", lambda ids, lengths: read.append(len(ids)) or whole(ids, lengths))
+    queries = [Query(tuple(map(str, range(length))), user) for user in "ab" for length in (7, 2, 14, 6, 8, 13, 20)]
+    queries += [Query(("5", "4"), "a"), Query((), "a"), Query(("x",), "b")]
+    items = [index.ids[place % 24] for place in range(len(queries))]
+    expected = np.array(
+        [scorer.score([query], ItemIndex([item]))[0, 0] for query, item in zip(queries, items, strict=True)]
+    )
+    assert np.isnan(expected[-2:]).all()
+    found = scorer.score_pairs(queries, items)
+    assert found == pytest.approx(expected, abs=1e-5, nan_ok=True)
+    assert sum(read) == 2 * 1 + 1  # only who begins like nobody else (20 events, and 5 before 4) is a whole prompt
+    monkeypatch.setattr(relevance, "TREE_TOKENS", 40)
+    assert scorer.score_pairs(queries, items) == pytest.approx(expected, abs=1e-5, nan_ok=True)
+
+
 @pytest.mark.parametrize("which", ["causal", "encoder"])
 def test_weights_rounded_once_score_as_those_rounded_at_every_pass(which, request, checkerboard):
     folder = request.getfixturevalue("tiny_lm_folder" if which == "causal" else "tiny_encoder_folder")
