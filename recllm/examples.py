@@ -19,8 +19,10 @@ from recllm.windows import Taught
 class Examples(Dataset[Any]):
     """Training examples in the order in which they are seen, all epochs one after the other."""
 
-    def __init__(self, rows: Sequence[Any]) -> None:
+    def __init__(self, rows: Sequence[Any], rows_of_data: int | None = None) -> None:
+        """Keep `rows`; where one of them holds several rows of the data, `rows_of_data` is the number of those."""
         self.rows = rows
+        self.rows_of_data = len(rows) if rows_of_data is None else rows_of_data
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -38,7 +38,7 @@ EVENTS = {
 
 Row = tuple[str, str, float, list[str], list[float | None] | None, int | None]
 UNKNOWN_SHARE, WHOLE_SHARE = 1 / 3, 1 / 3
-"""Shares of train rows whose user is taken for unknown, and of those that know all of the user's earlier rows."""
+"""Shares of stretches whose user is taken for unknown, and of those that know all of the user's earlier rows."""
 NEIGHBOURS = 40
 """Train rows of a user, one after the other, that know the earlier ones up to the same point."""
 
@@ -52,8 +52,9 @@ def given_split(folder: Path, *, shots: int | None = None, rated_histories: bool
 
     With `rated_histories`, rows whose histories have no labels get them from the user's earlier train rows, and the
     items of such rows that the history leaves out, as the disliked ones, are put where they belong in it. A row of
-    validation or test may know all of the user's train rows, some or none, and so may a train row: of a third of them
-    the user is taken for unknown, a third know the earlier ones up to some point, and a third know them all.
+    validation or test may know all of the user's train rows, some or none, and so may a train row: of a third of all
+    stretches of a user's neighbouring rows the user is taken for unknown, a third know the earlier ones up to one point
+    of the whole, which may lie behind them, and a third know them all.
 
     Raises:
         RecllmError: a part or a column is missing, a label is neither 0 nor 1, or a history and its labels differ in

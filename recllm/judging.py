@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from recllm.adapters import AdapterRecipe, attach, merge
 from recllm.cards import save_adapter
 from recllm.checkpoints import has_checkpoint, load_trained, save_trained, trained_values
 from recllm.data import Query
-from recllm.devices import fast_bf16, precision_keys, process_state, sharded
+from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.examples import Examples
@@ -24,7 +25,7 @@ from recllm.lm import embedding_scale, scoring_device
 from recllm.loop import Stage, adapter_names, fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
-from recllm.pairs import Made, earlier_events, in_blocks, labelled_rows, training_blocks, user_of
+from recllm.pairs import Blocks, Made, each_of, earlier_events, in_blocks, labelled_rows, training_blocks, user_of
 from recllm.pointwise import PairPrompts
 from recllm.priors import ItemMean, UserMean
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
@@ -53,6 +54,8 @@ from recllm.watching import Watch
 
 ROWS_OF_A_USER = 8
 """Training rows of one user that stand in a step together, for the loss inside users."""
+EVALUATED = 32
+"""Validation rows that are read at once, as far as they go into whole blocks."""
 VALIDATION_ROWS = 1024
 """Validation rows that choose the checkpoint; the fusion sees all of them."""
 
@@ -222,9 +225,11 @@ def load_light_judge(run: Run, task: Task, parts: Collaborative) -> LightJudgeSc
 
 
 def relevance_model(
-    run: Run, task: Task, features: ItemFeatures | None, recipe: AdapterRecipe | None, say: Say
+    run: Run, task: Task, features: ItemFeatures | None, recipe: AdapterRecipe | None, say: Say, stride: int | None
 ) -> tuple[RelevanceModel, CompiledPrompt]:
     """The relevance model with the adapter of `recipe`, untrained, and its prompt; `features` are for soft tokens.
+
+    A longer history begins at a multiple of `stride` items, where it is given, else as the prompt says.
 
     Raises:
         RecllmError: the model or the prompt cannot be had, or the prompt names a column that is not there.
@@ -233,12 +238,14 @@ def relevance_model(
     prompt = load_prompt(run.prompt_file("relevance"), task="relevance")
     prompt.check_against(task.dataset.catalog)
     read = min(prompt.max_history, run.model.max_history)
-    prompt = prompt.model_copy(update={"max_history": read, "history_stride": run.model.history_stride})
+    stride = prompt.history_stride if stride is None else stride
+    prompt = prompt.model_copy(update={"max_history": read, "history_stride": stride})
     compiled = compile_prompt(prompt, base.tokenizer, like_threshold(task.split.train, run.data.like_at))
     torch.manual_seed(run.seed)
     scale = embedding_scale(base)
     body = base.model if recipe is None else attach(base.model, recipe)
     model = RelevanceModel(base, body, answer_output(base), compiled.answer_ids)
+    model.history_stride = stride
     if run.model.soft_tokens:
         assert features is not None
         model.soft_from = add_soft_tokens(body, features, scale, run.model.factor_dropout)
@@ -269,7 +276,8 @@ def train_relevance(
     if process_state().is_main_process:
         save_trained(values, folder / "model.safetensors")
         save_adapter(run, stage.model, values, folder)
-        save_stage(folder, {"rows": len(stage.train) if stage.trained else 0, "trained": stage.trained})
+        facts: dict[str, Any] = {"trained": stage.trained, "history_stride": stage.model.history_stride}
+        save_stage(folder, {"rows": stage.train.rows_of_data if stage.trained else 0} | facts)
         shutil.rmtree(run.folder / "checkpoints" / "relevance", ignore_errors=True)
     process_state().wait_for_everyone()
 
@@ -280,7 +288,7 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
     Raises:
         RecllmError: as `train_relevance`.
     """
-    model, prompt = relevance_model(run, task, features, adapter_recipe(run), say)
+    model, prompt = relevance_model(run, task, features, adapter_recipe(run), say, run.model.history_stride)
     prompts = PairPrompts(prompt, task.dataset.catalog, model)
     settings, inside = run.train, InsideUsers(run.model.pairwise, run.model.listwise)
     arguments = {
@@ -294,11 +302,10 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
     }
     train, valid = Examples([]), Examples([])
     together = run.model.rows_together
-    if together > 1 and not (model.causal and (sharded() or reads_trees(model.body))):
-        raise RecllmError(
-            f"'{run.model.name}' cannot read several rows behind one history. Leave model.rows_together at 1."
-        )
+    if together > 1:
+        arguments.setdefault("per_device_eval_batch_size", max(1, EVALUATED // together))
     if any(value.requires_grad for value in model.parameters()):
+        _check_together(run, model)
         blocks = training_blocks(
             task,
             items=prompts.candidates,
@@ -306,11 +313,13 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
             max_history=run.model.max_history,
             limit=run.model.relevance_rows,
             epochs=settings.num_train_epochs,
-            at_least=rows_at_least(arguments) * together,
+            at_least=0 if together > 1 else rows_at_least(arguments),
+            blocks_at_least=rows_at_least(arguments) if together > 1 else 0,
             seed=run.seed,
             block=together if together > 1 else ROWS_OF_A_USER if inside else 1,
-            stride=run.model.history_stride,
+            stride=prompt.prompt.history_stride,
             alike=prompts.beginning if together > 1 else user_of,
+            scattered=together > 1,
         )
         judged = validation_blocks(run, task, prompts)
         write = partial(written_blocks if together > 1 else written_rows, prompts=prompts)
@@ -338,23 +347,43 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
     )
 
 
+def _check_together(run: Run, model: RelevanceModel) -> None:
+    """Check that a model reads several rows behind one history, where it is asked to.
+
+    Raises:
+        RecllmError: it does not, or it lies in parts and cannot be asked.
+    """
+    if run.model.rows_together == 1:
+        return
+    if any(hasattr(own, "ds_numel") for own in model.parameters()):
+        raise RecllmError(
+            "model.rows_together is tried on the whole model before it trains, and ZeRO-3 has it in parts. Take the "
+            "profile zero2 or fsdp2, or leave model.rows_together at 1."
+        )
+    if not model.causal or not reads_trees(model.body):
+        raise RecllmError(
+            f"'{run.model.name}' cannot read several rows behind one history: that takes a causal model whose "
+            "attention takes a mask of its own. Leave model.rows_together at 1."
+        )
+
+
 def written_rows(blocks: Sequence[Sequence[Example]], prompts: PairPrompts) -> Examples:
     """Prompt ids, label and user of every row of the blocks, written when they are asked for."""
-    places = [(number, row) for number, block in enumerate(blocks) for row in range(len(block))]
     write = RowWriter(prompts)
 
-    def whole(place: int) -> tuple[list[int], float, int]:
-        number, row = places[place]
-        stem, branch, label, user = write(blocks[number][row])
+    def whole(row: Example) -> tuple[list[int], float, int]:
+        stem, branch, label, user = write(row)
         return stem + branch, label, user
 
-    return Examples(Made(len(places), whole))
+    sizes = blocks.sizes if isinstance(blocks, Blocks) else list(map(len, blocks))
+    return Examples(each_of(blocks, sizes, whole))
 
 
 def written_blocks(blocks: Sequence[Sequence[Example]], prompts: PairPrompts) -> Examples:
     """The rows of every block, written when they are asked for."""
     write = RowWriter(prompts)
-    return Examples(Made(len(blocks), lambda place: [write(row) for row in blocks[place]]))
+    rows = sum(blocks.sizes if isinstance(blocks, Blocks) else map(len, blocks))
+    return Examples(Made(len(blocks), lambda place: [write(row) for row in blocks[place]]), rows)
 
 
 class RowWriter:
@@ -427,10 +456,13 @@ def load_relevance(run: Run, task: Task, *, bf16: bool | None = None) -> Relevan
     """
     folder = run.folder / "lm"
     features = load_collaborative(run, task).features if run.model.soft_tokens else None
-    model, prompt = relevance_model(run, task, features, in_full_precision(adapter_recipe(run)), lambda _: None)
+    done = read_json(folder / "done.json")
+    # Runs of before there was a stride have none, whatever their run file says of it: it was for next items only.
+    stride, recipe = done.get("history_stride", 1), in_full_precision(adapter_recipe(run))
+    model, prompt = relevance_model(run, task, features, recipe, lambda _: None, stride)
     load_trained(model, folder / "model.safetensors")
     model.body = merge(model.body)
     bake_soft_tokens(model.body)
     model.eval().to(scoring_device())
-    calibrated = read_json(folder / "done.json")["trained"] == 0
+    calibrated = done["trained"] == 0
     return RelevanceScorer(model, prompt, task.dataset.catalog, calibrated, fast_bf16() if bf16 is None else bf16)

@@ -1,6 +1,8 @@
 """Labelled pairs: (query, item, label) rows to train relevance on and to measure it by, with sampled negatives."""
 
+import itertools
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeVar, overload
 
 import numpy as np
@@ -39,6 +41,13 @@ class Made(Sequence[T]):
         return self.make(places) if isinstance(places, int) else [self.make(place) for place in places]
 
 
+def each_of(blocks: Sequence[Sequence[Example]], sizes: Sequence[int], write: Callable[[Example], T]) -> Made[T]:
+    """What `write` makes of every row of the blocks, one after the other; a block is made once for all of its rows."""
+    places = [(number, row) for number, rows in enumerate(sizes) for row in range(rows)]
+    last = lru_cache(1)(blocks.__getitem__)
+    return Made(len(places), lambda place: write(last(places[place][0])[places[place][1]]))
+
+
 def user_of(query: Query) -> str | None:
     """What rows have in common that stand together, where nothing else is said."""
     return query.user_id
@@ -70,8 +79,7 @@ class Blocks(Made[list[Example]]):
     @property
     def each(self) -> Sequence[Example]:
         """Their rows, one after the other."""
-        places = [(number, row) for number, rows in enumerate(self.sizes) for row in range(rows)]
-        return Made(len(places), lambda place: self[places[place][0]][places[place][1]])
+        return each_of(self, self.sizes, lambda row: row)
 
 
 def training_blocks(
@@ -84,9 +92,11 @@ def training_blocks(
     epochs: int,
     seed: int,
     at_least: int = 0,
+    blocks_at_least: int = 0,
     block: int = 1,
     stride: int = 1,
     alike: Callable[[Query], Hashable] = user_of,
+    scattered: bool = False,
 ) -> Blocks:
     """The rows that relevance is trained on, in the order in which they are seen, all epochs one after the other.
 
@@ -102,9 +112,11 @@ def training_blocks(
         epochs: passes.
         seed: of order and samples.
         at_least: further passes until there are so many rows.
+        blocks_at_least: further passes until there are so many blocks.
         block: the most events that stand together.
         stride: a longer history begins at a multiple of so many items.
         alike: events whose queries it gives the same stand together; by default those of one user.
+        scattered: blocks stand in any order; else where their first event was drawn, and full ones come first.
 
     Raises:
         RecllmError: no training event has a history, or a user has every item.
@@ -124,11 +136,14 @@ def training_blocks(
         )
     count = limit if judged else max(1, limit // 2)
     passes = max(epochs, -(-at_least // (min(count, len(rows)) * (1 if judged else 2))))
-    order = [
-        (epoch, own)
-        for epoch in range(passes)
-        for own in in_blocks(base, np.random.default_rng((seed, epoch)).permutation(rows)[:count], block, alike)
-    ]
+    order: list[tuple[int, list[int]]] = []
+    for epoch in itertools.count():
+        if epoch >= passes and len(order) >= blocks_at_least:
+            break
+        random = np.random.default_rng((seed, epoch))
+        blocks = in_blocks(base, random.permutation(rows)[:count], block, alike)
+        places = random.permutation(len(blocks)) if scattered else range(len(blocks))
+        order += [(epoch, blocks[place]) for place in places]
     if judged:
         return Blocks([len(own) for _, own in order], lambda place: [base[row] for row in order[place][1]])
     negatives = Negatives(task, task.split.train.histories(), items)

@@ -133,15 +133,21 @@ class PairPrompts:
 
     def stem(self, query: Query) -> list[int]:
         """The part of the prefix that a longer history of the same `beginning` goes on from."""
-        known = self._known(query)
-        first, stride = self.prompt.first_read(len(known)), self.prompt.prompt.history_stride
+        return self._fitting(query)[1]
+
+    def _fitting(self, query: Query) -> tuple[list[int], list[int]]:
+        """Places of the items that are written, and the stem of them."""
+        known = [place for place, item in enumerate(query.history) if self._items.get(item) is not None]
+        settings = self.prompt.prompt
+        first, stride = self.prompt.first_read(len(known)), settings.history_stride
         while True:
             kept = known[first:]
             ratings = None if query.ratings is None else [query.ratings[place] for place in kept]
             ids = self.prompt.stem_ids([self._items[query.history[place]] for place in kept], ratings)
             if len(ids) + len(self.prompt.middle) <= self._room or not kept:
-                return ids
-            first += stride if len(kept) > stride else 1
+                return kept, ids
+            # By strides, so that neighbours still begin alike, as long as that does not cost much of the history.
+            first += stride if 2 * stride <= len(kept) else 1
 
     def branch(self, item_id: str) -> list[int]:
         """What stands behind the stem, of an item that is among the candidates."""
@@ -153,12 +159,8 @@ class PairPrompts:
 
     def beginning(self, query: Query) -> Beginning:
         """Alike for histories of one user that are read from the same item on: mostly one goes on from another."""
-        known = self._known(query)
-        first = self.prompt.first_read(len(known))
-        return query.user_id, first, query.history[known[first]] if known else None
-
-    def _known(self, query: Query) -> list[int]:
-        return [place for place, item in enumerate(query.history) if self._items.get(item) is not None]
+        kept, _ = self._fitting(query)
+        return query.user_id, kept[0] if kept else 0, query.history[kept[0]] if kept else None
 
 
 @dataclass

@@ -155,8 +155,8 @@ def _smaller(adjusted: Adjusted, whole: int, say: Callable[[str], None]) -> Adju
         ) from None
     if rows == 1:
         raise RecllmError(
-            "Out of memory with a single row. Take shorter histories (model.max_history), a smaller model, the recipe "
-            "'qlora', or train.gradient_checkpointing = true."
+            "Out of memory with a single row. Take shorter histories (model.max_history), fewer model.rows_together, a "
+            "smaller model, the recipe 'qlora', or train.gradient_checkpointing = true."
         ) from None
     say(f"Out of memory with {rows} rows at once: going on with {whole // parts}, and the same rows in a step")
     return replace(adjusted, parts=parts)
@@ -176,7 +176,7 @@ def _smaller_validation(adjusted: Adjusted, rows: int, say: Callable[[str], None
     if rows == 1:
         raise RecllmError(
             "Out of memory while validating a single row. Take shorter histories (model.max_history, "
-            "light.max_history) or a smaller model."
+            "light.max_history), fewer model.rows_together or a smaller model."
         ) from None
     say(f"Out of memory while validating {rows} rows at once: going on with {rows // 2}")
     return replace(adjusted, valid_parts=2 * adjusted.valid_parts)

@@ -20,12 +20,13 @@ from recllm.lean import round_frozen
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.pointwise import Beginning, Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
-from recllm.trees import Tree, read_trees, reads_trees, tree_of, trees_together
+from recllm.trees import Tree, chains_of, read_trees, reads_trees, tree_of, trees_together
 
 TOKENS_AT_ONCE = 4096, 65536
 """Tokens that are read at once, on a CPU and on a GPU."""
 TREE_TOKENS = 1536
 """Ids of a tree that is only read: its attention grows with their square."""
+NOT_GROWN = tree_of([])
 ANY_LENGTH = 1 << 20
 """Longest prompt of a model that states no limit."""
 
@@ -75,6 +76,8 @@ class RelevanceModel(nn.Module):
         self.difference = nn.Linear(config.hidden_size, 1) if output is None else AnswerDifference(output, answers)
         self.soft_from: int | None = None
         """The token of the catalogue's first item, where items have tokens of their own."""
+        self.history_stride = 1
+        """Of the prompts that it is trained on."""
         self.inside = NOTHING
         """Weights of the losses over rows of one user."""
 
@@ -86,7 +89,10 @@ class RelevanceModel(nn.Module):
         users: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         ends: Tensor | None = None,
-        **tree: Tensor,
+        positions: Tensor | None = None,
+        trunks: Tensor | None = None,
+        branches: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Binary cross-entropy of `labels` float32[batch, rows], −100 where a row does not count.
 
@@ -96,14 +102,18 @@ class RelevanceModel(nn.Module):
         Returns:
             `loss`, a scalar, and `logits`, float32[batch, rows].
         """
-        logits = self.logits(ids, lengths)[:, None] if ends is None else self.tree_logits(ids, ends, **tree)
+        if ends is None:
+            logits = self.logits(ids, lengths)[:, None]
+        else:
+            tree = {"positions": positions, "trunks": trunks, "branches": branches, "reach": reach}
+            logits = self.tree_logits(ids, ends, **{name: own for name, own in tree.items() if own is not None})
         inside = self.inside if self.training else NOTHING
         loss = judged_loss(logits.reshape(-1), labels.reshape(-1), users.reshape(-1), inside, num_items_in_batch)
         return {"loss": loss, "logits": logits}
 
     def tree_logits(self, ids: Tensor, ends: Tensor, **tree: Tensor) -> Tensor:
         """Scores float32[trees, rows] of the rows of trees, as `trees_together` gives them."""
-        hidden = read_trees(self.body, ids, **tree)
+        hidden = read_trees(self.body, ids=ids, **tree)
         return self.answer(torch.gather(hidden, 1, ends[..., None].expand(*ends.shape, hidden.shape[-1])))
 
     def logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -242,24 +252,31 @@ class RelevanceScorer(PointwiseScorer):
         alike: dict[Beginning, list[int]] = {}
         for row, query in enumerate(queries):
             alike.setdefault(self.prompts.beginning(query), []).append(row)
+        chains = [chain for rows in alike.values() for chain in self._chains(rows, queries, items)]
         result = np.zeros(len(queries), dtype=np.float32)
-        alone = [rows[0] for rows in alike.values() if len(rows) == 1]
+        alone = [chain[0] for chain, _ in chains if len(chain) == 1]
         result[alone] = super()._apart([queries[row] for row in alone], [items[row] for row in alone])
-        many = [rows for rows in alike.values() if len(rows) > 1]
-        for rows, answers in self._together(many, queries, items):
-            result[rows] = answers
-            self.progress(len(rows))
+        grown = sorted((own for own in chains if len(own[0]) > 1), key=lambda own: -len(own[1].ids))
+        while grown:
+            # As many as a pass may read, and no more masks than of a few long trees.
+            length = len(grown[0][1].ids)
+            most = min(self._torch.tokens_at_once // length, self._torch.tokens_at_once * TREE_TOKENS // length**2)
+            batch, grown = grown[: max(1, most)], grown[max(1, most) :]
+            for (rows, _), answers in zip(batch, self._torch.tree([tree for _, tree in batch]), strict=True):
+                result[rows] = answers
+                self.progress(len(rows))
         return result
 
-    def _together(
-        self, blocks: Sequence[Sequence[int]], queries: Sequence[Query], items: Sequence[str]
-    ) -> Iterator[tuple[Sequence[int], NDArray[np.float32]]]:
-        """Rows and the answers to them, of blocks of rows that begin alike."""
-        for block in blocks:
-            written = [(self.prompts.stem(queries[row]), self.prompts.branch(items[row])) for row in block]
-            for places in _parts(written, TREE_TOKENS):
-                (answers,) = self._torch.tree([tree_of([written[place] for place in places])])
-                yield [block[place] for place in places], answers
+    def _chains(
+        self, rows: Sequence[int], queries: Sequence[Query], items: Sequence[str]
+    ) -> Iterator[tuple[list[int], Tree]]:
+        """Rows whose stems go on from one another, and their tree, of rows that begin alike."""
+        if len(rows) == 1:
+            yield list(rows), NOT_GROWN
+            return
+        written = [(self.prompts.stem(queries[row]), self.prompts.branch(items[row])) for row in rows]
+        for places in chains_of(written, TREE_TOKENS):
+            yield [rows[place] for place in places], tree_of([written[place] for place in places])
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -270,21 +287,6 @@ class RelevanceScorer(PointwiseScorer):
                 yield
         finally:
             self.model.train(was_training)
-
-
-def _parts(rows: Sequence[tuple[list[int], list[int]]], most: int) -> Iterator[list[int]]:
-    """Places of rows, those with stems of like length together, in parts of about `most` token ids."""
-    part: list[int] = []
-    behind = 0
-    for place in sorted(range(len(rows)), key=lambda place: len(rows[place][0])):
-        stem, branch = rows[place]
-        if part and len(stem) + behind + len(branch) > most:
-            yield part
-            part, behind = [], 0
-        part.append(place)
-        behind += len(branch)
-    if part:
-        yield part
 
 
 def answer_output(base: BaseModel) -> nn.Linear | None:

@@ -113,8 +113,9 @@ class ModelSettings(Settings):
     """One token per item, or the item's words."""
     max_history: int = Field(default=50, ge=1)
     """How many of the last items are read."""
-    history_stride: int = Field(default=10, ge=1)
-    """A longer history starts at a multiple of this, so that its beginning can be shared."""
+    history_stride: int | None = Field(default=None, ge=1)
+    """A longer history starts at a multiple of this, so that its beginning can be shared; by default of 10 items, and
+    where pairs are judged as the prompt says."""
     head_width: int = Field(default=256, ge=1)
     """Width of the space in which histories and items are compared."""
     factor_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -254,6 +255,8 @@ class Run(Settings):
     def _keys_fit_the_task(self) -> "Run":
         if self.light.teacher is not None and self.model.task != "next_item":
             raise ValueError("light.teacher is for runs of next items, and this one judges pairs")
+        if self.model.rows_together > 1 and self.model.task != "relevance":
+            raise ValueError("model.rows_together is for runs that judge pairs; a history of next items is one row")
         if self.model.soft_tokens and self.model.task != "relevance":
             raise ValueError("model.soft_tokens is for runs that judge pairs; those of next items have item tokens")
         reads_words = self.model.task == "relevance" or self.model.history == "text"

@@ -48,6 +48,8 @@ from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_fea
 from recllm.warmstart import turned
 
 Say = Callable[[str], None]
+ITEM_STRIDE = 10
+"""Stride of a next-item model's histories, where none is given."""
 HALF_LIVES = "half_lives.json"
 """In `cf/`: NDCG@10 on validation of every half-life that was tried, by scorer."""
 
@@ -220,7 +222,7 @@ def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
     prompt = load_prompt(run.prompt_file("next_item"), task="next_item")
     prompt.check_against(task.dataset.catalog)
     compiled = compile_prompt(prompt, base.tokenizer)
-    limit, stride = run.model.max_history, run.model.history_stride
+    limit, stride = run.model.max_history, run.model.history_stride or ITEM_STRIDE
     positions = getattr(base.model.config, "max_position_embeddings", None)
     if run.model.history == "items":
         if positions is not None and len(compiled.start) + limit > positions:
@@ -260,6 +262,11 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
         folder = model_folder(run.model.name, say)
         if run.model.task == "next_item" and not is_causal(load_config(folder)):
             raise not_causal(run.model.name)
+        if run.model.rows_together > 1 and not is_causal(load_config(folder)):
+            raise RecllmError(
+                f"'{run.model.name}' is an encoder, which looks both ways: its rows cannot share a history. Leave "
+                "model.rows_together at 1."
+            )
         check_layers(folder, run.model.layers)
 
 

@@ -6,7 +6,7 @@ step reads a history of 40 films once for 20 rows, and each row is answered as b
 et al. 2023, "SpecInfer"; here with gradients).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from recllm.sequence import IGNORED
 
 PADDING = -1
 FULL, SLIDING = "full_attention", "sliding_attention"
+FILLING = 600
+"""Ids of other branches in the tree that a model is tried on: more than the windows that families keep silent about."""
 
 
 class Written(NamedTuple):
@@ -79,6 +81,26 @@ def tree_of(rows: Sequence[tuple[list[int], list[int]]]) -> Tree:
     return Tree(ids, positions, numbers, branches, reach, ends)
 
 
+def chains_of(rows: Sequence[tuple[list[int], list[int]]], most: int) -> Iterator[list[int]]:
+    """Places of rows whose stems go on from one another, in parts of about `most` ids as `tree_of` writes them.
+
+    A part may have as many ids behind its trunk as the trunk has, however long that is.
+    """
+    part: list[int] = []
+    behind, trunk = 0, list[int]()
+    # A stem stands right before those that go on from it.
+    for place in sorted(range(len(rows)), key=lambda place: rows[place][0]):
+        stem, branch = rows[place]
+        whole = len(stem) + behind + len(branch)
+        if part and (stem[: len(trunk)] != trunk or whole > max(most, 2 * len(stem))):
+            yield part
+            part, behind = [], 0
+        part.append(place)
+        behind, trunk = behind + len(branch), stem
+    if part:
+        yield part
+
+
 def trees_together(trees: Sequence[Tree]) -> dict[str, Tensor]:
     """Padded tensors of some trees.
 
@@ -112,14 +134,17 @@ class TreeCollator:
         }
 
 
-def read_trees(body: nn.Module, ids: Tensor, positions: Tensor, trunks: Tensor, branches: Tensor, reach: Tensor) -> Any:  # noqa: ANN401
+def read_trees(
+    body: nn.Module, *, ids: Tensor, positions: Tensor, trunks: Tensor, branches: Tensor, reach: Tensor
+) -> Tensor:
     """Hidden states float[trees, length, width] of trees, whose tensors are as `trees_together` gives them."""
     step = torch.arange(ids.shape[1], device=ids.device)
     seen = (branches[:, None, :] == 0) & (positions[:, None, :] < reach[:, :, None])
     seen |= branches[:, None, :] == branches[:, :, None]
     seen &= (trunks[:, None, :] == trunks[:, :, None]) & (step <= step[:, None])
     masks = _masks(pretrained(body).config, seen[:, None], positions)
-    return body(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False).last_hidden_state
+    found = body(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False)
+    return found.last_hidden_state  # type: ignore[no-any-return]
 
 
 def _masks(config: Any, seen: Tensor, positions: Tensor) -> Any:  # noqa: ANN401
@@ -138,20 +163,24 @@ def _masks(config: Any, seen: Tensor, positions: Tensor) -> Any:  # noqa: ANN401
 
 @torch.inference_mode()
 def reads_trees(body: nn.Module) -> bool:
-    """Whether a causal model reads branches of a trunk as it reads the whole, tried on a few tokens.
+    """Whether a causal model reads branches of a trunk as it reads the whole, tried on a small tree.
 
-    Families differ in the masks that their attention takes; where it is another, the hidden states are.
+    Families differ in the masks that their attention takes; where it is another, the hidden states are. Between the
+    trunk and the last branches stand so many others that a family which counts places in the sequence, and not
+    positions, is found out.
     """
     if not tells_windows(body):
         return False
     device = next(body.parameters()).device
-    tree = tree_of([([1, 2, 3, 4], [5, 6]), ([1, 2], [7, 5])])
+    tree = tree_of([([1, 2, 3, 4], [5, 6])] * (FILLING // 2) + [([1, 2, 3, 4], [5, 6]), ([1, 2], [7, 5])])
     was_training = body.training
     body.eval()
     try:
         with torch.autocast(device.type, enabled=False):  # where rounding hides less
+            if not _heeds_its_window(body):
+                return False
             given = {name: own.to(device) for name, own in trees_together([tree]).items()}
-            ends = given.pop("ends")[0]
+            ends = given.pop("ends")[0, -2:]
             found = read_trees(body, **given)[0, ends].float()
             whole = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 7, 5, 0, 0]], device=device)
             hidden = body(input_ids=whole, use_cache=False).last_hidden_state
@@ -161,3 +190,19 @@ def reads_trees(body: nn.Module) -> bool:
     finally:
         body.train(was_training)
     return bool((found - asked).abs().max() <= SAME * asked.abs().max())
+
+
+def _heeds_its_window(body: nn.Module) -> bool:
+    """Whether a window that the configuration states for all layers is heeded: some families leave it lying there."""
+    config = pretrained(body).config
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "layer_types", None):
+        return True
+    ids = torch.arange(1, 7, device=next(body.parameters()).device)[None]
+    own = body(input_ids=ids, use_cache=False).last_hidden_state
+    config.sliding_window = 1 if window > 1 else 2
+    try:
+        other = body(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        config.sliding_window = window
+    return not torch.equal(own, other)

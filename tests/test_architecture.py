@@ -15,13 +15,13 @@ TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "histories", "prompts", "ranking", "metrics", "results",
-    "evaluate", "recency", "priors", "mf", "itemitem", "neighbours", "ratedneighbours", "windows", "vectors", "control",
-    "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs", "protocols", "bundle", "hub",
-    "catalogue", "sessions", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "query_rows",
-    "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
+    "evaluate", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "ratedneighbours", "windows",
+    "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs",
+    "protocols", "bundle", "hub", "catalogue", "sessions", "shortlist", "reserved", "runtime", "onnxreader", "ranker",
+    "growing", "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
-    "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "adapters", "lm", "devices",
+    "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "adapters", "lm", "names", "devices",
     "examples", "lean", "sharded", "checkpoints", "watching", "tracking", "recovery", "adalora", "cards", "loop", "eva",
     "cascade", "trees", "relevance", "warmstart", "trained", "judging", "scoring", "distil", "stored", "nextitem",
     "planning", "train", "outcome", "tracing", "graphs", "rankgraphs", "weightonly", "quantise", "parity", "gate",

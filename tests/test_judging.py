@@ -70,7 +70,13 @@ def settings(data, model, output, encoder, **train):
             "name": "judge",
             "output": str(output),
             "data": {"name": str(data), "split": "given"},
-            "model": {"name": str(model), "item_encoder": str(encoder), "task": "relevance", "max_history": 2},
+            "model": {
+                "name": str(model),
+                "item_encoder": str(encoder),
+                "task": "relevance",
+                "max_history": 2,
+                "history_stride": 2,
+            },
             "adapter": {"lora_dropout": 0.0},
             "light": {"num_train_epochs": 0},
             "cf": {"factors": 4},
@@ -178,37 +184,79 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     assert all(found[name] == pytest.approx(value, abs=1e-5) for name, value in expected.items())
 
 
-def test_rows_read_behind_one_history_teach_the_same(
+def together(run, **model):
+    keys = {"rows_together": 5, "max_history": 4, "history_stride": 3, "pairwise": 0.5} | model
+    return run.model_copy(update={"model": run.model.model_copy(update=keys)})
+
+
+def test_rows_behind_one_history_are_the_rows_and_the_loss_of_whole_prompts(
     given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path
 ):
-    run = settings(
-        given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder, per_device_train_batch_size=3, eval_steps=40
-    )
-    model = {"rows_together": 5, "max_history": 4, "history_stride": 3, "pairwise": 0.5}
-    run = run.model_copy(update={"model": run.model.model_copy(update=model)})
+    run = together(settings(given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder))
     task = prepare(run)
-    apart = run.model_copy(update={"model": run.model.model_copy(update={"rows_together": 1})})
-    stages = [judging.relevance_stage(own, task, None, lambda _: None) for own in (run, apart)]
-    rows = [row for block in stages[0].train for row in block]
-    prompts = sorted((row.stem + row.branch, row.label) for row in rows)
-    assert prompts == sorted(row[:2] for row in stages[1].train)
-    assert len(rows) == 3 * 280
-    assert max(map(len, stages[0].train)) == 4  # as many as begin alike
-    assert sum(map(len, stages[0].valid)) == len(stages[1].valid) == 80
+    trees, whole = (
+        judging.relevance_stage(own, task, None, lambda _: None) for own in (run, together(run, rows_together=1))
+    )
+    rows = [row for block in trees.train for row in block]
+    assert sorted((row.stem + row.branch, row.label) for row in rows) == sorted(row[:2] for row in whole.train)
+    assert len(rows) == trees.train.rows_of_data == whole.train.rows_of_data == 3 * 280
+    assert max(map(len, trees.train)) == 4  # as many as begin alike
+    assert sum(map(len, trees.valid)) == len(whole.valid) == 80
+    assert trees.options(tmp_path)["per_device_eval_batch_size"] == 6
+    trees.model.eval()
     with torch.inference_mode():
-        model = stages[0].model.eval()
-        (loss, other) = (
-            model(**stage.collator(examples))["loss"]
-            for stage, examples in ((stages[0], list(stages[0].valid)), (stages[1], list(stages[1].valid)))
-        )
-    assert float(loss) == pytest.approx(float(other), abs=1e-5)
-    train_run(run, say=lambda _: None)
-    table = tables(run, task)["test"]
-    assert table.interval("relevance", "AUC")[0] > 0.95
-    encoder = settings(given_folder, tiny_encoder_folder, tmp_path, tiny_encoder_folder)
-    encoder = encoder.model_copy(update={"model": encoder.model.model_copy(update={"rows_together": 5})})
-    with pytest.raises(RecllmError, match=r"cannot read several rows behind one history. Leave model.rows_together"):
-        judging.relevance_stage(encoder, task, None, lambda _: None)
+        losses = [float(trees.model(**own.collator(list(own.valid)))["loss"]) for own in (trees, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_rows_behind_one_history_teach_and_a_training_goes_on(
+    given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path, monkeypatch
+):
+    from safetensors.numpy import load_file
+
+    from recllm import loop
+
+    keys = {"per_device_train_batch_size": 3, "eval_steps": 20}
+    whole, cut = (
+        together(settings(given_folder, tiny_lm_folder, tmp_path / name, tiny_encoder_folder, **keys))
+        for name in ("whole", "cut")
+    )
+    task = train_run(whole, say=lambda _: None)
+    assert tables(whole, task)["test"].interval("relevance", "AUC")[0] > 0.95
+    assert read_json(whole.folder / "lm" / "done.json")["rows"] == 3 * 280
+    end = loop.MetricsFile.on_step_end
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == 30:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.MetricsFile, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(cut, say=lambda _: None)
+    monkeypatch.setattr(loop.MetricsFile, "on_step_end", end)
+    train_run(cut, resume=True, say=lambda _: None)
+    expected, found = (load_file(run.folder / "lm" / "model.safetensors") for run in (whole, cut))
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    # A run of before there was a stride was trained on the last items, whatever its run file says.
+    assert load_relevance(whole, task).prompt.prompt.history_stride == 3
+    done = read_json(whole.folder / "lm" / "done.json")
+    del done["history_stride"]
+    (whole.folder / "lm" / "done.json").write_text(json.dumps(done), encoding="utf-8")
+    assert load_relevance(whole, task).prompt.prompt.history_stride == 1
+
+
+def test_who_cannot_read_rows_behind_one_history_is_told(
+    given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path, monkeypatch
+):
+    encoder = together(settings(given_folder, tiny_encoder_folder, tmp_path, tiny_encoder_folder))
+    with pytest.raises(RecllmError, match=r"is an encoder, which looks both ways: its rows cannot share a history"):
+        train_run(encoder, say=lambda _: None)
+    run = together(settings(given_folder, tiny_lm_folder, tmp_path, tiny_encoder_folder))
+    monkeypatch.setattr(judging, "reads_trees", lambda _: False)
+    with pytest.raises(RecllmError, match=r"cannot read several rows behind one history: that takes a causal model"):
+        judging.relevance_stage(run, prepare(run), None, lambda _: None)
+    with pytest.raises(ValueError, match=r"model.rows_together is for runs that judge pairs"):
+        Run.model_validate(run.model_dump() | {"model": run.model.model_dump() | {"task": "next_item"}})
 
 
 def test_without_an_adapter_a_causal_model_answers_zero_shot(

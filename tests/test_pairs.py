@@ -118,6 +118,19 @@ def test_what_is_alike_stands_together(rated, bare):
         assert {len(row.query.history) for row in blocks.each} == {1, 2, 3, 4}
 
 
+def test_there_are_blocks_enough_for_the_steps(bare):
+    keys = {"items": bare.index, "like_at": 4.0, "max_history": 4, "limit": 1000, "epochs": 1, "seed": 0, "block": 3}
+    once = training_blocks(bare, **keys)
+    more = training_blocks(bare, **keys, blocks_at_least=len(once) + 1)
+    assert len(more) == 2 * len(once)
+    assert list(more[: len(once)]) == list(once)
+    assert list(more[len(once) :]) != list(once)
+    scattered = training_blocks(bare, **keys, scattered=True)
+    assert sorted(scattered.sizes) == sorted(once.sizes)
+    assert list(scattered) != list(once)
+    assert sorted(map(hash, map(tuple, scattered))) == sorted(map(hash, map(tuple, once)))
+
+
 def test_given_rows_keep_their_histories(rated):
     given = [
         Example(Query(("1", "2"), "u0"), "3", 1.0),

@@ -169,6 +169,21 @@ def test_a_history_that_does_not_fit_loses_its_oldest_items(causal, prompt, chec
     assert sum(kept) == 1
 
 
+def test_a_long_history_gives_way_by_strides_as_long_as_half_of_it_stays(
+    causal, prompt, checkerboard, tiny_tokenizer, monkeypatch
+):
+    strided = compile_prompt(prompt.prompt.model_copy(update={"max_history": 20, "history_stride": 4}), tiny_tokenizer)
+    whole = PairPrompts(strided, checkerboard.catalog, causal)
+    query = Query(tuple(map(str, range(20))))
+    assert whole.beginning(query) == (None, 0, "0")
+    for over, first in ((1, 4), (len(whole.stem(query)) - len(whole.stem(Query(("1", "2", "3")))), 17)):
+        monkeypatch.setattr(causal, "max_tokens", len(whole.whole(query, "3")) - over)
+        short = PairPrompts(strided, checkerboard.catalog, causal)
+        assert short.beginning(query)[1] == first
+        assert short.stem(query) == whole.stem(Query(query.history[first:]))
+        assert all(len(short.whole(query, item)) <= causal.max_tokens for item in checkerboard.catalog.ids)
+
+
 def test_scoring_leaves_the_training_mode_as_it_was(causal, prompt, checkerboard):
     causal.train()
     try:

@@ -93,6 +93,26 @@ def test_a_batch_has_no_labels_where_there_are_no_rows():
     assert batch["ids"].shape == batch["reach"].shape == (2, 27)
 
 
+def test_a_family_with_windows_of_its_own_is_found_out(tiny_family):
+    """GPT-Neo's local layers count places in the sequence; GPT-NeoX has no windows, whatever its configuration says."""
+    local = tiny_family("GPTNeo", attention_types=[[["global", "local", "local"], 1]], num_layers=3, window_size=16)
+    assert not reads_trees(local)
+    stray = tiny_family("GPTNeoX")
+    assert reads_trees(stray)
+    stray.config.sliding_window = 8
+    assert not reads_trees(stray)
+    assert stray.config.sliding_window == 8
+
+
+def test_chains_are_what_one_trunk_holds():
+    rows = [(LONG[:length], [20, 21]) for length in (9, 3, 12, 6)] + [([9, 8], [22]), ([9, 8, 7], [23])]
+    assert list(trees.chains_of(rows, 100)) == [[1, 3, 0, 2], [4, 5]]
+    assert all(tree_of([rows[place] for place in chain]).trunks.max() == 0 for chain in trees.chains_of(rows, 100))
+    # A part may be twice its trunk: 5 ids, 2 and 2.
+    assert list(trees.chains_of([(LONG[:5], [20, 21])] * 5, 8)) == [[0, 1], [2, 3], [4]]
+    assert list(trees.chains_of([], 8)) == []
+
+
 def test_a_model_that_reads_them_otherwise_is_found_out(tiny_family, monkeypatch):
     model = tiny_family("Llama")
     whole = trees._masks
