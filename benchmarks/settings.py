@@ -47,6 +47,8 @@ CONTROLS: dict[str, dict[str, str]] = {
     "no-factors": {"factors": "same"},
 }
 """By name the `[control]` table of a run that lacks something: a gain that survives that does not come from it."""
+LIKELIHOOD = "smollm2-135m-instruct"
+"""What says how well known an item's name is, where items are new."""
 QUICK_STEPS = 60
 """Steps of the language model in a quick run."""
 TEST_ROWS = 20_000
@@ -123,6 +125,8 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool, control: str |
     if own.task == "relevance":
         # A few thousand labelled rows: a small judge, few passes, else it learns them by heart (LOG.md).
         values["light"] = {"width": 64, "learning_rate": 1e-3, "num_train_epochs": 5, "max_history": 30}
+    if own.split == "cold-items":
+        values["model"]["likelihood"] = LIKELIHOOD
     if own.split in ("temporal", "cold-items"):
         values["data"]["test_rows"] = TEST_ROWS
     if quick:

@@ -21,9 +21,11 @@ from recllm.fusion import Fusion
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_recipe
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
+from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder
+from recllm.names import NameModel
 from recllm.parity import measure
-from recllm.prompts import compile_prompt, load_prompt
+from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.quantise import quantise, write_quantisation
 from recllm.rankexport import export_ranker
 from recllm.recipes import find_recipe
@@ -39,6 +41,7 @@ from recllm.trained import (
     load_collaborative,
     load_language,
     load_light,
+    name_model,
     sequence_scorer,
 )
 from recllm.weightonly import Feeds
@@ -111,18 +114,21 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     models = {"light": load_light(run, task, parts.features), "lm": load_language(run, task, parts.features)}
     sequences = {name: found for name, found in models.items() if found is not None}
     base = load_base(model_folder(encoder_name(run)))
+    names = name_model(run, say) if "likelihood" in Fusion.load(run.folder / "fusion.json").names else None
     results = []
     graphs = run.folder / "graphs"
     for opset in sorted({recipe.opset for recipe in loaded.values()}):
         say(f"Writing the ONNX graphs in fp32, opset {opset}")
-        _write_graphs(graphs / str(opset), sequences, base, opset)
+        _write_graphs(graphs / str(opset), sequences, base, names, opset)
     reference = {name: sequence_scorer(*found, task, parts.neighbours) for name, found in sequences.items()}
     measured = any(recipe.causal.max_damage is not None for recipe in loaded.values())
     samples = _samples(run, task, sequences, base, reference) if measured else {}
+    if measured and names is not None:
+        samples["likelihood"] = _name_samples(run, task, names[1])
     for name, recipe in loaded.items():
         say(f"Bundle '{name}': quantising and comparing with torch")
         graph = graphs / str(recipe.opset)
-        results.append(_export(run, task, parts, sequences, base, reference, samples, name, recipe, graph))
+        results.append(_export(run, task, parts, sequences, base, names, reference, samples, name, recipe, graph))
     shutil.rmtree(graphs)
     return results
 
@@ -133,6 +139,7 @@ def _export(
     parts: Collaborative,
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
+    names: tuple[NameModel, CompiledPrompt] | None,
     reference: dict[str, SequenceScorer],
     samples: dict[str, list[Feeds]],
     name: str,
@@ -142,15 +149,19 @@ def _export(
     def fill(part: Path) -> None:
         said = {}
         for path in sorted(graphs.glob("*.onnx")):
-            causal = recipe.causal if path.stem in sequences or (path.stem == "encoder" and base.causal) else None
+            is_causal = path.stem in (*sequences, "likelihood") or (path.stem == "encoder" and base.causal)
+            causal = recipe.causal if is_causal else None
             known = samples.get(path.stem, [])
             said[path.stem] = quantise(path, part / path.name, recipe.precision, causal, known)
         write_quantisation(part, said)
         _write_content(part, run, task, parts, sequences, base)
+        if names is not None:
+            shutil.copy(find_recipe("prompts", run.prompt_file("likelihood")), part / NAME_PROMPT)
+            shutil.copy(model_folder(str(run.model.likelihood)) / "tokenizer.json", part / NAME_TOKENIZER)
         write_bundle_card(run, part, Path(name).stem, "recommends")
 
     def measured(part: Path) -> Parity:
-        return measure(part, run, task, parts, sequences, base, reference)
+        return measure(part, run, task, parts, sequences, base, names, reference)
 
     folder, facts = run.folder / f"bundle-{Path(name).stem}", _facts(run, task, name, sequences)
     return gated(folder, facts, name, recipe, fill, measured)
@@ -185,6 +196,13 @@ def _samples(
         drawn = [np.array([texts[place]]) for place in random.permutation(len(texts))[:SAMPLES]]
         result["encoder"] = [{"ids": ids, "mask": np.ones_like(ids)} for ids in drawn]
     return result
+
+
+def _name_samples(run: Run, task: Task, prompt: CompiledPrompt) -> list[Feeds]:
+    """Names of a few items drawn by the run's seed, as the likelihood graph takes them."""
+    texts = [ids for ids in prompt.encode_items(task.dataset.catalog) if ids is not None]
+    drawn = [texts[place] for place in np.random.default_rng(run.seed).permutation(len(texts))[:SAMPLES]]
+    return [{"ids": np.array([ids]), "lengths": np.array([len(ids)])} for ids in drawn]
 
 
 def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +257,7 @@ def _write_graphs(
     folder: Path,
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
+    names: tuple[NameModel, CompiledPrompt] | None,
     opset: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -257,3 +276,8 @@ def _write_graphs(
         write_graph(ItemGraph(model), items, folder / f"{name}-items.onnx", ("tokens", "heads"), opset)
     texts = {name: (torch.ones(2, 7, dtype=torch.long), ("batch", "length")) for name in ("ids", "mask")}
     write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("vectors",), opset)
+    if names is not None:
+        ids = torch.ones(2, names[0].first + 6, dtype=torch.long)
+        lengths = torch.tensor([ids.shape[1], names[0].first + 2])
+        told = {"ids": (ids, ("batch", "length")), "lengths": (lengths, ("batch",))}
+        write_graph(names[0], told, folder / NAME_GRAPH, ("likelihoods",), opset)

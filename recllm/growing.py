@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, write_catalog
 from recllm.data import Catalog, read_items
 from recllm.errors import RecllmError
+from recllm.likelihood import Likelihood
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
 from recllm.runtime import VECTORS, Recommender, TableScorer, load
@@ -67,7 +68,7 @@ def _write_grown(grown: Recommender, arrays: dict[str, NDArray[Any]], folder: Pa
     added = len(grown.index) - len(arrays["item_counts"])
     arrays["item_counts"] = np.concatenate([arrays["item_counts"], np.zeros(added, dtype=np.int64)])
     for name, scorer in grown.scorers.items():
-        if isinstance(scorer, Popularity | TextSimilarity | Neighbours):
+        if isinstance(scorer, Popularity | Likelihood | TextSimilarity | Neighbours):
             scorer.save(folder / "cf")
         elif isinstance(scorer, TableScorer):
             arrays[f"{name}.table"] = scorer.table

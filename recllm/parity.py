@@ -11,9 +11,11 @@ from scipy.stats import rankdata
 from recllm.encoding import SequenceScorer
 from recllm.fusion import FusedScorer
 from recllm.histories import HistoryFormat
+from recllm.likelihood import NAME_GRAPH, NameReader
 from recllm.lm import BaseModel, encode_ids
 from recllm.metrics import ndcg
-from recllm.prompts import compile_prompt, load_prompt
+from recllm.names import NameModel, read_names
+from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import Scorer, mask_seen, target_ranks
 from recllm.recipes import Settings
 from recllm.runs import Run
@@ -51,6 +53,7 @@ def measure(
     parts: Collaborative,
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
+    names: tuple[NameModel, CompiledPrompt] | None,
     reference: dict[str, SequenceScorer],
 ) -> dict[str, dict[str, float]]:
     """Fidelity of each history graph, of the whole ranking, of the item graphs and of the item encoder."""
@@ -69,6 +72,8 @@ def measure(
     for name, (model, _) in sequences.items():
         result[f"{name} items"] = _item_parity(folder / f"{name}-items.onnx", model, items)
     result["encoder"] = _encoder_parity(folder, run, task, base, random)
+    if names is not None:
+        result["likelihood"] = _name_parity(folder / NAME_GRAPH, task, *names, random=random)
     return result
 
 
@@ -126,6 +131,15 @@ def _encoder_parity(
         tokens = np.array([ids], dtype=np.int64)
         found.append(session.run(None, {"ids": tokens, "mask": np.ones_like(tokens)})[0][0])
     return fidelity(_similarities(encode_ids(base, chosen)), _similarities(np.stack(found)))
+
+
+def _name_parity(
+    path: Path, task: Task, model: NameModel, prompt: CompiledPrompt, *, random: np.random.Generator
+) -> dict[str, float]:
+    """Fidelity of the likelihoods of names."""
+    records = [task.dataset.catalog.record(item) for item in random.permutation(task.index.ids)[:ENCODER_TEXTS]]
+    found = NameReader(open_session(path), prompt)(records)
+    return fidelity(read_names(model, [prompt.item_ids(record) for record in records])[None], found[None])
 
 
 def _similarities(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

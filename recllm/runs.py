@@ -74,6 +74,16 @@ class DataSettings(Settings):
     """Draws the split; the run's own seed when not given."""
 
 
+PromptKey = Literal["relevance", "next_item", "item", "likelihood"]
+PROMPTS: dict[PromptKey, Literal["relevance", "next_item", "item"]] = {
+    "relevance": "relevance",
+    "next_item": "next_item",
+    "item": "item",
+    "likelihood": "item",
+}
+"""The keys of `[prompt]`, and the task that each one's file is for."""
+
+
 class PromptSettings(Settings):
     """`[prompt]`: a shipped name or a path to a TOML file, one per task."""
 
@@ -83,6 +93,8 @@ class PromptSettings(Settings):
     """Read when the model predicts the next item."""
     item: str = "item"
     """Read when an item becomes a vector."""
+    likelihood: str = "likelihood"
+    """Read when a language model says how probable an item's name is."""
 
 
 class AdapterSettings(Settings):
@@ -132,6 +144,9 @@ class ModelSettings(Settings):
     """Weight of the loss over pairs of one user's liked and disliked rows beside cross-entropy (relevance)."""
     listwise: float = Field(default=0.0, ge=0)
     """Weight of the softmax over one user's rows beside cross-entropy (relevance)."""
+    likelihood: str | None = None
+    """A causal language model whose likelihood of an item's name is one more scorer: it knows what is famous. None
+    when not given."""
     soft_tokens: bool = False
     """Name each item also by one token of its text vector and factors (relevance)."""
 
@@ -262,7 +277,7 @@ class Run(Settings):
         reads_words = self.model.task == "relevance" or self.model.history == "text"
         if self.control.text != "own" and self.model.name != "none" and reads_words:
             raise ValueError("control.text takes away items' vectors, and this run's language model reads their words")
-        if self.control.language_model == "random" and self.model.name == "none":
+        if self.control.language_model == "random" and self.model.name == "none" and self.model.likelihood is None:
             raise ValueError("control.language_model is random, and model.name = none: there is nothing to draw")
         return self
 
@@ -271,10 +286,10 @@ class Run(Settings):
         """The run's folder."""
         return Path(self.output) / self.name
 
-    def prompt_file(self, task: Literal["relevance", "next_item", "item"]) -> str:
-        """The prompt of a task: the copy in the run's folder, else what the run file names."""
-        kept = self.folder / RECIPES / f"{task}.toml"
-        return str(kept) if kept.is_file() else str(getattr(self.prompt, task))
+    def prompt_file(self, key: PromptKey) -> str:
+        """The prompt that a key of `[prompt]` names: the copy in the run's folder, else what the run file says."""
+        kept = self.folder / RECIPES / f"{key}.toml"
+        return str(kept) if kept.is_file() else str(getattr(self.prompt, key))
 
     @property
     def adapter_file(self) -> str:
@@ -307,7 +322,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
 
 def keep_recipes(run: Run) -> None:
     """Copy the prompts and the adapter's recipe into the run's folder: the weights belong to what they say now."""
-    files = {task: find_recipe("prompts", getattr(run.prompt, task)) for task in ("relevance", "next_item", "item")}
+    files: dict[str, Path] = {key: find_recipe("prompts", getattr(run.prompt, key)) for key in PROMPTS}
     if run.adapter.recipe != "none":
         files["adapter"] = find_recipe("adapters", run.adapter.recipe)
     for name, source in files.items():

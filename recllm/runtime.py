@@ -20,6 +20,7 @@ from recllm.files import read_json
 from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
 from recllm.itemitem import EASE, Transitions
+from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER, Likelihood, NameReader
 from recllm.mf import ImplicitMF
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
@@ -39,6 +40,7 @@ VECTORS = "vectors.safetensors"
 """The bundle's file of item vectors."""
 FITTED: dict[str, Any] = {
     "popularity": Popularity,
+    "likelihood": Likelihood,
     "mf": ImplicitMF,
     "ease": EASE,
     "transitions": Transitions,
@@ -134,6 +136,7 @@ class Recommender:
         item_counts: Mapping[str, int],
         catalogue: Any,  # noqa: ANN401  onnxruntime is untyped
         item_encoder: ItemEncoder | None,
+        name_reader: NameReader | None = None,
         item_graphs: Mapping[str, Any],
         manifest: Mapping[str, Any],
         kind: str = EXACT,
@@ -142,6 +145,7 @@ class Recommender:
         self.catalog, self.scorers, self.fusion = catalog, dict(scorers), fusion
         self.item_counts, self.manifest = dict(item_counts), manifest
         self._catalogue, self._item_encoder, self._item_graphs = catalogue, item_encoder, item_graphs
+        self._name_reader = name_reader
         self.index = ItemIndex(catalog.ids)
         vectors = {name: scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
         counts = evidence([], self.index, self.item_counts)[1]
@@ -340,6 +344,8 @@ class Recommender:
         scorers = {
             name: _grown(scorer, catalog, text, self._item_graphs.get(name)) for name, scorer in self.scorers.items()
         }
+        if isinstance(told := scorers.get("likelihood"), Likelihood) and self._name_reader is not None:
+            scorers["likelihood"] = told.grown(ItemIndex(catalog.ids), self._name_reader(new))
         if "neighbours" in scorers and isinstance(similar := scorers.get("text"), TextSimilarity):
             alike = cast(Neighbours, self.scorers["neighbours"]).grown(catalog, similar.vectors)
             scorers |= {name: _borrowing(scorer, alike) for name, scorer in scorers.items()} | {"neighbours": alike}
@@ -350,6 +356,7 @@ class Recommender:
             item_counts=self.item_counts,
             catalogue=self._catalogue,
             item_encoder=self._item_encoder,
+            name_reader=self._name_reader,
             item_graphs=self._item_graphs,
             manifest=self.manifest,
             kind=self._kind,
@@ -424,6 +431,11 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
         encoder = ItemEncoder(
             session("encoder.onnx"), prompt, Standard(arrays["text.mean"], arrays["text.scale"].item())
         )
+    names = None
+    if (place / NAME_GRAPH).is_file():
+        tokenizer = Tokenizer.from_file(str(place / NAME_TOKENIZER))
+        prompt = compile_prompt(load_prompt(str(place / NAME_PROMPT)), tokenizer)
+        names = NameReader(session(NAME_GRAPH), prompt)
     return Recommender(
         catalog=catalog,
         scorers=scorers,
@@ -431,6 +443,7 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
         item_counts=dict(zip(catalog.ids, arrays["item_counts"].tolist(), strict=True)),
         catalogue=session("catalogue.onnx"),
         item_encoder=encoder,
+        name_reader=names,
         item_graphs={
             name: session(f"{name}-items.onnx") for name in scorers if (place / f"{name}-items.onnx").is_file()
         },

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from recllm.adapters import AdapterRecipe, load_adapter, merge
 from recllm.checkpoints import load_trained
 from recllm.control import controlled
 from recllm.data import Interactions, Query
+from recllm.devices import fast_bf16
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
 from recllm.lean import round_frozen
+from recllm.likelihood import Likelihood, first_token
 from recllm.lm import (
     BaseModel,
     LanguageBody,
@@ -33,15 +35,16 @@ from recllm.lm import (
     scoring_device,
 )
 from recllm.mf import ImplicitMF
+from recllm.names import NameModel, read_names
 from recllm.neighbours import Neighbours, few_events
 from recllm.priors import Popularity, TextSimilarity
 from recllm.progress import Progress
-from recllm.prompts import compile_prompt, load_prompt
+from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
 from recllm.recency import Fading, choose_half_life, ranking_figure
 from recllm.recipes import find_recipe
-from recllm.runs import Run
+from recllm.runs import PROMPTS, Run
 from recllm.sequence import LightBody, NextItemModel
 from recllm.tasks import Task
 from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_features
@@ -59,6 +62,7 @@ class Collaborative:
     """The scorers that are fitted in closed form or by alternation, and the vectors that the sequence models read."""
 
     popularity: Popularity
+    likelihood: Likelihood | None
     mf: ImplicitMF
     ease: EASE | None
     transitions: Transitions | None
@@ -71,7 +75,10 @@ class Collaborative:
 
     def scorers(self) -> dict[str, Scorer]:
         """By name, in the order of the tables."""
-        result: dict[str, Scorer] = {"popularity": self.popularity, "mf": self.mf}
+        result: dict[str, Scorer] = {"popularity": self.popularity}
+        if self.likelihood is not None:
+            result["likelihood"] = self.likelihood
+        result["mf"] = self.mf
         if self.ease is not None:
             result["ease"] = self.ease
         if self.transitions is not None:
@@ -85,6 +92,8 @@ def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
     if not (run.folder / VECTORS).is_file():
         say("Fitting popularity and matrix factorization")
         vectors = encode_catalog(run, task, say)
+        if run.model.likelihood is not None:
+            Likelihood(task.index, name_likelihoods(run, task, say)).save(run.folder / "cf")
         _fit_collaborative(run, task, vectors)
         vectors.save(run.folder / VECTORS)  # last: its presence says that the stage is done
     return load_collaborative(run, task)
@@ -168,6 +177,7 @@ def load_collaborative(run: Run, task: Task) -> Collaborative:
     features = controlled(features, run.control, run.seed)
     return Collaborative(
         Popularity.load(folder),
+        Likelihood.load(folder) if (folder / "likelihood.json").is_file() else None,
         mf,
         EASE.load(folder) if (folder / "ease.json").is_file() else None,
         Transitions.load(folder) if (folder / "transitions.json").is_file() else None,
@@ -196,6 +206,29 @@ def encode_catalog(run: Run, task: Task, say: Say) -> RawVectors:
     say(f"Encoding the text of {len(task.index):,} items with {encoder_name(run)}")
     progress = Progress(sum(ids is not None for ids in token_ids), "items", say)
     return item_vectors(base, compiled, task.index.ids, token_ids, progress.add)
+
+
+def name_model(run: Run, say: Say) -> tuple[NameModel, CompiledPrompt]:
+    """The language model that says how probable names are, and its prompt; random weights where the run is a control.
+
+    Raises:
+        RecllmError: the prompt has no words before the name.
+    """
+    assert run.model.likelihood is not None
+    drawn_by = run.seed if run.control.language_model == "random" else None
+    base = load_base(model_folder(run.model.likelihood, say), drawn_by=drawn_by)
+    prompt = compile_prompt(load_prompt(run.prompt_file("likelihood"), task="item"), base.tokenizer)
+    return NameModel(base, first_token(prompt)).eval(), prompt
+
+
+def name_likelihoods(run: Run, task: Task, say: Say) -> NDArray[np.float32]:
+    """How probable a language model finds the name of every item, float32[items]; NaN without one."""
+    model, prompt = name_model(run, say)
+    prompt.prompt.check_against(task.dataset.catalog)
+    token_ids = prompt.encode_items(task.dataset.catalog)
+    say(f"Reading the names of {len(task.index):,} items with {run.model.likelihood}")
+    progress = Progress(sum(ids is not None for ids in token_ids), "items", say)
+    return read_names(model.to(scoring_device()), token_ids, bf16=fast_bf16(), progress=progress.add)
 
 
 def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat]:
@@ -252,12 +285,16 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
                 "control.language_model = random draws weights in full precision, and the recipe "
                 f"'{run.adapter.recipe}' quantises them. Take one that does not, such as --set adapter.recipe=lora."
             )
-    tasks: tuple[Literal["item", "next_item", "relevance"], ...] = ("item", "next_item", "relevance")
-    for task in tasks:
-        load_prompt(run.prompt_file(task) if kept else getattr(run.prompt, task), task=task)
+    for key, task in PROMPTS.items():
+        load_prompt(run.prompt_file(key) if kept else getattr(run.prompt, key), task=task)
     for recipe in run.export.recipes:
         find_recipe("export", recipe)
     model_folder(encoder_name(run), say)
+    if run.model.likelihood is not None and not is_causal(load_config(model_folder(run.model.likelihood, say))):
+        raise RecllmError(
+            f"'{run.model.likelihood}' is an encoder, which says no word's likelihood. Name a causal model as "
+            "model.likelihood, or leave it out."
+        )
     if run.model.name != "none":
         folder = model_folder(run.model.name, say)
         if run.model.task == "next_item" and not is_causal(load_config(folder)):

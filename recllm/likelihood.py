@@ -1,0 +1,94 @@
+"""Likelihood: how probable a language model finds an item's name, which says how well known it is; the same for all.
+
+A pretrained model has read more about what is famous, and so it tells known items from obscure ones before anybody here
+has chosen them (Sileo et al. 2022, "Zero-Shot Recommendation as Language Modeling", rank by such likelihoods).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.data import Query
+from recllm.errors import RecllmError
+from recllm.histories import padded
+from recllm.priors import read_arrays, take_rows, write_arrays
+from recllm.prompts import CompiledPrompt
+from recllm.ranking import ItemIndex, Scores, dot_scores
+
+NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER = "likelihood.onnx", "likelihood.toml", "likelihood-tokenizer.json"
+"""A bundle's files of it."""
+
+
+class Likelihood:
+    """Mean log-probability of the tokens of an item's name; NaN for an item that has none or is unknown."""
+
+    def __init__(self, items: ItemIndex, values: NDArray[np.float32]) -> None:
+        """Keep `values`, float32[items]."""
+        self.items, self.values = items, values
+
+    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Ones, float32[queries, 1]: it is the same for every user."""
+        return np.ones((len(queries), 1), dtype=np.float32)
+
+    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+        """The likelihoods, float32[candidates, 1]."""
+        return take_rows(self.values[:, None], self.items, candidates)
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """The same for every query: float32[queries, candidates]."""
+        return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
+
+    def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """As `score`: it knows no events."""
+        return self.score(queries, candidates)
+
+    def grown(self, items: ItemIndex, values: NDArray[np.float32]) -> Self:
+        """With new items at the end of `items`, and their `values`, float32[new items]."""
+        old = self.item_vectors(ItemIndex(items.ids[: len(items) - len(values)]))[:, 0]
+        return type(self)(items, np.concatenate([old, values]))
+
+    def save(self, folder: Path) -> None:
+        """Write `likelihood.safetensors` and `likelihood.json`."""
+        write_arrays(folder, "likelihood", {"values": self.values}, {"ids": self.items.ids})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, facts = read_arrays(folder, "likelihood")
+        return cls(ItemIndex(facts["ids"]), arrays["values"])
+
+
+def first_token(prompt: CompiledPrompt) -> int:
+    """The place of a name's first token in the `item_ids` of a prompt.
+
+    Raises:
+        RecllmError: nothing stands before the name, so that its first token follows nothing.
+    """
+    if not prompt.start:
+        raise RecllmError(
+            "The likelihood prompt begins with {candidate}, and a first token has no likelihood. Write some words "
+            "before it, as in 'A famous title: {candidate}'."
+        )
+    return len(prompt.start)
+
+
+@dataclass(frozen=True, eq=False)
+class NameReader:
+    """Likelihoods of new items by a bundle's graph."""
+
+    session: Any
+    prompt: CompiledPrompt
+
+    def __call__(self, records: Sequence[Mapping[str, str]]) -> NDArray[np.float32]:
+        """float32[records]; NaN for a record without a name."""
+        result = np.full(len(records), np.nan, dtype=np.float32)
+        for row, record in enumerate(records):
+            ids = self.prompt.item_ids(record)
+            if ids is not None:
+                given = {"ids": padded([ids]), "lengths": np.array([len(ids)], dtype=np.int64)}
+                result[row] = self.session.run(None, given)[0][0]
+        return result
