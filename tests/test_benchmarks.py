@@ -99,6 +99,20 @@ def test_bars_of_cold_items_are_against_the_text_cosine():
     assert bars["ratio_to_text_cosine_among_cold_items"] == {"value": 3.0, "bar": 2.0, "holds": True}
 
 
+def test_bars_of_few_shots_ask_for_users_and_for_the_language_model_alone():
+    settings = load("settings")
+    values = {(FUSION, "AUC", "all"): 0.77, ("relevance", "AUC", "all"): 0.67}
+    values |= {(scorer, "UAUC", "all"): 0.5 for scorer in (FUSION, "relevance")}
+    table = Table((FUSION, "relevance"), ("AUC", "UAUC"), {"all": (9, 9)}, values, {})
+    given = argparse.Namespace(protocol="few-shot", shots=64, control=None)
+    bars = settings.bars(given, {"all": table})
+    assert {name: bar["holds"] for name, bar in bars.items()} == {
+        "auc": True,
+        "uauc": False,
+        "language_model_alone": False,
+    }
+
+
 def test_every_protocol_has_a_run():
     from recllm.recipes import parse
     from recllm.runs import Run
