@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
         given.lm = "smollm2-135m-instruct" if given.protocol == "topk" else given.lm
     if given.control is not None:
         given.references = []  # they know nothing of the control
-        names = settings.PROTOCOLS[given.protocol].split == "cold-items"  # a language model reads those there
+        names = any(key.startswith("model.likelihood=") for key in given.set)  # a language model reads those
         if given.lm == "none" and not names and settings.CONTROLS[given.control].get("language_model"):
             parser.error(f"--control {given.control} is about the language model: name it by --lm.")
     given.data = given.data or settings.PROTOCOLS[given.protocol].data[0]

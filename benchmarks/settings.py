@@ -47,8 +47,6 @@ CONTROLS: dict[str, dict[str, str]] = {
     "no-factors": {"factors": "same"},
 }
 """By name the `[control]` table of a run that lacks something: a gain that survives that does not come from it."""
-LIKELIHOOD = "smollm2-135m-instruct"
-"""What says how well known an item's name is, where items are new."""
 FEW_SHOT_BARS = {"AUC": 0.76, "UAUC": 0.60}
 LANGUAGE_MODEL_ALONE = {16: 0.672, 64: 0.675, 256: 0.720}
 """AUC that is asked of the language model alone after so many rows: TALLRec's with 7 billion weights."""
@@ -128,8 +126,6 @@ def run_values(protocol: str, data: str, lm: str, *, quick: bool, control: str |
     if own.task == "relevance":
         # A few thousand labelled rows: a small judge, few passes, else it learns them by heart (LOG.md).
         values["light"] = {"width": 64, "learning_rate": 1e-3, "num_train_epochs": 5, "max_history": 30}
-    if own.split == "cold-items":
-        values["model"]["likelihood"] = LIKELIHOOD
     if own.split in ("temporal", "cold-items"):
         values["data"]["test_rows"] = TEST_ROWS
     if quick:

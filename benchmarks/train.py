@@ -1,8 +1,9 @@
 """What training costs, and whether it can be killed: `recllm bench train -- [--quick]`.
 
 Supervised targets per second of next-item training against a plain pair-per-prompt loop on the same model, bf16 against
-fp32, padding, the plan of `--dry-run` against what training then took, and runs that are killed at random moments and
-must end with the same bits. Ends with one line of JSON that has the bars.
+fp32, pairs behind one history against whole prompts, padding, the plan of `--dry-run` against what training then took,
+and runs that are killed at random moments and must end with the same bits. Ends with one line of JSON that has the
+bars.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from recllm.tasks import prepare
 
 MODEL, ENCODER = "smollm2-135m-instruct", "minilm-l6"
 HISTORY = 50
-ROWS, PAIRS = 16, 4
-"""Histories and pairs in a step."""
+ROWS, PAIRS, TREE_ROWS = 16, 4, 30
+"""Histories and pairs in a step; pairs of one user and items of a history where they are read together."""
 KEPT = ("lm/model.safetensors", "light/model.safetensors", "fusion.json")
 Bar = dict[str, Any]
 
@@ -140,6 +141,22 @@ def targets(place: Path, rounds: int) -> dict[str, float]:
         "tokens_per_second": tokens["histories"] / seconds["histories"],
         "tokens_per_second_of_pairs": tokens["pairs"] / seconds["pairs"],
         "bf16_to_fp32": seconds["histories in fp32"] / seconds["histories"],
+    }
+
+
+def behind_one_history(place: Path, rounds: int) -> dict[str, float]:
+    """Rows of pairs per second, read by whole prompts and behind one history, over the same rows of one user."""
+    keys = {"task": "relevance", "max_history": TREE_ROWS, "history_stride": TREE_ROWS // 2}
+    trees = stage_of(run_of(place, model=keys | {"rows_together": TREE_ROWS}))
+    whole = stage_of(run_of(place, model=keys))
+    block = next(rows for rows in trees.train.rows if len(rows) == TREE_ROWS // 2)
+    prompts = [(row.stem + row.branch, row.label, row.user) for row in block]
+    batches = {"behind one history": trees.collator([block]), "whole prompts": whole.collator(prompts)}
+    stages = {"behind one history": trees, "whole prompts": whole}
+    seconds = in_turns({name: stepper(stages[name], batch, bf16=True) for name, batch in batches.items()}, rounds)
+    tokens = {name: int(lengths_of(batch).sum()) / len(block) for name, batch in batches.items()}
+    return {f"rows_per_second_{name.replace(' ', '_')}": len(block) / own for name, own in seconds.items()} | {
+        f"tokens_of_a_row_{name.replace(' ', '_')}": own for name, own in tokens.items()
     }
 
 
@@ -312,7 +329,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         if "targets" in asked:
-            found = result["targets"] = targets(place, 3 if given.quick else 7)
+            rounds = 3 if given.quick else 7
+            found = result["targets"] = targets(place, rounds)
+            result["rows"] = behind_one_history(place, rounds)
             ratio = found["targets_per_second"] / found["targets_per_second_of_pairs"]
             bars["targets_to_pairs"] = bar(ratio, 20.0, least=True)
             bars["bf16_to_fp32"] = bar(found["bf16_to_fp32"], 1.8, least=True)

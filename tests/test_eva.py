@@ -23,7 +23,8 @@ def staged(tiny_run):
     features = load_collaborative(run, task).features
 
     def stage(*overrides, judges=False) -> Stage:
-        made = load_run(tiny_run, ["model.task=relevance", *overrides] if judges else list(overrides))
+        keys = ["model.task=relevance", "model.rows_together=4"] if judges else []
+        made = load_run(tiny_run, [*keys, *overrides])
         return (relevance_stage if judges else language_stage)(made, task, features, lambda _: None)
 
     return stage

@@ -88,12 +88,15 @@ def test_a_plan_of_adalora_knows_how_long_the_training_is(tiny_run, tmp_path):
     assert plan_run(run, silent).costs[0].steps == 40
 
 
-def test_a_plan_of_judging_shows_prompts_with_their_labels(tiny_run, tmp_path):
-    run = again(tiny_run, tmp_path, "model.task='relevance'", "train.num_train_epochs=1", "data.split='leave-last-out'")
+@pytest.mark.parametrize("together", [1, 4])
+def test_a_plan_of_judging_shows_prompts_with_their_labels(together, tiny_run, tmp_path):
+    keys = ["model.task='relevance'", "train.num_train_epochs=1", "data.split='leave-last-out'"]
+    run = again(tiny_run, tmp_path, *keys, f"model.rows_together={together}")
     plan = plan_run(run, silent)
     assert [cost.scorer for cost in plan.costs] == ["light", "relevance"]
     assert all(cost.tokens > cost.rows > 0 for cost in plan.costs)
     assert {example.rsplit("\n→ ", 1)[1] for example in plan.examples} <= {"liked", "not liked"}
+    assert len(plan.examples) == 3
     assert all("Will this person like" in example or "film" in example for example in plan.examples)
 
 
