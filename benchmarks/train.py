@@ -149,7 +149,7 @@ def behind_one_history(place: Path, rounds: int) -> dict[str, float]:
     keys = {"task": "relevance", "max_history": TREE_ROWS, "history_stride": TREE_ROWS // 2}
     trees = stage_of(run_of(place, model=keys | {"rows_together": TREE_ROWS}))
     whole = stage_of(run_of(place, model=keys))
-    block = next(rows for rows in trees.train.rows if len(rows) == TREE_ROWS // 2)
+    block = max((trees.train[place] for place in range(min(len(trees.train), 500))), key=len)[: TREE_ROWS // 2]
     prompts = [(row.stem + row.branch, row.label, row.user) for row in block]
     batches = {"behind one history": trees.collator([block]), "whole prompts": whole.collator(prompts)}
     stages = {"behind one history": trees, "whole prompts": whole}

@@ -90,6 +90,11 @@ def card(run: Run, title: str) -> list[str]:
         if run.model.name != "none"
         else "none",
         "item text by": run.model.item_encoder or run.model.name,
+        **(
+            {"likelihood by": f"{run.model.likelihood}, weights sha256 {revision(run.model.likelihood)}"}
+            if run.model.likelihood is not None
+            else {}
+        ),
         "layers": f"the first {run.model.layers}" if run.model.layers else "all",
         "task": run.model.task,
         "adapter": run.adapter.recipe,

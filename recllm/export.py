@@ -152,6 +152,9 @@ def _export(
             is_causal = path.stem in (*sequences, "likelihood") or (path.stem == "encoder" and base.causal)
             causal = recipe.causal if is_causal else None
             known = samples.get(path.stem, [])
+            if path.name == NAME_GRAPH and recipe.causal.bits == 4:
+                # It is read once per new item: room is all that 4 bits would save, and what they cost is not known.
+                causal = recipe.causal.model_copy(update={"bits": 8, "algorithm": "rtn", "max_damage": None})
             said[path.stem] = quantise(path, part / path.name, recipe.precision, causal, known)
         write_quantisation(part, said)
         _write_content(part, run, task, parts, sequences, base)
@@ -213,6 +216,7 @@ def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[s
         "scorers": {scorer: "sequence" if scorer in sequences else scorer for scorer in names},
         "model": run.model.name,
         "item_encoder": encoder_name(run),
+        "likelihood": run.model.likelihood,
         "data": data_facts(task),
     }
 

@@ -88,7 +88,8 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
         return Query(tuple(query.history[place] for place in places), query.user_id, ratings)
 
     scorers: dict[str, Scorer] = {
-        name: scorer if name == "popularity" else AskedAbout(scorer, liked) for name, scorer in parts.scorers().items()
+        name: scorer if name in ("popularity", "likelihood") else AskedAbout(scorer, liked)
+        for name, scorer in parts.scorers().items()
     }
     if not task.split.train.frame["rating"].count():
         return scorers

@@ -4,8 +4,9 @@ A pretrained model has read more about what is famous, and so it tells known ite
 has chosen them (Sileo et al. 2022, "Zero-Shot Recommendation as Language Modeling", rank by such likelihoods).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,22 +67,27 @@ def first_token(prompt: CompiledPrompt) -> int:
     """The place of a name's first token in the `item_ids` of a prompt.
 
     Raises:
-        RecllmError: nothing stands before the name, so that its first token follows nothing.
+        RecllmError: nothing stands before the name, so that its first token follows nothing, or something behind it.
     """
-    if not prompt.start:
+    if not prompt.start or prompt.behind:
         raise RecllmError(
-            "The likelihood prompt begins with {candidate}, and a first token has no likelihood. Write some words "
-            "before it, as in 'A famous title: {candidate}'."
+            "A likelihood prompt has some words before {candidate}, for a first token has no likelihood, and none "
+            "behind it, which would be counted as the name's: write 'A famous title: {candidate}'."
         )
     return len(prompt.start)
 
 
 @dataclass(frozen=True, eq=False)
 class NameReader:
-    """Likelihoods of new items by a bundle's graph."""
+    """Likelihoods of new items by a bundle's graph, which is opened when a name is read for the first time."""
 
-    session: Any
+    open: Callable[[], Any]
     prompt: CompiledPrompt
+
+    @cached_property
+    def session(self) -> Any:  # noqa: ANN401  onnxruntime is untyped
+        """The graph."""
+        return self.open()
 
     def __call__(self, records: Sequence[Mapping[str, str]]) -> NDArray[np.float32]:
         """float32[records]; NaN for a record without a name."""

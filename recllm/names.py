@@ -22,14 +22,23 @@ class NameModel(nn.Module):
         super().__init__()
         assert base.output is not None
         self.body, self.output, self.first = base.model, base.output, first
+        config = base.model.config
+        # What Cohere, Granite and Gemma 2 do behind the output matrix.
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """float32[texts] of `ids`, int64[texts, length], padded on the right to their `lengths`, int64[texts]."""
         given = given_positions(ids.shape[0], ids.shape[1], ids.device)
-        hidden = self.body(input_ids=ids, use_cache=False, **given).last_hidden_state
-        logits = self.output(hidden[:, self.first - 1 : -1]).float()
-        name = ids[:, self.first :]
-        told = logits.log_softmax(-1).gather(2, name[..., None])[..., 0]
+        hidden = self.body(input_ids=ids, use_cache=False, **given).last_hidden_state[:, self.first - 1 : -1]
+        with torch.autocast(ids.device.type, enabled=False):  # half precision has steps of .1 at these logits
+            logits = self.output(hidden.float()) * self.scale
+            if self.cap is not None:
+                logits = self.cap * torch.tanh(logits / self.cap)
+            name = ids[:, self.first :]
+            told = logits.gather(2, name[..., None])[..., 0] - logits.logsumexp(-1)
         counts = torch.arange(self.first, ids.shape[1], device=ids.device) < lengths[:, None]
         mean: Tensor = (told * counts).sum(1) / counts.sum(1)
         return mean
@@ -48,12 +57,13 @@ def read_names(
     order = sorted((row for row, ids in enumerate(token_ids) if ids), key=lambda row: len(token_ids[row] or ()))
     start = 0
     while start < len(order):
-        size = max(1, TOKENS_AT_ONCE // len(token_ids[order[start]] or (0,)))
-        rows = order[start : start + size]
+        rows = order[start : start + max(1, TOKENS_AT_ONCE // len(token_ids[order[start]] or (0,)))]
+        # The last one is the longest.
+        rows = rows[: max(1, TOKENS_AT_ONCE // len(token_ids[rows[-1]] or (0,)))]
         batch = [token_ids[row] or [] for row in rows]
         ids, lengths = (torch.from_numpy(padded(batch)), torch.tensor(list(map(len, batch))))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             result[rows] = model(ids.to(device), lengths.to(device)).float().cpu().numpy()
-        start += size
+        start += len(rows)
         progress(len(rows))
     return result

@@ -108,7 +108,7 @@ def training_blocks(
         items: what may stand as a candidate.
         like_at: a rating of at least this is liked.
         max_history: how many of the last items a history keeps.
-        limit: the most rows of an epoch; which ones, each epoch draws anew.
+        limit: the most rows of an epoch, but for the rest of a block; which ones, each epoch draws anew.
         epochs: passes.
         seed: of order and samples.
         at_least: further passes until there are so many rows.
@@ -116,7 +116,8 @@ def training_blocks(
         block: the most events that stand together.
         stride: a longer history begins at a multiple of so many items.
         alike: events whose queries it gives the same stand together; by default those of one user.
-        scattered: blocks stand in any order; else where their first event was drawn, and full ones come first.
+        scattered: blocks are drawn, and stand in any order; else events are drawn, and a block stands where its first
+            event does, so that full ones come first.
 
     Raises:
         RecllmError: no training event has a history, or a user has every item.
@@ -140,10 +141,15 @@ def training_blocks(
     for epoch in itertools.count():
         if epoch >= passes and len(order) >= blocks_at_least:
             break
-        random = np.random.default_rng((seed, epoch))
-        blocks = in_blocks(base, random.permutation(rows)[:count], block, alike)
-        places = random.permutation(len(blocks)) if scattered else range(len(blocks))
-        order += [(epoch, blocks[place]) for place in places]
+        drawn = np.random.default_rng((seed, epoch)).permutation(rows)
+        if not scattered:
+            order += [(epoch, own) for own in in_blocks(base, drawn[:count], block, alike)]
+            continue
+        # Whole blocks: of rows that are drawn one by one hardly any two have a beginning in common.
+        blocks = in_blocks(base, drawn, block, alike)
+        places = np.random.default_rng((seed, epoch, len(blocks))).permutation(len(blocks))
+        before = np.cumsum([0, *(len(blocks[place]) for place in places)])[:-1]
+        order += [(epoch, blocks[place]) for place, so_far in zip(places, before, strict=True) if so_far < count]
     if judged:
         return Blocks([len(own) for _, own in order], lambda place: [base[row] for row in order[place][1]])
     negatives = Negatives(task, task.split.train.histories(), items)

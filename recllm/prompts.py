@@ -234,6 +234,11 @@ class CompiledPrompt:
             )
         return positive[0], negative[0]
 
+    @property
+    def behind(self) -> list[int]:
+        """What stands behind an item in an item prompt, with what the tokenizer puts there."""
+        return self._tail + self.end
+
     def preview(self, query: Query, catalog: Catalog, candidate: str | None = None) -> Preview:
         """What the model reads for `query` and the item `candidate`; by default its last event, after those before."""
         if candidate is None:

@@ -274,8 +274,8 @@ class Run(Settings):
             raise ValueError("model.rows_together is for runs that judge pairs; a history of next items is one row")
         if self.model.soft_tokens and self.model.task != "relevance":
             raise ValueError("model.soft_tokens is for runs that judge pairs; those of next items have item tokens")
-        reads_words = self.model.task == "relevance" or self.model.history == "text"
-        if self.control.text != "own" and self.model.name != "none" and reads_words:
+        reads_words = self.model.name != "none" and (self.model.task == "relevance" or self.model.history == "text")
+        if self.control.text != "own" and (reads_words or self.model.likelihood is not None):
             raise ValueError("control.text takes away items' vectors, and this run's language model reads their words")
         if self.control.language_model == "random" and self.model.name == "none" and self.model.likelihood is None:
             raise ValueError("control.language_model is random, and model.name = none: there is nothing to draw")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -435,7 +436,7 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
     if (place / NAME_GRAPH).is_file():
         tokenizer = Tokenizer.from_file(str(place / NAME_TOKENIZER))
         prompt = compile_prompt(load_prompt(str(place / NAME_PROMPT)), tokenizer)
-        names = NameReader(session(NAME_GRAPH), prompt)
+        names = NameReader(partial(session, NAME_GRAPH), prompt)
     return Recommender(
         catalog=catalog,
         scorers=scorers,

@@ -29,6 +29,7 @@ from recllm.lm import (
     item_vectors,
     load_base,
     load_config,
+    load_tokenizer,
     model_folder,
     next_item_model,
     not_causal,
@@ -91,9 +92,9 @@ def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
     """Fit priors, factorization and item vectors, or load them where the run's folder has them."""
     if not (run.folder / VECTORS).is_file():
         say("Fitting popularity and matrix factorization")
-        vectors = encode_catalog(run, task, say)
         if run.model.likelihood is not None:
             Likelihood(task.index, name_likelihoods(run, task, say)).save(run.folder / "cf")
+        vectors = encode_catalog(run, task, say)
         _fit_collaborative(run, task, vectors)
         vectors.save(run.folder / VECTORS)  # last: its presence says that the stage is done
     return load_collaborative(run, task)
@@ -226,6 +227,8 @@ def name_likelihoods(run: Run, task: Task, say: Say) -> NDArray[np.float32]:
     model, prompt = name_model(run, say)
     prompt.prompt.check_against(task.dataset.catalog)
     token_ids = prompt.encode_items(task.dataset.catalog)
+    if not any(token_ids):
+        raise RecllmError("No item has a name that the likelihood prompt could write. Leave model.likelihood out.")
     say(f"Reading the names of {len(task.index):,} items with {run.model.likelihood}")
     progress = Progress(sum(ids is not None for ids in token_ids), "items", say)
     return read_names(model.to(scoring_device()), token_ids, bf16=fast_bf16(), progress=progress.add)
@@ -290,11 +293,15 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
     for recipe in run.export.recipes:
         find_recipe("export", recipe)
     model_folder(encoder_name(run), say)
-    if run.model.likelihood is not None and not is_causal(load_config(model_folder(run.model.likelihood, say))):
-        raise RecllmError(
-            f"'{run.model.likelihood}' is an encoder, which says no word's likelihood. Name a causal model as "
-            "model.likelihood, or leave it out."
-        )
+    if run.model.likelihood is not None:
+        folder = model_folder(run.model.likelihood, say)
+        if not is_causal(load_config(folder)):
+            raise RecllmError(
+                f"'{run.model.likelihood}' is an encoder, which says no word's likelihood. Name a causal model as "
+                "model.likelihood, or leave it out."
+            )
+        prompt = load_prompt(run.prompt_file("likelihood") if kept else run.prompt.likelihood, task="item")
+        first_token(compile_prompt(prompt, load_tokenizer(folder)))
     if run.model.name != "none":
         folder = model_folder(run.model.name, say)
         if run.model.task == "next_item" and not is_causal(load_config(folder)):

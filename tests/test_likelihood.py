@@ -59,13 +59,17 @@ def test_it_says_the_same_to_everybody_and_of_new_items(tmp_path):
     assert np.array_equal(again.score([Query(())], index), [[-3.0, -2.0, -1.0, np.nan]], equal_nan=True)
 
 
-def test_a_prompt_that_begins_with_the_name_is_refused(tiny_word_tokenizer, tiny_tokenizer):
+def test_a_prompt_has_words_before_the_name_and_none_behind(tiny_tokenizer):
     prompt = load_prompt("likelihood")
     assert first_token(compile_prompt(prompt, tiny_tokenizer)) > 0
-    bare = compile_prompt(prompt.model_copy(update={"text": "{candidate}"}), tiny_tokenizer)
-    bare.start.clear()
-    with pytest.raises(RecllmError, match=r"a first token has no likelihood. Write some words before it"):
-        first_token(bare)
+    for text in ("{candidate}", "A title: {candidate} is famous"):
+        other = compile_prompt(prompt.model_copy(update={"text": text}), tiny_tokenizer)
+        if not text.startswith("A"):
+            other.start.clear()  # the tiny tokenizer begins every text with a token of its own
+        with pytest.raises(
+            RecllmError, match=r"has some words before .*, for a first token has no likelihood, and none"
+        ):
+            first_token(other)
 
 
 def test_a_run_has_it_of_cold_items_too(trained):
@@ -93,9 +97,11 @@ def test_a_control_reads_names_with_random_weights(trained):
 
 def test_what_is_added_to_a_bundle_is_as_likely_as_it_would_have_been(trained, tmp_path):
     run, task = trained
-    exported, small = export_run(run, task, ["fp32", "int8"], say=silent)
+    exported, *others = export_run(run, task, ["fp32", "fp16", "int8", "int4"], say=silent)
     assert exported.folder is not None, exported.failures
-    assert small.parity["likelihood"]["rank_correlation"] > 0.9
+    assert all(other.parity["likelihood"]["rank_correlation"] > 0.9 for other in others)
+    assert read_json(exported.folder / "manifest.json")["likelihood"] == run.model.likelihood
+    assert "| likelihood by |" in (exported.folder / "README.md").read_text(encoding="utf-8")
     assert exported.parity["likelihood"]["max_difference"] < 1e-4
     new = [{"item_id": "new", "title": "Red film 99"}, {"item_id": "bare", "title": None}]
     pl.DataFrame(new, schema={"item_id": pl.String, "title": pl.String}).write_csv(tmp_path / "new.csv")
