@@ -226,7 +226,13 @@ def load_light_judge(run: Run, task: Task, parts: Collaborative) -> LightJudgeSc
 
 
 def relevance_model(
-    run: Run, task: Task, features: ItemFeatures | None, recipe: AdapterRecipe | None, say: Say, stride: int | None
+    run: Run,
+    task: Task,
+    features: ItemFeatures | None,
+    recipe: AdapterRecipe | None,
+    say: Say,
+    *,
+    stride: int | None = None,
 ) -> tuple[RelevanceModel, CompiledPrompt]:
     """The relevance model with the adapter of `recipe`, untrained, and its prompt; `features` are for soft tokens.
 
@@ -289,7 +295,7 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
     Raises:
         RecllmError: as `train_relevance`.
     """
-    model, prompt = relevance_model(run, task, features, adapter_recipe(run), say, run.model.history_stride)
+    model, prompt = relevance_model(run, task, features, adapter_recipe(run), say, stride=run.model.history_stride)
     prompts = PairPrompts(prompt, task.dataset.catalog, model)
     settings, inside = run.train, InsideUsers(run.model.pairwise, run.model.listwise)
     arguments = {
@@ -460,7 +466,7 @@ def load_relevance(run: Run, task: Task, *, bf16: bool | None = None) -> Relevan
     done = read_json(folder / "done.json")
     # Runs of before there was a stride have none, whatever their run file says of it: it was for next items only.
     stride, recipe = done.get("history_stride", 1), in_full_precision(adapter_recipe(run))
-    model, prompt = relevance_model(run, task, features, recipe, lambda _: None, stride)
+    model, prompt = relevance_model(run, task, features, recipe, lambda _: None, stride=stride)
     load_trained(model, folder / "model.safetensors")
     model.body = merge(model.body)
     bake_soft_tokens(model.body)

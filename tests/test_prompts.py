@@ -51,12 +51,13 @@ def test_shipped_prompt_works_on_a_catalog_that_has_only_titles(name, tiny_token
     assert [ids is None for ids in encoded] == [False, False, False, True]
 
 
-def test_four_prompts_are_shipped():
+def test_five_prompts_are_shipped():
     assert {name: load_prompt(name).task for name in recipe_names("prompts")} == {
         "relevance": "relevance",
         "cold_item": "relevance",
         "next_item": "next_item",
         "item": "item",
+        "likelihood": "item",
     }
 
 
