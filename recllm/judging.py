@@ -358,16 +358,9 @@ def _check_together(run: Run, model: RelevanceModel) -> None:
     """Check that a model reads several rows behind one history, where it is asked to.
 
     Raises:
-        RecllmError: it does not, or it lies in parts and cannot be asked.
+        RecllmError: it does not.
     """
-    if run.model.rows_together == 1:
-        return
-    if any(hasattr(own, "ds_numel") for own in model.parameters()):
-        raise RecllmError(
-            "model.rows_together is tried on the whole model before it trains, and ZeRO-3 has it in parts. Take the "
-            "profile zero2 or fsdp2, or leave model.rows_together at 1."
-        )
-    if not model.causal or not reads_trees(model.body):
+    if run.model.rows_together > 1 and not (model.causal and reads_trees(model.body)):
         raise RecllmError(
             f"'{run.model.name}' cannot read several rows behind one history: that takes a causal model whose "
             "attention takes a mask of its own. Leave model.rows_together at 1."

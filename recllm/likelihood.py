@@ -16,41 +16,20 @@ from numpy.typing import NDArray
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.histories import padded
-from recllm.priors import read_arrays, take_rows, write_arrays
+from recllm.priors import ItemPrior, read_arrays, write_arrays
 from recllm.prompts import CompiledPrompt
-from recllm.ranking import ItemIndex, Scores, dot_scores
+from recllm.ranking import ItemIndex, Scores
 
 NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER = "likelihood.onnx", "likelihood.toml", "likelihood-tokenizer.json"
 """A bundle's files of it."""
 
 
-class Likelihood:
+class Likelihood(ItemPrior):
     """Mean log-probability of the tokens of an item's name; NaN for an item that has none or is unknown."""
-
-    def __init__(self, items: ItemIndex, values: NDArray[np.float32]) -> None:
-        """Keep `values`, float32[items]."""
-        self.items, self.values = items, values
-
-    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """Ones, float32[queries, 1]: it is the same for every user."""
-        return np.ones((len(queries), 1), dtype=np.float32)
-
-    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
-        """The likelihoods, float32[candidates, 1]."""
-        return take_rows(self.values[:, None], self.items, candidates)
-
-    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
-        """The same for every query: float32[queries, candidates]."""
-        return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
 
     def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """As `score`: it knows no events."""
         return self.score(queries, candidates)
-
-    def grown(self, items: ItemIndex, values: NDArray[np.float32]) -> Self:
-        """With new items at the end of `items`, and their `values`, float32[new items]."""
-        old = self.item_vectors(ItemIndex(items.ids[: len(items) - len(values)]))[:, 0]
-        return type(self)(items, np.concatenate([old, values]))
 
     def save(self, folder: Path) -> None:
         """Write `likelihood.safetensors` and `likelihood.json`."""

@@ -62,12 +62,33 @@ def take_rows(values: NDArray[np.float32], items: ItemIndex, candidates: ItemInd
     return taken
 
 
-class Popularity:
-    """log1p of an item's train events. Zero events are knowledge: 0.0; an id never seen anywhere is NaN."""
+class ItemPrior:
+    """A value of each item, the same for every query; NaN for an unknown item."""
 
-    def __init__(self, items: ItemIndex, log_counts: NDArray[np.float32]) -> None:
-        """Keep `log_counts`, float32[items]."""
-        self.items, self.log_counts = items, log_counts
+    def __init__(self, items: ItemIndex, values: NDArray[np.float32]) -> None:
+        """Keep `values`, float32[items]."""
+        self.items, self.values = items, values
+
+    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Ones, float32[queries, 1]: every user is known well enough for it."""
+        return np.ones((len(queries), 1), dtype=np.float32)
+
+    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
+        """The values, float32[candidates, 1]."""
+        return take_rows(self.values[:, None], self.items, candidates)
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """The same values for every query: float32[queries, candidates]."""
+        return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
+
+    def grown(self, items: ItemIndex, values: NDArray[np.float32]) -> Self:
+        """With new items at the end of `items`, and their `values`, float32[new items]."""
+        old = self.item_vectors(ItemIndex(items.ids[: len(items) - len(values)]))[:, 0]
+        return type(self)(items, np.concatenate([old, values]))
+
+
+class Popularity(ItemPrior):
+    """log1p of an item's train events. Zero events are knowledge: 0.0; an id never seen anywhere is NaN."""
 
     @classmethod
     def fit(
@@ -93,25 +114,13 @@ class Popularity:
         items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))
         return cls(items, np.log1p(np.array([counts.get(item, 0.0) for item in items.ids], dtype=np.float32)))
 
-    def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """Ones, float32[queries, 1]: every user is known well enough for popularity."""
-        return np.ones((len(queries), 1), dtype=np.float32)
-
-    def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
-        """Log-popularity, float32[candidates, 1]; NaN for an id never seen."""
-        return take_rows(self.log_counts[:, None], self.items, candidates)
-
-    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
-        """The same log-popularity for every query: float32[queries, candidates]."""
-        return dot_scores(self.query_vectors(queries), self.item_vectors(candidates))
-
     def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Nobody has chosen them: zeros, float32[queries, candidates]."""
         return np.zeros((len(queries), len(candidates)), dtype=np.float32)
 
     def save(self, folder: Path) -> None:
         """Write `popularity.safetensors` and `popularity.json`."""
-        write_arrays(folder, "popularity", {"log_counts": self.log_counts}, {"ids": self.items.ids})
+        write_arrays(folder, "popularity", {"log_counts": self.values}, {"ids": self.items.ids})
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -369,8 +369,7 @@ def _grown(scorer: VectorScorer, catalog: Catalog, text: NDArray[np.float32], gr
     """A scorer that knows the new items at the catalogue's end by their text; one that reads none stays as it is."""
     index = ItemIndex(catalog.ids)
     if isinstance(scorer, Popularity):
-        old = scorer.item_vectors(ItemIndex(index.ids[: len(index) - len(text)]))[:, 0]
-        return Popularity(index, np.concatenate([old, np.zeros(len(text), dtype=np.float32)]))
+        return scorer.grown(index, np.zeros(len(text), dtype=np.float32))
     if isinstance(scorer, TextSimilarity):
         return TextSimilarity(index, np.concatenate([scorer.vectors, text]), scorer.half_life)
     if not isinstance(scorer, TableScorer):

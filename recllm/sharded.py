@@ -60,13 +60,16 @@ def _gathered(value: Tensor, by: int | None = None) -> AbstractContextManager[An
     return gathered
 
 
-def check_shardable(recipe: AdapterRecipe | None, *, half: torch.dtype | None, compiled: bool) -> None:
+def check_shardable(
+    recipe: AdapterRecipe | None, *, half: torch.dtype | None, compiled: bool, together: int = 1
+) -> None:
     """Check, before any work, that what the launcher asks to shard can be.
 
     Args:
         recipe: the adapter's, None where only projections train.
         half: the dtype of autocast, None for float32.
         compiled: whether layers are to be compiled.
+        together: rows of a user that are read behind one history.
 
     Raises:
         RecllmError: it cannot.
@@ -84,6 +87,8 @@ def check_shardable(recipe: AdapterRecipe | None, *, half: torch.dtype | None, c
         raise RecllmError(f'Sharded training has no fp16. {way_out}, or train.precision = "bf16".')
     if compiled:
         raise RecllmError("train.torch_compile has not been tried on sharded layers. Leave it out.")
+    if together > 1:
+        raise RecllmError(f"model.rows_together has not been tried on sharded layers. {way_out}, or leave it at 1.")
     if recipe is not None and recipe.quantization is not None:
         raise RecllmError(f"A quantised base model is not sharded. {way_out}, or a recipe like 'lora'.")
     if recipe is not None and recipe.tuner == "adalora":

@@ -139,7 +139,8 @@ def _check_shardable(run: Run, *, kept: bool) -> None:
     named = run.model.name != "none" and run.adapter.recipe != "none"
     recipe = load_adapter(run.adapter, run.adapter_file if kept else None) if named else None
     half = torch.bfloat16 if keys.get("bf16") else torch.float16 if keys.get("fp16") else None
-    check_shardable(recipe, half=half, compiled=any(keys.get(key) for key in COMPILING))
+    compiled = any(keys.get(key) for key in COMPILING)
+    check_shardable(recipe, half=half, compiled=compiled, together=run.model.rows_together)
 
 
 def _check_processes(run: Run, processes: int) -> None:

@@ -205,3 +205,23 @@ def test_rows_in_another_order_than_time_are_put_in_order(tmp_path):
     untimed = [{key: value for key, value in row.items() if key != "timestamp"} for row in train]
     split = split_of(tmp_path, untimed, [{key: later[key] for key in later if key != "timestamp"}])
     assert split.test[0].query == Query(("c", "b", "a"), "u", (0.0, 1.0, 0.0))
+
+
+def test_neighbouring_rows_know_the_earlier_ones_up_to_the_same_point(tmp_path):
+    """So the history of one goes on from another's: here over stretches of 40 rows."""
+    train = [
+        {"user_id": f"u{user}", "item_id": f"i{at}", "label": at % 2, "history": [], "timestamp": at}
+        for user in range(30)
+        for at in range(100)
+    ]
+    rows = split_of(tmp_path, train, train[-1:]).train_rows
+    points = []
+    for start in range(0, len(rows), 100):
+        for block in (range(40), range(40, 80), range(80, 100)):
+            known = [len(rows[start + at].query.history) for at in block]
+            point = max(known)
+            assert known == [min(at, point) for at in block]
+            points.append(point / max(block))
+    assert points.count(0.0) > 10
+    assert points.count(1.0) > 20
+    assert sum(0.0 < point < 1.0 for point in points) > 5

@@ -163,6 +163,7 @@ def test_what_can_be_cut_is_not_refused(sharding_by_fsdp):
         (["train.precision=fp16"], "Sharded training has no fp16"),
         (["train.fp16=true"], "Sharded training has no fp16"),
         (["train.torch_compile=true"], "torch_compile has not been tried on sharded layers"),
+        (["model.task=relevance", "model.rows_together=4"], "rows_together has not been tried on sharded layers"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_any_work(overrides, words, sharding_by_fsdp, tiny_run, tmp_path):
