@@ -5,9 +5,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from recllm.repeated import WithWeights, repeated_layers, weights_of
+from recllm.unfolding import write_out
 
 
 def write_graph(
@@ -29,19 +33,61 @@ def write_graph(
     values = tuple(value.clone() for value, _ in example.values())
     named = [dict(names if isinstance(names, Mapping) else enumerate(names)) for _, names in example.values()]
     dimensions = {name: torch.export.Dim(name, min=1) for names in named for name in names.values()}
+    shapes = tuple({place: dimensions[name] for place, name in names.items()} for names in named)
+    module = module.eval().cpu()
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval().cpu(),
-            values,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(example),
-            output_names=list(outputs),
-            dynamic_shapes=tuple({place: dimensions[name] for place, name in names.items()} for names in named),
-            verbose=False,
-        )
-    assert program is not None
+        program = _layers_once(module, values, list(example), shapes, outputs, opset)
+        if program is None:
+            program = _program(module, values, list(example), shapes, outputs, opset)
     program.save(str(path), external_data=False)
+
+
+def _program(
+    module: nn.Module,
+    values: tuple[Tensor, ...],
+    names: Sequence[str],
+    shapes: tuple[Any, ...],
+    outputs: Sequence[str],
+    opset: int,
+) -> torch.onnx.ONNXProgram:
+    program = torch.onnx.export(
+        module,
+        values,
+        dynamo=True,
+        opset_version=opset,
+        input_names=list(names),
+        output_names=list(outputs),
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
+    assert program is not None
+    return program
+
+
+def _layers_once(
+    module: nn.Module,
+    values: tuple[Tensor, ...],
+    names: Sequence[str],
+    shapes: tuple[Any, ...],
+    outputs: Sequence[str],
+    opset: int,
+) -> torch.onnx.ONNXProgram | None:
+    """The graph with each kind of layer traced once; None where layers differ or do what such a graph cannot say."""
+    repeated = repeated_layers(module, values)
+    if repeated is None:
+        return None
+    weights = [weights_of(repeated.layers[number]) for number in repeated.firsts]
+    inputs = [[f"weight_{kind}_{place}" for place in range(len(own))] for kind, own in enumerate(weights)]
+    given = (*values, *(own.clone() for kind in weights for own in kind.values()))
+    every = (*names, *(name for kind in inputs for name in kind))
+    whole = WithWeights(module, repeated, len(values))
+    fixed: tuple[dict[int, Any], ...] = ({},) * (len(given) - len(values))
+    try:
+        program = _program(whole, given, every, ((*shapes, *fixed),), outputs, opset)
+        write_out(program.model, repeated, inputs)
+    except Exception:  # whatever it is: traced whole, the model says itself what is wrong
+        return None
+    return program
 
 
 @contextmanager
