@@ -1,7 +1,6 @@
 """Precision of a graph: half precision, weights in few bits for causal models, dynamic int8 for encoders."""
 
 import logging
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import onnx
 
 from recllm.files import write_json
+from recllm.graphfiles import copy_graph, save_graph, weights_file
 from recllm.weightonly import Feeds, WeightSettings, quantise_weights
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
@@ -34,7 +34,7 @@ def quantise(
         What `quantise_weights` has measured; None where it has not.
     """
     if precision == "fp32" or source.stem.endswith("-items"):
-        shutil.copyfile(source, target)  # item projections are small, and every score of a new item hangs on them
+        copy_graph(source, target)  # item projections are small, and every score of a new item hangs on them
     elif precision == "fp16":
         _half(source, target)
     elif causal is not None:
@@ -57,7 +57,7 @@ def _half(source: Path, target: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it names every weight too small for fp16; the gate judges the result
         model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=True)
-    onnx.save(model, target)
+    save_graph(model, target)
 
 
 def _dynamic(source: Path, target: Path) -> None:
@@ -69,6 +69,13 @@ def _dynamic(source: Path, target: Path) -> None:
     try:
         # Named, because left to itself it also rewrites opset 23's Attention into one that cannot be loaded.
         operators = ["MatMul", "Gemm", "Gather"]
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=operators)
+        quantize_dynamic(
+            source,
+            target,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=operators,
+            use_external_data_format=weights_file(source).is_file(),
+        )
     finally:
         root.setLevel(level)

@@ -1,4 +1,4 @@
-"""Tracing: a torch module to an ONNX graph with the weights inside the file."""
+"""Tracing: a torch module to an ONNX graph and its weights."""
 
 import logging
 import warnings
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recllm.graphfiles import MOST_BYTES
 from recllm.repeated import WithWeights, repeated_layers, weights_of
 from recllm.unfolding import write_out
 
@@ -21,7 +22,7 @@ def write_graph(
     outputs: tuple[str, ...],
     opset: int,
 ) -> None:
-    """Export a module with the weights inside the file.
+    """Export a module with the weights inside the file, or beside it where they are too large for one.
 
     Args:
         module: what is exported.
@@ -39,7 +40,8 @@ def write_graph(
         program = _layers_once(module, values, list(example), shapes, outputs, opset)
         if program is None:
             program = _program(module, values, list(example), shapes, outputs, opset)
-    program.save(str(path), external_data=False)
+    sizes = (own.const_value.nbytes for own in program.model.graph.initializers.values() if own.const_value is not None)
+    program.save(str(path), external_data=sum(sizes) > MOST_BYTES)
 
 
 def _program(

@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 from pydantic import Field, model_validator
 
 from recllm.errors import RecllmError
+from recllm.graphfiles import open_model, save_graph
 from recllm.recipes import Settings
-from recllm.sessions import open_session
 
 Feeds = Mapping[str, NDArray[Any]]
 SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
@@ -70,7 +70,7 @@ def quantise_weights(
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
     model = onnx.load(source)
     if settings.max_damage is None:
-        onnx.save(_quantised(model, settings, frozenset()), target)
+        save_graph(_quantised(model, settings, frozenset()), target)
         return None
     if not samples:
         raise RecllmError(
@@ -97,7 +97,7 @@ def quantise_weights(
         tried[f"{share:g}"] = damage = max(_damage(*pair) for pair in pairs)
         if damage <= settings.max_damage:
             break
-    onnx.save(made, target)
+    save_graph(made, target)
     return {"layers": layers, "graph": tried, "higher": higher}
 
 
@@ -176,7 +176,7 @@ def _quantised(model: onnx.ModelProto, settings: WeightSettings, higher: frozens
 
 def _outputs(model: onnx.ModelProto, samples: Sequence[Feeds]) -> list[NDArray[np.float32]]:
     """All outputs of a model that is in memory, of each sample after the other."""
-    session = open_session(model.SerializeToString())
+    session = open_model(model)
     return [np.asarray(value) for feeds in samples for value in session.run(None, dict(feeds))]
 
 

@@ -17,8 +17,9 @@ TORCH_FREE = [
     "data", "splits", "given", "templates", "tokens", "histories", "prompts", "ranking", "metrics", "results",
     "evaluate", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "ratedneighbours", "windows",
     "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs",
-    "protocols", "bundle", "hub", "catalogue", "sessions", "shortlist", "reserved", "runtime", "onnxreader", "ranker",
-    "growing", "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
+    "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "shortlist", "reserved", "runtime",
+    "onnxreader", "ranker", "growing", "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts",
+    "report",
 ]
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "adapters", "lm", "names", "devices",
