@@ -25,6 +25,10 @@ SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 ROWS = 512
 """The most inputs of a layer that its damage is measured on."""
 HIGHER_BITS = 8
+TABLE_ROWS = 1024
+"""Rows from which on a table of embeddings is worth making smaller."""
+TABLE_STEPS = 127
+"""Of a row's largest value, the most that 8 bits with a sign hold."""
 
 
 class WeightSettings(Settings):
@@ -171,7 +175,57 @@ def _quantised(model: onnx.ModelProto, settings: WeightSettings, higher: frozens
         model = pass_over(model, sorted(higher), algo_config=config)
     else:
         model = pass_over(model, sorted(higher), bits=settings.bits, is_symmetric=True)
-    return pass_over(model, [], bits=HIGHER_BITS, is_symmetric=True) if higher else model
+    return _with_small_tables(pass_over(model, [], bits=HIGHER_BITS, is_symmetric=True) if higher else model)
+
+
+def _with_small_tables(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its tables of embeddings in 8 bits, in place: a row is its largest value times 127ths.
+
+    MatMulNBitsQuantizer leaves them as they are in 8 bits, and in a small model they are the largest weights of all.
+    """
+    graph = model.graph
+    uses: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            uses.setdefault(name, []).append(node)
+    tables = {tensor.name: tensor for tensor in graph.initializer if _is_table(tensor, uses.get(tensor.name, []))}
+    for name, tensor in tables.items():
+        values = numpy_helper.to_array(tensor)
+        scales = np.abs(values).max(1, keepdims=True) / TABLE_STEPS
+        scales[scales == 0.0] = 1.0
+        graph.initializer.remove(tensor)
+        steps = np.rint(values / scales).astype(np.int8)
+        graph.initializer.append(numpy_helper.from_array(steps, f"{name}_steps"))
+        graph.initializer.append(numpy_helper.from_array(scales.astype(np.float32), f"{name}_scales"))
+    nodes = [
+        own
+        for node in graph.node
+        for own in (_read_table(node) if node.input[:1] and node.input[0] in tables else [node])
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def _is_table(tensor: onnx.TensorProto, uses: Sequence[onnx.NodeProto]) -> bool:
+    large = tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.dims[0] >= TABLE_ROWS
+    return large and bool(uses) and all(_takes_rows(node, tensor.name) for node in uses)
+
+
+def _takes_rows(node: onnx.NodeProto, table: str) -> bool:
+    places = [own.i for own in node.attribute if own.name == "axis"]
+    return node.op_type == "Gather" and node.input[0] == table and places in ([], [0])
+
+
+def _read_table(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    table, rows = node.input
+    (found,) = node.output
+    return [
+        helper.make_node("Gather", [f"{table}_steps", rows], [f"{found}_steps"], name=f"{node.name} steps"),
+        helper.make_node("Cast", [f"{found}_steps"], [f"{found}_cast"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Gather", [f"{table}_scales", rows], [f"{found}_scales"], name=f"{node.name} scales"),
+        helper.make_node("Mul", [f"{found}_cast", f"{found}_scales"], [found], name=f"{node.name} rows"),
+    ]
 
 
 def _outputs(model: onnx.ModelProto, samples: Sequence[Feeds]) -> list[NDArray[np.float32]]:

@@ -155,3 +155,51 @@ def test_half_quadratic_quantisation_does_less_damage_than_rounding(graph, sampl
         quantise_weights(graph, target, WeightSettings(bits=4, algorithm=algorithm))
         found[algorithm] = lost(graph, target, samples)
     assert found["hqq"] < found["rtn"]
+
+
+@pytest.fixture
+def reading(tmp_path):
+    """Two tables of embeddings, one of which is a matrix too, and a small one; a layer behind their sum."""
+    rng = np.random.default_rng(0)
+    sizes = {"words": 2000, "tied": 1024, "places": 32}
+    tables = {name: rng.normal(size=(rows, WIDTH)).astype(np.float32) for name, rows in sizes.items()}
+    tables["words"] *= rng.exponential(size=(2000, 1)).astype(np.float32)  # rows of many sizes
+    tables["words"][7] = 0.0
+    nodes = [
+        *(helper.make_node("Gather", [name, f"{name}_ids"], [f"{name} found"], name=name) for name in tables),
+        helper.make_node("Sum", [f"{name} found" for name in tables], ["sum"]),
+        helper.make_node("MatMul", ["sum", "layer"], ["y"], name="layer"),
+        helper.make_node("Gemm", ["sum", "tied"], ["logits"], transB=1, name="output"),
+    ]
+    given = [helper.make_tensor_value_info(f"{name}_ids", TensorProto.INT64, ["rows"]) for name in tables]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", None]) for name in ("y", "logits")]
+    tensors = [numpy_helper.from_array(own, name) for name, own in (tables | {"layer": weights_of(1)}).items()]
+    path = tmp_path / "reading.onnx"
+    made = helper.make_graph(nodes, "g", given, results, tensors)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path, {
+        name: np.array([0, 7, rows - 1, 3]) % rows for name, rows in ((f"{n}_ids", r) for n, r in sizes.items())
+    }
+
+
+@pytest.mark.parametrize("settings", [WeightSettings(), WeightSettings(bits=4, algorithm="hqq", max_damage=0.01)])
+def test_large_tables_of_embeddings_take_8_bits(settings, reading, tmp_path):
+    path, feeds = reading
+    quantise_weights(path, tmp_path / "small.onnx", settings, [feeds])
+    tensors = {own.name: own for own in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert tensors["words_steps"].data_type == TensorProto.INT8
+    assert "words" not in tensors
+    assert {"tied", "places"} <= tensors.keys()  # one is read as a matrix too, the other is small
+    expected, found = (open_session(own).run(["words found"], feeds)[0] for own in shown(path, tmp_path))
+    step = np.abs(expected).max(1, keepdims=True) / 127
+    assert (np.abs(found - expected) <= step / 2 + 1e-6).all()
+    assert not np.array_equal(found, expected)
+
+
+def shown(path, folder):
+    """The graphs with what is read of the words as an output."""
+    for name in (path, folder / "small.onnx"):
+        model = onnx.load(name)
+        model.graph.output.append(helper.make_tensor_value_info("words found", TensorProto.FLOAT, None))
+        onnx.save(model, folder / f"shown-{name.name}")
+        yield folder / f"shown-{name.name}"
