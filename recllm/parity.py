@@ -13,7 +13,7 @@ from recllm.fusion import FusedScorer
 from recllm.histories import HistoryFormat
 from recllm.likelihood import NAME_GRAPH, NameReader
 from recllm.lm import BaseModel, encode_ids
-from recllm.metrics import ndcg
+from recllm.metrics import auc, ndcg
 from recllm.names import NameModel, read_names
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import Scorer, mask_seen, target_ranks
@@ -42,8 +42,8 @@ class Tolerance(Settings):
     top10_overlap: float
     """Least mean share of torch's ten best that stay among the ten best."""
     metric_loss: float | None = None
-    """The largest share of NDCG@10 on the gate's validation queries that may be lost, as far as the loss is more than
-    chance; not asked where not given."""
+    """The largest share of NDCG@10 on the gate's validation queries, of a ranker of AUC on its labelled rows, that may
+    be lost, as far as the loss is more than chance; not asked where not given."""
 
 
 def measure(
@@ -108,6 +108,37 @@ def metric_loss(expected: NDArray[np.float64], found: NDArray[np.float64]) -> di
     whole = float(expected.mean())
     least = max(0.0, low) / whole if whole else 0.0
     return {"ndcg": float(found.mean()), "ndcg_torch": whole, "least_loss": least}
+
+
+def auc_loss(
+    labels: NDArray[np.float64], expected: NDArray[np.floating], found: NDArray[np.floating]
+) -> dict[str, float]:
+    """What a graph loses of AUC, from its scores float[rows] and torch's.
+
+    Returns:
+        auc and auc_torch; and least_loss, the share of torch's that is lost at least: the lower end of a 95 % interval
+        of the paired difference (DeLong et al. 1988), 0 where none is shown. Empty with labels of one kind only.
+    """
+    liked = labels > 0
+    if liked.all() or not liked.any():
+        return {}
+    # Of each row, the share of the rows with the other label that stand on the right side of it.
+    lost = _right_sides(liked, expected) - _right_sides(liked, found)
+    parts = lost[liked], lost[~liked]
+    deviation = np.sqrt(sum(own.var(ddof=1) / len(own) if len(own) > 1 else 0.0 for own in parts))
+    whole = auc(liked, expected)
+    least = max(0.0, float(parts[0].mean() - 1.96 * deviation))
+    return {"auc": auc(liked, found), "auc_torch": whole, "least_loss": least / whole if whole else 0.0}
+
+
+def _right_sides(liked: NDArray[np.bool_], scores: NDArray[np.floating]) -> NDArray[np.float64]:
+    ranks = rankdata(scores)
+    result = np.empty(len(scores))
+    for kind in (liked, ~liked):
+        below = ranks[kind] - rankdata(scores[kind])  # how many of the others, a tie counts half
+        result[kind] = below / (~kind).sum()
+    result[~liked] = 1.0 - result[~liked]
+    return result
 
 
 def _item_parity(path: Path, model: NextItemModel, rows: NDArray[np.int64]) -> dict[str, float]:
@@ -223,9 +254,9 @@ def failures_of(parity: dict[str, dict[str, float]], tolerance: Tolerance) -> li
                 found.append(f"{graph}: {key} is {measured[key]:.4f}, at least {least} is asked")
         lost = measured.get("least_loss", 0.0)
         if tolerance.metric_loss is not None and lost > tolerance.metric_loss:
+            name, key = ("AUC", "auc") if "auc" in measured else ("NDCG@10", "ndcg")
             found.append(
-                f"{graph}: NDCG@10 on validation is {measured['ndcg']:.4f} where torch has "
-                f"{measured['ndcg_torch']:.4f}: at least {100 * lost:.1f} % are lost, "
-                f"{100 * tolerance.metric_loss:g} % allowed"
+                f"{graph}: {name} on validation is {measured[key]:.4f} where torch has {measured[f'{key}_torch']:.4f}: "
+                f"at least {100 * lost:.1f} % are lost, {100 * tolerance.metric_loss:g} % allowed"
             )
     return found

@@ -15,10 +15,9 @@ from recllm.files import write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
 from recllm.judging import load_relevance
 from recllm.lm import model_folder
-from recllm.metrics import auc
 from recllm.onnxreader import OnnxReader
 from recllm.pairs import labelled_rows
-from recllm.parity import fidelity
+from recllm.parity import auc_loss, fidelity
 from recllm.pointwise import PointwiseScorer
 from recllm.quantise import quantise, write_quantisation
 from recllm.ranker import KIND, PROMPT, SETTINGS, RankerSettings, load_ranker
@@ -158,8 +157,6 @@ def _aucs(run: Run, task: Task, scorer: RelevanceScorer, ranker: PointwiseScorer
     drawn = np.random.default_rng(run.seed).permutation(len(rows))[: run.export.gate_queries]
     pairs = [rows[place].query for place in drawn], [rows[place].item_id for place in drawn]
     labels = np.array([rows[place].label for place in drawn])
-    scores = {"auc": ranker.score_pairs(*pairs), "auc_torch": scorer.score_pairs(*pairs)}
-    known = ~np.isnan(np.array(list(scores.values()))).any(axis=0)
-    if len(np.unique(labels[known])) < 2:
-        return {}
-    return {name: auc(labels[known], own[known]) for name, own in scores.items()}
+    expected, found = scorer.score_pairs(*pairs), ranker.score_pairs(*pairs)
+    known = ~(np.isnan(expected) | np.isnan(found))
+    return auc_loss(labels[known], expected[known], found[known])

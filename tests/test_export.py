@@ -18,7 +18,8 @@ from recllm.files import read_json
 from recllm.fusion import FusedScorer, Fusion
 from recllm.gate import load_recipe
 from recllm.lm import load_base, mean_pool
-from recllm.parity import GRID, Tolerance, failures_of, fidelity, metric_loss
+from recllm.metrics import auc
+from recllm.parity import GRID, Tolerance, auc_loss, failures_of, fidelity, metric_loss
 from recllm.protocols import evaluation_protocol
 from recllm.quantise import quantise
 from recllm.ranking import mask_seen, top_k
@@ -311,6 +312,26 @@ def test_a_lost_metric_is_shown_by_more_than_chance():
     assert np.isnan(metric_loss(np.zeros(0), np.zeros(0))["least_loss"])
 
 
+def test_a_lost_auc_is_shown_by_more_than_chance():
+    random = np.random.default_rng(0)
+    labels = (random.random(400) < 0.3).astype(np.float64)
+    torch_scores = labels + random.normal(size=400)
+    worse = torch_scores + 1.5 * random.normal(size=400)
+    found = auc_loss(labels, torch_scores, worse)
+    assert (found["auc"], found["auc_torch"]) == pytest.approx((auc(labels, worse), auc(labels, torch_scores)))
+    drawn = random.integers(0, 400, (1000, 400))
+    lost = [auc(labels[rows], torch_scores[rows]) - auc(labels[rows], worse[rows]) for rows in drawn]
+    low = np.mean(lost) - 1.96 * np.std(lost)  # what the formula stands for, by a bootstrap over rows
+    assert found["least_loss"] == pytest.approx(low / found["auc_torch"], abs=0.006)
+    assert found["least_loss"] > 0.05
+    assert auc_loss(labels, torch_scores, torch_scores)["least_loss"] == 0.0
+    assert auc_loss(labels, worse, torch_scores)["least_loss"] == 0.0  # a gain
+    nudged = torch_scores + 0.02 * random.normal(size=400)
+    assert auc_loss(labels, torch_scores, nudged)["least_loss"] < 0.003
+    assert auc_loss(np.ones(3), np.arange(3.0), np.arange(3.0)) == {}
+    assert auc_loss(np.array([1.0, 0.0]), np.array([1.0, 1.0]), np.array([1.0, 0.0]))["auc_torch"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("measured", "words"),
     [
@@ -321,6 +342,10 @@ def test_a_lost_metric_is_shown_by_more_than_chance():
         (
             {"ndcg": 0.08, "ndcg_torch": 0.1, "least_loss": 0.12},
             "lm: NDCG@10 on validation is 0.0800 where torch has 0.1000: at least 12.0 % are lost, 2 % allowed",
+        ),
+        (
+            {"auc": 0.7, "auc_torch": 0.8, "least_loss": 0.05},
+            "lm: AUC on validation is 0.7000 where torch has 0.8000: at least 5.0 % are lost, 2 % allowed",
         ),
     ],
 )
