@@ -59,7 +59,11 @@ class Tree:
 
 
 def tree_of(rows: Sequence[tuple[list[int], list[int]]]) -> Tree:
-    """Pairs of stem and branch in one sequence; a stem that is the beginning of a longer one is not written again."""
+    """Pairs of stem and branch in one sequence; a stem that is the beginning of a longer one is not written again.
+
+    Nor is a branch that a longer stem goes on with: where a history writes its items as the prompt asks about them, one
+    pass over a history answers for each of its items.
+    """
     trunks: list[tuple[list[int], list[int]]] = []
     for row in sorted(range(len(rows)), key=lambda row: -len(rows[row][0])):
         stem = rows[row][0]
@@ -72,9 +76,14 @@ def tree_of(rows: Sequence[tuple[list[int], list[int]]]) -> Tree:
     columns: list[tuple[int, int, int, int, int]] = []
     ends = np.zeros(len(rows), dtype=np.int64)
     for number, (trunk, own) in enumerate(trunks):
+        start = len(columns)
         columns += [(token, place, number, 0, 0) for place, token in enumerate(trunk)]
         for row in sorted(own):
             stem, branch = rows[row]
+            whole = len(stem) + len(branch)
+            if branch and trunk[len(stem) : whole] == branch:
+                ends[row] = start + whole - 1
+                continue
             columns += [(token, len(stem) + place, number, row + 1, len(stem)) for place, token in enumerate(branch)]
             ends[row] = len(columns) - 1
     ids, positions, numbers, branches, reach = np.array(columns, dtype=np.int64).reshape(-1, 5).T.copy()

@@ -50,6 +50,19 @@ def test_branches_are_read_as_whole_prompts(family, tiny_family):
 
 
 @torch.inference_mode()
+def test_what_a_longer_history_goes_on_with_answers_for_itself(tiny_family):
+    rows = [*ROWS, (LONG[:5], LONG[5:8]), (LONG[:11], LONG[11:]), ([9], [8, 7]), (LONG[:5], [*LONG[5:7], 30])]
+    tree = tree_of(rows)
+    assert len(tree.ids) == len(tree_of(ROWS).ids) + 3  # the last one leaves the trunk
+    assert tree.ends[5:8].tolist() == [7, 11, len(tree.ids) - 3]
+    for family in ("Llama", "Mistral", "Gemma3Text"):
+        model = tiny_family(family)
+        (found,) = together(model, rows)
+        for (stem, branch), hidden in zip(rows, found, strict=True):
+            assert torch.allclose(hidden, alone(model, stem, branch), atol=1e-4)
+
+
+@torch.inference_mode()
 def test_attention_that_adds_its_mask_reads_them_too(tiny_family):
     model = tiny_family("Llama")
     model.config._attn_implementation = "eager"
