@@ -1,25 +1,32 @@
-"""Lean passes of a model: frozen weights in half precision, cheap attention for short histories, compiled layers.
+"""Lean passes of a model: frozen weights in half precision, cheap attention and dropout on a CPU, compiled layers.
 
-None of them changes what is computed: under autocast a frozen weight is rounded at every use anyway, short attention is
-the same softmax in other kernels, and so is what is compiled.
+None of them changes what is computed: under autocast a frozen weight, and what is multiplied with it, is rounded at
+every use anyway; short attention is the same softmax in other kernels, and so is what is compiled; dropout draws other
+random numbers, of the same distribution.
 """
 
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from recllm.errors import RecllmError
 
 NAME = "recllm_short"
 SHORT = 192
 """Longest sequence that plain products attend to on a CPU; from about 200 tokens on the fused kernel is as fast."""
+HIDDEN = "hidden_states"
+ROUNDS = "recllm_rounds"
+"""Marks a module whose input is rounded already."""
 SPECIAL = ("softcap", "position_bias", "cache")
 """What some families hand to their attention, and only transformers' own function knows."""
 
@@ -34,7 +41,9 @@ def lean(model: nn.Module, kind: torch.dtype | None, *, cpu: bool) -> None:
     """
     if kind is not None:
         round_frozen(model, kind)
+        _round_inputs_once(model, kind)
     if cpu:
+        _draw_cheaply(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
                 module.config._attn_implementation = NAME
@@ -49,6 +58,66 @@ def round_frozen(model: nn.Module, kind: torch.dtype) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module not in kept and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(kind)
+
+
+def _round_inputs_once(model: nn.Module, kind: torch.dtype) -> None:
+    """Round what attention and feed-forward layers are given once, and not for every linear layer inside of them.
+
+    Those of a layer have four to seven, and twice as many with adapters, each with a copy of its own on the way there
+    and back. Where a residual is added inside, as encoders do it, or adapters do something else with it than multiply,
+    nothing is rounded.
+    """
+    for layer in model.modules():
+        for part in layer.children() if isinstance(layer, GradientCheckpointingLayer) else ():
+            kinds = {type(own) for own in part.modules()}
+            tuners = [own for own in part.modules() if isinstance(own, BaseTunerLayer)]
+            if nn.Linear not in kinds or nn.LayerNorm in kinds or not all(map(_only_multiplies, tuners)):
+                continue
+            for own in tuners:
+                own.cast_input_dtype_enabled = False  # PEFT would make float32 of it, for autocast to round again
+            if not hasattr(part, ROUNDS):
+                part.register_forward_pre_hook(partial(_rounded, kind), with_kwargs=True)
+                setattr(part, ROUNDS, True)
+
+
+def _only_multiplies(tuner: nn.Module) -> bool:
+    """Whether an adapter is LoRA's plain kind: DoRA, OFT and VeRA compute with what they are given."""
+    return hasattr(tuner, "lora_A") and not any(getattr(tuner, "use_dora", {}).values())
+
+
+def _rounded(
+    kind: torch.dtype, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden = args[0] if args else kwargs.get(HIDDEN)
+    if not isinstance(hidden, Tensor) or hidden.dtype != torch.float32:
+        return args, kwargs
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return args, kwargs
+    return ((hidden.to(kind), *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: hidden.to(kind)})
+
+
+class CheapDropout(nn.Dropout):
+    """Dropout with four entries to a random number.
+
+    On a CPU torch draws one for each, on one thread: with adapters on all linear layers that takes longer than their
+    products. The share that is dropped is a multiple of 2^−16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float[…], entries zero with probability `p` and the others scaled by 1 / (1 − p), in training."""
+        if not self.training or self.p == 0.0 or input.device.type != "cpu":
+            return super().forward(input)
+        drawn = torch.empty((input.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        parts = drawn.view(torch.int16)[: input.numel()].view(input.shape)
+        # In the dtype of the input at once: a mask of bools would be one pass more.
+        kept = torch.ge(parts, round(self.p * 2**16) - 2**15, out=torch.empty(input.shape, dtype=input.dtype))
+        return input * kept.mul_(1.0 / (1.0 - self.p))
+
+
+def _draw_cheaply(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Dropout and not module.inplace and module.p < 1.0:
+            module.__class__ = CheapDropout
 
 
 def compile_layers(model: nn.Module, *, cpu: bool, backend: str = "inductor", mode: str | None = None) -> None:
