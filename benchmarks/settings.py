@@ -90,7 +90,8 @@ DATA: dict[str, dict[str, Any]] = {
         "train": {
             "num_train_epochs": 1,
             "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": 4,
+            "learning_rate": 5e-4,
             "torch_compile": True,
         },
     },
