@@ -13,21 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from recllm.cascade import SAME, Prefix
+from recllm.cascade import Prefix
 
 DOMAIN = "recllm"
 ENTER, LEAVE, AGAIN = "Enter", "Leave", "Again"
 """Operators that only stand in a graph while it is made."""
 OWN_NUMBER = "layer_idx"
 """The attribute by which layers find their keys and values; it may differ between layers that are alike."""
-OURS = ("forward", "training", OWN_NUMBER)
+OURS = frozenset(vars(nn.Module())) | {OWN_NUMBER}
+"""Attributes of a module in which layers that are alike may differ: torch's own, which are compared otherwise."""
 FEWEST = 3
 """Layers of a model from which on it is worth looking."""
 NOT_UNDERSTOOD = -1
-PLAIN = (int, float, str, bool, tuple, list, dict, type(None), torch.dtype)
+"""In the place of a kind: a call that cannot be repeated."""
+PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
+"""Values that are compared as such."""
+SAME = 1e-5
+"""Largest difference between two layers that do the same with the same weights, as a share of what they change."""
 
 
 class NotAlikeError(Exception):
@@ -50,6 +57,17 @@ class _Given:
     rebuild: Callable[[Sequence[Tensor], DynamicCache | None], tuple[tuple[Any, ...], dict[str, Any]]]
     cache: DynamicCache | None
 
+    def is_like(self, other: "_Given") -> bool:
+        """Whether two layers are given the same but for what varies, and that in the same shapes and dtypes."""
+        if self.same != other.same or len(self.varying) != len(other.varying):
+            return False
+        pairs = list(zip(self.varying, other.varying, strict=True))
+        if any(one.dtype != two.dtype or one.dim() != two.dim() for one, two in pairs):
+            return False
+        # Sizes are symbols while a model is traced, and two of them may be one by now.
+        sizes = [size for one, two in pairs for size in zip(one.shape, two.shape, strict=True)]
+        return all(statically_known_true(one == two) for one, two in sizes)
+
 
 @dataclass(eq=False)
 class Repeated:
@@ -65,7 +83,7 @@ class Repeated:
     kinds: list[int]
     weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _left: dict[int, list[Tensor]] = field(default_factory=dict)
-    _same: dict[int, Any] = field(default_factory=dict)
+    _given: dict[int, _Given] = field(default_factory=dict)
     _inside: bool = False
 
     @property
@@ -76,6 +94,8 @@ class Repeated:
     @contextmanager
     def traced(self) -> Iterator[None]:
         """With layers that are traced once of each kind."""
+        self._left.clear()
+        self._given.clear()
         with _instead(self.layers, self._forward):
             yield
 
@@ -84,11 +104,11 @@ class Repeated:
             return original(*args, **kwargs)
         kind, given = self.kinds[number], _given(self.layers[number], args, kwargs)
         if given is None:
-            raise NotAlikeError
+            raise NotAlikeError(f"layer {number} is called in a way of its own")
         if kind == number:
             return self._first(number, given)
-        if kind not in self._left or given.same != self._same[kind]:
-            raise NotAlikeError
+        if kind not in self._left or not given.is_like(self._given[kind]):
+            raise NotAlikeError(f"layer {number} is given something else than layer {kind}")
         return _after(self.layers[number], given, _marked(AGAIN, number, given.varying, self._left[kind]))
 
     def _first(self, number: int, given: _Given) -> Any:  # noqa: ANN401
@@ -99,21 +119,22 @@ class Repeated:
         finally:
             self._inside = False
         results = _results(self.layers[number], found, given.cache)
-        self._same[number], self._left[number] = given.same, _marked(LEAVE, number, results, results)
+        self._given[number], self._left[number] = given, _marked(LEAVE, number, results, results)
         return _after(self.layers[number], given, self._left[number])
 
 
 def repeated_layers(module: nn.Module, values: Sequence[Tensor]) -> Repeated | None:
     """The layers of a transformers model in `module`, and which of them are alike; None where hardly any are.
 
-    They are alike if they are built alike, are given the same beside what the last one made, and one does with the
-    other's weights what the other does: on `values`, the arguments of `module`.
+    They are alike if they are built alike, are given the same beside what the last one made, where `values` are the
+    arguments of `module`, and one does with the other's weights what the other does.
     """
     layers: list[nn.Module] = []
     for own in module.modules():
         if isinstance(own, GradientCheckpointingLayer) and not any(own in outer.modules() for outer in layers):
             layers.append(own)
-    if len(layers) < FEWEST:
+    # Hooks would run twice, and what somebody has put in the place of a layer's own work would be lost.
+    if len(layers) < FEWEST or any(_hooks(own) or "forward" in vars(own) for own in layers):
         return None
     survey = _Survey(layers)
     with _instead(layers, survey.forward), torch.no_grad():
@@ -136,7 +157,7 @@ class _Survey:
 
     layers: Sequence[nn.Module]
     kinds: dict[int, int] = field(default_factory=dict)
-    seen: dict[int, Any] = field(default_factory=dict)
+    seen: dict[int, tuple[Any, _Given]] = field(default_factory=dict)
     _trying: bool = False
 
     def forward(self, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -144,33 +165,52 @@ class _Survey:
             return original(*args, **kwargs)
         given = None if number in self.kinds else _given(self.layers[number], args, kwargs)
         found = original(*args, **kwargs)
-        if given is None:  # a call that is not understood, or a second one
+        # A call that is not understood, a second one, or something else that comes out.
+        if given is None or not isinstance(found, Tensor):
             self.kinds[number] = NOT_UNDERSTOOD
             return found
-        what = _built(self.layers[number]), given.same
+        built = _built(self.layers[number])
+        near = [kind for kind, (other, before) in self.seen.items() if other == built and given.is_like(before)]
         self._trying = True
         try:
-            alike = (
-                kind for kind, other in self.seen.items() if other == what and self._does(kind, number, given, found)
-            )
-            self.kinds[number] = next(alike, number)
+            self.kinds[number] = next((kind for kind in near if self._does(kind, number, given)), number)
         finally:
             self._trying = False
         if self.kinds[number] == number:
-            self.seen[number] = what
+            self.seen[number] = built, given
         return found
 
-    def _does(self, kind: int, number: int, given: _Given, found: Any) -> bool:  # noqa: ANN401
-        """Whether layer `kind` does with the weights of layer `number` what that one did."""
-        first, layer = self.layers[kind], self.layers[number]
-        cache = None if given.cache is None else DynamicCache()
-        args, kwargs = given.rebuild(given.varying, cache)
-        if (prefix := kwargs.get("recllm_prefix")) is not None:
-            own = _number(layer)
-            kwargs["recllm_prefix"] = _with_layer(prefix, _number(first), prefix.keys[own], prefix.values[own])
-        other = torch.func.functional_call(first, weights_of(layer), args, kwargs)
-        pairs = zip(_results(first, other, cache), _results(layer, found, given.cache), strict=True)
-        return all(bool((one - two).abs().max() <= SAME * two.abs().max()) for one, two in pairs)
+    def _does(self, kind: int, number: int, given: _Given) -> bool:
+        """Whether layer `kind` does with the weights of layer `number` what that one does.
+
+        They are tried on random numbers: words of an example may be all the same, so that attention changes nothing,
+        and channels that are huge inside a model would hide the others.
+        """
+        random = torch.Generator().manual_seed(number)
+        drawn = [torch.randn(own.shape, generator=random, dtype=own.dtype) for own in given.varying]
+        weights, results = weights_of(self.layers[number]), []
+        for layer in (self.layers[kind], self.layers[number]):
+            cache = None if given.cache is None else DynamicCache()
+            args, kwargs = given.rebuild(drawn, cache)
+            if (prefix := kwargs.get("recllm_prefix")) is not None:
+                kwargs["recllm_prefix"] = _with_layer(prefix, _number(layer), drawn[1], drawn[2])
+            try:
+                found = torch.func.functional_call(layer, weights, args, kwargs)
+                results.append(_results(layer, found, cache))
+            except Exception:  # whatever a layer raises that takes other weights or arguments
+                return False
+        results[0][0], results[1][0] = results[0][0] - drawn[0], results[1][0] - drawn[0]
+        return all(_equal(*pair) for pair in zip(*results, strict=True))
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Whether each channel is the same in both, up to rounding."""
+    rows = tuple(range(one.dim() - 1))
+    return one.shape == two.shape and bool(((one - two).abs().amax(rows) <= SAME * two.abs().amax(rows)).all())
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:
@@ -263,9 +303,9 @@ def _built(layer: nn.Module) -> Any:  # noqa: ANN401  only compared
             [
                 (name, _same(value))
                 for name, value in sorted(vars(own).items())
-                if not name.startswith("_") and name not in OURS
+                if name not in OURS and (name != "forward" or own is not layer)
             ],
-            [[_Same(hook) for hook in hooks.values()] for hooks in (own._forward_hooks, own._forward_pre_hooks)],
+            [_same(hook) for hook in _hooks(own)],
         )
         for path, own in layer.named_modules()
     ]
@@ -278,24 +318,26 @@ def _results(layer: nn.Module, found: Any, cache: DynamicCache | None) -> list[T
     Raises:
         NotAlikeError: a layer gives something else.
     """
-    hidden = found[0] if isinstance(found, tuple) and len(found) == 1 else found
-    if not isinstance(hidden, Tensor):
-        raise NotAlikeError
+    if not isinstance(found, Tensor):
+        raise NotAlikeError("a layer gives more than hidden states")
     if cache is None:
-        return [hidden]
+        return [found]
     number = _number(layer)
     if len(cache.layers) <= number:
-        raise NotAlikeError
+        raise NotAlikeError("a layer keeps no keys and values")
     own = cache.layers[number]
-    return [hidden, own.keys, own.values]
+    return [found, own.keys, own.values]
 
 
-def _after(layer: nn.Module, given: _Given, left: Sequence[Tensor]) -> Any:  # noqa: ANN401
+def _after(layer: nn.Module, given: _Given, left: Sequence[Tensor]) -> Tensor:
+    """What a layer gives back, its keys and values left in the cache."""
     if given.cache is not None:
-        number = _number(layer)
-        given.cache.update(left[1], left[2], number)
-        own = given.cache.layers[number]
-        own.keys, own.values = left[1], left[2]
+        number, layers = _number(layer), given.cache.layers
+        while len(layers) <= number:
+            layers.append(DynamicLayer())
+        if not layers[number].is_initialized:
+            layers[number].lazy_initialization(left[1], left[2])
+        layers[number].keys, layers[number].values = left[1], left[2]
     return left[0]
 
 

@@ -75,6 +75,23 @@ def _layers_once(
     opset: int,
 ) -> torch.onnx.ONNXProgram | None:
     """The graph with each kind of layer traced once; None where layers differ or do what such a graph cannot say."""
+    try:
+        return _repeated_program(module, values, names, shapes, outputs, opset)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever it is: traced whole, the model says itself what is wrong
+        logging.getLogger(__name__).debug("Layers are traced one by one: %r", error)
+        return None
+
+
+def _repeated_program(
+    module: nn.Module,
+    values: tuple[Tensor, ...],
+    names: Sequence[str],
+    shapes: tuple[Any, ...],
+    outputs: Sequence[str],
+    opset: int,
+) -> torch.onnx.ONNXProgram | None:
     repeated = repeated_layers(module, values)
     if repeated is None:
         return None
@@ -84,11 +101,8 @@ def _layers_once(
     every = (*names, *(name for kind in inputs for name in kind))
     whole = WithWeights(module, repeated, len(values))
     fixed: tuple[dict[int, Any], ...] = ({},) * (len(given) - len(values))
-    try:
-        program = _program(whole, given, every, ((*shapes, *fixed),), outputs, opset)
-        write_out(program.model, repeated, inputs)
-    except Exception:  # whatever it is: traced whole, the model says itself what is wrong
-        return None
+    program = _program(whole, given, every, ((*shapes, *fixed),), outputs, opset)
+    write_out(program.model, repeated, inputs)
     return program
 
 

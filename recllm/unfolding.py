@@ -10,6 +10,8 @@ from torch import nn
 
 from recllm.repeated import AGAIN, DOMAIN, ENTER, LEAVE, NotAlikeError, Repeated, weights_of
 
+LAYERS = "layers."
+"""Begins the names of the layers' weights."""
 GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -45,7 +47,7 @@ def _only(graph: ir.Graph, operator: str, number: int) -> ir.Node:
     for node in graph:
         if node.domain == DOMAIN and node.op_type == operator and node.attributes["number"].as_int() == number:
             return node
-    raise NotAlikeError
+    raise NotAlikeError(f"the mark {operator} {number} is gone")
 
 
 def _as_function(model: ir.Model, kind: int, weights: Sequence[ir.Value]) -> list[ir.Value]:
@@ -57,28 +59,30 @@ def _as_function(model: ir.Model, kind: int, weights: Sequence[ir.Value]) -> lis
     for node in graph:
         if node is not enter and node is not leave and any(value in made for value in node.inputs):
             if any(own.type in GRAPHS for own in node.attributes.values()):
-                raise NotAlikeError
+                raise NotAlikeError(f"{node.op_type} has a graph of its own")
             inside.append(node)
             made.update(node.outputs)
     own_nodes = set(inside)
     users = {use.node for value in made for use in value.uses()} - own_nodes
     if users - {leave} or any(value not in made for value in leave.inputs) or any(v.is_graph_output() for v in made):
-        raise NotAlikeError
+        raise NotAlikeError("something of a layer is used outside of it")
     outer = [value for node in inside for value in node.inputs if value is not None and value not in made]
     outer = list(dict.fromkeys(outer))
-    places = [*enter.outputs, *weights, *outer]
-    fresh = [ir.Value(name=f"given_{place}", shape=own.shape, type=own.type) for place, own in enumerate(places)]
+    fresh = {
+        own: ir.Value(name=f"given_{place}", shape=own.shape, type=own.type)
+        for place, own in enumerate([*enter.outputs, *weights, *outer])
+    }
     for node in inside:
         for place, value in enumerate(node.inputs):
-            if value is not None and value in places:
-                node.replace_input_with(place, fresh[places.index(value)])
-    outputs = [fresh[places.index(own)] if own in places else own for own in leave.inputs if own is not None]
+            if value in fresh:
+                node.replace_input_with(place, fresh[value])
+    outputs = [fresh.get(own, own) for own in leave.inputs if own is not None]
     # The first layer becomes a call like the others, where it leaves.
     call = ir.Node(DOMAIN, ENTER, enter.inputs, [ir.AttrInt64("number", kind)], num_outputs=len(leave.outputs))
     graph.insert_before(leave, call)
     _take_over(leave, call)
     graph.remove([leave, enter, *inside], safe=False)
-    body = ir.Graph(fresh, outputs, nodes=inside, opset_imports=dict(model.opset_imports))
+    body = ir.Graph(list(fresh.values()), outputs, nodes=inside, opset_imports=dict(model.opset_imports))
     function = ir.Function(DOMAIN, f"layer_{kind}", graph=body, attributes=[])
     model.functions[function.identifier()] = function
     return outer
@@ -88,7 +92,7 @@ def _initializers(graph: ir.Graph, number: int, layer: nn.Module) -> list[ir.Val
     values = []
     for name, weight in weights_of(layer).items():
         array = np.ascontiguousarray(weight.numpy())
-        value = ir.Value(name=f"layers.{number}.{name}", const_value=ir.tensor(array, name=f"layers.{number}.{name}"))
+        value = ir.Value(name=f"{LAYERS}{number}.{name}", const_value=ir.tensor(array, name=f"{LAYERS}{number}.{name}"))
         graph.register_initializer(value)
         values.append(value)
     return values
@@ -110,18 +114,29 @@ def _take_over(node: ir.Node, call: ir.Node) -> None:
 
 
 def _turn_weights(graph: ir.Graph) -> None:
-    """Transpose weights once, and not at every call."""
-    for node in list(graph):
-        value = node.inputs[0] if node.op_type == "Transpose" else None
-        if value is None or value.name not in graph.initializers or value.const_value is None:
-            continue
-        order = node.attributes["perm"].as_ints()
-        name = f"{value.name}.turned_{'_'.join(map(str, order))}"
-        if name not in graph.initializers:
-            turned = np.ascontiguousarray(value.const_value.numpy().transpose(order))
-            graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(turned, name=name)))
-        replace_all_uses_with(node.outputs[0], graph.initializers[name])
-        graph.remove(node, safe=True)
+    """Transpose the layers' weights once, and not at every call; made when they are written, not to be held twice."""
+    for value in [own for name, own in graph.initializers.items() if name.startswith(LAYERS)]:
+        for node in [use.node for use in value.uses()]:
+            if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx") or "perm" not in node.attributes:
+                continue
+            order = tuple(node.attributes["perm"].as_ints())
+            name = f"{value.name}.turned_{'_'.join(map(str, order))}"
+            if name not in graph.initializers:
+                graph.register_initializer(ir.Value(name=name, const_value=_turned(value, order, name)))
+            replace_all_uses_with(node.outputs[0], graph.initializers[name])
+            graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def _turned(value: ir.Value, order: tuple[int, ...], name: str) -> ir.LazyTensor:
+    weight = value.const_value
+    assert weight is not None
+    shape = ir.Shape([int(weight.shape.numpy()[place]) for place in order])
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(weight.numpy().transpose(order)), name=name),
+        dtype=weight.dtype,
+        shape=shape,
+        name=name,
+    )

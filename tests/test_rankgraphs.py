@@ -1,13 +1,14 @@
 """Ranking graphs: ONNX Runtime answers as torch does, for every number of users, candidates and tokens."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.lm import load_base
-from recllm.onnxreader import OnnxReader
+from recllm.onnxreader import PREFIX, SUFFIX, OnnxReader
 from recllm.pointwise import PointwiseScorer
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.rankgraphs import write_rank_graphs
@@ -27,11 +28,16 @@ class OfFamily(torch.nn.Module):
         self.difference = AnswerDifference(output, (3, 4))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+KINDS = {"Llama": {}, "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"] * 2}}
+
+
+@pytest.mark.parametrize("family", list(KINDS))
 def test_graphs_answer_as_torch(family, tiny_family, tmp_path):
-    model = OfFamily(tiny_family(family)).eval()
+    model = OfFamily(tiny_family(family, num_hidden_layers=4, **KINDS[family])).eval()
     write_rank_graphs(model, tmp_path, 23)
-    onnx, reader = OnnxReader.open(tmp_path, 128), TorchReader(model)
+    for name in (PREFIX, SUFFIX):  # each kind of layer was traced once
+        assert any(own.name.startswith("layers.2.") for own in onnx.load(tmp_path / name).graph.initializer)
+    graphs, reader = OnnxReader.open(tmp_path, 128), TorchReader(model)
     rng = np.random.default_rng(0)
     for users, candidates, length, reach in [(1, 1, 1, 1), (3, 4, 6, 12), (2, 7, 3, 30)]:
         ids = rng.integers(1, 64, (users, reach))
@@ -42,11 +48,11 @@ def test_graphs_answer_as_torch(family, tiny_family, tmp_path):
         )
         with torch.inference_mode():
             expected = reader.answers(reader.read(ids, lengths), suffixes, ends)
-        read = onnx.read(ids, lengths)
-        assert onnx.answers(read, suffixes, ends) == pytest.approx(expected, abs=1e-4)
-        apart = [onnx.take(read, row)[0] for row in range(users)]
+        read = graphs.read(ids, lengths)
+        assert graphs.answers(read, suffixes, ends) == pytest.approx(expected, abs=1e-4)
+        apart = [graphs.take(read, row)[0] for row in range(users)]
         assert apart[0].keys.shape[3] == lengths[0]
-        assert onnx.answers(onnx.join(apart), suffixes, ends) == pytest.approx(expected, abs=1e-4)
+        assert graphs.answers(graphs.join(apart), suffixes, ends) == pytest.approx(expected, abs=1e-4)
 
 
 QUERIES = [Query(("2", "4", "6")), Query(("1",)), Query(tuple(map(str, range(20)))), Query(("x", "8"))]

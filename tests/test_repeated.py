@@ -131,17 +131,162 @@ def test_adapters_that_stay_are_weights_like_others(recipe, tiny_family, tmp_pat
     module = Reading(body.eval())
     assert repeated_layers(module, IDS).kinds == [0, 0, 0, 0]
     written(module, tmp_path / "graph.onnx", "ids")
+    assert once(tmp_path / "graph.onnx")
     assert max(differences(module, tmp_path / "graph.onnx", (3, 20))) < 1e-4
 
 
-def test_layers_that_do_something_else_are_kinds_of_their_own(tiny_family, tmp_path):
-    body = tiny_family("Llama", num_hidden_layers=6)
-    body.layers[1].self_attn.scaling *= 2  # said by an attribute
-    own = body.layers[4].mlp.forward
-    body.layers[4].mlp.forward = lambda hidden: 2 * own(hidden)  # seen in what it does only
+def once(path):
+    """Whether the graph was made of layers that were traced once."""
+    return any(own.name.startswith("layers.") for own in onnx.load(path).graph.initializer)
+
+
+def scaled(layer, share=2):
+    """Somebody has put something in the place of what a part of a layer does."""
+    own = layer.forward
+    layer.forward = lambda *given, **named: share * own(*given, **named)
+
+
+class Counted(torch.nn.Linear):
+    """Says what it does by a private attribute only."""
+
+    def forward(self, hidden):
+        return self._times * super().forward(hidden)
+
+
+def by_an_attribute(body):
+    body.layers[1].self_attn.scaling *= 2
+
+
+def by_a_private_attribute(body):
+    for number, layer in enumerate(body.layers):
+        layer.self_attn.k_proj.__class__, layer.self_attn.k_proj._times = Counted, 1 + (number == 1)
+
+
+def by_what_stands_in_a_place(body):
+    scaled(body.layers[1].self_attn.q_proj, 3)
+
+
+def by_a_hook_of_a_part(body):
+    body.layers[1].mlp.register_forward_hook(lambda _, given, found: 2 * found)
+
+
+def by_what_it_does_only(body):
+    parts = {id(body.layers[1].mlp)}
+
+    def doubled(module, hidden):
+        return (1 + (id(module) in parts)) * type(body.layers[0].mlp).plain(module, hidden)
+
+    kind = type("Odd", (type(body.layers[0].mlp),), {"plain": type(body.layers[0].mlp).forward, "forward": doubled})
+    for layer in body.layers:
+        layer.mlp.__class__ = kind
+
+
+def by_what_it_does_beside_a_huge_channel(body):
+    by_what_it_does_only(body)
+    with torch.no_grad():
+        body.embed_tokens.weight[:, 3] = 3000.0
+    for layer in body.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data[3] = 1e-3
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        by_an_attribute,
+        by_a_private_attribute,
+        by_what_stands_in_a_place,
+        by_a_hook_of_a_part,
+        by_what_it_does_only,
+        by_what_it_does_beside_a_huge_channel,
+    ],
+)
+def test_layers_that_do_something_else_are_kinds_of_their_own(odd, tiny_family, tmp_path):
+    body = tiny_family("Llama", **FOUR)
+    odd(body)
     module = Reading(body)
-    assert repeated_layers(module, IDS).kinds == [0, 1, 0, 0, 4, 0]
+    assert repeated_layers(module, IDS).kinds == [0, 1, 0, 0]
+    if odd in (by_an_attribute, by_what_it_does_only):
+        written(module, tmp_path / "graph.onnx", "ids")
+        assert once(tmp_path / "graph.onnx")
+        assert max(differences(module, tmp_path / "graph.onnx", (3, 20))) < 1e-4
+
+
+def test_layers_that_somebody_has_changed_are_left_alone(tiny_family, tmp_path):
+    hooked, changed = tiny_family("Llama"), tiny_family("Llama")
+    hooked.layers[1].register_forward_hook(lambda _, given, found: 2 * found)
+    scaled(changed.layers[1])
+    assert repeated_layers(Reading(hooked), IDS) is repeated_layers(Reading(changed), IDS) is None
+    before = changed.layers[1].forward
+    written(Reading(changed), tmp_path / "graph.onnx", "ids")
+    assert not once(tmp_path / "graph.onnx")
+    assert changed.layers[1].forward is before
+    assert max(differences(Reading(changed), tmp_path / "graph.onnx", (3, 20))) < 1e-4
+
+
+class Inner(transformers.modeling_layers.GradientCheckpointingLayer):
+    """A layer of a family that gives more than hidden states."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.linear, self.give = torch.nn.Linear(8, 8), give
+
+    def forward(self, hidden):
+        return self.give(hidden + self.linear(hidden))
+
+
+class Stack(torch.nn.Module):
+    """Such layers one after the other, and what is cut of the hidden states between them."""
+
+    def __init__(self, give, take, cut=None):
+        super().__init__()
+        self.words, self.take, self.cut = torch.nn.Embedding(64, 8), take, cut
+        self.layers = torch.nn.ModuleList(Inner(give) for _ in range(4))
+
+    def forward(self, ids):
+        hidden = self.words(ids)
+        for number, layer in enumerate(self.layers):
+            if number == 2 and self.cut is not None:
+                hidden = hidden[:, : self.cut]
+            hidden = self.take(layer(hidden))
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Stack(lambda hidden: (hidden,), lambda found: found[0]),
+        Stack(lambda hidden: (hidden, hidden.sum()), lambda found: found[0]),
+        Stack(lambda hidden: {"hidden": hidden}, lambda found: found["hidden"]),
+    ],
+)
+def test_layers_that_give_more_than_hidden_states_are_traced_whole(module, tmp_path):
+    assert repeated_layers(module, IDS) is None
     written(module, tmp_path / "graph.onnx", "ids")
+    assert max(differences(module, tmp_path / "graph.onnx", (3, 20))) < 1e-5
+
+
+def test_layers_of_other_lengths_are_kinds_of_their_own(tmp_path):
+    module = Stack(lambda hidden: hidden, lambda found: found, cut=1)
+    give = module.layers[0].give
+    for layer in module.layers:
+        layer.give = give
+    assert repeated_layers(module, IDS).kinds == [0, 0, 2, 2]
+    written(module, tmp_path / "graph.onnx", "ids")
+    assert once(tmp_path / "graph.onnx")
+    assert max(differences(module, tmp_path / "graph.onnx", (3, 20))) < 1e-5
+
+
+def test_an_output_matrix_that_is_the_words_is_kept_once(tiny_family, tmp_path):
+    class Tied(Reading):
+        def forward(self, ids):
+            return super().forward(ids) @ self.body.embed_tokens.weight.T
+
+    module = Tied(tiny_family("Llama", vocab_size=512))  # smaller ones are folded by the exporter itself
+    written(module, tmp_path / "graph.onnx", "ids")
+    assert once(tmp_path / "graph.onnx")
+    sizes = [list(own.dims) for own in onnx.load(tmp_path / "graph.onnx").graph.initializer]
+    assert sizes.count([512, 32]) + sizes.count([32, 512]) == 1
     assert max(differences(module, tmp_path / "graph.onnx", (3, 20))) < 1e-4
 
 
@@ -171,6 +316,7 @@ def test_layers_that_are_called_twice_are_traced_whole(tiny_family, tmp_path):
     module = Twice(tiny_family("Llama"))
     assert repeated_layers(module, IDS) is None
     written(module, tmp_path / "graph.onnx", "ids")
+    assert not once(tmp_path / "graph.onnx")
     assert max(differences(module, tmp_path / "graph.onnx", (3, 20))) < 1e-4
 
 
@@ -196,6 +342,7 @@ def test_what_layers_give_from_one_to_another_is_traced_whole(tiny_family, tmp_p
 
     module = Behind(body)
     written(module, tmp_path / "graph.onnx", "ids")
+    assert not once(tmp_path / "graph.onnx")
     assert max(differences(module, tmp_path / "graph.onnx", (3, 20))) < 1e-4
 
 
