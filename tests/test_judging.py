@@ -389,7 +389,7 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     assert result.folder == run.folder / "bundle-fp32"
     assert result.parity["ranker"]["max_difference"] < 1e-3
     assert 0.5 < result.parity["ranker"]["auc"] == pytest.approx(result.parity["ranker"]["auc_torch"], abs=1e-3)
-    ranker, scorer = load_ranker(result.folder), load_relevance(run, task)
+    ranker, scorer = load_ranker(result.folder), load_relevance(run, task, bf16=False)
     queries = [row.query for row in task.split.test[:7]]
     histories, ratings = [query.history for query in queries], [query.ratings for query in queries]
     found = ranker.rank(histories, task.index.ids, ratings)
