@@ -7,23 +7,25 @@ from typing import Any
 
 import peft
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recllm.bottleneck import BottleneckSettings, insert_bottlenecks
 from recllm.errors import RecllmError, unknown
+from recllm.loftq import BITS
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.runs import AdapterSettings
 
 BOTTLENECK = "bottleneck"
 """The tuner that is recllm's own."""
+LOFTQ = "loftq"
+"""The start that is recllm's own."""
 MERGE_TOLERANCE = 1e-3
 """Largest difference of a hidden state that merging may make, relative to the largest hidden state."""
 UNSUPPORTED = {
-    "loftq": "it changes the quantised base model, and recllm merges over the base in full precision; take 'gaussian'",
-    "corda": "it needs a pass over the training data before training, which recllm makes for 'eva' only",
-    "lora_ga": "it needs gradients before training, which recllm does not make; 'pissa' needs none",
+    "corda": "it changes the base model by training data, which are not there when the adapter is merged; take 'eva'",
+    "lora_ga": "it changes the base model by gradients, which are not there when the adapter is merged; take 'pissa'",
 }
 """Initialisations of LoRA that are refused, with the reason."""
 PLACEHOLDER_STEPS = 1_000_000
@@ -39,6 +41,23 @@ class AdapterRecipe(Settings):
     """PEFT's own keys, or those of `BottleneckSettings`."""
     quantization: dict[str, Any] | None = None
     """transformers' BitsAndBytesConfig keys for the base model."""
+    _trained_over: dict[str, Any] | None = PrivateAttr(default=None)
+
+    @property
+    def start(self) -> str:
+        """How LoRA's matrices start, in lower case, as PEFT names it."""
+        return str(self.config.get("init_lora_weights", "")).lower()
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """The keys of `quantization`, also after `in_full_precision`."""
+        return self.quantization or self._trained_over or {}
+
+    def in_full_precision(self) -> "AdapterRecipe":
+        """The same adapter over a base model that is not quantised: what merging and scoring take."""
+        recipe = self.model_copy(update={"quantization": None})
+        recipe._trained_over = self.rounding
+        return recipe
 
 
 def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterRecipe:
@@ -56,19 +75,37 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
             raise unknown(f"key of the adapter '{recipe.tuner}'", key, known)
     if recipe.tuner == BOTTLENECK:
         parse(BottleneckSettings, recipe.config, str(path))
-    start = str(recipe.config.get("init_lora_weights", "")).lower()
-    if start == "eva" and (recipe.tuner != "lora" or "eva_config" in recipe.config):
+    if recipe.start == "eva" and (recipe.tuner != "lora" or "eva_config" in recipe.config):
         raise RecllmError(
             "adapter.init_lora_weights = 'eva' is for the tuner 'lora' without an eva_config: recllm keeps the same "
             "rank in every layer, for a trained adapter is loaded into matrices of the recipe's own shapes."
         )
-    if start in UNSUPPORTED:
-        raise RecllmError(f"adapter.init_lora_weights = '{start}' is not supported: {UNSUPPORTED[start]}.")
+    if recipe.start == LOFTQ:
+        _check_loftq(recipe)
+    if recipe.start in UNSUPPORTED:
+        raise RecllmError(
+            f"adapter.init_lora_weights = '{recipe.start}' is not supported: {UNSUPPORTED[recipe.start]}."
+        )
     return recipe
 
 
+def _check_loftq(recipe: AdapterRecipe) -> None:
+    """Check that there are 4 bits to start from, and nothing that would not start with them."""
+    if recipe.tuner != "lora" or not recipe.rounding.get(BITS):
+        raise RecllmError(
+            "adapter.init_lora_weights = 'loftq' starts from the rounding error of a base model in 4 bits. Take the "
+            "recipe 'qlora', or another start."
+        )
+    for key in ("loftq_config", "use_dora"):
+        if recipe.config.get(key):
+            raise RecllmError(
+                f"adapter.{key} does not go with init_lora_weights = 'loftq': recllm leaves the quantised weights as "
+                "they are, in the recipe's own bits, and adds the best correction of the adapter's rank. Leave it out."
+            )
+
+
 def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
-    """Freeze `model` and add the recipe's trainable modules to it.
+    """Freeze `model` and add the recipe's trainable modules to it; LoftQ's start is `lm.adapted`'s to make.
 
     Raises:
         RecllmError: PEFT refuses the configuration for this model, or a bottleneck finds no place in it.
@@ -76,9 +113,13 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
     if recipe.tuner == BOTTLENECK:
         return insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
     given: dict[str, Any] = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
-    if str(recipe.config.get("init_lora_weights", "")).lower() == "eva":
+    if recipe.start == "eva":
         # The same rank everywhere: a trained adapter is loaded into matrices of the recipe's own shapes.
         given["eva_config"] = peft.EvaConfig(rho=1.0)
+    config = recipe.config
+    if recipe.start == LOFTQ:
+        # PEFT's own start quantises once more, on a GPU only.
+        config = config | {"init_lora_weights": True}
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 asks for the attribute that transformers 5 has renamed.
@@ -89,9 +130,12 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
             warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B", UserWarning)
             # EVA's advice, on memory that a small model has.
             warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
-            return peft.get_peft_model(model, _config_class(recipe.tuner)(**given | recipe.config))
+            adapted = peft.get_peft_model(model, _config_class(recipe.tuner)(**given | config))
     except (ValueError, TypeError) as error:
         raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}' for this model: {error}") from error
+    if recipe.start == LOFTQ:
+        adapted.active_peft_config.init_lora_weights = LOFTQ
+    return adapted
 
 
 def merge(model: nn.Module) -> nn.Module:

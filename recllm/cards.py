@@ -7,6 +7,7 @@ from typing import Any
 import peft
 from torch import Tensor, nn
 
+from recllm.adapters import LOFTQ
 from recllm.assets import ASSETS
 from recllm.files import read_json, sha256_of, whole_folder, written
 from recllm.lm import MODEL_FILES, model_folder
@@ -14,8 +15,8 @@ from recllm.runs import ENVIRONMENT, Run
 
 ADAPTER, CARD = "adapter", "README.md"
 """In the folder of the language model's stage: the adapter as PEFT saves it; in that and in a bundle: the card."""
-OWN_START = ("pissa", "olora", "orthogonal")
-"""Starts of LoRA that change the base model's weights: PEFT cannot put such an adapter on the base as it was."""
+OWN_START = ("pissa", "olora", "orthogonal", LOFTQ)
+"""Starts of LoRA that change the base model's weights or make up for its 4 bits: not for PEFT to put on the base."""
 
 
 def save_adapter(run: Run, model: nn.Module, values: Mapping[str, Tensor], folder: Path) -> None:

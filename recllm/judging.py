@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from recllm.adapters import AdapterRecipe, attach, merge
+from recllm.adapters import AdapterRecipe, merge
 from recllm.cards import save_adapter
 from recllm.checkpoints import has_checkpoint, load_trained, save_trained, trained_values
 from recllm.data import Query
@@ -21,7 +21,7 @@ from recllm.examples import Examples
 from recllm.files import read_json
 from recllm.judgedloss import InsideUsers
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
-from recllm.lm import embedding_scale, scoring_device
+from recllm.lm import adapted, embedding_scale, scoring_device
 from recllm.loop import Stage, adapter_names, fit, rows_at_least
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
@@ -250,7 +250,7 @@ def relevance_model(
     compiled = compile_prompt(prompt, base.tokenizer, like_threshold(task.split.train, run.data.like_at))
     torch.manual_seed(run.seed)
     scale = embedding_scale(base)
-    body = base.model if recipe is None else attach(base.model, recipe)
+    body = adapted(base, recipe)
     model = RelevanceModel(base, body, answer_output(base), compiled.answer_ids)
     model.history_stride = stride
     if run.model.soft_tokens:

@@ -26,11 +26,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from recllm.adapters import AdapterRecipe, attach
+from recllm.adapters import LOFTQ, AdapterRecipe, attach
 from recllm.errors import RecllmError
 from recllm.fetch import cache_folder, resolve_model
 from recllm.files import sha256_of, whole_folder
 from recllm.histories import HistoryFormat
+from recllm.loftq import start_from_rounding
 from recllm.prompts import CompiledPrompt
 from recllm.runs import ModelSettings
 from recllm.sequence import NextItemModel
@@ -323,7 +324,7 @@ def next_item_model(
         raise not_causal(settings.name)
     embedding, scale = base.model.get_input_embeddings(), embedding_scale(base)
     lead_ids = torch.tensor(history.vocabulary, dtype=torch.long)
-    body = base.model if recipe is None else attach(base.model, recipe)
+    body = adapted(base, recipe)
     return NextItemModel(
         LanguageBody(body),
         features,
@@ -336,6 +337,20 @@ def next_item_model(
         counts=counts,
         negatives=settings.negatives,
     )
+
+
+def adapted(base: BaseModel, recipe: AdapterRecipe | None) -> nn.Module:
+    """A base model with the recipe's modules as they are before any training; as it is where there is no recipe.
+
+    Raises:
+        RecllmError: as `attach` does.
+    """
+    if recipe is None:
+        return base.model
+    body = attach(base.model, recipe)
+    if recipe.start == LOFTQ:
+        start_from_rounding(body, lambda: load_base(base.folder).model, recipe.rounding)
+    return body
 
 
 def embedding_scale(base: BaseModel) -> float:

@@ -316,7 +316,7 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
 
 def in_full_precision(recipe: AdapterRecipe | None) -> AdapterRecipe | None:
     """The recipe over a base model that is not quantised: what merging and scoring take."""
-    return None if recipe is None else recipe.model_copy(update={"quantization": None})
+    return None if recipe is None else recipe.in_full_precision()
 
 
 def adapter_recipe(run: Run) -> AdapterRecipe | None:

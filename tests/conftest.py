@@ -1,6 +1,7 @@
 """Small models and data by construction: what every test may lean on without network or training luck."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,6 +127,22 @@ def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tok
     _save(folder, LlamaForCausalLM, config, tiny_tokenizer)
     names = {"bos_token": CONTROLS[1], "eos_token": CONTROLS[2], "pad_token": CONTROLS[0]}
     _save_tokenizer_config(folder, names)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_lm_folder(tiny_lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose layers are as wide as one block of 4-bit weights, at least."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide") / "lm"
+    shutil.copytree(tiny_lm_folder, folder)
+    config = AutoConfig.from_pretrained(tiny_lm_folder)
+    config.update({"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 32})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -179,22 +179,6 @@ def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     assert (run.folder / "thesis.txt").is_file()
 
 
-@pytest.fixture
-def wide_lm_folder(tiny_lm_folder, tmp_path):
-    """A random model whose layers are as wide as one block of 4-bit weights, at least."""
-    import torch
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    folder = tmp_path / "wide"
-    shutil.copytree(tiny_lm_folder, folder)
-    config = AutoConfig.from_pretrained(tiny_lm_folder)
-    config.update({"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 32})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 def test_a_quantised_base_trains_and_is_merged_in_full_precision(tiny_run, wide_lm_folder, tmp_path):
     import torch
