@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from recllm.export import EncoderGraph
 from recllm.gate import load_recipe
+from recllm.graphfiles import share_weights
 from recllm.lm import encode_ids, load_base, load_config, model_folder
+from recllm.onnxreader import PREFIX, SUFFIX, WEIGHTS
 from recllm.quantise import quantise
 from recllm.rankgraphs import write_rank_graphs
 from recllm.relevance import RelevanceModel
@@ -39,7 +41,11 @@ OPSET = 23
 HISTORY, CANDIDATES, TOKENS = 300, 100, 12
 SHARE = 10
 """A quick run times full prompts on every tenth candidate of a round, in turns; each costs the same."""
+UNASKED, EVERY = ("torch fp32 prefix expanded", "torch fp32 tree mask"), 2
+"""Contenders without a bar; a quick run has them in every second round."""
 GROWTH = (10, 32, 100, 316, 1000)
+GROWN = 1000
+"""Candidates that one number of them is timed on at most: long lists average by themselves."""
 FLAT = 1.05
 """What counts as flat on a machine that others use too."""
 CATALOGUES = (1000, 10_000, 100_000, 1_000_000)
@@ -79,6 +85,8 @@ def write_graphs(folder: Path, model_name: str) -> None:
     recipe = load_recipe("int8")
     for path in (folder / "fp32").glob("*.onnx"):
         quantise(path, folder / "int8" / path.name, recipe.precision, recipe.causal)
+    for name in ("fp32", "int8"):  # as a ranker bundle has them
+        share_weights([folder / name / SUFFIX, folder / name / PREFIX], folder / name / WEIGHTS)
     texts = {name: (torch.ones(2, 7, dtype=torch.long), ("batch", "length")) for name in ("ids", "mask")}
     write_graph(EncoderGraph(load_base(model_folder(ENCODER))), texts, folder / "encoder.onnx", ("vectors",), OPSET)
     quantise(folder / "encoder.onnx", folder / "encoder-int8.onnx", "int8", None)
@@ -131,13 +139,24 @@ def contenders(names: Sequence[str], *arguments: Any) -> Iterator[dict[str, Cont
         yield running
 
 
-def rank_rounds(running: Mapping[str, Contender], rounds: int, share: int) -> tuple[dict[str, float], float]:
-    """Median seconds of each contender for all candidates, and the largest difference of a float32 score."""
+def rank_rounds(
+    running: Mapping[str, Contender], rounds: int, share: int, every: int
+) -> tuple[dict[str, float], float]:
+    """Median seconds of each contender for all candidates, and the largest difference of a float32 score.
+
+    Args:
+        running: the contenders.
+        rounds: behind one to warm up.
+        share: full prompts are read for one of so many candidates.
+        every: contenders without a bar are in one of so many rounds.
+    """
     times: dict[str, list[float]] = {name: [] for name in running}
     difference = 0.0
     for number in range(-1, rounds):  # the first one warms up
         wanted, scores = {"seed": number + 1, "history": HISTORY, "candidates": CANDIDATES, "tokens": TOKENS}, {}
         for name, contender in running.items():
+            if name in UNASKED and max(0, number) % every:
+                continue
             part = share if name.endswith("naive") else 1
             seconds, found = contender(**wanted, first=number % part, step=part)
             scores[name] = np.repeat(np.nan, CANDIDATES)
@@ -147,15 +166,17 @@ def rank_rounds(running: Mapping[str, Contender], rounds: int, share: int) -> tu
         exact = [found for name, found in scores.items() if "fp32" in name]
         difference = max(difference, *(float(np.nanmax(np.abs(found - exact[0]))) for found in exact))
         if number >= 0:
-            print(f"round {number + 1}: " + ", ".join(f"{name} {own[-1]:.2f} s" for name, own in times.items()))
+            print(f"round {number + 1}: " + ", ".join(f"{name} {times[name][-1]:.2f} s" for name in scores))
     return {name: statistics.median(own) for name, own in times.items()}, difference
 
 
-def growth(contender: Contender, rounds: int) -> dict[int, float]:
-    """Milliseconds per candidate by the number of candidates, medians."""
+def growth(contender: Contender, rounds: int, most: int) -> dict[int, float]:
+    """Milliseconds per candidate by the number of candidates, medians of so many rounds, or of `most` candidates."""
     times: dict[int, list[float]] = {count: [] for count in GROWTH}
     for number in range(rounds):
         for count, own in times.items():
+            if number * count >= most:
+                continue
             own.append(contender(seed=number, history=HISTORY, candidates=count, tokens=TOKENS)[0] / count * 1e3)
     return {count: round(statistics.median(own), 2) for count, own in times.items()}
 
@@ -239,7 +260,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    rounds, share, few = (7, SHARE, 3) if given.quick else (15, 1, 7)
+    rounds, share, every, few, most = (7, SHARE, EVERY, 3, GROWN) if given.quick else (15, 1, 1, 7, 7 * GROWTH[-1])
     folder = model_folder(given.model, lambda line: print(line, file=sys.stderr))
     vocabulary = load_config(folder).vocab_size
     torch.set_num_threads(given.threads)
@@ -253,9 +274,9 @@ def main() -> None:
         write_graphs(Path(place), str(folder))
         with contenders(list(CONTENDERS), Path(place), str(folder), vocabulary, given.threads) as running:
             done("Graphs and models")
-            seconds, difference = rank_rounds(running, rounds, share)
+            seconds, difference = rank_rounds(running, rounds, share, every)
             done("Ranking")
-            per_candidate = growth(running["torch fp32 recllm"], few)
+            per_candidate = growth(running["torch fp32 recllm"], few, most)
             done("Growth with candidates")
         encoder = encoder_seconds(Path(place), few, 256 if given.quick else 1024)
         done("Encoder")

@@ -1,11 +1,14 @@
-"""ONNX graphs as files: a file of one holds 2 GB at most, so that larger weights lie in a second one beside it."""
+"""ONNX graphs as files: weights that are too large for one, or that several have in common, lie in a second one."""
 
+import hashlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx.external_data_helper import set_external_data
 
 from recllm.sessions import open_session
 
@@ -13,6 +16,10 @@ MOST_BYTES = 1_500_000_000
 """Of weights that still go into the file of the graph."""
 WEIGHTS = ".data"
 """Ends the name of the file with the weights, behind the graph's own name, by which the graph names it."""
+SHARED_BYTES = 1024
+"""Weights of fewer bytes stay in their graph, where the runtime may compute with them when it loads."""
+ALIGNMENT = 4096
+"""Weights begin at a page of memory, so that they can be mapped, as onnx lays them out."""
 
 
 def weights_file(path: Path) -> Path:
@@ -45,6 +52,31 @@ def copy_graph(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     if weights_file(source).is_file():
         shutil.copyfile(weights_file(source), weights_file(target))
+
+
+def share_weights(paths: Sequence[Path], target: Path) -> None:
+    """Move the weights of graphs into one file beside them, where equal ones lie once; one graph at a time in memory.
+
+    Args:
+        paths: graphs of one folder, with their weights inside or in a file of their own.
+        target: the file of all weights, in that folder.
+    """
+    places: dict[tuple[bytes, int], int] = {}
+    with target.open("wb") as file:
+        for path in paths:
+            model = onnx.load(path)
+            for tensor in model.graph.initializer:
+                size = len(tensor.raw_data)
+                if size < SHARED_BYTES:
+                    continue
+                known = hashlib.sha256(tensor.raw_data).digest(), size
+                if known not in places:
+                    places[known] = file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
+                    file.write(tensor.raw_data)
+                set_external_data(tensor, target.name, places[known], size)
+                tensor.ClearField("raw_data")
+            onnx.save(model, path)
+            weights_file(path).unlink(missing_ok=True)
 
 
 def open_model(model: onnx.ModelProto) -> Any:  # noqa: ANN401  onnxruntime is untyped

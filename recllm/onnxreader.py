@@ -12,6 +12,8 @@ from recllm.pointwise import Ids
 from recllm.sessions import open_session
 
 PREFIX, SUFFIX = "prefix.onnx", "suffix.onnx"
+WEIGHTS = "weights.data"
+"""Of both, for they are one model's."""
 
 
 @dataclass(frozen=True, eq=False)

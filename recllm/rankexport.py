@@ -13,9 +13,10 @@ from recllm.cards import write_bundle_card
 from recllm.errors import RecllmError
 from recllm.files import write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
+from recllm.graphfiles import share_weights
 from recllm.judging import load_relevance
 from recllm.lm import model_folder
-from recllm.onnxreader import OnnxReader
+from recllm.onnxreader import PREFIX, SUFFIX, WEIGHTS, OnnxReader
 from recllm.pairs import labelled_rows
 from recllm.parity import auc_loss, fidelity
 from recllm.pointwise import PointwiseScorer
@@ -123,6 +124,8 @@ def _export(
         for path in sorted(graphs.glob("*.onnx")):
             known = samples.get(path.stem, [])
             said[path.stem] = quantise(path, part / path.name, recipe.precision, recipe.causal, known)
+        # The model is in both graphs; the first one lacks what stands behind the last keys and values only.
+        share_weights([part / SUFFIX, part / PREFIX], part / WEIGHTS)
         write_quantisation(part, said)
         shutil.copy(find_recipe("prompts", run.prompt_file("relevance")), part / PROMPT)
         shutil.copy(_tokenizer(run), part / "tokenizer.json")

@@ -11,7 +11,7 @@ import recllm
 from recllm import graphfiles, tracing
 from recllm.errors import RecllmError
 from recllm.export import export_run
-from recllm.graphfiles import copy_graph, is_large, open_model, save_graph, weights_file
+from recllm.graphfiles import copy_graph, is_large, open_model, save_graph, share_weights, weights_file
 from recllm.quantise import quantise
 from recllm.runs import load_run
 from recllm.sessions import open_session
@@ -59,6 +59,26 @@ def test_large_weights_lie_beside_their_graph_and_go_with_it(tmp_path, small_fil
     copy_graph(path, tmp_path / "other" / "one.onnx")
     path.unlink(), weights_file(path).unlink()
     assert answers(open_session(tmp_path / "other" / "one.onnx")) == pytest.approx(expected, abs=0)
+
+
+@pytest.mark.parametrize("most", [1000, graphfiles.MOST_BYTES])
+def test_what_graphs_have_in_common_lies_once(most, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphfiles, "MOST_BYTES", most)
+    paths, target = [tmp_path / f"{name}.onnx" for name in ("one", "other", "turned")], tmp_path / "weights.data"
+    turned = product()
+    weights = numpy_helper.to_array(turned.graph.initializer[0]).T
+    turned.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights.copy(), "w"))
+    small = numpy_helper.from_array(np.zeros(WIDTH, dtype=np.float32), "small")
+    turned.graph.initializer.append(small)
+    for model, path in zip((product(), product(), turned), paths, strict=True):
+        save_graph(model, path)
+    expected = [answers(open_session(path)) for path in paths]
+    share_weights(paths, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([target.name, *(path.name for path in paths)])
+    assert all(path.stat().st_size < 1000 for path in paths)
+    assert target.stat().st_size == 2 * WIDTH * WIDTH * 4  # the third one's are of the same size, and others
+    for path, before in zip(paths, expected, strict=True):
+        assert np.array_equal(answers(open_session(path)), before)
 
 
 def test_a_large_model_in_memory_is_run_and_stays(small_files):
