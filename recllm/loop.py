@@ -281,6 +281,9 @@ class Stage:
             "per_device_eval_batch_size": 32,
             "disable_tqdm": True,  # we say ourselves how far it is
             "use_cpu": on_cpu(),
+            # An encoder's pooling layer may have an adapter, and has no part in the loss; else to look for such costs
+            # a pass over the graph in each step, and a warning.
+            "ddp_find_unused_parameters": not getattr(self.model, "causal", True),
             "restore_callback_states_from_checkpoint": True,  # the count of validations without a better one
             "eval_steps": max(1, math.ceil(self.steps / EVALUATIONS)),
         } | self.arguments

@@ -39,6 +39,11 @@ ITEMS_SHOWN = 8
 """Item tokens of a history that are shown, the last ones."""
 TRIED = (1.0, 1.0, 0.9, 0.75, 0.5, 0.5, 0.25, 0.1)
 """Which batches are tried, by their place among all by length; the first one is not timed."""
+LONGEST = 3
+"""Steps of a round behind which the longest batches have been read."""
+ROUNDS, STEADY = 3, 0.02
+"""The most rounds of all batches, and the growth of the peak behind a round's longest ones that asks for no other one:
+in bf16 a CPU keeps kernels for every shape, and takes more memory for some twenty steps."""
 ALIKE = 1.2
 """Batches whose lengths differ by less are taken for equally long."""
 
@@ -171,6 +176,7 @@ def measure(stage: Stage, say: Say) -> Cost:
     batches = [_full([stage.train[row] for row in counted[place][0]], rows) for place in places]
     tried = np.array([stage.collator(batch)["ids"].numel() for batch in batches])
     times, validation, memory = _try(stage, batches, rows, accumulation)
+    tried = np.tile(tried, len(times) // len(batches))
     per_batch = _seconds(tried[1:], np.array(times[1:]) / accumulation, widths)
     every = options["eval_steps"]
     validations = math.ceil(1 / every if every < 1 else stage.steps / every)
@@ -208,10 +214,12 @@ def _count(
 
 
 class _Watch(TrainerCallback):
-    """Seconds of every optimiser step."""
+    """Seconds of every optimiser step; ends the trial behind a round in which memory has stopped to grow."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
         self.seconds: list[float] = []
+        self.peaks: list[int] = []
         self.began = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -223,6 +231,10 @@ class _Watch(TrainerCallback):
         """Stop it."""
         _finish()
         self.seconds.append(time.monotonic() - self.began)
+        self.peaks.append(peak_memory())
+        round_ = self.peaks[-self.batches :]
+        if len(self.peaks) % self.batches == 0 and round_[-1] <= (1 + STEADY) * round_[min(LONGEST, self.batches) - 1]:
+            control.should_training_stop = True
 
 
 def _finish() -> None:
@@ -231,7 +243,7 @@ def _finish() -> None:
 
 
 def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: int) -> tuple[list[float], float, int]:
-    """Seconds of a step on each of the batches and of a validation, and the peak memory.
+    """Seconds of a step on each of the batches, round for round, and of a validation, and the peak memory.
 
     Args:
         stage: what is tried; its weights are changed.
@@ -240,12 +252,12 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
         accumulation: batches of a step.
     """
     rows = [row for batch in batches for row in batch * accumulation]
-    watch = _Watch()
-    tried = replace(stage, train=Examples(rows))
+    watch = _Watch(len(batches))
+    tried = replace(stage, train=Examples(rows * ROUNDS))
     kept = trained_values(stage.model)  # as training does, to be able to go back
     with tempfile.TemporaryDirectory() as place:
         off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
-        options = stage.options(Path(place)) | off | {"max_steps": len(batches), "logging_steps": 1_000_000}
+        options = stage.options(Path(place)) | off | {"max_steps": ROUNDS * len(batches), "logging_steps": 1_000_000}
         options.pop("eval_steps"), options.pop("save_steps")
         try:
             trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number", steps=stage.steps)

@@ -20,6 +20,7 @@ from recllm.lean import round_frozen
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
 from recllm.pointwise import Beginning, Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
+from recllm.sequence import IGNORED
 from recllm.trees import Tree, chains_of, read_trees, reads_trees, tree_of, trees_together
 
 TOKENS_AT_ONCE = 4096, 65536
@@ -67,6 +68,9 @@ class RelevanceModel(nn.Module):
     pools the pair and learns one direction, so it must be tuned first.
     """
 
+    accepts_loss_kwargs = True
+    """Trainer then says how many labels all devices and accumulation steps have, and takes the loss for a share."""
+
     def __init__(self, base: BaseModel, body: nn.Module, output: nn.Linear | None, answers: tuple[int, int]) -> None:
         super().__init__()
         self.body, self.causal = body, base.causal
@@ -96,8 +100,9 @@ class RelevanceModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Binary cross-entropy of `labels` float32[batch, rows], −100 where a row does not count.
 
-        With weights `inside` users it also compares the rows of one user, int64[batch, rows] `users`, in this batch.
-        Whole prompts are a row each; with `ends`, int64[batch, rows], each sequence is a tree of `trees_together`.
+        Whole prompts are a row each; with `ends`, int64[batch, rows], each sequence is a tree of `trees_together`. With
+        weights `inside` users it also compares the rows of one user, int64[batch, rows] `users`: those of this batch,
+        or of each tree by itself, so that it is the same loss whoever reads which trees.
 
         Returns:
             `loss`, a scalar, and `logits`, float32[batch, rows].
@@ -108,7 +113,12 @@ class RelevanceModel(nn.Module):
             tree = {"positions": positions, "trunks": trunks, "branches": branches, "reach": reach}
             logits = self.tree_logits(ids, ends, **{name: own for name, own in tree.items() if own is not None})
         inside = self.inside if self.training else NOTHING
-        loss = judged_loss(logits.reshape(-1), labels.reshape(-1), users.reshape(-1), inside, num_items_in_batch)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+        groups = zip(logits, labels, users, strict=True)
+        if ends is None:
+            groups = zip(*(part.reshape(1, -1) for part in (logits, labels, users)), strict=True)
+        loss = torch.stack([judged_loss(*group, inside, num_items_in_batch) for group in groups]).sum()
         return {"loss": loss, "logits": logits}
 
     def tree_logits(self, ids: Tensor, ends: Tensor, **tree: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from recllm import planning
 from recllm.errors import RecllmError
 from recllm.examples import lengths_of
 from recllm.loop import fit
@@ -98,6 +99,23 @@ def test_a_plan_of_judging_shows_prompts_with_their_labels(together, tiny_run, t
     assert {example.rsplit("\n→ ", 1)[1] for example in plan.examples} <= {"liked", "not liked"}
     assert len(plan.examples) == 3
     assert all("Will this person like" in example or "film" in example for example in plan.examples)
+
+
+@pytest.mark.parametrize(("growing", "rounds"), [(3, 1), (8, 2), (11, 2), (12, 3), (100, 3)])
+def test_steps_are_tried_until_memory_stops_to_grow(growing, rounds, tiny_run, tmp_path, monkeypatch):
+    run = again(tiny_run, tmp_path, "light.num_train_epochs=0")
+    task = prepare(run, silent)
+    stage = language_stage(run, task, load_collaborative(load_run(tiny_run), task).features, silent)
+    asked = []
+
+    def peak():
+        asked.append(len(asked) + 1)
+        return 1000 + 100 * min(len(asked), growing)
+
+    monkeypatch.setattr(planning, "peak_memory", peak)
+    cost = measure(stage, silent)
+    assert len(asked) == rounds * len(planning.TRIED) + 1  # behind every step, and at the end
+    assert cost.memory == 1000 + 100 * min(len(asked), growing)
 
 
 def test_a_step_that_does_not_fit_is_told_with_the_way_out(tiny_run, tmp_path):

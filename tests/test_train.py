@@ -23,6 +23,12 @@ from recllm.train import train_run
 from recllm.trained import load_collaborative, load_language, stage_done
 
 ROOT = Path(__file__).parents[1]
+TREES = [
+    "model.task=relevance",
+    "model.rows_together=4",
+    "model.pairwise=0.3",
+    "light.pairwise=0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -262,8 +268,17 @@ def test_another_number_of_processes_is_refused_where_checkpoints_are(tiny_run, 
 
 
 @pytest.mark.slow
-def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("own", "scorers"),
+    [
+        ([], {"light": (4, 0.1), "lm": (8, 0.1)}),
+        (TREES, {"light": (4, 0.1), "relevance": (15, 0.03)}),
+    ],
+    ids=["next item", "pairs behind one history"],
+)
+def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(own, scorers, tiny_run, tmp_path):
     without_dropout = [
+        *own,
         "light.dropout=0",
         "light.factor_dropout=0",
         "model.factor_dropout=0",
@@ -278,6 +293,7 @@ def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(tiny_run, t
         f"output={tmp_path / 'two'}",
         *without_dropout,
         "light.per_device_train_batch_size=4",
+        "light.pairs_in_step=64",
         "train.per_device_train_batch_size=8",
     ]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *profile_flags("cpu")]
@@ -294,12 +310,13 @@ def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(tiny_run, t
     assert done.returncode == 0, done.stderr[-3000:]
     two = tmp_path / "two" / "tiny"
     assert read_json(two / "environment.json")["processes"] == 2
-    for scorer, logged in (("light", 4), ("lm", 8)):
+    assert "find_unused_parameters" not in done.stderr
+    for scorer, (logged, learnt) in scorers.items():
         ours, theirs = (
             {line["step"]: line["loss"] for line in metrics(folder) if line["scorer"] == scorer and "loss" in line}
             for folder in (one.folder, two)
         )
         assert len(ours) == logged
         assert theirs == pytest.approx(ours, abs=1e-3)
-        assert ours[max(ours)] < ours[min(ours)] - 0.1
+        assert ours[max(ours)] < ours[min(ours)] - learnt
     assert len([line for line in done.stdout.splitlines() if line.startswith("Fitting the fusion")]) == 1
