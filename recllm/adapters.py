@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from recllm.bottleneck import BottleneckSettings, insert_bottlenecks
 from recllm.errors import RecllmError, unknown
-from recllm.loftq import BITS
+from recllm.loftq import BITS, KEPT
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.runs import AdapterSettings
 
@@ -102,6 +102,11 @@ def _check_loftq(recipe: AdapterRecipe) -> None:
                 f"adapter.{key} does not go with init_lora_weights = 'loftq': recllm leaves the quantised weights as "
                 "they are, in the recipe's own bits, and adds the best correction of the adapter's rank. Leave it out."
             )
+    if recipe.rounding.get(KEPT):
+        raise RecllmError(
+            f"quantization.{KEPT} does not go with init_lora_weights = 'loftq': where the adapter is merged, all "
+            "adapted layers are rounded. Leave it out."
+        )
 
 
 def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
@@ -128,6 +133,8 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             # VeRA's random matrices are drawn from their seed wherever they are loaded: that is the recipe's intention.
             warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B", UserWarning)
+            # It finds out by itself which way round GPT-2's layers hold their weights.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             # EVA's advice, on memory that a small model has.
             warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
             adapted = peft.get_peft_model(model, _config_class(recipe.tuner)(**given | config))

@@ -11,7 +11,10 @@ from recllm.sequence import IGNORED
 
 @dataclass(frozen=True)
 class InsideUsers:
-    """Weights of the losses inside users, beside cross-entropy. They compare rows of one user that stand in a step."""
+    """Weights of the losses inside users, beside cross-entropy. They compare rows of one user that stand together.
+
+    Together: in a micro-batch, or in one sequence where rows are read behind one history.
+    """
 
     pairwise: float = 0.0
     """Of the logistic loss over pairs of a liked and a disliked row."""

@@ -31,7 +31,7 @@ from recllm.errors import RecllmError
 from recllm.fetch import cache_folder, resolve_model
 from recllm.files import sha256_of, whole_folder
 from recllm.histories import HistoryFormat
-from recllm.loftq import start_from_rounding
+from recllm.loftq import round_layers, start_from_rounding
 from recllm.prompts import CompiledPrompt
 from recllm.runs import ModelSettings
 from recllm.sequence import NextItemModel
@@ -348,8 +348,10 @@ def adapted(base: BaseModel, recipe: AdapterRecipe | None) -> nn.Module:
     if recipe is None:
         return base.model
     body = attach(base.model, recipe)
-    if recipe.start == LOFTQ:
-        start_from_rounding(body, lambda: load_base(base.folder).model, recipe.rounding)
+    if recipe.start == LOFTQ and recipe.quantization is not None:
+        start_from_rounding(body, lambda: load_base(base.folder).model)
+    elif recipe.start == LOFTQ:
+        round_layers(body, recipe.rounding)
     return body
 
 

@@ -190,6 +190,23 @@ def adapter_names(model: nn.Module) -> set[str]:
     }
 
 
+def may_train_in_vain(model: nn.Module) -> bool:
+    """Whether a step may leave a parameter without a gradient, for which several processes have to look every time.
+
+    An encoder's pooling layer may have an adapter, and so may input embeddings, which item tokens go round; and a model
+    may leave out layers by chance.
+    """
+    if not getattr(model, "causal", True):
+        return True
+    for own in model.modules():
+        if isinstance(own, PreTrainedModel):
+            embedding = own.get_input_embeddings()
+            words = embedding.words if isinstance(embedding, SoftTokens) else embedding
+            if any(value.requires_grad for value in words.parameters()) or getattr(own.config, "layerdrop", None):
+                return True
+    return False
+
+
 def check_trainer_keys(keys: dict[str, Any]) -> None:
     """Refuse keys of `[train]` that are not Trainer's, before any model loads.
 
@@ -281,9 +298,7 @@ class Stage:
             "per_device_eval_batch_size": 32,
             "disable_tqdm": True,  # we say ourselves how far it is
             "use_cpu": on_cpu(),
-            # An encoder's pooling layer may have an adapter, and has no part in the loss; else to look for such costs
-            # a pass over the graph in each step, and a warning.
-            "ddp_find_unused_parameters": not getattr(self.model, "causal", True),
+            "ddp_find_unused_parameters": may_train_in_vain(self.model),
             "restore_callback_states_from_checkpoint": True,  # the count of validations without a better one
             "eval_steps": max(1, math.ceil(self.steps / EVALUATIONS)),
         } | self.arguments

@@ -115,9 +115,9 @@ class RelevanceModel(nn.Module):
         inside = self.inside if self.training else NOTHING
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-        groups = zip(logits, labels, users, strict=True)
-        if ends is None:
-            groups = zip(*(part.reshape(1, -1) for part in (logits, labels, users)), strict=True)
+        groups = [(logits.reshape(-1), labels.reshape(-1), users.reshape(-1))]
+        if inside and ends is not None:
+            groups = list(zip(logits, labels, users, strict=True))
         loss = torch.stack([judged_loss(*group, inside, num_items_in_batch) for group in groups]).sum()
         return {"loss": loss, "logits": logits}
 

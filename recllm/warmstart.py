@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recllm.adapters import load_adapter
+from recllm.adapters import LOFTQ, load_adapter
 from recllm.errors import RecllmError, require
 from recllm.files import read_json
 from recllm.mf import ImplicitMF
@@ -81,6 +81,8 @@ def _language_facts(run: Run, kept_recipe: str | None) -> dict[str, object]:
         recipe = load_adapter(run.adapter, kept_recipe)
         own = {key: value for key, value in recipe.config.items() if "dropout" not in key}
         facts |= {"the adapter's method": recipe.tuner, "the adapter's keys": own}
+        if recipe.start == LOFTQ:  # its matrices make up for this very rounding
+            facts["the adapter's quantization"] = recipe.rounding
     return facts
 
 

@@ -16,6 +16,7 @@ from recllm.commands import profile_flags
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
+from recllm.judging import relevance_stage
 from recllm.lm import load_base
 from recllm.runs import load_run
 from recllm.tasks import prepare
@@ -185,11 +186,37 @@ def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     assert (run.folder / "thesis.txt").is_file()
 
 
+@pytest.mark.parametrize(
+    ("keys", "in_vain"),
+    [
+        ([], False),
+        (["adapter.target_modules=['q_proj', 'embed_tokens']"], True),
+        (["adapter.modules_to_save=['embed_tokens']"], True),
+        (["model.task=relevance", "model.soft_tokens=true"], False),
+    ],
+)
+def test_what_gets_no_gradient_is_looked_for_by_several_processes(keys, in_vain, tiny_run):
+    run = load_run(tiny_run, ["adapter.target_modules=['q_proj']", *keys])
+    task = prepare(run)
+    features = load_collaborative(load_run(tiny_run), task).features
+    stage = (relevance_stage if run.model.task == "relevance" else nextitem.language_stage)(run, task, features, silent)
+    assert stage.options(run.folder)["ddp_find_unused_parameters"] is in_vain
+    batch = stage.collator([stage.train[row] for row in range(4)])
+    stage.model.train()(**batch)["loss"].backward()
+    lacking = [name for name, value in stage.model.named_parameters() if value.requires_grad and value.grad is None]
+    assert bool(lacking) is in_vain
+
+
 @pytest.mark.slow
-def test_a_quantised_base_trains_and_is_merged_in_full_precision(tiny_run, wide_lm_folder, tmp_path):
+@pytest.mark.parametrize("start", [True, "loftq"])
+def test_a_quantised_base_trains_and_is_merged_in_full_precision(start, tiny_run, wide_lm_folder, tmp_path):
     import torch
 
-    overrides = [f"model.name={wide_lm_folder}", "adapter.recipe=qlora", "light.num_train_epochs=0"]
+    from recllm.lm import adapted
+    from recllm.trained import adapter_recipe, in_full_precision
+
+    overrides = [f"adapter.init_lora_weights={str(start).lower()}"]
+    overrides += [f"model.name={wide_lm_folder}", "adapter.recipe=qlora", "light.num_train_epochs=0"]
     overrides += ["train.learning_rate=1e-3", "train.logging_steps=1", "adapter.lora_dropout=0"]
     run = again(tiny_run, tmp_path, *overrides, "train.max_steps=40", "train.head_learning_rate=2e-3")
     train_run(run, say=silent)
@@ -201,7 +228,11 @@ def test_a_quantised_base_trains_and_is_merged_in_full_precision(tiny_run, wide_
     name = "body.model.base_model.model.layers.0.self_attn.q_proj"
     low, high = (torch.from_numpy(weights[f"{name}.lora_{side}.default.weight"]) for side in "AB")
     assert high.abs().max() > 0
-    plain = load_base(wide_lm_folder).model.layers[0].self_attn.q_proj.weight
+    over = adapted(load_base(wide_lm_folder), in_full_precision(adapter_recipe(run)))
+    plain = over.base_model.model.layers[0].self_attn.q_proj.base_layer.weight
+    rounded = not torch.equal(plain, load_base(wide_lm_folder).model.layers[0].self_attn.q_proj.weight)
+    # 4 bits of LoftQ's are not for PEFT to put on the base: the adapter is no use without them.
+    assert rounded is (start == "loftq") is not (run.folder / "lm" / "adapter").is_dir()
     layer = merged.body.model.layers[0].self_attn.q_proj
     assert type(layer) is torch.nn.Linear
     update = high @ low * run.adapter.overrides().get("lora_alpha", 32) / run.adapter.overrides()["r"]
@@ -269,14 +300,14 @@ def test_another_number_of_processes_is_refused_where_checkpoints_are(tiny_run, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("own", "scorers"),
+    ("own", "accumulated", "scorers"),
     [
-        ([], {"light": (4, 0.1), "lm": (8, 0.1)}),
-        (TREES, {"light": (4, 0.1), "relevance": (15, 0.03)}),
+        ([], 1, {"light": (4, 0.1), "lm": (8, 0.1)}),  # windows of like length stand together by devices' rows at once
+        (TREES, 2, {"light": (4, 0.1), "relevance": (15, 0.03)}),
     ],
     ids=["next item", "pairs behind one history"],
 )
-def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(own, scorers, tiny_run, tmp_path):
+def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(own, accumulated, scorers, tiny_run, tmp_path):
     without_dropout = [
         *own,
         "light.dropout=0",
@@ -294,7 +325,8 @@ def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(own, scorer
         *without_dropout,
         "light.per_device_train_batch_size=4",
         "light.pairs_in_step=64",
-        "train.per_device_train_batch_size=8",
+        f"train.per_device_train_batch_size={8 // accumulated}",
+        f"train.gradient_accumulation_steps={accumulated}",
     ]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *profile_flags("cpu")]
     settings = [part for override in halves for part in ("--set", override)]
