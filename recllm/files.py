@@ -47,7 +47,11 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`; it takes `folder`'s place when the block ends well, else it goes."""
+    """Give a temporary folder beside `folder`; it takes `folder`'s place when the block ends well, else it goes.
+
+    Where `folder` is a link, what it points to is replaced, and the link stays.
+    """
+    folder = folder.resolve() if folder.is_symlink() else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     temporary.chmod(0o755)  # mkdtemp gives 0o700, and others may read what is written here

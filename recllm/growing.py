@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, write_catalog
 from recllm.data import Catalog, read_items
 from recllm.errors import RecllmError
+from recllm.files import write_json
 from recllm.likelihood import Likelihood
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
@@ -46,6 +47,12 @@ def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu")
     records = [_fitting(found, item, known) for item in found.ids if item not in known]
     if not records:
         raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
+    if not any(len(record) > 1 for record in records):
+        raise RecllmError(
+            f"{items} says nothing of its items in a column that '{source}' knows: it has "
+            f"{', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Name them alike; nothing "
+            "was written."
+        )
     grown = recommender.with_items(records)
     manifest = read_manifest(source, verify=False)
     facts = {key: value for key, value in manifest.items() if key not in SEALED}
@@ -73,4 +80,5 @@ def _write_grown(grown: Recommender, arrays: dict[str, NDArray[Any]], folder: Pa
         elif isinstance(scorer, TableScorer):
             arrays[f"{name}.table"] = scorer.table
             arrays[f"{name}.heads"], arrays[f"{name}.bias"] = scorer.items[:, :-1], scorer.items[:, -1]
+            write_json(folder / f"{name}.json", scorer.history.to_dict())  # it may hold a text of each item
     save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / VECTORS)

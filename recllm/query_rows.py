@@ -169,7 +169,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield line, json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield line, _Unreadable(f"not JSON ({error})", text.rstrip("\n"))
 
 
@@ -218,12 +218,13 @@ def parse_row(
     if not isinstance(fields, dict):
         return BadRow(line, "not a JSON object", fields)
     try:
-        user = _identifier(fields["user_id"]) if fields.get("user_id") not in (None, "") else None
+        given = fields.get("user_id")
+        user = None if given in (None, "") or given != given else _identifier(given)  # NaN is a missing value
         history, rated = _history(fields, user, histories, ratings=ratings)
         candidates = _items("candidates", fields.get("candidates")) if "candidates" in need else ()
         if "candidates" in need and not candidates:
             raise ValueError("no 'candidates', the item ids to score")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second one of lists in lists in lists
         return BadRow(line, str(error), fields)
     return QueryRow(line, f"line {line}" if user is None else user, history, rated, candidates, fields)
 

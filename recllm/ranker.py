@@ -259,11 +259,16 @@ class TwoStage:
 def _queries(
     histories: Sequence[Sequence[str]], ratings: Sequence[Sequence[float | None] | None] | None
 ) -> list[Query]:
-    given = [None] * len(histories) if ratings is None else [None if own is None else tuple(own) for own in ratings]
+    given = [None] * len(histories) if ratings is None else [None if own is None else _rated(own) for own in ratings]
     for row, (history, own) in enumerate(zip(histories, given, strict=True)):
         if own is not None and len(own) != len(history):
             raise RecllmError(f"Row {row}: {len(own)} ratings for {len(history)} items of the history.")
     return [Query(tuple(history), None, own) for history, own in zip(histories, given, strict=True)]
+
+
+def _rated(ratings: Sequence[float | None]) -> tuple[float | None, ...]:
+    """Ratings with None where there is none, which numpy and pandas write as NaN."""
+    return tuple(None if rating is None or rating != rating else float(rating) for rating in ratings)
 
 
 def _scaled(values: NDArray[np.float32], mean: float, scale: float) -> NDArray[np.float32]:

@@ -467,4 +467,6 @@ def _load_scorer(
         raise unknown("kind of scorer in the bundle", kind, [*FITTED, "sequence"])
     history = HistoryFormat.from_dict(read_json(folder / f"{name}.json"))
     table, heads, bias, cold_bias = (arrays[f"{name}.{part}"] for part in ("table", "heads", "bias", "cold_bias"))
+    if history.texts is not None:  # bundles that have grown before their texts did are still about
+        history = replace(history, texts=history.texts + (None,) * (len(heads) - len(history.texts)))
     return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item())

@@ -476,3 +476,11 @@ def test_brackets_in_a_path_are_no_pattern(suffix, tmp_path):
     write(folder / f"interactions.{suffix}")
     assert len(read_dataset(str(folder)).interactions) == 2
     assert read_interactions(folder / f"interactions.{suffix}").histories()["u"].history == ("a", "b")
+
+
+def test_a_log_and_items_that_have_nothing_in_common_are_refused(tmp_path):
+    log, items = tmp_path / "log.csv", tmp_path / "items.csv"
+    log.write_text("user_id,item_id,timestamp\n1,50.0,1\n1,51.0,2\n", encoding="utf-8")
+    items.write_text("item_id,title\n50,Heat\n51,Casino\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"no event is of an item .*'50.0', the item file such as '50'"):
+        read_dataset("", interactions=str(log), items=str(items))

@@ -5,9 +5,14 @@ import polars as pl
 import pytest
 
 import recllm
-from recllm.bundle import read_manifest
+from recllm.bundle import read_manifest, seal
 from recllm.errors import RecllmError
-from recllm.growing import add_items
+from recllm.export import export_run
+from recllm.files import read_json, write_json
+from recllm.growing import SEALED, add_items
+from recllm.runs import load_run
+from recllm.tasks import prepare
+from recllm.train import train_run
 
 NEW = [
     {"item_id": "new-red", "title": "Red film 99", "genres": "Drama", "colour": "red"},
@@ -47,6 +52,52 @@ def test_a_bundle_may_grow_in_its_own_place_and_again(tiny_bundle, new_items, tm
     assert recllm.load(tmp_path / "grown").index.ids[-3:] == ("new-red", "new-blue", "newest")
     assert read_manifest(tmp_path / "grown")["items_added"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "more.jsonl", "new.csv"]
+
+
+@pytest.mark.slow
+def test_text_histories_pass_over_new_items_after_loading_too(tiny_run, new_items, tmp_path):
+    overrides = ["model.history='text'", "light.num_train_epochs=0", "train.max_steps=2", f"output={tmp_path}"]
+    run = load_run(tiny_run, overrides)
+    train_run(run, say=lambda _: None)
+    (result,) = export_run(run, prepare(run), ["fp32"], say=lambda _: None)
+    records = [{k: v for k, v in item.items() if k != "colour"} for item in NEW]
+    expected = recllm.load(result.folder).with_items(records).recommend([["2", "new-red"]], k=5)
+    folder = tmp_path / "grown"
+    add_items(result.folder, new_items, folder)
+    assert recllm.load(folder).recommend([["2", "new-red"]], k=5).ids == expected.ids
+    # Bundles that have grown before have the texts of their first items only.
+    history = read_json(folder / "lm.json")
+    assert len(history["texts"]) == 26
+    write_json(folder / "lm.json", history | {"texts": history["texts"][:24]})
+    seal(folder, {key: value for key, value in read_manifest(folder, verify=False).items() if key not in SEALED})
+    assert recllm.load(folder).recommend([["2", "new-red"]], k=5).ids == expected.ids
+
+
+def test_items_of_which_nothing_is_said_are_refused(tiny_bundle, tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text("item_id,Film Name\nnew,Red film 99\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"new.csv says nothing of its items .* it has .*Film Name.* bundle .*title"):
+        add_items(tiny_bundle, path, tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()
+
+
+def test_white_space_inside_an_id_stays(tiny_bundle, tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text("item_id,title\n n  1 ,Red  film 99\n", encoding="utf-8")
+    add_items(tiny_bundle, path, tmp_path / "grown")
+    grown = recllm.load(tmp_path / "grown")
+    assert grown.index.ids[-1] == "n  1"
+    assert grown.catalog.record("n  1")["title"] == "Red film 99"
+
+
+def test_a_link_to_a_bundle_stays_one(tiny_bundle, new_items, tmp_path):
+    add_items(tiny_bundle, new_items, tmp_path / "versions" / "1")
+    (tmp_path / "current").symlink_to(tmp_path / "versions" / "1", target_is_directory=True)
+    (tmp_path / "more.csv").write_text("item_id,title\nnewest,Red film 100\n", encoding="utf-8")
+    add_items(tmp_path / "current", tmp_path / "more.csv", tmp_path / "current")
+    assert (tmp_path / "current").is_symlink()
+    assert recllm.load(tmp_path / "current").index.ids[-1] == "newest"
+    assert [path.name for path in (tmp_path / "versions").iterdir()] == ["1"]
 
 
 def test_nothing_new_is_said_and_nothing_written(tiny_bundle, tmp_path):

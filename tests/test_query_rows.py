@@ -1,5 +1,7 @@
 """Rows of a job: counted before they are read, in order, and a file of another kind is named."""
 
+import json
+
 import polars as pl
 import pytest
 
@@ -33,3 +35,17 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "in.parquet").write_bytes(b"user_id,history\n")
     with pytest.raises(RecllmError, match="is not a Parquet file that can be read"):
         read_rows(tmp_path / "in.parquet")
+
+
+def test_lists_in_lists_in_lists_are_a_bad_row_and_no_end(tmp_path):
+    deep = "[" * 100_000
+    path = tmp_path / "rows.jsonl"
+    lines = ['{"history": ["1"]}', deep, json.dumps({"history": deep}), '{"history": ["2"]}']
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert [isinstance(row, BadRow) for row in read_rows(path)] == [False, True, True, False]
+
+
+def test_a_user_who_is_no_number_has_no_name(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pl.DataFrame({"user_id": [7.0, float("nan")], "history": [["1"], ["2"]]}).write_parquet(path)
+    assert [row.user_id for row in read_rows(path)] == ["7", "line 2"]

@@ -60,6 +60,12 @@ def test_a_batch_hands_its_ratings_to_the_ranker(recommender, tmp_path, suffix):
     assert judge.ratings == [(5.0, 1.0), None, ()]
 
 
+def test_ratings_that_are_no_numbers_are_none(recommender):
+    judge = Opinionated()
+    TwoStage(recommender, judge, top=2).recommend([["0", "2"]], 2, ratings=[np.array([5.0, np.nan])])
+    assert judge.ratings == [(5.0, None)]
+
+
 def test_ratings_of_another_length_are_refused(recommender):
     with pytest.raises(RecllmError, match=r"Row 1: 1 ratings for 2 items of the history"):
         TwoStage(recommender, Opinionated()).recommend([["0"], ["0", "2"]], 2, ratings=[None, [4.0]])

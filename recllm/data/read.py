@@ -131,6 +131,12 @@ def _completed(events: pl.DataFrame, items: pl.DataFrame | None, file: str, chec
         items = pl.DataFrame(schema={"item_id": pl.String, "title": pl.String})
     unlisted = events.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
     ids = unlisted["item_id"].unique(maintain_order=True)
+    if len(events) and len(unlisted) == len(events) and len(items):
+        raise RecllmError(
+            f"{file}: no event is of an item of the item file; the log has items such as '{ids[0]}', the item file "
+            f"such as '{items['item_id'][0]}'. Write ids alike in both (a column with a missing number becomes 50.0 in "
+            "place of 50), or name other columns (data.columns, data.item_columns)."
+        )
     message = f"events whose item is in no row of the items ({len(ids):,} items), kept without text"
     lines = unlisted[LINE].sort().head(LINES_SHOWN)
     checks.add("warning", "item_not_listed", message, unlisted.height, file=file, lines=lines)
