@@ -83,6 +83,10 @@ class RankBudget(TrainerCallback):
         tuner = None if model is None else adalora_of(model)
         # In fp16 a step whose gradients overflow is skipped; PEFT's averages would keep the infinity for good.
         if tuner is not None and _finite_gradients(tuner):
+            for name, value in tuner.named_parameters():
+                # An encoder's pooling layer has no part in the loss, and PEFT asks every adapter for its gradient.
+                if "lora_" in name and value.requires_grad and value.grad is None:
+                    value.grad = torch.zeros_like(value)
             tuner.update_and_allocate(state.global_step + 1)
 
     def on_save(

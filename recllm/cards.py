@@ -1,6 +1,7 @@
 """Model cards and adapters in PEFT's own format: what was trained on what, how good it is, and how to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,21 @@ def save_adapter(run: Run, model: nn.Module, values: Mapping[str, Tensor], folde
         own = {name.removeprefix(f"{place}."): value for name, value in values.items()}
         # Some tuners keep what does not train, VeRA its projections, which every layer shares.
         own = dict(found.named_buffers(remove_duplicate=False)) | own
-        found.save_pretrained(str(part), save_embedding_layers=False, state_dict=own)
+        with _all_ranks(found.active_peft_config):
+            found.save_pretrained(str(part), save_embedding_layers=False, state_dict=own)
+
+
+@contextmanager
+def _all_ranks(config: Any) -> Iterator[None]:  # noqa: ANN401  of PEFT's configurations one has it
+    """Without AdaLoRA's pattern: it says what the last step left, and PEFT would cut the best step's weights by it."""
+    if config.peft_type != peft.PeftType.ADALORA:
+        yield
+        return
+    pattern, config.rank_pattern = config.rank_pattern, None
+    try:
+        yield
+    finally:
+        config.rank_pattern = pattern
 
 
 def write_adapter_card(run: Run) -> None:

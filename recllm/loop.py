@@ -278,7 +278,12 @@ class Stage:
         return steps_of(len(self.train), self.arguments)
 
     def options(self, folder: Path) -> dict[str, Any]:
-        """Trainer's keys, ours and the run file's; checkpoints go into `folder`."""
+        """Trainer's keys, ours and the run file's; checkpoints go into `folder`.
+
+        Raises:
+            RecllmError: validations that are no checkpoints: the best one could not be gone back to.
+        """
+        every = self.arguments.get("save_steps") or max(1, math.ceil(self.steps / EVALUATIONS))
         options: dict[str, Any] = {
             "output_dir": str(folder),
             "num_train_epochs": 1,  # the examples of all epochs are one sequence
@@ -300,9 +305,14 @@ class Stage:
             "use_cpu": on_cpu(),
             "ddp_find_unused_parameters": may_train_in_vain(self.model),
             "restore_callback_states_from_checkpoint": True,  # the count of validations without a better one
-            "eval_steps": max(1, math.ceil(self.steps / EVALUATIONS)),
+            "eval_steps": every,
         } | self.arguments
         options.setdefault("save_steps", options["eval_steps"])
+        if options["save_steps"] != options["eval_steps"]:
+            raise RecllmError(
+                f"train.eval_steps = {options['eval_steps']} and train.save_steps = {options['save_steps']}: the best "
+                "validation would have no checkpoint to go back to. Give one of them, and the other one follows."
+            )
         return options
 
 

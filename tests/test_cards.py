@@ -83,3 +83,27 @@ def test_a_tuner_that_keeps_what_does_not_train_is_saved_with_it(tiny_run, tiny_
     for name, value in model.named_buffers():
         if "vera_" in name:
             assert torch.equal(dict(loaded.named_buffers())[name], value)
+
+
+def test_an_adalora_adapter_is_saved_with_all_ranks_of_the_best_step(tiny_run, tiny_lm_folder, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    recipe = AdapterRecipe(tuner="adalora", config={"init_r": 6, "target_r": 3, "target_modules": ["q_proj", "v_proj"]})
+    model = attach(load_base(tiny_lm_folder).model, recipe).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.normal_()
+    names = [name.rsplit(".", 1)[0] for name, _ in model.named_parameters() if "lora_E" in name]
+    # The last step has left three ranks of six; the best one, whose weights are there, had all of them.
+    pattern = {name: [True, True, True, False, False, False] for name in names}
+    model.active_peft_config.rank_pattern = pattern
+    save_adapter(load_run(tiny_run), model, trained_values(model), tmp_path)
+    assert model.active_peft_config.rank_pattern is pattern
+    bare = AutoModel.from_pretrained(tiny_lm_folder, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(bare, tmp_path / ADAPTER).eval()
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        expected, found = (own(input_ids=ids).last_hidden_state for own in (model, loaded))
+    torch.testing.assert_close(found, expected)

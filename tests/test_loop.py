@@ -510,6 +510,15 @@ def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
         check_trainer_keys({"output_dir": "elsewhere"})
 
 
+def test_every_validation_has_a_checkpoint(tmp_path):
+    with pytest.raises(RecllmError, match=r"train.eval_steps = 4 and train.save_steps = 8: the best validation would"):
+        train(light(), tmp_path, save_steps=8)
+    rows = Examples(CYCLES)
+    collators = {"collator": NextItemCollator(LIGHT_HISTORY), "valid_collator": NextItemCollator(LIGHT_HISTORY)}
+    own = {"arguments": {"per_device_train_batch_size": 4, "save_steps": 3}, "compute_metrics": loop.ranking_metrics}
+    assert Stage("light", light(), rows, rows, **collators, **own).options(tmp_path)["eval_steps"] == 3
+
+
 def test_what_trainer_refuses_is_one_message(tmp_path):
     with pytest.raises(RecllmError, match=r"Trainer refuses the keys in \[train\]: never is not a valid"):
         train(light(), tmp_path, eval_strategy="never")

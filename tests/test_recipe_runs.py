@@ -5,14 +5,15 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerCallback
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerCallback, TrainerState
 
 from recllm import loop
-from recllm.adalora import adalora_of
+from recllm.adalora import RankBudget, adalora_of
 from recllm.adapters import attach, load_adapter
 from recllm.bottleneck import Bottleneck
 from recllm.checkpoints import load_trained, save_trained, trained_values
@@ -194,6 +195,17 @@ def test_overflowing_gradients_do_not_end_the_budget(folder, tmp_path, monkeypat
     train(model, tmp_path, rate=5e-3)
     pattern = adalora_of(model).peft_config["default"].rank_pattern
     assert sum(sum(ranks) for ranks in pattern.values()) / len(pattern) == pytest.approx(16, abs=0.5)
+
+
+def test_an_encoder_whose_pooling_layer_has_no_part_in_the_loss_has_a_budget(tiny_encoder_folder, tmp_path):
+    base = load_base(tiny_encoder_folder)
+    body = attach(base.model, recipe_of("adalora")).train()
+    assert any("pooler" in name for name, value in body.named_parameters() if value.requires_grad)
+    budget, state = RankBudget(STEPS), TrainerState(global_step=0)
+    budget.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, model=body)
+    body(input_ids=torch.arange(8)[None]).last_hidden_state.sum().backward()
+    budget.on_optimizer_step(None, state, None, model=body)
+    assert len(adalora_of(body).rankallocator.ipt) == sum("lora_" in name for name, _ in body.named_parameters())
 
 
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"])
