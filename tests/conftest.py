@@ -131,19 +131,28 @@ def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tok
 
 
 @pytest.fixture(scope="session")
-def wide_lm_folder(tiny_lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose layers are as wide as one block of 4-bit weights, at least."""
+def resized_lm(tiny_lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes the folder of a random model like the tiny one, with other keys in its configuration."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("wide") / "lm"
-    shutil.copytree(tiny_lm_folder, folder)
-    config = AutoConfig.from_pretrained(tiny_lm_folder)
-    config.update({"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 32})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    def make(**keys: int) -> Path:
+        folder = tmp_path_factory.mktemp("resized") / "lm"
+        shutil.copytree(tiny_lm_folder, folder)
+        config = AutoConfig.from_pretrained(tiny_lm_folder)
+        config.update(keys)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            LlamaForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wide_lm_folder(resized_lm: Callable[..., Path]) -> Path:
+    """A random model whose layers are as wide as one block of 4-bit weights, at least."""
+    return resized_lm(hidden_size=128, intermediate_size=128, num_key_value_heads=4, head_dim=32)
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,13 @@
 `python -m pytest tests/test_recipe_runs.py --write-docs` writes the table anew.
 """
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerCallback, TrainerState
+from transformers import LlamaConfig, LlamaModel, TrainerCallback, TrainerState
 
 from recllm import loop
 from recllm.adalora import RankBudget, adalora_of
@@ -54,16 +53,9 @@ BYTES = 16
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_lm_folder, tmp_path_factory):
+def folder(resized_lm):
     """A random model whose layers hold whole blocks of every recipe."""
-    wide = tmp_path_factory.mktemp("recipes") / "wide"
-    shutil.copytree(tiny_lm_folder, wide)
-    config = AutoConfig.from_pretrained(tiny_lm_folder)
-    config.update({"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(wide)
-    return wide
+    return resized_lm(hidden_size=64, intermediate_size=64, num_key_value_heads=4, head_dim=16)
 
 
 def recipe_of(name):
