@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import (
-    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
@@ -38,7 +37,7 @@ from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.sharded import name_layers, reshard
 from recllm.softtokens import SoftTokens
 from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
-from recllm.watching import MetricsFile, NonFiniteLossError, StepLines, Watch, Watched
+from recllm.watching import MetricsFile, NonFiniteLossError, Patience, StepLines, Watch, Watched
 
 METRIC = "eval_ndcg@10"
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
@@ -338,7 +337,7 @@ def fit(
         # Made anew for every attempt: some of them count.
         callbacks = [SoundBest(say), MetricsFile(folder / "metrics.jsonl", stage.scorer)]
         callbacks += [StepLines(stage.scorer, stage.metric, say), *boards]
-        callbacks += [EarlyStoppingCallback(stage.patience)] if stage.patience else []
+        callbacks += [Patience(stage.patience)] if stage.patience else []
         callbacks += [Watched(stage.scorer, watch)] if watch else []
         return stage_trainer(stage, options, callbacks, kept, adjusted)
 

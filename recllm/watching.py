@@ -6,7 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from recllm.files import written
 from recllm.progress import Progress
@@ -88,6 +94,25 @@ class Watched(TrainerCallback):
     ) -> None:
         """Pass the metrics on."""
         self.watch(self.scorer, state.global_step, dict(metrics or {}))
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that stays: a run resumed from the checkpoint at which it stopped has nothing left to do."""
+
+    spent = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
+    ) -> None:
+        """See whether the checkpoint is the one that patience ended with."""
+        super().on_train_begin(args, state, control, **given)
+        self.spent = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """End a training that had ended: Trainer takes one step before it asks, and nothing of that one is kept."""
+        if self.spent:
+            control.should_training_stop = True
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 class StepLines(TrainerCallback):

@@ -233,7 +233,8 @@ def killed_at(step, monkeypatch, train_it):
             train_it()
 
 
-def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step_of_death", [4, 5], ids=["on the way", "at the stop itself"])
+def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(step_of_death, tmp_path, monkeypatch):
     figures = {1: 0.5, 2: 0.9, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.4}
     step = []
 
@@ -249,8 +250,9 @@ def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(tmp_path, mo
         train(light(), folder, eval_steps=1, patience=3, resume=resume)
 
     run(tmp_path / "straight")
-    killed_at(4, monkeypatch, lambda: run(tmp_path / "killed"))
+    killed_at(step_of_death, monkeypatch, lambda: run(tmp_path / "killed"))
     run(tmp_path / "killed", resume=True)
+    assert max(step) == 5
     straight, killed = (
         [(line["step"], line["loss"]) for line in lines(tmp_path / name) if "loss" in line]
         for name in ("straight", "killed")
