@@ -201,7 +201,7 @@ def tuned_references(
     queries, targets = [row.query for row in rows], task.index.rows(row.item_id for row in rows)
 
     def figure(scorer: Fading) -> float:
-        return ranking_figure(scorer, queries, targets, task.index)
+        return ranking_figure(scorer, queries, targets, task.index, exclude_seen=not task.repeats)
 
     large = len(task.index) > LARGE_ITEMS or len(task.split.train) > LARGE_EVENTS
     grids = GRIDS | (LARGE_GRIDS if large else {})

@@ -125,7 +125,7 @@ class Job:
 
 
 def recommend_file(
-    recommender: Recommender | TwoStage, job: Job, *, k: int = 10, exclude_seen: bool = True, new_items: int = 0
+    recommender: Recommender | TwoStage, job: Job, *, k: int = 10, exclude_seen: bool | None = None, new_items: int = 0
 ) -> Summary:
     """The `k` best items for every row: `user_id, rank, item_id, score, share_<scorer>…`.
 
@@ -135,6 +135,7 @@ def recommend_file(
         RecllmError: `k`, the source's columns or kind, the target's kind; a target that exists; not one good row.
     """
     recommender.check_k(k, new_items)
+    exclude_seen = recommender.exclude_seen if exclude_seen is None else exclude_seen
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
         return best_items(recommender, rows, k, exclude_seen=exclude_seen, new_items=new_items)
@@ -148,7 +149,12 @@ def recommend_file(
 
 
 def best_items(
-    recommender: Recommender | TwoStage, rows: Sequence[QueryRow], k: int, *, exclude_seen: bool, new_items: int = 0
+    recommender: Recommender | TwoStage,
+    rows: Sequence[QueryRow],
+    k: int,
+    *,
+    exclude_seen: bool | None,
+    new_items: int = 0,
 ) -> pl.DataFrame:
     """The `k` best items of some rows: `user_id, rank, item_id, score, share_<scorer>…`, best first."""
     histories = [row.history for row in rows]

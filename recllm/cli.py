@@ -249,7 +249,10 @@ def recommend(
     index: Annotated[
         str, typer.Option(metavar="KIND", help="exact, or for large catalogues int8 or faiss (extra 'index').")
     ] = "exact",
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="Also items of the history itself.")] = False,
+    include_seen: Annotated[
+        bool | None,
+        typer.Option("--include-seen/--exclude-seen", help="Items of the history itself; default: as it was trained."),
+    ] = None,
     new_items: Annotated[int, typer.Option(min=0, help="How many of the k at least are items of few events.")] = 0,
     ranker: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Reorder the best by the language model of this bundle.")
@@ -281,13 +284,14 @@ def recommend(
         weight=rank_weight,
         seconds=rank_seconds,
     )
+    exclude_seen = None if include_seen is None else not include_seen
     if history is not None:
-        commands.recommend_history(stages, history, k, include_seen=include_seen, new_items=new_items)
+        commands.recommend_history(stages, history, k, exclude_seen=exclude_seen, new_items=new_items)
         return
     if source is None or out is None:
         raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
     job = commands.batch_job(source, out, interactions, column or [], shard, overwrite=overwrite)
-    commands.recommend_rows(stages, job, k, include_seen=include_seen, new_items=new_items)
+    commands.recommend_rows(stages, job, k, exclude_seen=exclude_seen, new_items=new_items)
 
 
 @app.command(

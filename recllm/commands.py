@@ -331,7 +331,7 @@ class Stages:
         return TwoStage(recommender, ranker, self.top, self.weight, self.seconds)
 
 
-def recommend_rows(stages: Stages, job: Job, k: int, *, include_seen: bool, new_items: int) -> None:
+def recommend_rows(stages: Stages, job: Job, k: int, *, exclude_seen: bool | None, new_items: int) -> None:
     """Recommend for every row of a file."""
     job.check()
     job = job.knowing(
@@ -345,7 +345,7 @@ def recommend_rows(stages: Stages, job: Job, k: int, *, include_seen: bool, new_
         )
 
         job = job.by(RANKED_TOGETHER)
-    _report(recommend_file(stages.open(), job, k=k, exclude_seen=not include_seen, new_items=new_items), job)
+    _report(recommend_file(stages.open(), job, k=k, exclude_seen=exclude_seen, new_items=new_items), job)
 
 
 def _bundle_digest(bundle: Path) -> str:
@@ -354,7 +354,7 @@ def _bundle_digest(bundle: Path) -> str:
     return sha256_of(path) if path.is_file() else ""
 
 
-def recommend_history(stages: Stages, history: str, k: int, *, include_seen: bool, new_items: int) -> None:
+def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: bool | None, new_items: int) -> None:
     """Print the best items after one history, with the share of each scorer."""
     recommender = stages.open()
     try:
@@ -366,9 +366,9 @@ def recommend_history(stages: Stages, history: str, k: int, *, include_seen: boo
         tell(f"Not in the catalogue, passed over: {', '.join(strange)}")
     recommender.check_k(k, new_items)
     if isinstance(recommender, TwoStage):
-        found = recommender.recommend([items], k, exclude_seen=not include_seen)
+        found = recommender.recommend([items], k, exclude_seen=exclude_seen)
     else:
-        found = recommender.recommend([items], k, exclude_seen=not include_seen, new_items=new_items)
+        found = recommender.recommend([items], k, exclude_seen=exclude_seen, new_items=new_items)
     say(
         "  ".join(
             [f"{'rank':>4}", f"{'item':10}", f"{'title':40}", f"{'score':>7}", *(f"{n:>10}" for n in found.shares)]

@@ -176,7 +176,8 @@ def _ask(teacher: Run, task: Task, histories: Sequence[tuple[Rows, Rows]], say: 
     for place, part in batches(histories):
         queries = [Query(tuple(ids[read])) for read, _ in part]
         chosen = [Query(tuple(ids[np.concatenate(own)])) for own in part]
-        scores = mask_seen(fused.score(queries, task.index), chosen, task.index)
+        scores = fused.score(queries, task.index)
+        scores = scores if task.repeats else mask_seen(scores, chosen, task.index)
         best, found = top_k(np.where(task.warm, scores, np.float32(np.nan)), count)
         there = best >= 0
         # A place without an item names the first one again, with no share.
@@ -197,7 +198,8 @@ def _scale(teacher: Run, task: Task, fusion: Fusion, say: Say) -> float:
     examples = [examples[place] for place in some]
     queries, targets = [own.query for own in examples], task.index.rows(own.item_id for own in examples)
     fused = protocol.fuse(fusion, {name: np.asarray(own[some]) for name, own in scores.items()}, examples)
-    fused = np.where(task.warm, mask_seen(fused, queries, task.index), np.float32(np.nan))
+    fused = fused if task.repeats else mask_seen(fused, queries, task.index)
+    fused = np.where(task.warm, fused, np.float32(np.nan))
     rows = np.flatnonzero(~np.isnan(fused[np.arange(len(fused)), targets]))
     if not len(rows):
         return 1.0

@@ -25,7 +25,7 @@ class BatchRecommender:
     Args:
         bundle: a folder that every worker can read.
         k: how many items.
-        exclude_seen: leave the history's own items out.
+        exclude_seen: as `recllm.runtime.Recommender.recommend` takes it.
         new_items: how many of the k at least are items of few events.
         provider: cpu, cuda or tensorrt.
         threads: inside one operator; a worker takes one core unless told otherwise.
@@ -43,7 +43,7 @@ class BatchRecommender:
         bundle: str | os.PathLike[str],
         k: int = 10,
         *,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         new_items: int = 0,
         provider: str = "cpu",
         threads: int = 1,

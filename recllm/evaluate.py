@@ -100,7 +100,7 @@ def evaluate_ranking(
         examples: the rows; rows of one `user_id` are drawn together.
         candidates: what is ranked.
         ks: the lengths of the top.
-        exclude_seen: leave the history's items out (never the target itself).
+        exclude_seen: leave the history's items out, as a served list does; a target among them is not found.
         cold_items: items without training events, for the slices.
         item_counts: train events per item, for the slices; see `warm_and_cold`.
         slices: masks bool[rows] by name beside "all", in place of warm and cold.
@@ -144,13 +144,10 @@ def _rank_all(
     ranks = {name: np.empty(len(queries)) for name in scorers}
     tops = {name: np.empty((len(queries), min(k, len(candidates))), dtype=np.int64) for name in scorers}
     for place, batch in batches(queries):
-        wanted, rows = targets[place], np.arange(len(batch))
+        wanted = targets[place]
         for name, scorer in scorers.items():
             scores = scorer.score(batch, candidates)
-            if exclude_seen:
-                own = scores[rows, wanted]
-                scores = mask_seen(scores, batch, candidates)
-                scores[rows, wanted] = own
+            scores = mask_seen(scores, batch, candidates) if exclude_seen else scores
             ranks[name][place] = target_ranks(scores, wanted)
             tops[name][place] = top_k(scores, k)[0]
         if progress:

@@ -218,6 +218,7 @@ def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[s
         "item_encoder": encoder_name(run),
         "likelihood": run.model.likelihood,
         "data": data_facts(task),
+        "repeats": task.repeats,
     }
 
 

@@ -312,10 +312,12 @@ def next_item_model(
     counts: NDArray[np.int64],
     history: HistoryFormat,
     settings: ModelSettings,
+    *,
+    repeats: bool = False,
 ) -> NextItemModel:
     """Put projections and heads around a causal base model; `recipe` None leaves it frozen without an adapter.
 
-    `counts` are the items' training events, int64[items].
+    `counts` are the items' training events, int64[items]; `repeats` says whether an item may come again.
 
     Raises:
         RecllmError: the base model is an encoder, whose hidden states see the items that they should predict.
@@ -336,6 +338,7 @@ def next_item_model(
         factor_dropout=settings.factor_dropout,
         counts=counts,
         negatives=settings.negatives,
+        repeats=repeats,
     )
 
 

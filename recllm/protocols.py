@@ -95,16 +95,16 @@ class WholeCatalogue:
 
     def fit(self, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Fusion:
         """Fit to rank the targets, by NDCG@10."""
-        targets = self.task.index.rows(example.item_id for example in examples)
         counts, seen = self._evidence(examples), self._seen(examples)
+        targets = self._targets(examples, seen)
         return fit_ranking(scores, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed)
 
     def fit_new_items(
         self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]
     ) -> Fusion:
         """With weights for items without events; `as_new` are scores as if no item had any."""
-        targets = self.task.index.rows(example.item_id for example in examples)
         counts, seen = self._evidence(examples), self._seen(examples)
+        targets = self._targets(examples, seen)
         few = few_events(self.task.item_counts, self.run.neighbours)
         return fit_new_items(
             fusion, scores, as_new, targets, *counts, seen, few=few, settings=self.run.fusion, seed=self.run.seed
@@ -127,17 +127,25 @@ class WholeCatalogue:
             for name, value in scores.items()
         }
         slices = self.task.slices(list(examples))
-        return evaluate_ranking(known, examples, self.task.index, ks=ks, slices=slices)
+        return evaluate_ranking(
+            known, examples, self.task.index, ks=ks, slices=slices, exclude_seen=not self.task.repeats
+        )
 
     def _evidence(self, examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         queries = [example.query for example in examples]
         return evidence(queries, self.task.index, self.task.split.train.item_counts())
 
     def _seen(self, examples: Sequence[Example]) -> NDArray[np.bool_]:
+        """What no list has, bool[examples, items]."""
         mask = np.zeros((len(examples), len(self.task.index)), dtype=bool)
-        for row, example in enumerate(examples):
+        for row, example in enumerate(() if self.task.repeats else examples):
             mask[row, self.task.index.known(example.query.history)] = True
         return mask
+
+    def _targets(self, examples: Sequence[Example], seen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The targets' columns, int64[examples]; −1 for one that no list has, from which there is nothing to learn."""
+        targets = self.task.index.rows(example.item_id for example in examples)
+        return np.where((targets >= 0) & seen[np.arange(len(seen)), targets], -1, targets)
 
 
 @dataclass(frozen=True, eq=False)

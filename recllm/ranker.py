@@ -163,6 +163,11 @@ class TwoStage:
         return self.recommender.catalog
 
     @property
+    def exclude_seen(self) -> bool:
+        """As `Recommender.exclude_seen`."""
+        return self.recommender.exclude_seen
+
+    @property
     def share_names(self) -> tuple[str, ...]:
         """Whose shares a score has."""
         return (*self.recommender.share_names, RANKER_SHARE)
@@ -182,7 +187,7 @@ class TwoStage:
         histories: Sequence[Sequence[str]],
         k: int = 10,
         *,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         ratings: Sequence[Sequence[float | None] | None] | None = None,
     ) -> Recommendations:
         """The `k` best items after every history, with the ranker's share beside the others.
@@ -190,7 +195,7 @@ class TwoStage:
         Args:
             histories: as `Recommender.recommend` takes them.
             k: how many.
-            exclude_seen: leave the history's own items out.
+            exclude_seen: as `Recommender.recommend` takes it.
             ratings: as long as the histories, or None, for the ranker to tell liked and disliked items apart.
 
         Raises:

@@ -119,13 +119,13 @@ def target_ranks(scores: Scores, targets: NDArray[np.int64]) -> NDArray[np.float
     """Rank of each row's target column, float64[rows], 1 is best.
 
     A tie counts half (the expected rank under random ties), so a scorer gains nothing by constant scores.
-    A target without a score takes the last rank, behind every candidate of the row.
+    A target without a score is in no list, however long: its rank is infinite.
     """
     own = np.take_along_axis(scores, targets[:, None], axis=1)  # (rows, 1)
     greater = (scores > own).sum(axis=1)
     tied = (scores == own).sum(axis=1) - 1
     ranks = 1.0 + greater + tied / 2.0
-    return np.where(np.isnan(own[:, 0]), float(scores.shape[1]), ranks)
+    return np.where(np.isnan(own[:, 0]), np.inf, ranks)
 
 
 def score_pairs(scorer: Scorer, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:

@@ -43,14 +43,22 @@ def recency_weights(events: int, half_life: float | None) -> NDArray[np.float32]
     return np.asarray(np.exp2(-ages / half_life), dtype=np.float32)
 
 
-def ranking_figure(scorer: Fading, queries: Sequence[Query], targets: NDArray[np.int64], index: ItemIndex) -> float:
-    """NDCG@10 of the target columns, int64[queries], over the whole catalogue with seen items left out."""
+def ranking_figure(
+    scorer: Fading,
+    queries: Sequence[Query],
+    targets: NDArray[np.int64],
+    index: ItemIndex,
+    *,
+    exclude_seen: bool = True,
+) -> float:
+    """NDCG@10 of the target columns, int64[queries], over the whole catalogue; a target that is left out is not found.
+
+    `exclude_seen` leaves out what each history has.
+    """
     found = []
     for place, part in batches(queries):
-        scores, wanted = scorer.score(part, index), targets[place, None]
-        own = np.take_along_axis(scores, wanted, axis=1)
-        scores = mask_seen(scores, part, index)
-        np.put_along_axis(scores, wanted, own, axis=1)
+        scores = scorer.score(part, index)
+        scores = mask_seen(scores, part, index) if exclude_seen else scores
         found.append(ndcg(target_ranks(scores, targets[place]), NDCG_AT))
     return float(np.concatenate(found).mean())
 
@@ -61,6 +69,8 @@ def choose_half_life(
     queries: Sequence[Query],
     targets: NDArray[np.int64],
     index: ItemIndex,
+    *,
+    exclude_seen: bool = True,
 ) -> dict[float | None, float]:
     """Set the scorer's `half_life` to the best of None and `half_lives` by NDCG@10; on a tie the earlier.
 
@@ -70,6 +80,7 @@ def choose_half_life(
         queries: validation queries.
         targets: column of each one's target, int64[queries].
         index: the catalogue.
+        exclude_seen: as for `ranking_figure`.
 
     Returns:
         The figure of every choice.
@@ -77,6 +88,6 @@ def choose_half_life(
     figures: dict[float | None, float] = {}
     for half_life in (None, *half_lives):
         scorer.half_life = half_life
-        figures[half_life] = ranking_figure(scorer, queries, targets, index)
+        figures[half_life] = ranking_figure(scorer, queries, targets, index, exclude_seen=exclude_seen)
     scorer.half_life = max(figures, key=figures.__getitem__)
     return figures

@@ -163,19 +163,24 @@ class Recommender:
             self._feeds = {}  # the shortlist has them in rows
 
     @property
+    def exclude_seen(self) -> bool:
+        """Whether lists leave out what the history has: not where items were chosen again in training."""
+        return not self.manifest.get("repeats", False)
+
+    @property
     def share_names(self) -> tuple[str, ...]:
         """Whose shares a score has."""
         return tuple(self.scorers)
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = True, new_items: int = 0
+        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool | None = None, new_items: int = 0
     ) -> Recommendations:
         """The `k` best items after every history, over the whole catalogue.
 
         Args:
             histories: item ids, oldest first; unknown ids are passed over, an empty history gets what leads without it.
             k: how many.
-            exclude_seen: leave the history's own items out.
+            exclude_seen: leave the history's own items out; None does as the bundle was trained and measured.
             new_items: how many of the k at least are new items, those of few events; the best of them, behind the rest
                 where they are not among the best anyway.
 
@@ -183,6 +188,7 @@ class Recommender:
             RecllmError: k is not between 1 and the number of items, or new items cannot be told apart.
         """
         self.check_k(k, new_items)
+        exclude_seen = self.exclude_seen if exclude_seen is None else exclude_seen
         queries = [Query(tuple(history)) for history in histories]
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)

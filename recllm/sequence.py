@@ -115,6 +115,7 @@ class NextItemModel(nn.Module):
         counts: int64[items], training events, by which negatives are drawn.
         negatives: items that are drawn in a training step, in place of all; 0, or as many as there are, takes all. What
             a step costs then hardly grows with the catalogue: but for drawing, and the biases' own steps.
+        repeats: whether what a window has shown may come again.
     """
 
     def __init__(
@@ -130,9 +131,10 @@ class NextItemModel(nn.Module):
         factor_dropout: float = 0.0,
         counts: NDArray[np.int64] | None = None,
         negatives: int = 0,
+        repeats: bool = False,
     ) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.repeats = body, repeats
         self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, token_scale)
         self.heads = ItemProjection(features.text.shape[1], features.factors.shape[1], head_width, None)
         self.query = nn.Linear(width, head_width)
@@ -176,7 +178,7 @@ class NextItemModel(nn.Module):
         hidden: Tensor | None = None,
         **_: object,
     ) -> dict[str, Tensor]:
-        """Cross-entropy of the next items among those that the window has not shown yet.
+        """Cross-entropy of the next items among those that the window has not shown yet; with `repeats` among all.
 
         What was chosen before is left out when ranking, so it is left out of the softmax too: else the model has to
         learn of every item that it does not come again, and validation would rank differently from serving.
@@ -201,7 +203,7 @@ class NextItemModel(nn.Module):
         else:
             counts = chosen.any(1)  # a row that only fills a batch has no end to learn from
             targets = Targets(taught[counts], shares[counts])
-        barred = _seen_before(chosen, seen, hidden)
+        barred = Barred(seen.new_empty(0), seen.new_empty(0)) if self.repeats else _seen_before(chosen, seen, hidden)
         if self.training and self.negatives:
             total, ranks = self._drawn_loss(ids, ends, chosen, targets, barred)
         else:

@@ -31,11 +31,13 @@ class Task:
         dataset: everything that was read.
         split: what is learnt from, and what is predicted.
         index: every item of the catalogue; rows and columns everywhere are in this order.
+        repeats: whether an item may be chosen again, and so be recommended again; else what a history has is left out.
     """
 
     dataset: Dataset
     split: Split
     index: ItemIndex
+    repeats: bool = False
 
     @cached_property
     def item_counts(self) -> NDArray[np.int64]:
@@ -107,7 +109,7 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: boo
             f"{len(split.test)} test events. Lower data.min_events (now {settings.min_events}) or "
             "choose another data.split."
         )
-    return Task(dataset, split, ItemIndex(dataset.catalog.ids))
+    return Task(dataset, split, ItemIndex(dataset.catalog.ids), repeats=settings.duplicates == "keep")
 
 
 def keep_learnt(run: Run, task: Task) -> None:

@@ -140,7 +140,7 @@ def _fade(run: Run, task: Task, scorer: Fading) -> dict[float | None, float]:
     queries, targets = _rows_that_choose(run, task)
     if not queries or not run.recency.half_lives:
         return {}
-    return choose_half_life(scorer, run.recency.half_lives, queries, targets, task.index)
+    return choose_half_life(scorer, run.recency.half_lives, queries, targets, task.index, exclude_seen=not task.repeats)
 
 
 def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transitions, dict[float | None, float]]:
@@ -157,7 +157,8 @@ def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transit
         for half_life in settings.half_lives
     }
     figures: dict[float | None, float] = {
-        half_life: ranking_figure(model, queries, targets, task.index) for half_life, model in models.items()
+        half_life: ranking_figure(model, queries, targets, task.index, exclude_seen=not task.repeats)
+        for half_life, model in models.items()
     }
     return models[max(models, key=figures.__getitem__)], figures
 
@@ -249,6 +250,7 @@ def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemM
         factor_dropout=settings.factor_dropout,
         counts=task.item_counts,
         negatives=settings.negatives,
+        repeats=task.repeats,
     )
     return model, HistoryFormat((), (), settings.max_history, 1)
 
@@ -337,7 +339,8 @@ def language_model(
     base = own_base(run, recipe, say)
     history = language_history(run, task, base)
     torch.manual_seed(run.seed)
-    return next_item_model(base, recipe, features, task.item_counts, history, run.model), history, base
+    model = next_item_model(base, recipe, features, task.item_counts, history, run.model, repeats=task.repeats)
+    return model, history, base
 
 
 def load_light(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat] | None:

@@ -80,4 +80,6 @@ def test_seen_items_do_not_count_when_the_catalogue_is_ranked(task):
         scores[row, task.index.rows(example.query.history)] = 2.0
         scores[row, task.index.rows([example.item_id])] = 1.0
     assert protocol.table({"made": scores}, rows, (10,)).interval("made", "MRR")[0] == 1.0
+    again = made(replace(task, repeats=True), "next_item").table({"made": scores}, rows, (10,))
+    assert again.per_row["made"]["rank"].tolist() == [1 + len(row.query.history) for row in rows]
     assert protocol.fit({"made": scores}, rows).candidates["only made"] == 1.0

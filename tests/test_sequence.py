@@ -15,7 +15,7 @@ from recllm.windows import Windows
 ITEMS, POSITIONS = 24, 8
 
 
-def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, factors=None, negatives=0):
+def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, factors=None, negatives=0, repeats=False):
     """A light model over random item vectors."""
     random = np.random.default_rng(0)
     text = random.normal(size=(ITEMS, 6)).astype(np.float32) if text is None else text
@@ -31,6 +31,7 @@ def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, fa
             token_scale=1.0,
             factor_dropout=factor_dropout,
             negatives=negatives,
+            repeats=repeats,
         )
 
 
@@ -67,17 +68,19 @@ def test_right_padding_is_harmless():
     assert joint == pytest.approx(np.average(losses, weights=labels), rel=1e-5)
 
 
-def test_the_loss_is_the_mean_cross_entropy_over_warm_items_that_were_not_seen():
+@pytest.mark.parametrize("repeats", [False, True])
+def test_the_loss_is_the_mean_cross_entropy_over_warm_items_that_may_come_next(repeats):
     warm = np.arange(ITEMS) % 3 != 0
-    model, window = light(warm).eval(), [1, 2, 4, 2]
+    model, window = light(warm, repeats=repeats).eval(), [1, 2, 4, 2]
     queries = query_vectors(model, window[:-1])
     with torch.inference_mode():
         heads = model.heads(model.text_vectors, model.item_factors).numpy()
         loss = model(**batch(window))["loss"].item()
     logits = queries @ heads.T
     logits[:, ~warm] = -np.inf
-    logits[0, 1] = logits[1, [1, 2]] = -np.inf
-    logits[2, [1, 4]] = -np.inf  # 2 was seen, but it is what comes next
+    if not repeats:
+        logits[0, 1] = logits[1, [1, 2]] = -np.inf
+        logits[2, [1, 4]] = -np.inf  # 2 was seen, but it is what comes next
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     expected = -np.log(odds[np.arange(3), window[1:]] / odds.sum(axis=1)).mean()
     assert loss == pytest.approx(expected, rel=1e-5)
