@@ -12,8 +12,9 @@ import polars as pl
 
 from recllm.data import Interactions, Query
 from recllm.data.tables import open_table
+from recllm.data.texts import as_id_lists, as_ids
 from recllm.errors import RecllmError
-from recllm.splits import Example, Split
+from recllm.splits import LIKE_AT, Example, Split
 
 PARTS = ("train", "valid", "test")
 SUFFIXES = ("parquet", "jsonl", "ndjson")
@@ -43,12 +44,15 @@ NEIGHBOURS = 40
 """Train rows of a user, one after the other, that know the earlier ones up to the same point."""
 
 
-def given_split(folder: Path, *, shots: int | None = None, rated_histories: bool = True, seed: int = 0) -> Split:
+def given_split(
+    folder: Path, *, shots: int | None = None, rated_histories: bool = True, like_at: float = LIKE_AT, seed: int = 0
+) -> Split:
     """Read `train`, `valid` and `test` of a data set (Parquet or JSON lines).
 
     Columns: user_id, item_id (or target), label (0 or 1), history (item ids, oldest first); and where there are any
-    history_label (one per history item) and timestamp. The training interactions are the train rows and their
-    histories, and nothing of the other two parts. With `shots`, of so many train rows, drawn by `seed`.
+    history_label (one per history item, 0 or 1; or history_ratings, which are likes from `like_at` on) and timestamp.
+    The training interactions are the train rows and their histories, in order of time, and nothing of the other two
+    parts. With `shots`, of so many train rows, drawn by `seed`.
 
     With `rated_histories`, rows whose histories have no labels get them from the user's earlier train rows, and the
     items of such rows that the history leaves out, as the disliked ones, are put where they belong in it. A row of
@@ -57,10 +61,10 @@ def given_split(folder: Path, *, shots: int | None = None, rated_histories: bool
     of the whole, which may lie behind them, and a third know them all.
 
     Raises:
-        RecllmError: a part or a column is missing, a label is neither 0 nor 1, or a history and its labels differ in
-            length.
+        RecllmError: a part or a column is missing, a label is neither 0 nor 1, an id in a history is empty, or a
+            history and its labels differ in length.
     """
-    train, valid, test = (_rows(_file(folder, part)) for part in PARTS)
+    train, valid, test = _parts([_file(folder, part) for part in PARTS], like_at)
     if shots is not None and shots < len(train):
         train = [train[place] for place in np.sort(np.random.default_rng(seed).permutation(len(train))[:shots])]
     known = _interactions(train)
@@ -81,7 +85,17 @@ def _file(folder: Path, part: str) -> Path:
     )
 
 
-def _rows(path: Path) -> list[Row]:
+def _parts(paths: Sequence[Path], like_at: float) -> list[list[Row]]:
+    frames = [_frame(path) for path in paths]
+    labels = pl.concat(frame.select(pl.col("ratings").explode()) for frame in frames).to_series().drop_nulls()
+    if not labels.is_in([0.0, 1.0]).all():
+        # Beside labels of 0 and 1 ratings would be read on their scale.
+        liked = pl.col("ratings").list.eval((pl.element() >= like_at).cast(pl.Float64))
+        frames = [frame.with_columns(liked) for frame in frames]
+    return [list(frame.iter_rows()) for frame in frames]
+
+
+def _frame(path: Path) -> pl.DataFrame:
     table = open_table(path)
     found = {role: next((name for name in names if name in table.columns), None) for role, names in NAMES.items()}
     for role, name in found.items():
@@ -93,25 +107,30 @@ def _rows(path: Path) -> list[Row]:
     frame = frame.with_columns(pl.lit(None).alias(role) for role in OPTIONAL if found[role] is None)
     try:
         frame = frame.select(
-            pl.col("user_id", "item_id").cast(pl.String),
+            as_ids(frame["user_id"]),
+            as_ids(frame["item_id"]),
             pl.col("label").cast(pl.Float64),
-            pl.col("history").cast(pl.List(pl.String)).fill_null([]),
+            as_id_lists(frame["history"]),
             pl.col("ratings").cast(pl.List(pl.Float64)).list.eval(pl.element().fill_nan(None)),
             pl.col("timestamp").cast(pl.Int64),
         )
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise RecllmError(f"{path}: a column has the wrong kind ({reason}); history must be a list of ids.") from None
-    _check(frame, path)
-    return list(frame.iter_rows())
+    _check(frame, path, "history_ratings" if found["ratings"] == "history_ratings" else "history_label")
+    return frame
 
 
-def _check(frame: pl.DataFrame, path: Path) -> None:
-    checks = {
+def _check(frame: pl.DataFrame, path: Path, ratings: str) -> None:
+    checks: dict[str, pl.Expr] = {
         "needs a user_id, an item_id and a label": pl.any_horizontal(pl.col("user_id", "item_id", "label").is_null()),
         "has a label that is neither 0 nor 1": ~pl.col("label").is_in([0.0, 1.0]),
-        "has not one history_label per history item": pl.col("ratings").list.len() != pl.col("history").list.len(),
+        "has an empty id in its history": pl.col("history").list.eval(pl.element().is_null()).list.any(),
+        f"has not one {ratings} per history item": pl.col("ratings").list.len() != pl.col("history").list.len(),
     }
+    if ratings == "history_label":
+        known = pl.element().is_null() | pl.element().is_in([0.0, 1.0])
+        checks["has a history_label that is neither 0 nor 1"] = ~pl.col("ratings").list.eval(known).list.all()
     for message, wrong in checks.items():
         places = frame.select(wrong.fill_null(False).arg_true()).to_series()
         if len(places):
@@ -181,12 +200,19 @@ def _shown(user: str, earlier: int, rows: int) -> int:
 
 
 def _interactions(rows: list[Row]) -> Interactions:
-    """Events of the train rows; a history item that is no row itself stands before the first row that knows it."""
+    """Events of the train rows in order of time; a history item that is no row stands before the first that knows it.
+
+    Rows of one time, and those without one, are in the order of the file.
+    """
     users: dict[str, list[Row]] = {}
     for row in rows:
         users.setdefault(row[0], []).append(row)
-    events = [(user, *event, seq) for user, own in users.items() for seq, event in enumerate(_events(own))]
+    events = [(user, *event, seq) for user, own in users.items() for seq, event in enumerate(_events(_in_time(own)))]
     return Interactions(pl.DataFrame(events, schema=EVENTS, orient="row"))
+
+
+def _in_time(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: _time(row[-1]))
 
 
 def _events(rows: list[Row]) -> Iterator[tuple[str, float | None, int | None]]:

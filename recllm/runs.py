@@ -404,7 +404,7 @@ def write_run(run: Run, path: Path) -> None:
 
 def _write_table(values: dict[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in values.items():
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not value:  # an empty table says something else than none
             lines.append(f"{_key(key)} = {_toml(value)}")
     for key, value in values.items():
         if isinstance(value, dict) and value:

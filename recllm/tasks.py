@@ -52,7 +52,7 @@ class Task:
 
     def sequences(self) -> list[NDArray[np.int64]]:
         """Item rows of every training user, oldest first."""
-        return [self.index.rows(query.history) for query in self.split.train.histories().values()]
+        return [self.index.known(query.history) for query in self.split.train.histories().values()]
 
     def slices(self, examples: list[Example]) -> dict[str, NDArray[np.bool_]]:
         """Masks of the warm and the cold rows among `examples`."""
@@ -89,20 +89,27 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: boo
         item_columns=settings.item_columns,
         duplicates=settings.duplicates,
     )
+    for finding in dataset.report.findings:
+        if finding.severity == "warning":
+            say(f"{dataset.name}: {finding.text()}")
     dataset.catalog.demand_text(f"'{dataset.name}'")
     seed = run.seed if settings.seed is None else settings.seed
     if settings.split == "given":
         split = given_split(
-            _folder(settings), shots=settings.shots, rated_histories=settings.rated_histories, seed=run.seed
+            _folder(settings),
+            shots=settings.shots,
+            rated_histories=settings.rated_histories,
+            like_at=settings.like_at,
+            seed=run.seed,
         )
+        _check_known(split, dataset, say)
     else:
         split = _split(dataset, settings, seed)
     if settings.test_rows is not None:
         split = replace(split, test=sampled(split.test, settings.test_rows, seed))
     check_no_leak(split)
     _check_labels(split, run)
-    if run.start_from is not None:
-        split = _without_learnt(split, run, say, begun=begun)
+    split = _without_learnt(split, run, say, begun=begun)
     if not split.valid or not split.test:
         raise RecllmError(
             f"The split '{settings.split}' of '{dataset.name}' leaves {len(split.valid)} validation and "
@@ -114,9 +121,8 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: boo
 
 def keep_learnt(run: Run, task: Task) -> None:
     """Write into the run's folder which pairs of user and item it learns, with those of the runs it starts from."""
-    own = _pairs(task.split)
-    if run.start_from is not None:
-        before = pl.read_parquet(Path(run.start_from) / LEARNT)
+    own, before = _pairs(task.split), _learnt_before(run)
+    if before is not None:
         with written(run.folder / LEARNT_BEFORE) as part:
             before.write_parquet(part)
         own = pl.concat([own, before]).unique(maintain_order=True)
@@ -129,27 +135,53 @@ def _pairs(split: Split) -> pl.DataFrame:
 
 
 def _without_learnt(split: Split, run: Run, say: Callable[[str], None], *, begun: bool) -> Split:
-    """The split without those validation and test rows that the runs have learnt which this one starts from.
+    """The split without those validation and test rows that the runs have learnt which this one has learnt from.
 
     Such as those of a user with too few events to be asked about yesterday. What this run learns itself, where an
     event may come again, stays.
     """
     own = run.folder / LEARNT_BEFORE
-    path = own if begun and own.is_file() else Path(str(run.start_from)) / LEARNT
-    if not path.is_file():
-        raise RecllmError(
-            f"start_from = '{run.start_from}' does not say what it has learnt (it has no {LEARNT}), so that nobody "
-            "could tell whether it knows this run's test rows. Train it again, or leave start_from out."
-        )
-    known = pl.read_parquet(path).join(_pairs(split), on=["user_id", "item_id"], how="anti")
+    before = pl.read_parquet(own) if begun and own.is_file() else _learnt_before(run)
+    if before is None:
+        return split
+    known = before.join(_pairs(split), on=["user_id", "item_id"], how="anti")
     pairs = set(known.iter_rows())
     valid, test = (
         [row for row in part if (row.query.user_id, row.item_id) not in pairs] for part in (split.valid, split.test)
     )
     gone = len(split.valid) - len(valid), len(split.test) - len(test)
     if any(gone):
-        say(f"{gone[0]:,} validation and {gone[1]:,} test rows are left out: '{run.start_from}' has learnt them")
+        source = run.start_from if run.start_from is not None else run.light.teacher
+        say(f"{gone[0]:,} validation and {gone[1]:,} test rows are left out: '{source}' has learnt them")
     return replace(split, valid=valid, test=test)
+
+
+def _learnt_before(run: Run) -> pl.DataFrame | None:
+    """The pairs that are known to what a run starts from, and to what its teacher started from; None without either."""
+    paths = [Path(run.start_from) / LEARNT] if run.start_from is not None else []
+    if paths and not paths[0].is_file():
+        raise RecllmError(
+            f"start_from = '{run.start_from}' does not say what it has learnt (it has no {LEARNT}), so that nobody "
+            "could tell whether it knows this run's test rows. Train it again, or leave start_from out."
+        )
+    if run.light.teacher is not None:  # it has learnt this run's own training part, and what lies before it
+        taught = Path(run.light.teacher) / LEARNT_BEFORE
+        paths += [taught] if taught.is_file() else []
+    return pl.concat(map(pl.read_parquet, paths)).unique(maintain_order=True) if paths else None
+
+
+def _check_known(split: Split, dataset: Dataset, say: Callable[[str], None]) -> None:
+    """Tell how many items of a given split the catalogue has not, and refuse one that it has nothing of."""
+    found = {row.item_id for row in (*(split.train_rows or ()), *split.valid, *split.test)}
+    found.update(split.train.item_counts())
+    strange = sorted(item for item in found if item not in dataset.catalog)
+    if len(strange) == len(found):
+        raise RecllmError(
+            f"The catalogue of '{dataset.name}' has none of the given split's {len(found):,} items, such as "
+            f"'{strange[0]}'; its own are like '{dataset.catalog.ids[0]}'. Write the ids alike."
+        )
+    if strange:
+        say(f"{len(strange):,} of {len(found):,} items of the given split are not in the catalogue ('{strange[0]}', …)")
 
 
 def _check_labels(split: Split, run: Run) -> None:

@@ -175,7 +175,7 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int) -> None:
     """Write what a run's folder begins with, once everything that can be a user's mistake has been read."""
     if overwrite and run.folder.is_dir():
         shutil.rmtree(run.folder)
-    if not (run.folder / FILE).is_file():
+    if not (run.folder / FILE).is_file() or load_run(run.folder) != run:  # fusion and export may change on the way
         write_run(run, run.folder / FILE)
     keep_recipes(run)
     if not (run.folder / LEARNT).is_file():

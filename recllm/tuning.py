@@ -88,6 +88,10 @@ class Limits(Settings):
     """Of everything that is needed to score: factors, weights, and the base model where one is used per user."""
 
 
+DECIDING, HARMLESS = ("data", "seed", "start_from", "control", "model.task"), ("data.rated_histories",)
+"""Tables and keys that decide what a run is measured on, and those among them that do not."""
+
+
 class Search(Settings):
     """One tune file."""
 
@@ -117,6 +121,11 @@ def load_search(path: Path) -> tuple[Search, Run]:
     file = path.parent / search.run
     run = load_run(file)
     for key, values in search.search.items():
+        if not {key, key.partition(".")[0]}.isdisjoint(DECIDING) and key not in HARMLESS:
+            raise RecllmError(
+                f'{path}: [search."{key}"] would decide which rows a trial is measured on, so that trials could not '
+                "be compared. Set it in the run file."
+            )
         for value in values.tried():
             _with(run, {key: value}, run.name, Path(run.output))
     return search, run

@@ -203,6 +203,41 @@ def test_milliseconds_order_events_of_one_second(tmp_path):
     assert dataset.report.facts["ties_share"] == 0.0
 
 
+@pytest.mark.parametrize("unit", [10**3, 10**6, 10**9])
+@pytest.mark.parametrize("most", ["later", "earlier"])
+def test_each_time_tells_its_own_unit(tmp_path, unit, most):
+    """A log of two sources: whichever is the larger one, the order of events is that of time."""
+    times = [1_500_000_000 + 1000 * event for event in range(9)]
+    far = 6 if most == "earlier" else 3
+    lines = [f"a,x{event},{at * unit if event < far else at}" for event, at in enumerate(times)]
+    folder = write(tmp_path, interactions__csv="user_id,item_id,ts\n" + "\n".join([*lines[::-1], "a,y,0"]) + "\n")
+    dataset = read_dataset(folder)
+    assert [row[1] for row in events(dataset)] == ["y", *(f"x{event}" for event in range(9))]
+    assert [row[3] for row in events(dataset)][1:] == times
+    assert dataset.report.count("mixed_time_units") == min(far, 9 - far)
+
+
+def test_a_time_of_nought_is_no_other_unit(tmp_path):
+    folder = write(tmp_path, interactions__csv="user_id,item_id,ts\na,y,1600000000900\na,x,0\n")
+    assert read_dataset(folder).report.count("mixed_time_units") == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "what"),
+    [
+        ("item_id", ["x", "y"], "lists"),
+        ("rating", [3.0], "lists"),
+        ("ts", {"date": "2020-09-13"}, "structures"),
+        ("user_id", b"\xff\xfe", "bytes"),
+    ],
+)
+def test_columns_that_hold_no_single_values_are_named(tmp_path, column, value, what):
+    row = {"user_id": "a", "item_id": "x", "rating": 3.0, "ts": 1600000000} | {column: value}
+    pl.DataFrame([row]).write_parquet(tmp_path / "interactions.parquet")
+    with pytest.raises(RecllmError, match=rf"the column '{column}' holds {what} .*one value per row is expected"):
+        read_dataset(str(tmp_path))
+
+
 def test_order_by_time_then_file(tmp_path):
     folder = write(tmp_path, interactions__csv="user_id,item_id,ts\nb,z,9\na,y,5\na,x,5\na,w,1\n")
     dataset = read_dataset(folder)

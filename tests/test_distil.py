@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 
 from recllm.distil import FILE, LEFT_OUT, TransferHistories, check_teacher, taught_windows
@@ -17,7 +18,7 @@ from recllm.ranking import ItemIndex
 from recllm.runs import load_run, write_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.sequence import IGNORED, LightBody, NextItemModel
-from recllm.tasks import prepare
+from recllm.tasks import LEARNT_BEFORE, keep_learnt, prepare
 from recllm.train import train_run
 from recllm.trained import load_collaborative
 from recllm.vectors import ItemFeatures
@@ -102,6 +103,21 @@ def test_what_is_taught_is_the_softmax_of_the_teachers_scores(student, tiny_run)
     again = taught_windows(run, task, said.append)
     assert (run.folder / FILE).stat().st_mtime_ns == before
     assert all(np.array_equal(one.items, two.items) for one, two in zip(rows, again, strict=True))
+
+
+def test_what_a_teacher_has_from_before_is_not_measured(student, tiny_run, tmp_path):
+    """Its own training part is the student's; what it started from may have known more."""
+    shutil.copytree(tiny_run, tmp_path / "taught")
+    task, lines = prepare(load_run(tiny_run)), []
+    row = task.split.test[0]
+    before = pl.DataFrame({"user_id": [row.query.user_id], "item_id": [row.item_id]})
+    before.write_parquet(tmp_path / "taught" / LEARNT_BEFORE)
+    run = student(**{"light.teacher": tmp_path / "taught"})
+    found = prepare(run, lines.append)
+    assert len(found.split.test) == len(task.split.test) - 1
+    assert lines[-1:] == [f"0 validation and 1 test rows are left out: '{tmp_path / 'taught'}' has learnt them"]
+    keep_learnt(run, found)
+    assert pl.read_parquet(run.folder / LEARNT_BEFORE).equals(before)
 
 
 def test_a_batch_of_taught_windows_bars_what_is_hidden(student):

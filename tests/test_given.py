@@ -64,6 +64,32 @@ def test_labels_of_histories_and_times_are_optional_and_the_item_may_be_called_t
     assert split.train.frame["timestamp"].null_count() == 5
 
 
+def test_training_events_are_in_order_of_time_whatever_the_order_of_the_file(folder):
+    before = given_split(folder).train.frame
+    write(folder, "train", TRAIN[::-1])
+    assert given_split(folder).train.frame.equals(before)
+
+
+def test_ratings_of_histories_become_likes_and_dislikes(folder):
+    for part, rows in (("train", TRAIN), ("valid", LATER), ("test", LATER)):
+        rated = [row | {"history_label": [1.0 + 4.0 * label for label in row["history_label"]]} for row in rows]
+        write(folder, part, rated, history_label="history_ratings")
+    split = given_split(folder)
+    assert split.test[0].query.ratings == (1.0, 0.0)
+    assert split.train.frame["rating"].to_list() == [0.0, 1.0, 1.0, 0.0, 0.0]
+    strict = given_split(folder, like_at=6.0)
+    assert strict.test[0].query.ratings == (0.0, 0.0)
+
+
+def test_ids_are_read_as_a_catalogue_reads_them(folder):
+    numbers = [{"user_id": 7.0, "item_id": 50.0, "label": 1, "history": [3.0, 10.0]}]
+    for part in ("train", "valid", "test"):
+        write(folder, part, numbers)
+    assert given_split(folder).test == [Example(Query(("3", "10"), "7"), "50", 1.0)]
+    write(folder, "test", [{"user_id": " u ", "item_id": "a ", "label": 1, "history": [" b"]}])
+    assert given_split(folder).test == [Example(Query(("b",), "u"), "a", 1.0)]
+
+
 def test_few_shots_are_rows_drawn_by_the_seed(folder):
     seen = {tuple(row.item_id for row in given_split(folder, shots=2, seed=seed).train_rows) for seed in range(12)}
     assert seen <= {("b", "a"), ("b", "c"), ("a", "c")}
@@ -91,6 +117,8 @@ def test_a_missing_part_is_named(folder):
     [
         ({"label": 3}, r"test.parquet: row 1 has a label that is neither 0 nor 1 \(as 1 of 1 rows\)"),
         ({"history_label": [1]}, "row 1 has not one history_label per history item"),
+        ({"history_label": [1, 3]}, "row 1 has a history_label that is neither 0 nor 1"),
+        ({"history": ["b", " "]}, "row 1 has an empty id in its history"),
         ({"user_id": None}, "row 1 needs a user_id, an item_id and a label"),
         ({"history": "b c"}, "a column has the wrong kind .*history must be a list of ids"),
     ],

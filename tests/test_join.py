@@ -1,5 +1,7 @@
 """Joining sources: namespaces, kinds of events, weights, rating scales, clocks, duplicates, items of several."""
 
+import shutil
+
 import numpy as np
 import polars as pl
 import pytest
@@ -127,6 +129,30 @@ def test_duplicate_rules_over_all_sources(joined, tmp_path, rule, kept):
     joined(f"duplicates = '{rule}'")
     frame = pl.read_parquet(tmp_path / "joined" / "interactions.parquet").filter(pl.col("item_id") == "goods:1")
     assert frame.filter(pl.col("user_id") == "people:ann").select("user_id", "timestamp").rows() == kept
+
+
+def test_the_last_rating_and_the_sum_are_over_all_events_of_a_source_too(joined, tmp_path):
+    def twice(text):
+        app = tmp_path / "app.csv"
+        app.write_text(APP + "bob,1,9,3750\n", encoding="utf-8")
+        return text
+
+    dataset, _ = joined("merged_weight = 'sum'", change=twice)
+    assert ("people:bob", "goods:1", 150, pytest.approx(4.6), 2.0) in rows(
+        dataset, "user_id", "item_id", "timestamp", "rating", "weight"
+    )
+
+
+def test_the_column_of_kinds_may_be_called_as_one_of_ours(joined, tmp_path):
+    def called_rating(text):
+        shop = tmp_path / "shop.csv"
+        shop.write_text(SHOP.replace("kind", "rating"), encoding="utf-8")
+        return text.replace('event = "kind"', 'event = "rating"')
+
+    plain, _ = joined()
+    shutil.rmtree(tmp_path / "joined")
+    called, _ = joined(change=called_rating)
+    assert called.interactions.frame.equals(plain.interactions.frame)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,12 @@ def test_a_folder_is_read_where_it_lies_now(file, tmp_path, monkeypatch):
     assert load_run(Path()).folder == tmp_path / "moved"
 
 
+def test_an_empty_table_is_read_back_as_one(file, tmp_path):
+    run = load_run(file, ["train.lr_scheduler_kwargs={}"])
+    write_run(run, tmp_path / "back.toml")
+    assert load_run(tmp_path / "back.toml") == run
+
+
 def test_a_run_is_resumed_with_the_settings_that_it_was_begun_with(file, tmp_path):
     run = load_run(file, [f"output={tmp_path}"])
     write_run(run, run.folder / "run.toml")

@@ -78,6 +78,35 @@ def test_a_test_part_alone_is_not_enough(folder, checkerboard):
         task_of(folder, split="cold-items")
 
 
+def test_a_given_split_may_know_items_that_the_catalogue_has_not_but_not_only_such(folder):
+    rows = {
+        part: [{"user_id": part, "item_id": item, "label": 1, "history": ["1", "2", "gone"]} for item in ("3", "4")]
+        for part in ("train", "valid", "test")
+    }
+    for part, own in rows.items():
+        pl.DataFrame(own).write_ndjson(folder / f"{part}.jsonl")
+    values, said = {"name": "x", "data": {"name": str(folder), "split": "given"}}, []
+    task = prepare(Run.model_validate(values), said.append)
+    assert said[-1:] == ["1 of 5 items of the given split are not in the catalogue ('gone', …)"]
+    ids = np.array(task.index.ids)
+    assert [ids[own].tolist() for own in task.sequences()] == [["1", "2", "3", "4"]]
+    for part, own in rows.items():
+        pl.DataFrame([row | {"item_id": "X", "history": ["Y"]} for row in own]).write_ndjson(folder / f"{part}.jsonl")
+    with pytest.raises(RecllmError, match=r"has none of the given split's 2 items, such as 'X'; its own are like '0'"):
+        prepare(Run.model_validate(values))
+
+
+def test_what_reading_warns_of_is_told(folder):
+    events = pl.read_csv(folder / "interactions.csv", infer_schema=False)
+    lost = events.with_columns(
+        timestamp=pl.when(pl.int_range(pl.len()) % 40 == 7).then(pl.lit("x")).otherwise("timestamp")
+    )
+    lost.write_csv(folder / "interactions.csv")
+    said = []
+    prepare(Run.model_validate({"name": "x", "data": {"name": str(folder)}}), said.append)
+    assert any("board: warning: " in line and "rows dropped" in line for line in said), said
+
+
 def test_unknown_data_is_named(tmp_path):
     with pytest.raises(RecllmError, match=r"ml-100"):
         task_of("ml-100")

@@ -262,6 +262,15 @@ def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
     assert Fusion.load(run.folder / "fusion.json").names == ("popularity", "mf", "text", "neighbours")
     assert not (run.folder / "fusion-without-lm.json").exists()
     train_run(run, overwrite=True, say=silent)
+    # Another fusion on the way is what the folder says from then on.
+    train_run(
+        again(tiny_run, tmp_path, *overrides, "fusion.kinds=['borda']", "ease.max_items=0", "transitions.max_items=0"),
+        resume=True,
+        say=silent,
+    )
+    assert load_run(run.folder).fusion.kinds == ("borda",)
+    train_run(load_run(run.folder), resume=True, say=silent)
+    assert Fusion.load(run.folder / "fusion.json").chosen == "borda"
 
 
 def test_histories_as_text_train_too(tiny_run, tmp_path):

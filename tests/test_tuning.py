@@ -119,6 +119,14 @@ def test_a_scorer_that_no_trial_has_ends_the_search_at_once(place):
     assert sum(line.startswith("Trial ") for line in said) == 1
 
 
+@pytest.mark.parametrize("key", ["data.min_events", "seed", "model.task", "start_from"])
+def test_what_decides_the_rows_is_not_searched(place, key):
+    path = written(place)
+    path.write_text(path.read_text(encoding="utf-8").replace('"light.layers"', f'"{key}"'), encoding="utf-8")
+    with pytest.raises(RecllmError, match=rf'\[search."{key}"\] would decide which rows a trial is measured on'):
+        load_search(path)
+
+
 def test_a_key_that_the_run_has_not_is_refused(place):
     path = written(place)
     path.write_text(path.read_text(encoding="utf-8").replace("light.layers", "light.leyers"), encoding="utf-8")

@@ -241,7 +241,7 @@ def test_rows_that_were_learnt_are_not_measured(tiny_run, checkerboard_folder, a
     run = after(f"data.name={folder}")
     with pytest.raises(RecllmError, match=r"leaves 0 validation and 40 test events"):
         prepare(run, lines.append)
-    assert lines == [f"40 validation and 0 test rows are left out: '{tiny_run}' has learnt them"]
+    assert lines[-1:] == [f"40 validation and 0 test rows are left out: '{tiny_run}' has learnt them"]
     shutil.copytree(tiny_run, half)
     pl.read_parquet(half / LEARNT).filter(pl.col("user_id") != "u3").write_parquet(half / LEARNT)
     task = prepare(after(f"data.name={folder}", start_from=half))

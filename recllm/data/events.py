@@ -7,7 +7,7 @@ from typing import Literal
 import polars as pl
 
 from recllm.data.checks import LINES_SHOWN, Checks
-from recllm.data.tables import LINE, Table
+from recllm.data.tables import LINE, Table, check_kinds
 from recllm.data.texts import as_ids
 from recllm.data.times import as_seconds
 from recllm.errors import RecllmError
@@ -17,6 +17,8 @@ Duplicates = Literal["first", "last", "keep"]
 
 WEIGHT = "weight"
 TIME = "_time"  # float64 seconds: the fraction orders events that share a second
+EXTRA = "extra "
+"""Before the name of a column that is kept as it is: it may be called as one of ours."""
 
 
 def normalise_events(
@@ -28,16 +30,17 @@ def normalise_events(
 ) -> pl.DataFrame:
     """Interactions as `Interactions.frame` describes them, with `LINE`; what was dropped or odd goes to `checks`.
 
-    Columns of the file that are named in `extra` are kept as they are.
+    Columns of the file that are named in `extra` are kept as they are, under their name behind `EXTRA`.
 
     A user's events are ordered by `seq` where the file has one, else by time, ties in file order; without both, file
     order. Users stand in the order of their first event in time (then by id), without times in file order, so that
     the same events give the same table in whatever order the file holds the users.
 
     Raises:
-        RecllmError: no row is left.
+        RecllmError: a column holds no single values, or no row is left.
     """
     raw = table.read(dict.fromkeys([*mapping.values(), *extra]))
+    check_kinds(table, raw, [*mapping.values(), *extra])
     columns = {role: raw[column].alias(role) for role, column in mapping.items()}
     frame = pl.DataFrame(
         [
@@ -48,7 +51,7 @@ def normalise_events(
             _times(columns.get("timestamp"), raw.height, checks, table.path.name),
             _numbers(columns.get("seq"), "seq", raw.height),
             *([_weights(columns["event_weight"], table)] if "event_weight" in columns else []),
-            *(raw[name] for name in extra),
+            *(raw[name].alias(EXTRA + name) for name in extra),
         ]
     )
     checks.facts |= {"rows_read": raw.height, "columns": dict(mapping)}
@@ -66,7 +69,7 @@ def normalise_events(
         pl.col(TIME).floor().cast(pl.Int64).alias("timestamp"),
         pl.int_range(pl.len(), dtype=pl.Int32).over("_user").alias("seq"),
         *([pl.col(WEIGHT)] if "event_weight" in columns else []),
-        *extra,
+        *(EXTRA + name for name in extra),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import polars as pl
 
 from recllm.data.checks import LINES_SHOWN, Checks
-from recllm.data.tables import LINE, Table
+from recllm.data.tables import LINE, Table, check_kinds
 from recllm.data.texts import PLACEHOLDERS, as_ids, as_text
 
 GENRE_LIKE = ("genres", "categories", "category", "tags", "keywords")
@@ -28,6 +28,7 @@ def normalise_items(table: Table, mapping: Mapping[str, str], checks: Checks) ->
     """
     file = table.path.name
     raw = table.read(table.columns)
+    check_kinds(table, raw, [mapping["item_id"]])
     ids = as_ids(raw[mapping["item_id"]].alias("item_id"))
     lines = raw[LINE].filter(ids.is_null())
     checks.add("warning", "missing_item_id", "items without id, dropped", len(lines), file=file, lines=lines.head(5))

@@ -11,7 +11,7 @@ from typing import Literal
 import polars as pl
 from pydantic import Field, model_validator
 
-from recllm.data.events import Duplicates
+from recllm.data.events import EXTRA, Duplicates
 from recllm.data.read import read_dataset
 from recllm.data.sets import Dataset
 from recllm.errors import RecllmError, unknown
@@ -61,9 +61,9 @@ class Source(Settings):
     """Lowest and highest rating of this source; brought to 1 … 5. Ratings by kind of event are not: they are 1 … 5."""
     clock: float = 0.0
     """Seconds that are added to its time stamps."""
-    duplicates: Duplicates = "first"
-    """Which of several events of one user with one item stays, inside this source; with `event` all of them go on to
-    the join's own rule, for they may be of different kinds."""
+    duplicates: Duplicates = "keep"
+    """Which of several events of one user with one item goes on to the join's own rule: the first in this source, the
+    last, or all of them; with `event` it is always all, for they may be of different kinds."""
 
     @model_validator(mode="after")
     def _agrees(self) -> "Source":
@@ -108,7 +108,9 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
     events, items = [], []
     for source in join.source:
         dataset = _read(source)
-        frame = _weighted(source, _with_kinds(source, dataset.interactions.frame), say)
+        frame = dataset.interactions.frame
+        kinds = None if source.event is None else frame[EXTRA + source.event].cast(pl.String)
+        frame = _weighted(source, _with_kinds(source, frame, kinds), say)
         events.append(frame)
         items.append(_named_items(source, dataset))
     joined = _without_duplicates(_in_time(pl.concat(events), names, events), join)
@@ -136,15 +138,14 @@ def _read(source: Source) -> Dataset:
         raise RecllmError(f"Source '{source.name}': {error}") from None
 
 
-def _with_kinds(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
+def _with_kinds(source: Source, frame: pl.DataFrame, kinds: pl.Series | None) -> pl.DataFrame:
     """Weights and ratings by the kind of event."""
     given = pl.col("weight") if "weight" in frame.columns else pl.lit(1.0)  # of a set that was joined before
     if source.rating_scale is not None:
         low, high = source.rating_scale
         frame = frame.with_columns(rating=(1.0 + 4.0 * (pl.col("rating") - low) / (high - low)).cast(pl.Float32))
-    if source.event is None:
+    if kinds is None:
         return frame.with_columns(weight=(given * source.weight).cast(pl.Float32))
-    kinds = frame[source.event].cast(pl.String)
     missing = sorted(set(source.events) - set(kinds.drop_nulls().unique().to_list()))
     if missing:
         raise unknown(f"kind of event in '{source.name}'", missing[0], kinds.drop_nulls().unique().sort().to_list())

@@ -4,7 +4,7 @@ import csv
 import importlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -254,3 +254,19 @@ def _bad_json(path: Path) -> str | None:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding="utf-8", errors="replace") as stream:
         yield from enumerate(stream, start=1)
+
+
+def check_kinds(table: Table, raw: pl.DataFrame, columns: Sequence[str]) -> None:
+    """Check that columns hold one number, text or time in every row.
+
+    Raises:
+        RecllmError: one holds lists, structures or bytes.
+    """
+    for name in columns:
+        kind = raw[name].dtype
+        if kind.is_nested() or kind in (pl.Binary, pl.Object):
+            what = "bytes" if kind == pl.Binary else "lists" if isinstance(kind, pl.List | pl.Array) else "structures"
+            raise RecllmError(
+                f"{table.path}: the column '{name}' holds {what} ({kind}), and one value per row is expected. Take the "
+                "value out of it, with one row per event or item, or name another column."
+            )

@@ -10,10 +10,27 @@ NUMBER_WITHOUT_FRACTION = r"^(-?\d+)\.0+$"
 
 def as_ids(column: pl.Series) -> pl.Series:
     """Ids as stripped text, null where empty; numbers that became floats (by a missing one) lose their `.0`."""
-    text = pl.col(column.name).cast(pl.String).str.strip_chars()
-    if column.dtype.is_float():
+    text = _id_text(pl.col(column.name), of_floats=column.dtype.is_float())
+    return column.to_frame().select(text).to_series()
+
+
+def as_id_lists(column: pl.Series) -> pl.Series:
+    """Lists of ids, each as `as_ids` has it; an empty list where there is none.
+
+    Raises:
+        pl.exceptions.PolarsError: no column of lists of text or numbers.
+    """
+    column = column.cast(pl.List(pl.String)) if column.dtype == pl.Null else column
+    inner = column.dtype.inner if isinstance(column.dtype, pl.List | pl.Array) else None
+    text = _id_text(pl.element(), of_floats=inner is not None and inner.is_float())
+    return column.to_frame().select(pl.col(column.name).list.eval(text).fill_null([])).to_series()
+
+
+def _id_text(ids: pl.Expr, *, of_floats: bool) -> pl.Expr:
+    text = ids.cast(pl.String).str.strip_chars()
+    if of_floats:
         text = text.str.replace(NUMBER_WITHOUT_FRACTION, "${1}").replace("NaN", None)
-    return column.to_frame().select(text.replace("", None)).to_series()
+    return text.replace("", None)
 
 
 def as_text(column: pl.Series) -> pl.Series | None:

@@ -6,8 +6,10 @@ from recllm.data.checks import Checks
 
 YEAR_2200 = 7_258_118_400
 YEAR_1980 = 315_532_800
-# The median tells the unit: in seconds it lies below 1e11 (the year 5138), in milliseconds above it since 1973.
+# Each value tells its unit: in seconds it lies below 1e11 (the year 5138), in milliseconds above it since 1973.
 UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"))
+SURE = 1e8
+"""Seconds from which (1973) a number says that it is in seconds; smaller ones may stand for no time at all."""
 ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 OFFSET = r"([+-])(\d{2}):?(\d{2})$"
 
@@ -31,12 +33,19 @@ def as_seconds(column: pl.Series, checks: Checks, file: str) -> pl.Series:
 
 def _from_numbers(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     number = column.cast(pl.Float64, strict=False)
-    middle = number.filter(number.is_finite()).median()
+    finite = number.to_frame("n").select(pl.when(pl.col("n").is_finite()).then(pl.col("n"))).to_series()
+    counts, above = {}, float("inf")
     for least, divisor, unit in UNITS:
-        if isinstance(middle, float) and middle >= least:
-            checks.add("info", "time_unit", f"time stamps in {unit}, divided by {divisor:,.0f}", len(number), file=file)
-            number = number / divisor
-            break
+        inside = ((finite >= least) & (finite < above)).fill_null(False)
+        counts[unit], above = int(inside.sum()), least
+        number = number.zip_with(~inside, number / divisor)
+        message = f"time stamps in {unit}, divided by {divisor:,.0f}"
+        checks.add("info", "time_unit", message, counts[unit], file=file)
+    counts["seconds"] = int(((finite >= SURE) & (finite < above)).sum())
+    found = {unit: count for unit, count in counts.items() if count}
+    if len(found) > 1:
+        message = f"time stamps in several units ({', '.join(found)}), each value read in its own"
+        checks.add("warning", "mixed_time_units", message, min(found.values()), file=file)
     if column.dtype != pl.String:
         return number
     return number.to_frame("number").select(pl.coalesce("number", _from_iso(column))).to_series()
