@@ -1,15 +1,17 @@
 """Adapters: an adapters/ recipe becomes trainable modules on a frozen base model, PEFT's keys untouched."""
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from recllm.bottleneck import BottleneckSettings, insert_bottlenecks
 from recllm.errors import RecllmError, unknown
@@ -21,6 +23,8 @@ BOTTLENECK = "bottleneck"
 """The tuner that is recllm's own."""
 LOFTQ = "loftq"
 """The start that is recllm's own."""
+QUANT_TYPES = ("nf4", "fp4")
+"""Kinds of 4-bit numbers."""
 MERGE_TOLERANCE = 1e-3
 """Largest difference of a hidden state that merging may make, relative to the largest hidden state."""
 UNSUPPORTED = {
@@ -75,6 +79,9 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
             raise unknown(f"key of the adapter '{recipe.tuner}'", key, known)
     if recipe.tuner == BOTTLENECK:
         parse(BottleneckSettings, recipe.config, str(path))
+    if recipe.config.get("task_type"):
+        raise RecllmError("adapter.task_type is PEFT's for models with a head; recllm has its own. Leave it out.")
+    _check_quantization(recipe, path)
     if recipe.start == "eva" and (recipe.tuner != "lora" or "eva_config" in recipe.config):
         raise RecllmError(
             "adapter.init_lora_weights = 'eva' is for the tuner 'lora' without an eva_config: recllm keeps the same "
@@ -87,6 +94,37 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
             f"adapter.init_lora_weights = '{recipe.start}' is not supported: {UNSUPPORTED[recipe.start]}."
         )
     return recipe
+
+
+def _check_quantization(recipe: AdapterRecipe, path: Path) -> None:
+    """Check the keys of `[quantization]`, for transformers passes over those that it does not know.
+
+    Raises:
+        RecllmError: an unknown key or value, nothing that asks for quantised weights, or a start that needs plain ones.
+    """
+    if recipe.quantization is None:
+        return
+    known = [
+        name for name in inspect.signature(BitsAndBytesConfig.__init__).parameters if name not in ("self", "kwargs")
+    ]
+    for key in recipe.quantization:
+        if key not in known:
+            raise unknown(f"key in [quantization] of {path}", key, known)
+    try:
+        made = BitsAndBytesConfig(**recipe.quantization)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RecllmError(f"{path}: transformers refuses [quantization]: {error}") from None
+    if not (made.load_in_4bit or made.load_in_8bit):
+        raise RecllmError(
+            f"{path}: [quantization] asks for nothing. Set load_in_4bit or load_in_8bit, or leave it out."
+        )
+    if made.bnb_4bit_quant_type not in QUANT_TYPES:
+        raise unknown(f"bnb_4bit_quant_type in {path}", made.bnb_4bit_quant_type, QUANT_TYPES)
+    if recipe.start == "orthogonal":
+        raise RecllmError(
+            "adapter.init_lora_weights = 'orthogonal' changes the base weights, and those of a quantised base stay as "
+            "they are. Take another start."
+        )
 
 
 def _check_loftq(recipe: AdapterRecipe) -> None:

@@ -43,11 +43,13 @@ class Summary(Counts):
         seconds: from the first row to the last, of this process.
         here: rows of the input that this process went through; fewer than all where it went on with a job.
         rejects: the file of the rejected rows, None where there are none.
+        example: an id of the catalogue.
     """
 
     seconds: float = 0.0
     here: int = 0
     rejects: Path | None = None
+    example: str = ""
 
     def lines(self, target: Path) -> list[str]:
         """Readable text."""
@@ -55,6 +57,11 @@ class Summary(Counts):
         lines = [f"{target}: {self.written:,} lines for {self.answered:,} users, {rate:,.0f} users/s"]
         if self.unknown:
             lines.append(f"{self.unknown:,} item ids are not in the catalogue and were passed over")
+        if self.strangers:
+            lines.append(
+                f"{self.strangers:,} of {self.answered:,} users have a history of which no item is known, and are "
+                f"answered as if they had none; the catalogue's ids are like '{self.example}'"
+            )
         if self.rejects is not None:
             lines.append(f"{self.rejected:,} rows could not be answered; they are in {self.rejects} with the reason")
         return lines
@@ -292,7 +299,7 @@ def _run(
         begin = first + kept.done * job.chunk
         here = islice(rows, begin, None if last is None else max(begin, last))
         progress = Progress(max((total if last is None else last) - begin, 0), "users", job.say, EVERY)
-        summary = Summary()
+        summary = Summary(example=index.ids[0] if len(index) else "")
         checked = (_checked_chunk(chunk, index, unknown) for chunk in _chunks(here, job.chunk))
         for good, rejects, counts in () if kept.complete else ahead(checked):
             frame = _answered(answer, good) if good else None
@@ -392,10 +399,13 @@ def _checked(
     if known and not any(known):
         refuse("none of the candidates is in the catalogue")
         return None
-    if unknown and row.history and not any(item in index for item in row.history):
+    strange = sum(item not in index for item in row.history)
+    stranger = bool(row.history) and strange == len(row.history)
+    if unknown and stranger:
         refuse(unknown)
         return None
-    counts.unknown += sum(item not in index for item in row.history) + known.count(False)
+    counts.strangers += stranger
+    counts.unknown += strange + known.count(False)
     return row
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recllm.fusion import Fusion
+from recllm.fitting import moments
+from recllm.fusion import PLACING, Fusion
 
 WIDE = 1024
 """From this width on a deviation is taken from the scores: the root of the spread would be as large as the items."""
@@ -78,6 +79,8 @@ def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.i
             feeds[f"{name}_root"] = _root(centred)
         for side, rows in sides.items():
             part = _columns(centred, rows)
+            if side == "new_items" and name == PLACING and fusion.standardise == "query":
+                part *= fusion.stretch(*moments(own[:, 0][None])).astype(np.float32)
             if name in inside:
                 blocks[side].append(part)
             else:

@@ -345,11 +345,12 @@ def add(
         Path | None, typer.Option(metavar="FOLDER", help="The new bundle; BUNDLE itself if not given.")
     ] = None,
     provider: Provider = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle in FOLDER.")] = False,
 ) -> None:
     """Add items that nobody has chosen yet, by their text; they can be recommended from the next call."""
     from recllm import commands
 
-    commands.add_to_bundle(bundle, source, out or bundle, provider)
+    commands.add_to_bundle(bundle, source, out or bundle, provider, overwrite=overwrite)
 
 
 @app.command(

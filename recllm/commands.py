@@ -39,6 +39,8 @@ from recllm.splits import like_threshold
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
 PARTS = ("test", "valid")
+PAGE = "evaluation.html"
+"""The report that an evaluation writes into the run's folder."""
 PROFILES = Path(__file__).parent / "launch"
 """Configurations of accelerate that come with recllm."""
 RANKED_TOGETHER = 64
@@ -212,6 +214,8 @@ def evaluate_folder(folder: Path, part: str) -> None:
     needs("Evaluating a run", TRAINING)
     from recllm.cards import write_adapter_card
     from recllm.outcome import evaluate_run, save_evaluation
+    from recllm.report import write_report
+    from recllm.runreport import run_report
     from recllm.scoring import known_scores
     from recllm.tasks import prepare
     from recllm.trained import load_collaborative
@@ -224,6 +228,8 @@ def evaluate_folder(folder: Path, part: str) -> None:
     for line in [*table.lines(), *difference_lines(table)]:
         say(line)
     say(f"Kept in {save_evaluation(run, {part: table})}")
+    write_report(run.folder / PAGE, run_report(run, task, table))
+    say(f"Open {run.folder / PAGE}")
     write_adapter_card(run)
 
 
@@ -369,20 +375,18 @@ def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: boo
         found = recommender.recommend([items], k, exclude_seen=exclude_seen)
     else:
         found = recommender.recommend([items], k, exclude_seen=exclude_seen, new_items=new_items)
-    say(
-        "  ".join(
-            [f"{'rank':>4}", f"{'item':10}", f"{'title':40}", f"{'score':>7}", *(f"{n:>10}" for n in found.shares)]
-        )
-    )
+    wide = max([4, *(len(item) for item in found.ids[0])])
+    heads = [f"{'rank':>4}", f"{'item':{wide}}", f"{'title':40}", f"{'score':>7}", *(f"{n:>10}" for n in found.shares)]
+    say("  ".join(heads))
     for rank, item in enumerate(found.ids[0]):
         title = recommender.catalog.record(item).get("title", "")
         shares = [f"{share[0, rank]:10.3f}" for share in found.shares.values()]
-        say("  ".join([f"{rank + 1:4}", f"{item:10.10}", f"{title:40.40}", f"{found.scores[0, rank]:7.3f}", *shares]))
+        say("  ".join([f"{rank + 1:4}", f"{item:{wide}}", f"{title:40.40}", f"{found.scores[0, rank]:7.3f}", *shares]))
 
 
-def add_to_bundle(bundle: Path, items: Path, target: Path, provider: str) -> None:
+def add_to_bundle(bundle: Path, items: Path, target: Path, provider: str, *, overwrite: bool) -> None:
     """Add the items of a file to a bundle."""
-    added = add_items(bundle, items, target, provider=provider)
+    added = add_items(bundle, items, target, provider=provider, overwrite=overwrite)
     say(f"{added:,} items added; the bundle is {target}")
 
 

@@ -18,6 +18,8 @@ from recllm.ranking import ItemIndex, Scorer, Scores
 Counts = NDArray[np.int64]
 """Numbers of events."""
 
+PLACING = "popularity"
+"""The scorer whose weight for new items places them among known ones: it says the same of all of them."""
 BACKUP = 1e-6
 """Gate of the scorers beside a single chosen one: they speak only where it is silent (no history, unknown item), and so
 quietly that an item which it does not know stands where it would put an average one."""
@@ -37,7 +39,8 @@ class Fusion:
     New items, those with fewer than `few` events, have weights of their own, θnew_s · [1, user evidence], and no gates:
     the scorers that live on events have no say there, and what the others say has to be weighed against known items.
     These weights may be negative: popularity's, whose z is much the same low number for all of them, is what places
-    them among known ones.
+    them among known ones. How low it is depends on how many of them there are (two items without events among a
+    hundred alike lie far off), so it is brought to what it was while θnew was fitted, `unseen`.
 
     z is 0 where a scorer has no score, so each term is exactly that scorer's share. A scorer whose scores are constant
     over a query's candidates has z = 0 there. A candidate that no scorer knows is NaN.
@@ -68,6 +71,8 @@ class Fusion:
     """float64[scorers, 2], θnew; None: new items have no weights of their own."""
     few: int = 1
     """Events from which an item is known."""
+    unseen: float | None = None
+    """Popularity's z of an item without events while θnew was fitted, below 0; None leaves it as it comes."""
     chosen_new: str = ""
     """Which of the candidates for new items this is."""
     candidates_new: Mapping[str, float] = field(default_factory=dict)
@@ -121,7 +126,8 @@ class Fusion:
             if given is None:
                 shares[name] = np.zeros(shape, dtype=np.float32)
                 continue
-            shares[name] = weights[name] * self.z(name, given)
+            z = self.z(name, given)
+            shares[name] = weights[name] * (z if cold is None else self.placed(name, given, z, cold))
             if self.levels and self.levels[place] > 0:
                 speaks = ~self._known_before(scores, self.levels[place], shape)
                 shares[name] *= speaks if cold is None else speaks | cold
@@ -150,6 +156,23 @@ class Fusion:
         place = self.names.index(name)
         given = self.standardise == "global"
         return standardised(scores, *((self.means[place], self.deviations[place]) if given else moments(scores)))
+
+    def placed(self, name: str, scores: Scores, z: Scores, cold: NDArray[np.bool_]) -> Scores:
+        """A scorer's `z`, float32[queries, candidates], with popularity's of the `cold` ones brought to `unseen`."""
+        if name != PLACING or self.standardise != "query" or self.unseen is None:
+            return z
+        mean, deviation = moments(scores)
+        return np.where(cold, z * self.stretch(mean, deviation), z).astype(np.float32)
+
+    def stretch(self, mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What popularity's z of new items is multiplied by where its scores have these moments: float64, alike."""
+        spread = np.where(deviation > 0, deviation, 1.0)
+        low = np.where(deviation > 0, -mean / spread, 0.0)  # the z of log1p(0)
+        return (
+            np.ones_like(low)
+            if self.unseen is None
+            else np.divide(self.unseen, low, out=np.ones_like(low), where=low < 0)
+        )
 
     def plain_sum(self) -> Self:
         """The same standardising with equal weights everywhere: the floor that a fusion has to beat."""

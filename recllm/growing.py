@@ -21,7 +21,7 @@ SEALED = ("format", "recllm", "made", "files")
 """Keys of a manifest that the sealing of the new bundle writes anew."""
 
 
-def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu") -> int:
+def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu", overwrite: bool = False) -> int:
     """Write the bundle `target`: `source` with the items of a file, known by their text alone.
 
     Items that the bundle has already are left as they are; columns that its catalogue has not are left out.
@@ -31,6 +31,7 @@ def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu")
         items: a file of items, of any kind that a data set's items may be.
         target: the new bundle; it may be `source` itself, which is replaced when the new one is whole.
         provider: what reads the text.
+        overwrite: replace another bundle that is there.
 
     Returns:
         How many items were added.
@@ -39,8 +40,11 @@ def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu")
         RecllmError: not a bundle, a bundle without an item encoder, a file that cannot be read, a target that is no
             bundle, or no item that is new.
     """
-    if target != source and target.exists():
-        read_manifest(target, verify=False)  # nothing but a bundle is replaced
+    if target.exists() and not target.samefile(source):
+        if not (target / MANIFEST).is_file():
+            raise RecllmError(f"'{target}' is there already, and is no bundle. Name another folder.")
+        if not overwrite:
+            raise RecllmError(f"'{target}' is another bundle. Replace it by --overwrite, or name another folder.")
     recommender = load(source, provider=provider)
     known = recommender.catalog
     found = read_items(items)

@@ -119,8 +119,14 @@ def _convert_gguf(path: Path, target: Path) -> None:
             AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
+BOTH_WAYS = (True, "all")
+
+
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether a model of this configuration looks back only."""
+    # A body of a causal kind may be told to look both ways, as those of text encoders made of one are.
+    if getattr(config, "is_causal", None) is False or getattr(config, "use_bidirectional_attention", None) in BOTH_WAYS:
+        return False
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
         return True
     # A checkpoint without its head: every kind that could fill in blanks has a causal variant too, and is none itself.
@@ -164,7 +170,7 @@ def check_layers(folder: Path, layers: int | None) -> None:
     Raises:
         RecllmError: it has fewer.
     """
-    there: int = load_config(folder).num_hidden_layers
+    there: int = load_config(folder).get_text_config().num_hidden_layers
     if layers is not None and layers > there:
         raise RecllmError(f"model.layers = {layers}, and {folder} has {there} layers. Take at most that many.")
 

@@ -206,6 +206,16 @@ def may_train_in_vain(model: nn.Module) -> bool:
     return False
 
 
+REFUSED = {
+    "save_only_model": "a resumed training would begin with a new optimizer and schedule, and end elsewhere",
+    "label_smoothing_factor": "Trainer smooths labels of its own models, and the losses here are over items or pairs",
+    "neftune_noise_alpha": "Trainer puts the noise on a model of its own kind, and these read vectors",
+    "prediction_loss_only": "checkpoints are chosen by a metric of validation",
+    "batch_eval_metrics": "the metrics are of all rows together",
+}
+"""Keys of Trainer that do not go with what is trained here, and why."""
+
+
 def check_trainer_keys(keys: dict[str, Any]) -> None:
     """Refuse keys of `[train]` that are not Trainer's, before any model loads.
 
@@ -216,6 +226,13 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     for key in keys:
         if key not in known:
             raise unknown("key in [train]", key, known)
+        if key in REFUSED and keys[key] not in (None, False, 0):
+            raise RecllmError(f"train.{key} is not supported: {REFUSED[key]}. Leave it out.")
+    if "plateau" in str(keys.get("lr_scheduler_type", "")).lower():
+        raise RecllmError(
+            "train.lr_scheduler_type = 'reduce_lr_on_plateau' is not supported: its rates hang on validations, and a "
+            "training that goes back to a checkpoint at half the rate could not go on so. Take 'cosine' or 'linear'."
+        )
     check_trackers(keys.get("report_to", "none"))
 
 
@@ -296,7 +313,7 @@ class Stage:
             "save_total_limit": 2,
             "load_best_model_at_end": True,
             "metric_for_best_model": self.metric,
-            "greater_is_better": True,
+            "greater_is_better": not str(self.arguments.get("metric_for_best_model", self.metric)).endswith("loss"),
             "eval_strategy": "steps",
             "save_strategy": "steps",
             "per_device_eval_batch_size": 32,

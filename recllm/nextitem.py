@@ -12,6 +12,7 @@ from recllm.cards import save_adapter
 from recllm.checkpoints import has_checkpoint, save_trained, trained_values
 from recllm.devices import precision_keys, process_state
 from recllm.distil import taught_windows
+from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.examples import Examples, NextItemCollator
 from recllm.histories import HistoryFormat
@@ -162,6 +163,17 @@ def _stage(
     arguments: dict[str, Any],
     valid: list[NDArray[np.int64]],
 ) -> Stage:
+    if not len(windows):
+        raise RecllmError(
+            f"'{scorer}' has nothing to learn from: no training user has two events that it can read. "
+            "Lower data.min_events, mind the prompt's item format where histories are text, or take another data.split."
+        )
+    if not valid:
+        raise RecllmError(
+            f"'{scorer}' cannot be validated: no validation row has a history and a target with training events. Take "
+            "another data.split, as leave-last-out, or leave the model out (light.num_train_epochs = 0, "
+            "or model.name = 'none')."
+        )
     return Stage(
         scorer,
         model,

@@ -33,12 +33,14 @@ class Counts:
         rejected: rows that could not be answered.
         written: rows of the output.
         unknown: item ids that the catalogue does not have; they were passed over.
+        strangers: answered rows whose history has items, none of which the catalogue has.
     """
 
     answered: int = 0
     rejected: int = 0
     written: int = 0
     unknown: int = 0
+    strangers: int = 0
 
     def add(self, other: "Counts") -> None:
         """Take the other's rows in."""
@@ -90,7 +92,7 @@ class Parts:
             if line == COMPLETE:
                 continue
             self.first = self.first or line["first"]
-            self._count(Counts(**{name: line[name] for name in asdict(self.counts)}))
+            self._count(Counts(**{name: line.get(name, 0) for name in asdict(self.counts)}))
 
     def add(self, frame: pl.DataFrame | None, rejects: Sequence[Mapping[str, Any]], counts: Counts) -> None:
         """Keep the next part: its answers (None for none), rejected rows, and what became of its rows."""

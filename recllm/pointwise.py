@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.data import Catalog, Query
+from recllm.errors import RecllmError
 from recllm.histories import padded
 from recllm.prompts import CompiledPrompt
 from recllm.ranking import ItemIndex, Scores
@@ -121,7 +122,16 @@ class PairPrompts:
     @cached_property
     def _room(self) -> int:
         # One bound for all candidates, so that they share one prefix.
-        return self.model.max_tokens - max(map(len, self.candidates.values()), default=0)
+        longest = max(self.candidates, key=lambda item: len(self.candidates[item]), default=None)
+        room = self.model.max_tokens - (0 if longest is None else len(self.candidates[longest]))
+        least = len(self.prompt.stem_ids([], None)) + len(self.prompt.middle)
+        if room < least and longest is not None:
+            raise RecllmError(
+                f"The prompt does not fit: of {self.model.max_tokens:,} tokens the item '{longest}' as a candidate "
+                f"takes {len(self.candidates[longest]):,} and what stands before it {least:,}, and no room is left for "
+                "any history. Lower the prompt's max_candidate_tokens."
+            )
+        return room
 
     def knows(self, query: Query) -> bool:
         """Whether an item of the history can be written."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,14 @@ import numpy as np
 from recllm.cards import write_adapter_card
 from recllm.errors import RecllmError
 from recllm.export import export_run
-from recllm.fusion import Fusion
 from recllm.gate import Exported
 from recllm.mf import ImplicitMF
-from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
+from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, save_evaluation
 from recllm.ranking import Scores
 from recllm.recipes import parse
-from recllm.report import (
-    CurvePoint,
-    Recommendations,
-    Recommended,
-    Report,
-    TableRow,
-    WeightCurve,
-    write_report,
-)
+from recllm.report import Recommendations, Recommended, write_report
 from recllm.results import Table
+from recllm.runreport import run_report
 from recllm.runs import FILE, Run, load_run
 from recllm.runtime import Recommender, load
 from recllm.scoring import known_scores
@@ -121,7 +114,9 @@ def quickstart(
     page = run.folder / "report.html"
     commands = _next_commands(run, exported.folder)
     with clock.stage("report"):
-        write_report(page, make_report(run, task, tables["test"], [*users], newcomer, clock.seconds, commands))
+        report = run_report(run, task, tables["test"])
+        lists = {"users": [*users], "cold_items": [newcomer], "seconds": clock.seconds, "next_commands": commands}
+        write_report(page, replace(report, **lists))  # type: ignore[arg-type]
     seconds = clock.seconds | {"total": round(time.monotonic() - started, 1)}
     say(f"Done in {seconds['total']:.0f} s. Open {page}, or type next:")
     for command in commands:
@@ -258,55 +253,6 @@ def _list_lines(part: Recommendations) -> list[str]:
         shares = "  ".join(f"{name} {share:+.2f}" for name, share in row.shares.items())
         lines.append(f"  {row.rank:>4}  {row.title[:44]:44}  {row.score:6.2f} = {shares}")
     return lines
-
-
-def make_report(
-    run: Run,
-    task: Task,
-    table: Table,
-    users: list[Recommendations],
-    newcomer: Recommendations,
-    seconds: dict[str, float],
-    commands: list[str],
-) -> Report:
-    """Gather what the page shows."""
-    fusion = Fusion.load(run.folder / "fusion.json")
-    user_counts = np.unique(np.geomspace(1, 300, 24).astype(int))
-    item_counts = np.unique(np.concatenate([[0], np.geomspace(1, 500, 24)]).astype(int))
-    middle_user = int(np.median([len(example.query.history) for example in task.split.valid]))
-    middle_item = int(np.median(task.item_counts[task.warm]))
-    by_user, by_item = fusion.weights(user_counts, middle_item), fusion.weights(middle_user, item_counts)
-    return Report(
-        title=f"recllm: {task.dataset.name}",
-        facts={
-            "Data": f"{task.dataset.name}, {len(task.dataset.interactions):,} events, {len(task.index):,} items",
-            "Licence of the data": task.dataset.licence,
-            "Split": f"{task.split.name}: {len(task.split.valid):,} validation and {len(task.split.test):,} test rows",
-            "Language model": f"{run.model.name}, adapter {run.adapter.recipe}, {run.train.max_steps} steps",
-            "Item text by": run.model.item_encoder or run.model.name,
-            "Fusion": f"{fusion.chosen} (chosen on validation)",
-            "Seed": str(run.seed),
-        },
-        learning_curve=[
-            CurvePoint(str(line["scorer"]), int(line["step"]), _number(line, "loss"), _number(line, "eval_ndcg@10"))
-            for line in learning_curves(run)
-            if "loss" in line or "eval_ndcg@10" in line
-        ],
-        table=[
-            TableRow(name, {metric: table.interval(name, metric) for metric in (f"HitRate@{K}", f"NDCG@{K}", "MRR")})
-            for name in table.scorers
-        ],
-        weights_by_user=[WeightCurve(name, user_counts.tolist(), by_user[name].tolist()) for name in fusion.names],
-        weights_by_item=[WeightCurve(name, item_counts.tolist(), by_item[name].tolist()) for name in fusion.names],
-        users=users,
-        cold_items=[newcomer],
-        seconds=seconds,
-        next_commands=commands,
-    )
-
-
-def _number(line: dict[str, Any], key: str) -> float | None:
-    return float(line[key]) if key in line else None
 
 
 def _next_commands(run: Run, bundle: Path) -> list[str]:

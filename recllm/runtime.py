@@ -66,6 +66,20 @@ class Recommendations:
     shares: dict[str, NDArray[np.float32]]
 
 
+def check_histories(histories: Sequence[Sequence[str]]) -> None:
+    """Check that histories are lists of ids: a text is a list of letters, and a number is nobody's id.
+
+    Raises:
+        RecllmError: one is not.
+    """
+    for place, history in enumerate(histories):
+        if isinstance(histories, str) or isinstance(history, str):
+            raise RecllmError(f"Histories are lists of item ids, and the one at {place} is the text {history!r:.60}.")
+        wrong = next((item for item in history if not isinstance(item, str)), None)
+        if wrong is not None:
+            raise RecllmError(f"The history at {place} has {wrong!r:.60}, and item ids are text: str({wrong!r:.60}).")
+
+
 class TableScorer(SequenceScorer):
     """A sequence scorer whose model is a graph; the table of input vectors goes in, so that items can be added."""
 
@@ -185,10 +199,12 @@ class Recommender:
                 where they are not among the best anyway.
 
         Raises:
-            RecllmError: k is not between 1 and the number of items, or new items cannot be told apart.
+            RecllmError: k is not between 1 and the number of items, new items cannot be told apart, or a history is no
+                list of ids.
         """
         self.check_k(k, new_items)
         exclude_seen = self.exclude_seen if exclude_seen is None else exclude_seen
+        check_histories(histories)
         queries = [Query(tuple(history)) for history in histories]
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)

@@ -212,7 +212,8 @@ class NextItemModel(nn.Module):
             heads = self.heads(self.text_vectors, factors)
             bias = torch.where(self.warm, self.biases(factors), -torch.inf)  # type: ignore[arg-type]
             total, ranks = catalogue_loss(queries[chosen], heads, bias, targets, barred, ranks=not self.training)
-        output = {"loss": total / (chosen.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)}
+        count = chosen.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        output = {"loss": total / count.clamp(min=1).to(total.device)}  # a step may have no label at all
         if not self.training:
             output["ranks"] = _of_last(ranks, chosen)
         return output

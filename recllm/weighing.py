@@ -19,12 +19,14 @@ from recllm.fitting import (
     moments,
     sample_candidates,
 )
-from recllm.fusion import BACKUP, Counts, Fusion
+from recllm.fusion import BACKUP, PLACING, Counts, Fusion
 from recllm.metrics import auc, ndcg
-from recllm.ranking import QUERY_BATCH, Scores, target_ranks
+from recllm.ranking import QUERY_BATCH, Scores, target_ranks, top_k
 from recllm.recipes import Settings
 
 NDCG_AT = 10
+NEW_AT_ONCE = 0.05
+"""The share of the catalogue that is taken for new while it is measured what new items cost known ones."""
 FOLDS = 5
 """Parts of the users on which fusions of labelled pairs are measured in turn."""
 
@@ -54,8 +56,9 @@ class FusionSettings(Settings):
     new_share: float = Field(0.3, ge=0, lt=1)
     """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out."""
     new_cost: float = Field(0.002, ge=0, le=1)
-    """The share of NDCG@10 on validation that new items may cost by standing among known ones; 1 places them by the fit
-    alone, as if tomorrow's items were as much in demand as today's."""
+    """The share of NDCG@10 on validation that new items may cost by standing among known ones, in whose lists they are
+    then no more often than any item; 1 places them by the fit alone, as if tomorrow's items were as much in demand as
+    today's."""
     pairwise: float = Field(0.5, ge=0)
     """Weight of the loss over one user's liked and disliked rows beside that over all rows (labelled pairs)."""
     drop: float = Field(0.1, ge=0, lt=1)
@@ -270,9 +273,11 @@ def fit_new_items(
     as likely as any other. Known items keep their weights; those of new ones are fitted by softmax cross-entropy, and
     kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
 
-    Items that have few events because nobody wants them look as new as those of tomorrow. So what was fitted is tried
-    on the real validation rows too, and new items are placed lower, then only those without any event are new, then
-    they are left without weights of their own, until NDCG@10 there loses no more than `settings.new_cost`.
+    Items that have few events because nobody wants them look as new as those of tomorrow, and a shop without any such
+    item has new ones tomorrow. So what was fitted is tried on the real validation rows, as they are and with a few
+    known items taken for new, none of them the target: new items are placed lower, then only those without any event
+    are new, then they are left without weights of their own, until neither NDCG@10 is lower by more than
+    `settings.new_cost` than without them, and lists of ten show a new item no more often than any other.
 
     Args:
         fusion: for items with events.
@@ -292,10 +297,10 @@ def fit_new_items(
     sample = np.sort(rng.permutation(rows)[: settings.queries])
     if not len(sample) or settings.new_share == 0.0:
         return fusion
-    before, fusion = fusion, replace(fusion, few=few)
     new = warm & (rng.random((len(sample), len(n_item))) < settings.new_share)
     counts = np.where(new, 0, n_item)
     mixed = {name: np.where(new, as_new[name][sample], scores[name][sample]) for name in names}
+    before, fusion = fusion, replace(fusion, few=few, unseen=_unseen(mixed.get(PLACING)))
     barred = seen[sample]
     barred[np.arange(len(sample)), targets[sample]] = False
     columns, valid = sample_candidates(targets[sample], barred, settings.negatives, rng)
@@ -305,7 +310,8 @@ def fit_new_items(
 
     # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
     known, _ = replace(fusion, new=np.zeros((len(names), 2))).fuse(mixed, n_user[sample], counts)
-    z = np.stack([at(fusion.z(name, mixed[name])) for name in names]) * at(counts < few)
+    cold = counts < few
+    z = np.stack([at(fusion.placed(name, mixed[name], fusion.z(name, mixed[name]), cold)) for name in names]) * at(cold)
     base, fixed = cross_entropy(valid), np.nan_to_num(at(known)).astype(np.float64)
 
     def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
@@ -329,28 +335,55 @@ def fit_new_items(
     masked = seen[real]
     masked[np.arange(len(real)), targets[real]] = False
 
-    def as_it_is(own: Fusion) -> float:
-        fused, _ = own.fuse({name: scores[name][real] for name in names}, n_user[real], n_item)
-        return float(ndcg(target_ranks(np.where(masked, np.nan, fused), targets[real]), NDCG_AT).mean())
+    # What comes tomorrow: a few of the known items as new ones beside the target, which is none of them.
+    coming = warm & (rng.random((len(real), len(n_item))) < NEW_AT_ONCE)
+    coming[np.arange(len(real)), targets[real]] = False
+    later = {name: np.where(coming, as_new[name][real], scores[name][real]) for name in names}
+    now = {name: scores[name][real] for name in names}
 
-    least = (1.0 - settings.new_cost) * as_it_is(before)
+    def known_found(
+        own: Fusion, given: Mapping[str, Scores], events: Counts, out: NDArray[np.bool_]
+    ) -> tuple[float, float]:
+        """NDCG@10 of the targets, and the share of places in lists of ten that what is coming takes."""
+        fused = np.where(out, np.nan, own.fuse(given, n_user[real], events)[0])
+        listed = np.take_along_axis(coming, np.maximum(top_k(fused, NDCG_AT)[0], 0), axis=1)
+        return float(ndcg(target_ranks(fused, targets[real]), NDCG_AT).mean()), float(listed.mean())
+
+    later_counts = np.where(coming, 0, n_item)
+    least = (
+        (1.0 - settings.new_cost) * known_found(before, now, n_item, masked)[0],
+        (1.0 - settings.new_cost) * known_found(before, later, later_counts, masked | coming)[0],
+    )
+    most = 1.0 if settings.new_cost == 1.0 else float((coming & ~masked).sum() / max((~masked).sum(), 1))
     tried = {best: made[best], **_lowered(names, best, made[best])}
     for limit in dict.fromkeys((few, 1)):
         for name, theta in tried.items():
             found = replace(fusion, few=limit, new=theta, chosen_new=name, candidates_new=figures)
-            if as_it_is(found) >= least:
+            if known_found(found, now, n_item, masked)[0] < least[0]:
+                continue
+            kept, places = known_found(found, later, later_counts, masked)
+            if kept >= least[1] and places <= most:
                 return found
     return before
+
+
+def _unseen(popularity: Scores | None) -> float | None:
+    """Popularity's z of an item without events, the mean over rows of its scores, float32[queries, candidates]."""
+    if popularity is None:
+        return None
+    mean, deviation = moments(popularity)
+    rows = (deviation > 0) & (mean > 0)
+    return -float((mean[rows] / deviation[rows]).mean()) if rows.any() else None
 
 
 def _lowered(names: Sequence[str], chosen: str, theta: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """The same weights with new items placed lower and lower among known ones, by popularity's weight."""
     result: dict[str, NDArray[np.float64]] = {}
-    if "popularity" not in names:
+    if PLACING not in names:
         return result
-    place = names.index("popularity")
+    place = names.index(PLACING)
     first = min(float(theta[place, 0]), 0.0)  # negative: its z is low for new items, so that it lifts them
-    for weight in (0.75 * first, 0.5 * first, 0.25 * first, 0.0, 1.0, 3.0):
+    for weight in (0.75 * first, 0.5 * first, 0.25 * first, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0):
         result[f"{chosen}, popularity {weight:.2f}"] = lowered = theta.copy()
         lowered[place] = weight, 0.0
     return result

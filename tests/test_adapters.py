@@ -42,6 +42,37 @@ def test_a_misspelt_key_is_refused_with_the_nearest_right_one():
         load_adapter(AdapterSettings.model_validate({"recipe": "lora", "lora_alhpa": 8}))
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            "bnb_4bit_quant_typ = 'nf4'\nload_in_4bit = true",
+            r"Unknown key in \[quantization\].*'bnb_4bit_quant_typ'. Did you",
+        ),
+        ("bnb_4bit_quant_type = 'nf4'", r"\[quantization\] asks for nothing\. Set load_in_4bit or load_in_8bit"),
+        ("load_in_4bit = true\nbnb_4bit_compute_dtype = 'bf16'", r"transformers refuses \[quantization\]"),
+        ("load_in_4bit = true\nbnb_4bit_quant_type = 'nf5'", r"Unknown bnb_4bit_quant_type in .*'nf5'"),
+    ],
+)
+def test_quantisation_is_checked_for_transformers_passes_over_what_it_does_not_know(keys, words, tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(f"tuner = 'lora'\n[quantization]\n{keys}\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=words):
+        load_adapter(AdapterSettings(recipe=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"recipe": "qlora", "init_lora_weights": "orthogonal"}, "changes the base weights"),
+        ({"recipe": "lora", "task_type": "CAUSAL_LM"}, r"task_type is PEFT's .*Leave it out"),
+    ],
+)
+def test_what_cannot_be_attached_is_refused_before_any_model_loads(keys, words):
+    with pytest.raises(RecllmError, match=words):
+        load_adapter(AdapterSettings.model_validate(keys))
+
+
 def test_an_unknown_tuner_is_refused_with_the_nearest_right_one(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('tuner = "lorra"\n[config]\nr = 4\n', encoding="utf-8")

@@ -212,7 +212,16 @@ def test_unknown_items_are_passed_over_and_counted(tmp_path, recommender):
     source = write(tmp_path / "in.jsonl", {"a": ["0", "x", "2", "y"]})
     summary = recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=1)
     assert summary.unknown == 2
+    assert summary.strangers == 0
     assert read(tmp_path / "out.csv")["item_id"].to_list() == recommender.recommend([["0", "2"]], k=1).ids[0]
+
+
+def test_users_of_whose_history_nothing_is_known_are_counted_and_told(tmp_path, recommender):
+    source, target = write(tmp_path / "in.csv", HISTORIES | {"b": ["shop:1", "shop:3"]}), tmp_path / "out.csv"
+    summary = recommend_file(recommender, Job(source, target), k=3)
+    assert summary.strangers == 1
+    told = "1 of 4 users have a history of which no item is known, and are answered as if they had none"
+    assert f"{told}; the catalogue's ids are like '0'" in summary.lines(target)
 
 
 def test_a_file_that_exists_stays_unless_it_may_be_replaced(tmp_path, recommender):

@@ -238,6 +238,18 @@ def test_columns_that_hold_no_single_values_are_named(tmp_path, column, value, w
         read_dataset(str(tmp_path))
 
 
+def test_dates_that_nobody_calls_the_time_are_warned_of(tmp_path):
+    """The order of the file would be taken for that of time, without a word."""
+    text = "customer,isbn,when_it_was,stars\na,x,2025-03-01T10:00:00+02:00,4\nb,y,2025-02-01,3\n"
+    folder = write(tmp_path, interactions__csv=text)
+    report = read_dataset(folder).report
+    assert (report.count("no_times"), report.count("unnamed_time")) == (2, 2)
+    told = next(finding.text() for finding in report.findings if finding.code == "unnamed_time")
+    assert "dates in 'when_it_was', which no name says is the time (--column timestamp=when_it_was" in told
+    named = read_dataset(folder, columns={"timestamp": "when_it_was"}).report
+    assert named.count("no_times") == named.count("unnamed_time") == 0
+
+
 def test_order_by_time_then_file(tmp_path):
     folder = write(tmp_path, interactions__csv="user_id,item_id,ts\nb,z,9\na,y,5\na,x,5\na,w,1\n")
     dataset = read_dataset(folder)

@@ -235,7 +235,8 @@ def cold_start(seed=0):
 def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
     scores, as_new, targets, n_user, n_item, seen = cold_start()
     before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
-    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
+    by_the_fit = QUICK.model_copy(update={"new_cost": 1.0})
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=by_the_fit)
     assert set(after.candidates_new) == {"fitted", "plain sum"}
     assert after.candidates_new[after.chosen_new] == max(after.candidates_new.values())
     assert np.array_equal(before.fuse(scores, n_user, n_item)[0], after.fuse(scores, n_user, n_item)[0])
@@ -267,6 +268,31 @@ def test_idle_items_are_not_lifted_above_known_ones():
     after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
     without, found = (figure(fusion.fuse(scores, n_user, n_item)[0], targets) for fusion in (before, after))
     assert found >= 0.998 * without
+
+
+@pytest.mark.parametrize("coming", [1, 10])
+def test_what_comes_tomorrow_is_not_lifted_above_known_items(coming):
+    """A shop in which all items are known: nobody has asked for what is added, and it says nothing."""
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    n_item = 30 + n_item % 5  # so much alike that an item without events lies far off
+    scores["popularity"] = np.tile(np.log1p(n_item).astype(np.float32), (QUERIES, 1))
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
+    assert after.new is not None
+    added = {
+        "a": np.full((QUERIES, coming), NAN, dtype=np.float32),
+        "b": np.random.default_rng(5).normal(size=(QUERIES, coming)).astype(np.float32),
+        "popularity": np.zeros((QUERIES, coming), dtype=np.float32),
+    }
+    grown = {name: np.concatenate([scores[name], added[name]], axis=1) for name in scores}
+    fused, shares = after.fuse(grown, n_user, np.append(n_item, np.zeros(coming, dtype=np.int64)))
+    alone = before.fuse(scores, n_user, n_item)[0]
+    assert figure(fused, targets) >= 0.99 * figure(alone, targets)
+    listed = np.argsort(-fused, axis=1)[:, :10] >= ITEMS
+    assert listed.sum() < 2 * 10 / ITEMS * QUERIES * coming  # as often as any item, more or less
+    place = after.names.index("popularity")
+    expected = (after.new[place, 0] + after.new[place, 1] * after.user(n_user)) * after.unseen
+    assert shares["popularity"][:, ITEMS:] == pytest.approx(np.tile(expected[:, None], (1, coming)), rel=1e-3)
 
 
 def test_an_items_first_few_events_leave_it_new():

@@ -1,5 +1,7 @@
 """Items added to a bundle on disk: the same answers as `with_items` gives in memory, and nothing else changes."""
 
+import shutil
+
 import numpy as np
 import polars as pl
 import pytest
@@ -108,7 +110,19 @@ def test_nothing_new_is_said_and_nothing_written(tiny_bundle, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
+def test_another_bundle_is_replaced_when_asked_for_only(tiny_bundle, new_items, tmp_path):
+    shutil.copytree(tiny_bundle, tmp_path / "other")
+    before = (tmp_path / "other" / "manifest.json").read_bytes()
+    with pytest.raises(
+        RecllmError, match=r"other' is another bundle\. Replace it by --overwrite, or name another folder"
+    ):
+        add_items(tiny_bundle, new_items, tmp_path / "other")
+    assert (tmp_path / "other" / "manifest.json").read_bytes() == before
+    assert add_items(tiny_bundle, new_items, tmp_path / "other", overwrite=True) > 0
+    assert recllm.load(tmp_path / "other").manifest["items_added"] > 0
+
+
 def test_what_is_no_bundle_is_not_replaced(tiny_bundle, new_items, tmp_path):
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(RecllmError, match=r"is not a bundle"):
+    with pytest.raises(RecllmError, match=r"thesis' is there already, and is no bundle"):
         add_items(tiny_bundle, new_items, tmp_path / "thesis")

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
 from recllm import lm
 from recllm.adapters import AdapterRecipe
@@ -60,6 +68,9 @@ def test_a_causal_model_and_an_encoder_are_told_apart(causal, encoder):
         (BertConfig(), False),
         (LlamaConfig(architectures=["LlamaModel"]), True),
         (GPT2Config(architectures=["GPT2LMHeadModel"]), True),
+        (Gemma3TextConfig(), True),
+        (Gemma3TextConfig(use_bidirectional_attention=True), False),  # a text encoder made of a causal kind
+        (LlamaConfig(architectures=["LlamaForCausalLM"], is_causal=False), False),
     ],
 )
 def test_causal_by_its_configuration(config, expected):

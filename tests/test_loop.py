@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from recllm import loop, recovery
+from recllm import loop, nextitem, recovery
 from recllm.adapters import AdapterRecipe
 from recllm.checkpoints import WEIGHTS, last_checkpoint, load_trained, save_trained, trained_values
 from recllm.devices import fast_bf16, precision_keys
@@ -519,6 +519,39 @@ def test_every_validation_has_a_checkpoint(tmp_path):
     collators = {"collator": NextItemCollator(LIGHT_HISTORY), "valid_collator": NextItemCollator(LIGHT_HISTORY)}
     own = {"arguments": {"per_device_train_batch_size": 4, "save_steps": 3}, "compute_metrics": loop.ranking_metrics}
     assert Stage("light", light(), rows, rows, **collators, **own).options(tmp_path)["eval_steps"] == 3
+
+
+@pytest.mark.parametrize("key", ["save_only_model", "label_smoothing_factor", "prediction_loss_only"])
+def test_keys_that_do_not_go_with_these_models_are_refused_with_the_reason(key):
+    check_trainer_keys({key: 0})
+    with pytest.raises(RecllmError, match=rf"train\.{key} is not supported: .*Leave it out"):
+        check_trainer_keys({key: 0.1})
+
+
+def test_a_schedule_that_hangs_on_validations_is_refused():
+    with pytest.raises(RecllmError, match=r"'reduce_lr_on_plateau' is not supported.*Take 'cosine' or 'linear'"):
+        check_trainer_keys({"lr_scheduler_type": "reduce_lr_on_plateau"})
+
+
+def test_the_lowest_loss_is_the_best_one_where_the_run_file_asks_for_it(tmp_path, monkeypatch):
+    kept = train(light(), tmp_path, max_steps=12, metric_for_best_model="loss")
+    losses = {line["step"]: line["eval_loss"] for line in lines(tmp_path) if "eval_loss" in line}
+    assert min(losses, key=losses.get) == 12
+    assert torch.equal(kept["bias"], load_file(tmp_path / "checkpoints" / "light" / "checkpoint-12" / WEIGHTS)["bias"])
+
+
+def test_a_step_without_a_label_has_no_loss():
+    window = NextItemCollator(LIGHT_HISTORY)([CYCLES[0][:3]])
+    window["labels"][:] = -100
+    assert light()(**window, num_items_in_batch=torch.tensor(0))["loss"].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("windows", "valid", "words"), [([], [[1, 2]], "nothing to learn from"), ([[1, 2]], [], "cannot be validated")]
+)
+def test_nothing_to_train_or_to_validate_on_is_said(windows, valid, words):
+    with pytest.raises(RecllmError, match=rf"'light' .*{words}"):
+        nextitem._stage("light", light(), LIGHT_HISTORY, windows, {}, valid)
 
 
 def test_what_trainer_refuses_is_one_message(tmp_path):

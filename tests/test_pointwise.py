@@ -5,6 +5,7 @@ import pytest
 
 from recllm import pointwise
 from recllm.data import Query
+from recllm.errors import RecllmError
 from recllm.pointwise import CALL_TOKENS, KeptPrefixes, PointwiseScorer
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
@@ -58,6 +59,16 @@ def make(tiny_tokenizer, checkerboard):
         return PointwiseScorer(CountingReader(**reader), prompt, checkerboard.catalog, False, keep_bytes)
 
     return scorer
+
+
+def test_a_candidate_that_leaves_no_room_is_named(make, monkeypatch):
+    """Cut to nothing, every history of every user would be unknown."""
+    monkeypatch.setattr(CountingReader, "max_tokens", 20)
+    scorer = make()
+    with pytest.raises(
+        RecllmError, match=r"The prompt does not fit: of 20 tokens the item '\d+' as a candidate takes \d+"
+    ):
+        scorer.prompts.prefix(Query(("1",)))
 
 
 QUERIES = [Query(tuple(map(str, range(count)))) for count in (3, 9, 1, 5, 5)] + [Query(("x",)), Query(())]

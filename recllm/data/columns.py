@@ -26,7 +26,11 @@ EVENT_COLUMNS: Guesses = {
         *("trackid", "songid", "articleid", "newsid", "videoid", "sku", "isbn"),
     ),
     "rating": ("rating", "score", "stars", "overall", "label"),
-    "timestamp": ("timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "createdat", "eventtime"),
+    "timestamp": (
+        *("timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "createdat", "eventtime", "eventtimestamp"),
+        *("eventdate", "boughtat", "purchasedat", "purchasedate", "orderedat", "orderdate", "ratedat", "reviewdate"),
+        *("viewedat", "clickedat", "watchedat", "visitedat", "timestampms", "unixtime"),
+    ),
     "seq": ("seq", "sequence"),
     "event_weight": ("eventweight",),
 }
@@ -91,5 +95,6 @@ def demand(table: Table, mapping: Mapping[str, str], roles: Iterable[str], key: 
             option = "--item-column" if key.endswith("item_columns") else "--column"
             raise RecllmError(
                 f"{table.path} has no column for '{role}'. Its columns: {', '.join(table.columns)}. Name the right one "
-                f"in the run file's table [{key}], with --set {key}.{role}=NAME, or (recllm data) {option} {role}=NAME"
+                f"in the run file's table [{key}], with --set {key}.{role}=NAME, by {option} {role}=NAME where a "
+                f"command has it, or call it '{role}' in the file"
             )

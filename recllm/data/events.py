@@ -9,7 +9,7 @@ import polars as pl
 from recllm.data.checks import LINES_SHOWN, Checks
 from recllm.data.tables import LINE, Table, check_kinds
 from recllm.data.texts import as_ids
-from recllm.data.times import as_seconds
+from recllm.data.times import as_seconds, holds_times
 from recllm.errors import RecllmError
 
 Duplicates = Literal["first", "last", "keep"]
@@ -17,6 +17,8 @@ Duplicates = Literal["first", "last", "keep"]
 
 WEIGHT = "weight"
 TIME = "_time"  # float64 seconds: the fraction orders events that share a second
+DATED_ROWS = 1000
+"""Rows by which a column is seen to hold dates."""
 EXTRA = "extra "
 """Before the name of a column that is kept as it is: it may be called as one of ours."""
 
@@ -58,6 +60,8 @@ def normalise_events(
     checks.facts["columns_left_out"] = [name for name in table.columns if name not in mapping.values()]
     timed = frame[TIME].null_count() < frame.height
     frame = _drop_bad(frame, timed or _has_text(columns.get("timestamp")), checks, table)
+    if not timed and frame["seq"].null_count() == frame.height:
+        _warn_of_order(table, mapping, checks)
     ordered = _ordered(frame, timed)
     kept = _without_duplicates(ordered, duplicates, checks, table.path.name)
     _note_facts(kept, timed, checks)
@@ -122,7 +126,10 @@ def _drop_bad(frame: pl.DataFrame, timed: bool, checks: Checks, table: Table) ->
     frame = frame.filter(~missing)
     if timed:
         lines = frame[LINE].filter(frame[TIME].is_null())
-        message = "time stamps that are unreadable, missing, negative or after 2200; rows dropped"
+        message = (
+            "time stamps that are unreadable, missing, negative or after 2200 (read are ISO 8601 and numbers); "
+            "rows dropped"
+        )
         checks.add("warning", "bad_time", message, len(lines), file=file, lines=lines.head(5))
         frame = frame.filter(frame[TIME].is_not_null())
     if frame.is_empty():
@@ -138,12 +145,26 @@ def _ordered(frame: pl.DataFrame, timed: bool) -> pl.DataFrame:
     return frame.join(users, on="user_id").sort("_user", within, LINE, nulls_last=True)
 
 
+def _warn_of_order(table: Table, mapping: Mapping[str, str], checks: Checks) -> None:
+    """Say that the file's order stands for time, and which column may be the time that nobody has named."""
+    others = [name for name in table.columns if name not in mapping.values()]
+    dated = [name for name in others if holds_times(table.read([name])[name].head(DATED_ROWS))]
+    rows = len(table.read([next(iter(mapping.values()))]))
+    checks.add("warning", "no_times", "rows without a time, taken in the order of the file", rows, file=table.path.name)
+    for name in dated:
+        message = (
+            f"dates in '{name}', which no name says is the time (--column timestamp={name}, or in a run file "
+            f'columns = {{ timestamp = "{name}" }} under [data])'
+        )
+        checks.add("warning", "unnamed_time", message, rows, file=table.path.name)
+
+
 def _without_duplicates(frame: pl.DataFrame, duplicates: Duplicates, checks: Checks, file: str) -> pl.DataFrame:
     pair = pl.struct("_user", "item_id")  # a number and a text hash faster than two texts
     lone = pair.is_last_distinct() if duplicates == "last" else pair.is_first_distinct()
     kept = frame.select(lone).to_series()
     lines = frame[LINE].filter(~kept).sort()
-    done = {"keep": "kept", "first": "only the first in time kept", "last": "only the last in time kept"}[duplicates]
+    done = {"keep": "kept", "first": "only the first kept", "last": "only the last kept"}[duplicates]
     message = f"further events of one user with one item, {done}"
     checks.add("info", "duplicate_event", message, len(lines), file=file, lines=lines.head(LINES_SHOWN))
     return frame if duplicates == "keep" else frame.filter(kept)

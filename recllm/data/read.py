@@ -157,7 +157,8 @@ def _event_file(folder: Path) -> Path:
         names = sorted(path.name for path in folder.iterdir())
         raise RecllmError(
             f"'{folder}' has no file of interactions ({', '.join(EVENT_FILES)}; {', '.join(SUFFIXES)}). It holds: "
-            f"{', '.join(names[:12]) or 'nothing'}. Name the file: --set data.interactions=FILE"
+            f"{', '.join(names[:12]) or 'nothing'}. Name the file: --interactions FILE, or for a run --set "
+            "data.interactions=FILE"
         )
     return found
 
@@ -173,8 +174,8 @@ def _only(folder: Path, patterns: tuple[str, ...]) -> Path | None:
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise RecllmError(
-                f"'{folder}' has several files that fit '{pattern}': {names}. Name one: --set data.interactions=FILE "
-                f"(or data.items=FILE)."
+                f"'{folder}' has several files that fit '{pattern}': {names}. Name one: --interactions FILE or "
+                "--items FILE, or for a run --set data.interactions=FILE or data.items=FILE."
             )
         if found:
             return found[0]

@@ -31,6 +31,16 @@ def as_seconds(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     return seconds
 
 
+def holds_times(column: pl.Series) -> bool:
+    """Whether all values of a column are dates or times, of their own kind or in text."""
+    known = column.drop_nulls()
+    if known.is_empty():
+        return False
+    if known.dtype == pl.String:
+        return not _from_iso(known).null_count()
+    return known.dtype.is_temporal() and known.dtype not in (pl.Duration, pl.Time)
+
+
 def _from_numbers(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     number = column.cast(pl.Float64, strict=False)
     finite = number.to_frame("n").select(pl.when(pl.col("n").is_finite()).then(pl.col("n"))).to_series()

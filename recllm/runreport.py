@@ -1,0 +1,65 @@
+"""The report of any trained run: its facts, metrics, learning curves and fusion weights as the data of a page."""
+
+from typing import Any
+
+import numpy as np
+
+from recllm.files import read_json
+from recllm.fusion import Fusion
+from recllm.outcome import learning_curves
+from recllm.report import CurvePoint, Report, TableRow, WeightCurve
+from recllm.results import Table
+from recllm.runs import Run
+from recllm.tasks import Task
+
+LEFT_OUT = ("Recall", "Coverage", "scored")
+"""Beginnings of the metrics that the page does without: with one target per row recall is the hit rate."""
+FIGURES = {"next_item": ("eval_ndcg@10", "NDCG@10"), "relevance": ("eval_auc", "AUC")}
+"""By what the language model is trained for, the validation metric in the metrics file and its name on the page."""
+
+
+def run_report(run: Run, task: Task, table: Table) -> Report:
+    """Gather what the page shows of a run that is trained to its end and measured in `table`."""
+    fusion = Fusion.load(run.folder / "fusion.json")
+    user_counts = np.unique(np.geomspace(1, 300, 24).astype(int))
+    item_counts = np.unique(np.concatenate([[0], np.geomspace(1, 500, 24)]).astype(int))
+    middle_user = int(np.median([len(example.query.history) for example in task.split.valid]))
+    middle_item = int(np.median(task.item_counts[task.warm]))
+    by_user, by_item = fusion.weights(user_counts, middle_item), fusion.weights(middle_user, item_counts)
+    key, name = FIGURES[run.model.task]
+    metrics = [metric for metric in table.metrics if not metric.startswith(LEFT_OUT)]
+    return Report(
+        title=f"recllm: {task.dataset.name}",
+        facts={
+            "Data": f"{task.dataset.name}, {len(task.dataset.interactions):,} events, {len(task.index):,} items",
+            "Licence of the data": task.dataset.licence,
+            "Split": f"{task.split.name}: {len(task.split.valid):,} validation and {len(task.split.test):,} test rows",
+            "Language model": _language(run),
+            "Item text by": run.model.item_encoder or run.model.name,
+            "Fusion": f"{fusion.chosen} (chosen on validation)",
+            "Seed": str(run.seed),
+        },
+        learning_curve=[
+            CurvePoint(str(line["scorer"]), int(line["step"]), _number(line, "loss"), _number(line, key))
+            for line in learning_curves(run)
+            if "loss" in line or key in line
+        ],
+        valid_metric=name,
+        table=[
+            TableRow(scorer, {metric: table.interval(scorer, metric) for metric in metrics}) for scorer in table.scorers
+        ],
+        weights_by_user=[WeightCurve(own, user_counts.tolist(), by_user[own].tolist()) for own in fusion.names],
+        weights_by_item=[WeightCurve(own, item_counts.tolist(), by_item[own].tolist()) for own in fusion.names],
+    )
+
+
+def _language(run: Run) -> str:
+    if run.model.name == "none":
+        return "none"
+    path = run.folder / "lm" / "done.json"
+    steps = f", {read_json(path)['steps']:,} steps" if path.is_file() else ""
+    return f"{run.model.name}, adapter {run.adapter.recipe}{steps}"
+
+
+def _number(line: dict[str, Any], key: str) -> float | None:
+    return float(line[key]) if key in line else None
