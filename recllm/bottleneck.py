@@ -16,10 +16,22 @@ ATTENTION_OUT = (
     "attention.output.dense",
     "attn.c_proj",
     "self_attention.dense",
+    "self_attn.dense",
     "attention.dense",
+    "attention.out_lin",
+    "attn.o",
 )
 """Ends of the names of the last product of an attention, in the families of transformers."""
-FEED_FORWARD_OUT = ("down_proj", "fc2", "output.dense", "mlp.c_proj", "dense_4h_to_h", "lin2")
+FEED_FORWARD_OUT = (
+    "down_proj",
+    "fc2",
+    "output.dense",
+    "mlp.c_proj",
+    "dense_4h_to_h",
+    "lin2",
+    "fc_out",
+    "ffn_output",
+)
 """Ends of the names of the last product of a feed-forward block."""
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 """Ends of the names of whole feed-forward blocks, for adapters that run beside them."""
@@ -81,16 +93,16 @@ def insert_bottlenecks(model: PreTrainedModel, settings: BottleneckSettings) -> 
     """Freeze `model` and put trainable adapters into all of its layers, in place.
 
     Raises:
-        RecllmError: no module of the model has a name that the settings look for.
+        RecllmError: no module of the model has a name that the settings look for, or none in one of the places.
     """
     model.requires_grad_(False)
     found = [(name, module) for name, module in model.named_modules() if _adapted(name, settings)]
-    if not found:
-        kind = settings.target_modules or _endings(settings)
-        raise RecllmError(
-            f"A model of the kind '{model.config.model_type}' has no module whose name ends in one of "
-            f"{', '.join(kind)}. Name its modules: --set 'adapter.target_modules=[\"…\"]'."
-        )
+    for kind in _places(settings):
+        if not any(_ends(name, kind) for name, _ in found):
+            raise RecllmError(
+                f"A model of the kind '{model.config.model_type}' has no module whose name ends in one of "
+                f"{', '.join(kind)}. Name its modules: --set 'adapter.target_modules=[\"…\"]'."
+            )
     device = next(model.parameters()).device
     for name, module in found:
         parent, _, own = name.rpartition(".")
@@ -99,18 +111,20 @@ def insert_bottlenecks(model: PreTrainedModel, settings: BottleneckSettings) -> 
     return model
 
 
-def _endings(settings: BottleneckSettings) -> tuple[str, ...]:
+def _places(settings: BottleneckSettings) -> list[tuple[str, ...]]:
+    """Ends of the names of the modules in each place that gets adapters."""
+    if settings.target_modules is not None:
+        return [tuple(settings.target_modules)]
     if settings.is_parallel:
-        return FEED_FORWARD
-    return ATTENTION_OUT * settings.mh_adapter + FEED_FORWARD_OUT * settings.output_adapter
+        return [FEED_FORWARD]
+    return [ATTENTION_OUT] * settings.mh_adapter + [FEED_FORWARD_OUT] * settings.output_adapter
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    if endings == FEED_FORWARD_OUT and _ends(name, ATTENTION_OUT):
+        return False  # BERT's `attention.output.dense` ends like its feed-forward's `output.dense`
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
 def _adapted(name: str, settings: BottleneckSettings) -> bool:
-    dotted = f".{name}"
-    if settings.target_modules is not None:
-        return any(dotted.endswith(f".{ending}") for ending in settings.target_modules)
-    # BERT's `attention.output.dense` ends like its feed-forward's `output.dense`.
-    behind_attention = any(dotted.endswith(f".{ending}") for ending in ATTENTION_OUT)
-    if behind_attention and not settings.is_parallel:
-        return settings.mh_adapter
-    return any(dotted.endswith(f".{ending}") for ending in _endings(settings))
+    return any(_ends(name, endings) for endings in _places(settings))

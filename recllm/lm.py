@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -197,8 +198,12 @@ def load_base(
             torch.manual_seed(drawn_by)
             model = kind.from_config(config, dtype=torch.float32)
         else:
-            model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
-    body = model.get_decoder() if causal else model
+            try:
+                model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+            except (OSError, SafetensorError) as error:
+                reason = str(error).splitlines()[0]
+                raise RecllmError(f"The weights of '{folder}' cannot be loaded: {reason}") from None
+    body = _body(model) if causal else model
     if quantization is not None and body is not model:
         # PEFT asks the module that it is given whether its layers are quantised.
         for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -213,6 +218,12 @@ def load_base(
     body.requires_grad_(False).eval()
     output = model.get_output_embeddings() if causal else None
     return BaseModel(body, load_tokenizer(folder), causal, folder, output)
+
+
+def _body(model: PreTrainedModel) -> PreTrainedModel:
+    """A causal model without its head; of some kinds what goes by the name of decoder is the head."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 def _shorten(body: PreTrainedModel, layers: int) -> None:

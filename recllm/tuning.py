@@ -281,7 +281,8 @@ def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     now = search.model_dump(mode="json", exclude={"trials"})
     now["run"] = run.model_dump(mode="json", exclude={"name", "output"}, exclude_none=True)
     before = study.user_attrs.get("search")
-    if before is None:
+    begun = any(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.get_trials(deepcopy=False))
+    if before is None or not begun:  # what no trial has gone by may be mended
         study.set_user_attr("search", now)
     elif before != now:
         changed = ", ".join(name for name in now if now[name] != before.get(name))
@@ -292,7 +293,11 @@ def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
 
 
 def _finished(study: Any) -> list[Any]:  # noqa: ANN401
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED", "FAIL")]
+    """The trials that count: not one that failed by a mistake in the tune file, which no error is kept of."""
+    trials = study.get_trials(deepcopy=False)
+    done = [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    failed = [trial for trial in trials if trial.state.name == "FAIL" and "error" in trial.user_attrs]
+    return sorted([*done, *failed], key=lambda trial: trial.number)
 
 
 def _keeps(trial: Any) -> bool:  # noqa: ANN401
@@ -333,7 +338,8 @@ def _write(study: Any, search: Search, run: Run, folder: Path) -> Run | None:  #
     best = _best(study)
     if best is None:
         return None
-    found = _with(run, best.params, run.name, Path(run.output))
+    # A name of its own: beside the run that was searched from it can be trained as it is.
+    found = _with(run, best.params, f"{run.name}-best", Path(run.output))
     write_run(found, folder / BEST)
     return found
 

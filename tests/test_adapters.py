@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModel, BertConfig, DistilBertConfig, LlamaConfig, MixtralConfig, PhiConfig
 
 from recllm.adapters import AdapterRecipe, attach, load_adapter, merge
+from recllm.bottleneck import Bottleneck
 from recllm.errors import RecllmError
 from recllm.lm import load_base
 from recllm.runs import AdapterSettings
@@ -104,6 +106,36 @@ def test_merging_changes_no_hidden_state_and_does_so_twice(tiny_lm_folder, keys)
     # Of the largest value: PEFT keeps names in a set, so every process draws other weights.
     assert (first - before).abs().max() <= 1e-5 * before.abs().max()
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "feed_forward"),
+    [
+        (PhiConfig, "self_attn.dense", "mlp.fc2"),
+        (DistilBertConfig, "attention.out_lin", "ffn.lin2"),
+        (BertConfig, "attention.output.dense", "output.dense"),
+        (LlamaConfig, "self_attn.o_proj", "mlp.down_proj"),
+    ],
+)
+def test_bottlenecks_stand_in_both_places_of_a_layer(config, attention, feed_forward):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if config is DistilBertConfig:
+        small = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    model = AutoModel.from_config(config(vocab_size=40, **small))
+    adapted = attach(model, load_adapter(AdapterSettings(recipe="houlsby")))
+    places = [name for name, module in adapted.named_modules() if isinstance(module, Bottleneck)]
+    assert len(places) == 2
+    assert places[0].endswith(attention)
+    assert places[1].endswith(feed_forward)
+
+
+def test_a_model_without_one_of_the_places_is_named():
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModel.from_config(MixtralConfig(vocab_size=40, num_local_experts=2, num_key_value_heads=2, **small))
+    with pytest.raises(
+        RecllmError, match=r"A model of the kind 'mixtral' has no module whose name ends in one of down_proj"
+    ):
+        attach(model, load_adapter(AdapterSettings(recipe="houlsby")))
 
 
 def test_a_merged_model_has_no_adapter_left(tiny_lm_folder):

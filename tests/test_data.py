@@ -250,6 +250,15 @@ def test_dates_that_nobody_calls_the_time_are_warned_of(tmp_path):
     assert named.count("no_times") == named.count("unnamed_time") == 0
 
 
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_a_csv_of_other_signs_is_read(tmp_path, sign):
+    text = 'user_id,item_id,rating\na,"x",3\nb,y,4\n'.replace(",", sign)
+    assert [row[:3] for row in events(read_dataset(write(tmp_path, interactions__csv=text)))] == [
+        ("a", "x", 3.0),
+        ("b", "y", 4.0),
+    ]
+
+
 def test_order_by_time_then_file(tmp_path):
     folder = write(tmp_path, interactions__csv="user_id,item_id,ts\nb,z,9\na,y,5\na,x,5\na,w,1\n")
     dataset = read_dataset(folder)

@@ -47,6 +47,7 @@ def test_the_better_setting_is_found_and_the_search_goes_on(place):
     assert best.light.learning_rate == 5e-3
     folder = place / "runs" / "base-tune"
     assert load_run(folder / tuning.BEST).light.learning_rate == 5e-3
+    assert load_run(folder / tuning.BEST).name == "base-best"
     assert (folder / tuning.PICTURE).read_text(encoding="utf-8").startswith("<svg")
     first = found(place)["trials"]
     assert len(first) == 5
@@ -117,6 +118,14 @@ def test_a_scorer_that_no_trial_has_ends_the_search_at_once(place):
     with pytest.raises(RecllmError, match=r"Unknown scorer 'ligth'. Did you mean 'light'"):
         tune(path, said.append)
     assert sum(line.startswith("Trial ") for line in said) == 1
+    with pytest.raises(RecllmError, match=r"Unknown scorer 'lihgt'"):  # no trial has gone by it: it may be mended
+        tune(_renamed(path, "ligth", "lihgt"), said.append)
+    assert said.count("Tuning base: 0 of 5 trials are done") == 2
+
+
+def _renamed(path, before, after):
+    path.write_text(path.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize("key", ["data.min_events", "seed", "model.task", "start_from"])

@@ -99,7 +99,14 @@ def _open(path: Path, kind: str, budget: int) -> Table:
         return _headless(path, "::", MOVIES if "movie" in path.name or "item" in path.name else RATINGS)
     if kind in {"inter", "item", "user"}:
         return _atomic(path)
-    return _table(path, _scan(path, "," if kind == "csv" else "\t", quote='"'))
+    return _table(path, _scan(path, _separator(path) if kind == "csv" else "\t", quote='"'))
+
+
+def _separator(path: Path) -> str:
+    """What parts the columns of a CSV file: a semicolon or a tab where its header has some and no comma."""
+    with path.open("rb") as stream:
+        header = stream.readline(1 << 16)
+    return next((sign for sign in ";\t" if b"," not in header and sign.encode() in header), ",")
 
 
 def _table(path: Path, frame: pl.LazyFrame) -> Table:
