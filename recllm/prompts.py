@@ -1,5 +1,6 @@
 """Prompts: what the language model reads, compiled once from a TOML file into token pieces."""
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "item": ("candidate",),
 }
 """The slots of `text` by task, in the order they must stand."""
+MISSPELT = 0.92
+"""So like a column (difflib's ratio) is no other one: `descripton`, but not `genre` beside `genres`."""
 
 
 class Prompt(Settings):
@@ -74,7 +77,7 @@ class Prompt(Settings):
             raise RecllmError(f"{place}: {error}") from None
 
     def check_against(self, catalog: Catalog) -> None:
-        """Check that every slot outside brackets is a column of `catalog`.
+        """Check that every slot outside brackets is a column of `catalog`, and that none inside is a misspelt one.
 
         Raises:
             RecllmError: a slot that is no column; the message has the columns that exist.
@@ -83,7 +86,11 @@ class Prompt(Settings):
         for template in (self.item, self.candidate or self.item):
             for segment in split_item(template):
                 for part in segment.parts:
-                    if isinstance(part, Slot) and part.name not in columns and not segment.optional:
+                    if not isinstance(part, Slot) or part.name in columns:
+                        continue
+                    if segment.optional and difflib.get_close_matches(part.name, columns, n=1, cutoff=MISSPELT):
+                        raise unknown(f"column in the prompt's item format '{template}':", part.name, columns)
+                    if not segment.optional:
                         hint = f"Put it in brackets to drop it where it is missing: '[{{{part.name}}}]'."
                         raise unknown(f"column in the prompt's item format '{template}':", part.name, columns, hint)
 

@@ -100,7 +100,7 @@ def train_run(
         if not begun:
             check_start_data(run, task.fingerprints())
         if state.is_main_process:
-            _begin(run, task, overwrite=overwrite, processes=state.num_processes)
+            _begin(run, task, overwrite=overwrite, processes=state.num_processes, say=say)
         _describe(task, say)
     with clock.stage("factors and vectors"), state.main_process_first():
         parts = collaborative(run, task, say)
@@ -171,9 +171,12 @@ def _check_processes(run: Run, processes: int) -> None:
         )
 
 
-def _begin(run: Run, task: Task, *, overwrite: bool, processes: int) -> None:
+def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -> None:
     """Write what a run's folder begins with, once everything that can be a user's mistake has been read."""
     if overwrite and run.folder.is_dir():
+        bundles = sorted(path.name for path in run.folder.glob("bundle-*") if path.is_dir())
+        if bundles:
+            say(f"Removing what {run.folder} holds, with {', '.join(bundles)}; export again when it is trained")
         shutil.rmtree(run.folder)
     if not (run.folder / FILE).is_file() or load_run(run.folder) != run:  # fusion and export may change on the way
         write_run(run, run.folder / FILE)

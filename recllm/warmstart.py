@@ -81,6 +81,8 @@ def _language_facts(run: Run, kept_recipe: str | None) -> dict[str, object]:
         recipe = load_adapter(run.adapter, kept_recipe)
         own = {key: value for key, value in recipe.config.items() if "dropout" not in key}
         facts |= {"the adapter's method": recipe.tuner, "the adapter's keys": own}
+        if recipe.start.startswith("pissa_niter"):  # what it takes off the base is found from drawn directions
+            facts["seed"] = run.seed
         if recipe.start == LOFTQ:  # its matrices make up for this very rounding
             facts["the adapter's quantization"] = recipe.rounding
     return facts

@@ -284,6 +284,10 @@ def test_history_and_separator_must_agree_on_the_space(tiny_tokenizer):
 
 def test_a_slot_that_is_no_column_is_refused_unless_in_brackets():
     relevance(item="{title}[ {plot}]").check_against(CATALOG)
+    story = Catalog(CATALOG.frame.with_columns(description=pl.lit("A long walk")))
+    relevance(item="{title}[ {description}]").check_against(story)
+    with pytest.raises(RecllmError, match=r"'descripton'. Did you mean 'description'"):
+        relevance(item="{title}[ {descripton}]").check_against(story)
     with pytest.raises(RecllmError, match=r"'titel'. Did you mean 'title'\? Choices: genres, item_id, text, title"):
         relevance(item="{titel}").check_against(CATALOG)
     with pytest.raises(RecllmError, match="'plot'"):

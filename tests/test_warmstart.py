@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from recllm import warmstart
 from recllm.errors import RecllmError
 from recllm.files import read_json
 from recllm.judging import relevance_model
@@ -197,6 +198,14 @@ def test_other_models_are_refused(overrides, words, after, tiny_lm_folder):
     encoder = [f"model.item_encoder={tiny_lm_folder}"] if overrides == ["model.name=other"] else []
     with pytest.raises(RecllmError, match=words):
         check_start(after(*overrides, *encoder))
+
+
+@pytest.mark.parametrize(("start", "alike"), [("pissa", True), ("pissa_niter_4", False)])
+def test_a_start_from_drawn_directions_needs_the_same_seed(start, alike, after):
+    one, other = (
+        warmstart._language_facts(after(f"adapter.init_lora_weights={start}", f"seed={seed}"), None) for seed in (0, 7)
+    )
+    assert (one == other) is alike
 
 
 def test_dropout_and_another_encoder(after, tiny_encoder_folder):
