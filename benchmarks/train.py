@@ -245,9 +245,9 @@ def start(file: Path) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
-    line = process.stdout.readline()
-    if "training events" not in line:
-        raise SystemExit(f"The training did not start: {line}{process.communicate()[1]}")
+    # Before it stands what reading the data has warned of.
+    if not any("training events" in line for line in iter(process.stdout.readline, "")):
+        raise SystemExit(f"The training did not start: {process.communicate()[1]}")
     return process
 
 

@@ -21,8 +21,9 @@ def start(file, *flags):
     command = [sys.executable, "-m", "recllm.train", str(file), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    line = process.stdout.readline()
-    assert "training events" in line, "".join([line, *process.communicate()])
+    # Before it stands what reading the data has warned of.
+    begun = any("training events" in line for line in iter(process.stdout.readline, ""))
+    assert begun, "".join(process.communicate())
     return process
 
 
