@@ -119,8 +119,8 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
         joined.write_parquet(part / "interactions.parquet")
         catalog.write_parquet(part / "items.parquet")
     users, count = joined["user_id"].n_unique(), joined["item_id"].n_unique()
-    first = joined.row(0, named=True)
-    say(f"Ids have their namespace before them: user '{first['user_id']}', item '{first['item_id']}'")
+    for first in joined.head(1).iter_rows(named=True):
+        say(f"Ids are written with their namespaces: user '{first['user_id']}', item '{first['item_id']}'")
     say(f"{target}: {len(joined):,} events of {users:,} users with {count:,} items, {len(catalog):,} items in all")
     return len(joined)
 
