@@ -32,6 +32,23 @@ UNSUPPORTED = {
     "lora_ga": "it changes the base model by gradients, which are not there when the adapter is merged; take 'pissa'",
 }
 """Initialisations of LoRA that are refused, with the reason."""
+UNSERVED = {
+    "adaption_prompt": "it puts learnt tokens before the prompt, and neither item tokens nor the shared prefix of a "
+    "ranker have a place for them",
+    "beft": "it trains biases, and language models' layers have none to merge it into",
+    "lily": "PEFT cannot merge it, and what is served has no adapter beside it",
+    "poly": "it wants a task's number with every row",
+    "shadow": "it runs a second model beside the first, which cannot be merged",
+    "trainable_tokens": "it trains the table of token embeddings, which stays frozen here",
+    "xlora": "it mixes adapters that are trained already",
+}
+"""Tuners of PEFT that are refused, with the reason."""
+UNSERVED_KEYS = {
+    "layer_replication": "it makes another model than the one that is served",
+    "trainable_token_indices": "it trains the table of token embeddings, which stays frozen here",
+    "lora_bias": "it trains biases, and language models' layers have none to merge them into",
+}
+"""Keys of PEFT that are refused, with the reason."""
 PLACEHOLDER_STEPS = 1_000_000
 """AdaLoRA wants its number of steps before anybody knows it; training sets the right one."""
 
@@ -77,6 +94,9 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
     for key in recipe.config:
         if key not in known:
             raise unknown(f"key of the adapter '{recipe.tuner}'", key, known)
+    for key, reason in UNSERVED_KEYS.items():
+        if recipe.config.get(key):
+            raise RecllmError(f"adapter.{key} is not supported: {reason}. Leave it out.")
     if recipe.tuner == BOTTLENECK:
         parse(BottleneckSettings, recipe.config, str(path))
     if recipe.config.get("task_type"):
@@ -151,10 +171,12 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
     """Freeze `model` and add the recipe's trainable modules to it; LoftQ's start is `lm.adapted`'s to make.
 
     Raises:
-        RecllmError: PEFT refuses the configuration for this model, or a bottleneck finds no place in it.
+        RecllmError: PEFT refuses the configuration for this model, it trains token embeddings, or a bottleneck finds no
+            place in it.
     """
     if recipe.tuner == BOTTLENECK:
         return insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
+    table = model.get_input_embeddings()
     given: dict[str, Any] = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
     if recipe.start == "eva":
         # The same rank everywhere: a trained adapter is loaded into matrices of the recipe's own shapes.
@@ -178,6 +200,11 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
             adapted = peft.get_peft_model(model, _config_class(recipe.tuner)(**given | config))
     except (ValueError, TypeError) as error:
         raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}' for this model: {error}") from error
+    if model.get_input_embeddings() is not table:
+        raise RecllmError(
+            "The adapter's target_modules or modules_to_save name the table of token embeddings. It stays frozen here: "
+            "histories are written with it, and answers read from it, outside of the adapter. Take it out."
+        )
     if recipe.start == LOFTQ:
         adapted.active_peft_config.init_lora_weights = LOFTQ
     return adapted
@@ -225,9 +252,10 @@ def _config_class(tuner: str) -> type[peft.PeftConfig]:
     classes = {str(kind.value).lower(): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if tuner not in classes:
         raise unknown("tuner", tuner, [BOTTLENECK, *classes])
-    if issubclass(classes[tuner], peft.PromptLearningConfig):
+    prompts = issubclass(classes[tuner], peft.PromptLearningConfig)
+    reason = UNSERVED["adaption_prompt"] if prompts else UNSERVED.get(tuner)
+    if reason is not None:
         raise RecllmError(
-            f"The tuner '{tuner}' is not supported: it puts learnt tokens before the prompt, and neither item tokens "
-            "nor the shared prefix of a ranker have a place for them. Take a recipe of adapters/, such as 'lora'."
+            f"The tuner '{tuner}' is not supported: {reason}. Take a recipe of adapters/, such as 'lora'."
         )
     return classes[tuner]

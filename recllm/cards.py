@@ -117,7 +117,7 @@ def card(run: Run, title: str) -> list[str]:
         "training": ", ".join(f"{key} {value:,}" for key, value in read_json(done).items())
         if done.is_file()
         else "none",
-        "data": run.data.name,
+        "data": run.data.name or run.data.interactions,
         "fingerprints": ", ".join(f"{key} {value[:16]}" for key, value in facts["data"].items()),
         "split": run.data.split,
         **({"control": f"{run.control.lacking}: not for use"} if run.control.lacking else {}),

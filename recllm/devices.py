@@ -1,11 +1,15 @@
 """Where training runs: the processes that train together, the CPU or an accelerator, and the precision that is fast."""
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+from recllm.errors import RecllmError
 
 PATIENCE = timedelta(days=7)
 """How long the other processes wait while the first one encodes items or scores; ten minutes are the default."""
@@ -44,6 +48,19 @@ def fast_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def check_precision(keys: Mapping[str, Any]) -> None:
+    """Check that Trainer's keys ask for no precision that this machine cannot train in.
+
+    Raises:
+        RecllmError: fp16 on a CPU.
+    """
+    if keys.get("fp16") and on_cpu():
+        raise RecllmError(
+            "fp16 needs an accelerator, for its gradients are scaled there, and training runs on the CPU. Take "
+            'train.precision = "bf16", or leave it out.'
+        )
 
 
 def precision_keys(precision: str) -> dict[str, bool]:

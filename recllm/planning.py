@@ -3,9 +3,9 @@
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recllm.checkpoints import trained_values
-from recllm.devices import on_cpu
+from recllm.devices import check_precision, on_cpu, precision_keys
 from recllm.distil import planned_windows
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, lengths_of
@@ -35,6 +35,8 @@ from recllm.watching import NonFiniteLossError
 
 SHOWN = 3
 """Examples that are shown."""
+LOOKED_AT = 1_000
+"""Pairs among which one of the other label is looked for."""
 ITEMS_SHOWN = 8
 """Item tokens of a history that are shown, the last ones."""
 TRIED = (1.0, 1.0, 0.9, 0.75, 0.5, 0.5, 0.25, 0.1)
@@ -118,6 +120,7 @@ def plan_run(run: Run, say: Say) -> Plan:
         RecllmError: a mistake in the run file or in the data, or a batch that does not fit into memory.
     """
     check_trainer_keys(run.train.trainer_keys())
+    check_precision(precision_keys(run.train.precision) | run.train.trainer_keys())
     # Away from the run's folder: it may hold the recipes of an earlier training.
     run = run.model_copy(update={"output": str(Path(run.output) / ".planned")})
     check_names(run, say)
@@ -299,22 +302,33 @@ def peak_memory() -> int:
 
 
 def shown(run: Run, task: Task, stage: Stage) -> list[str]:
-    """The first training examples as the model reads them, each with its label."""
+    """The first training examples as the model reads them, each with its label; of pairs with both labels."""
     tokenizer = load_tokenizer(model_folder(run.model.name))
     titles = task.dataset.catalog.frame["title"].to_list()
-    examples = [stage.train[row] for row in range(min(SHOWN, len(stage.train)))]
+    rows = range(len(stage.train))
     if not isinstance(stage.collator, NextItemCollator):
         words = {1.0: "liked", 0.0: "not liked"}
         soft: int | None = stage.model.soft_from  # type: ignore[assignment]
-        if isinstance(stage.collator, TreeCollator):
-            examples = [(row.stem + row.branch, row.label, row.user) for block in examples for row in block][:SHOWN]
-        return [f"{_spelt(ids, tokenizer, titles, soft)}\n→ {words[label]}" for ids, label, _ in examples]
+        pairs: Iterator[tuple[Sequence[int], float]] = (
+            ((row.stem + row.branch, row.label) for place in rows for row in stage.train[place])
+            if isinstance(stage.collator, TreeCollator)
+            else (stage.train[place][:2] for place in rows)
+        )
+        examples = _of_both_labels(list(islice(pairs, LOOKED_AT)))
+        return [f"{_spelt(ids, tokenizer, titles, soft)}\n→ {words[label]}" for ids, label in examples]
     history = stage.collator.history
     return [
         f"{_written(history, window[:-1], tokenizer, titles)}\n→ {titles[window[-1]]} (and every item above after the "
         "ones before it)"
-        for window in examples
+        for window in (stage.train[row] for row in rows[:SHOWN])
     ]
+
+
+def _of_both_labels(pairs: Sequence[tuple[Sequence[int], float]]) -> list[tuple[Sequence[int], float]]:
+    """The first pairs, the last of them another one where they are all liked or all not."""
+    others = [pair for pair in pairs[SHOWN:] if pair[1] != pairs[0][1]]
+    alike = len({label for _, label in pairs[:SHOWN]}) == 1
+    return [*pairs[: SHOWN - 1], others[0]] if alike and others else list(pairs[:SHOWN])
 
 
 def _spelt(ids: Sequence[int], tokenizer: Any, titles: Sequence[str], soft_from: int | None) -> str:  # noqa: ANN401

@@ -152,7 +152,7 @@ class CompiledPrompt:
     def _compile_text(self) -> None:
         prompt = self.prompt
         around = literals(split_text(prompt.text))
-        head, head_lead = _lead(around[0])
+        head, head_lead = _lead(self._opened(around[0]))
         middle, self._candidate_lead = _lead(around[1]) if prompt.task == "relevance" else ("", "")
         separator, lead = _lead(prompt.separator)
         self._item_lead = head_lead if prompt.task == "item" else lead
@@ -175,6 +175,14 @@ class CompiledPrompt:
             "item": (self.start, self._tail + self.end),
         }
         self._before, self._after = wraps[prompt.task]
+
+    def _opened(self, head: str) -> str:
+        """What stands before the first slot, behind the space that the tokenizer gives a first word by itself."""
+        controlled = self._tokens.is_control(self._tokens.template(head)[:1])
+        # A history's items have the same tokens at every place, so the first one gets no space of its own.
+        if controlled or head.startswith(" ") or (not head and self.prompt.task != "item"):
+            return head
+        return self._tokens.opening + head
 
     def item_text(self, record: Mapping[str, str]) -> str | None:
         """The item as it is written (in an item prompt: the whole text); None when there is nothing to write."""

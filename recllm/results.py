@@ -16,6 +16,11 @@ Key = tuple[str, str, str]
 PERCENTILES = (2.5, 97.5)
 DRAW_BLOCK = 64
 CELL = 20
+UNKNOWN = {
+    "AUC": "not known, for all these rows have one label",
+    "UAUC": "not known, for none of these users has rows of both labels",
+}
+"""What is said of a metric that no scorer has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +82,9 @@ class Table:
             for scorer in self.scorers:
                 cells = [_cell(self.interval(scorer, metric, part)).ljust(CELL) for metric in self.metrics]
                 lines.append("  ".join([scorer.ljust(width), *cells]).rstrip())
+            for metric in self.metrics:
+                if metric in UNKNOWN and all(np.isnan(self.values[name, metric, part]) for name in self.scorers):
+                    lines.append(f"{metric}: {UNKNOWN[metric]}")
         return lines
 
     def _key(self, scorer: str, metric: str, part: str) -> Key:
@@ -121,7 +129,7 @@ def _plain(value: object) -> object:
 
 def _cell(interval: Interval) -> str:
     value, low, high = interval
-    return f"{value:.4f}" + ("" if np.isnan(low) else f" {low:.3f}…{high:.3f}")
+    return "–" if np.isnan(value) else f"{value:.4f}" + ("" if np.isnan(low) else f" {low:.3f}…{high:.3f}")
 
 
 def resampled(users: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:

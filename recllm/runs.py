@@ -42,8 +42,9 @@ PACKAGES = (
 class DataSettings(Settings):
     """`[data]`: where interactions and items come from, and how they are split."""
 
-    name: str
-    """A fetchable name, a folder, or the name of a folder under RECLLM_DATA."""
+    name: str = ""
+    """A fetchable name, a folder, or the name of a folder under RECLLM_DATA; may be left out where `interactions` is
+    given."""
     interactions: str | None = None
     """A file of its own for the interactions."""
     items: str | None = None
@@ -73,6 +74,12 @@ class DataSettings(Settings):
     seed: int | None = None
     """Draws the split; the run's own seed when not given."""
 
+    @model_validator(mode="after")
+    def _names_its_data(self) -> "DataSettings":
+        if not self.name and self.interactions is None:
+            raise ValueError("name a data set (name), or give a file (interactions)")
+        return self
+
 
 PromptKey = Literal["relevance", "next_item", "item", "likelihood"]
 PROMPTS: dict[PromptKey, Literal["relevance", "next_item", "item"]] = {
@@ -82,6 +89,27 @@ PROMPTS: dict[PromptKey, Literal["relevance", "next_item", "item"]] = {
     "likelihood": "item",
 }
 """The keys of `[prompt]`, and the task that each one's file is for."""
+
+
+ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
+    "next_item": (
+        "model.history",
+        "model.negatives",
+        "model.heads_from_light",
+        "light.negatives",
+        "light.teacher",
+        "train.recent_windows",
+    ),
+    "relevance": (
+        "model.pairwise",
+        "model.listwise",
+        "model.relevance_rows",
+        "model.rows_together",
+        "model.soft_tokens",
+        "light.listwise",
+    ),
+}
+"""Keys that say nothing to a run of the other task."""
 
 
 class PromptSettings(Settings):
@@ -104,6 +132,12 @@ class AdapterSettings(Settings):
 
     recipe: str = "lora"
     """A name in adapters/ or a path; `none` trains only the projections beside the frozen model."""
+
+    @model_validator(mode="after")
+    def _no_recipe_has_no_keys(self) -> "AdapterSettings":
+        if self.recipe == "none" and self.model_extra:
+            raise ValueError(f"recipe is 'none', and {', '.join(self.model_extra)} would be of an adapter")
+        return self
 
     def overrides(self) -> dict[str, Any]:
         """The keys given beside `recipe`, PEFT's own."""
@@ -268,12 +302,12 @@ class Run(Settings):
 
     @model_validator(mode="after")
     def _keys_fit_the_task(self) -> "Run":
-        if self.light.teacher is not None and self.model.task != "next_item":
-            raise ValueError("light.teacher is for runs of next items, and this one judges pairs")
-        if self.model.rows_together > 1 and self.model.task != "relevance":
-            raise ValueError("model.rows_together is for runs that judge pairs; a history of next items is one row")
-        if self.model.soft_tokens and self.model.task != "relevance":
-            raise ValueError("model.soft_tokens is for runs that judge pairs; those of next items have item tokens")
+        for task, keys in ONLY_FOR.items():
+            for key in keys:
+                part, name = key.split(".")
+                own = getattr(self, part)
+                if self.model.task != task and getattr(own, name) != type(own).model_fields[name].default:
+                    raise ValueError(f"{key} is for model.task = '{task}'; with '{self.model.task}' it does nothing")
         reads_words = self.model.name != "none" and (self.model.task == "relevance" or self.model.history == "text")
         if self.control.text != "own" and (reads_words or self.model.likelihood is not None):
             raise ValueError("control.text takes away items' vectors, and this run's language model reads their words")

@@ -14,11 +14,18 @@ class Tokens:
     """What the tokenizer itself puts before a text ([CLS] of BERT, a beginning-of-text token); often nothing."""
     end: list[int]
     """What it puts after a text ([SEP] of BERT); often nothing."""
+    opening: str
+    """What it puts before the first word by itself, so that it looks like the others: a space, or nothing."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Copy `tokenizer`, which is left as it is, without its padding and truncation."""
         spec = json.loads(tokenizer.to_str())
-        spec.update(truncation=None, padding=None, normalizer=_without_prepend(spec["normalizer"]))
+        bare = {
+            "normalizer": _without_prepend(spec["normalizer"]),
+            "pre_tokenizer": _without_prefix(spec["pre_tokenizer"]),
+        }
+        self.opening = " " if any(spec[part] != own for part, own in bare.items()) else ""
+        spec.update(truncation=None, padding=None, **bare)
         # Taken out of the copy, not switched off by `encode_special_tokens`: that property spares the added tokens
         # that are not marked special (Qwen's <tool_call>) and is lost when a tokenizer is pickled to a worker.
         plain = {**spec, "added_tokens": [], "post_processor": None}
@@ -44,6 +51,10 @@ class Tokens:
         encoded = iter(self._content.encode_batch(written, add_special_tokens=False))
         return [None if text is None else self._uncontrolled(next(encoded).ids)[:cut] for text in texts]
 
+    def is_control(self, ids: Sequence[int]) -> bool:
+        """Whether a control token is among them."""
+        return not self._controls.isdisjoint(ids)
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, control tokens included."""
         return str(self._template.decode(ids, skip_special_tokens=False))
@@ -61,6 +72,23 @@ def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None
         steps = [_without_prepend(step) for step in normalizer["normalizers"]]
         return {**normalizer, "normalizers": [step for step in steps if step is not None]}
     return normalizer
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Without the space that a pre-tokenizer puts before every text that has none, so also before every piece of one.
+
+    Where an earlier step takes the spaces out (XLM-R), that space is all that marks a word, and it stays.
+    """
+    if step is None:
+        return None
+    if step["type"] == "Sequence":
+        first, *others = step["pretokenizers"]
+        return {**step, "pretokenizers": [_without_prefix(first), *others]}
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    if step["type"] == "ByteLevel":
+        return {**step, "add_prefix_space": False}
+    return step
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

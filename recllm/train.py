@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from recllm.adapters import load_adapter
 from recllm.cards import write_adapter_card
-from recllm.devices import precision_keys, process_state, sharded, sharding
+from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError
 from recllm.files import read_json
@@ -88,6 +89,7 @@ def train_run(
         check_names(run, say, kept=resume)
         if sharded():
             _check_shardable(run, kept=resume)
+        check_precision(_precision(run))
         if not (resume and has_been_taught(run)):
             check_teacher(run)
         if not begun:
@@ -101,7 +103,7 @@ def train_run(
             check_start_data(run, task.fingerprints())
         if state.is_main_process:
             _begin(run, task, overwrite=overwrite, processes=state.num_processes, say=say)
-        _describe(task, say)
+        _describe(task, say, judges=run.model.task == "relevance")
     with clock.stage("factors and vectors"), state.main_process_first():
         parts = collaborative(run, task, say)
     with clock.stage("light"):
@@ -134,8 +136,13 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
         check_resumed(run)
 
 
+def _precision(run: Run) -> dict[str, Any]:
+    """What Trainer is told of precision, and its keys that the run file has beside."""
+    return precision_keys(run.train.precision) | run.train.trainer_keys()
+
+
 def _check_shardable(run: Run, *, kept: bool) -> None:
-    keys = precision_keys(run.train.precision) | run.train.trainer_keys()
+    keys = _precision(run)
     named = run.model.name != "none" and run.adapter.recipe != "none"
     recipe = load_adapter(run.adapter, run.adapter_file if kept else None) if named else None
     half = torch.bfloat16 if keys.get("bf16") else torch.float16 if keys.get("fp16") else None
@@ -187,11 +194,17 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -
         write_environment(run, task.fingerprints(), device=_device(), processes=processes, sharding=sharding())
 
 
-def _describe(task: Task, say: Say) -> None:
+def _describe(task: Task, say: Say, *, judges: bool) -> None:
     say(
         f"{task.dataset.name}: {len(task.split.train):,} training events, {len(task.split.valid):,} validation and "
         f"{len(task.split.test):,} test rows, {len(task.index):,} items ({int((~task.warm).sum()):,} without events)"
     )
+    if not judges:
+        return
+    for part, rows in (("validation", task.split.valid), ("test", task.split.test)):
+        bare = sum(row.label is None for row in rows)
+        if bare and any(row.label == 0 for row in rows):
+            say(f"{bare:,} of {len(rows):,} {part} rows have no rating, and are left out: pairs are judged here")
 
 
 def _device() -> str:

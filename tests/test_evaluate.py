@@ -214,3 +214,20 @@ def test_rows_without_score_count_as_the_mean(labelled):
     assert scores[gone] == pytest.approx(scores[~gone].mean())
     assert table.interval("none", "AUC")[0] == 0.5
     assert table.interval("none", "scored")[0] == 0.0
+
+
+def test_a_figure_that_these_rows_cannot_give_is_a_dash_with_its_reason(labelled):
+    single = [Example(example.query, example.item_id, example.label) for example in labelled[:1]]
+    others = [Example(Query(("i0",), f"v{row}"), e.item_id, e.label) for row, e in enumerate(labelled)]
+    lines = evaluate_labels({"hint": Hinted(labelled)}, others, resamples=10).lines()
+    assert lines[-1] == "UAUC: not known, for none of these users has rows of both labels"
+    assert lines[-2].split()[:2] == ["hint", f"{roc_of(labelled):.4f}"]
+    assert lines[-2].split()[3] == "–"
+    one = evaluate_labels({"hint": Hinted(labelled)}, single, resamples=10).lines()
+    assert [line.split(":")[0] for line in one[-2:]] == ["AUC", "UAUC"]
+    assert "nan" not in " ".join(lines + one)
+
+
+def roc_of(examples):
+    scores = Hinted(examples).means
+    return roc_auc_score([e.label for e in examples], np.float32([scores[e.item_id] for e in examples]))

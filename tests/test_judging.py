@@ -428,3 +428,30 @@ def test_rows_that_were_disliked_are_no_events_to_predict(given_folder, tiny_lm_
     run = run.model_copy(update={"model": run.model.model_copy(update={"task": "next_item"})})
     with pytest.raises(RecllmError, match=r"has rows with label 0.*model\.task = 'relevance'"):
         prepare(run)
+
+
+def test_rows_without_a_rating_are_counted_and_said(rated_checkerboard, tiny_lm_folder, tiny_encoder_folder, tmp_path):
+    class Told(Exception):
+        """Enough was said."""
+
+    events, said = rated_checkerboard.interactions.frame, []
+    latest = pl.col("seq") == pl.col("seq").max().over("user_id")
+    users = events["user_id"].unique(maintain_order=True)
+    few, disliking = (pl.col("user_id").is_in(own.implode()) for own in (users.head(3), users.tail(3)))
+    folder = tmp_path / "films"
+    folder.mkdir()
+    rating = pl.when(latest & few).then(None).when(latest & disliking).then(1.0).otherwise("rating").alias("rating")
+    events.with_columns(rating).write_parquet(folder / "interactions.parquet")
+    rated_checkerboard.catalog.frame.write_parquet(folder / "items.parquet")
+
+    def say(line):
+        said.append(line)
+        if "test rows have no rating" in line:
+            raise Told
+
+    run = settings(folder, tiny_lm_folder, tmp_path, tiny_encoder_folder)
+    data = run.data.model_copy(update={"split": "leave-last-out"})
+    with pytest.raises(Told):
+        train_run(run.model_copy(update={"data": data}), say=say)
+    assert said[-1] == f"3 of {len(users)} test rows have no rating, and are left out: pairs are judged here"
+    assert not any("validation rows have no rating" in line for line in said)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from recllm import loop, nextitem, recovery
 from recllm.adapters import AdapterRecipe
 from recllm.checkpoints import WEIGHTS, last_checkpoint, load_trained, save_trained, trained_values
-from recllm.devices import fast_bf16, precision_keys
+from recllm.devices import check_precision, fast_bf16, precision_keys
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, WholeBatches, collate_counted
 from recllm.histories import HistoryFormat, item_token_history
@@ -600,3 +600,12 @@ def test_precision_by_name():
     assert precision_keys("fp32") == {"bf16": False, "fp16": False}
     assert precision_keys("bf16") == {"bf16": True, "fp16": False}
     assert precision_keys("auto")["bf16"] is fast_bf16()
+
+
+def test_fp16_is_refused_where_gradients_cannot_be_scaled(monkeypatch):
+    monkeypatch.setattr("recllm.devices.on_cpu", lambda: True)
+    check_precision(precision_keys("bf16"))
+    with pytest.raises(RecllmError, match=r"fp16 needs an accelerator.*train\.precision = \"bf16\""):
+        check_precision(precision_keys("fp16"))
+    monkeypatch.setattr("recllm.devices.on_cpu", lambda: False)
+    check_precision(precision_keys("fp16"))

@@ -111,6 +111,54 @@ def test_sentencepiece_prepend_does_not_double_spaces():
     assert [tokenizer.id_to_token(token) for token in ids] == ["▁", "R", "e", "d"]
 
 
+def sentencepiece() -> Tokenizer:
+    """Letters, with a space before every text as Llama 2's and Mistral's have it."""
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate("▁;:Redix")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate("Ġ;:Redix")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [sentencepiece, byte_level])
+@pytest.mark.parametrize("text", ["Rex:{history};x:{candidate};ix:", "Rex: {history}; x: {candidate} ix:"])
+def test_pieces_of_a_prompt_join_to_what_the_tokenizer_makes_of_the_whole(make, text):
+    space = " " if text.startswith("Rex: ") else ""
+    prompt = Prompt(task="relevance", text=text, item="{title}", separator=f";{space}", answers=("x", "R"))
+    compiled = compile_prompt(prompt, make())
+    ids = compiled.prefix_ids([compiled.item_ids({"title": title}) for title in ("Red", "die")])
+    whole = text.format(history=f"Red;{space}die", candidate="Rex")
+    assert ids + compiled.suffix({"title": "Rex"}) == make().encode(whole).ids
+
+
+@pytest.mark.parametrize("make", [sentencepiece, byte_level])
+@pytest.mark.parametrize("text", ["{candidate}", "Rex:{candidate};", "Rex: {candidate}"])
+def test_an_item_text_begins_as_the_tokenizer_begins_every_text(make, text):
+    compiled = compile_prompt(Prompt(task="item", text=text, item="{title}"), make())
+    assert compiled.item_ids({"title": "Red"}) == make().encode(text.format(candidate="Red")).ids
+
+
+def test_a_template_that_begins_with_a_control_token_gets_no_space_before_it():
+    tokenizer = sentencepiece()
+    tokenizer.add_special_tokens(["<s>"])
+    prompt = Prompt(task="item", text="<s>{candidate}", item="{title}")
+    tokens = [tokenizer.id_to_token(token) for token in compile_prompt(prompt, tokenizer).item_ids({"title": "Red"})]
+    assert tokens == ["<s>", "R", "e", "d"]
+
+
+def test_words_keep_their_marks_where_a_tokenizer_takes_the_spaces_out():
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate("▁;:Redix")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    compiled = compile_prompt(Prompt(task="item", text="Rex: {candidate}", item="{title}"), tokenizer)
+    assert compiled.item_ids({"title": "Red die"}) == tokenizer.encode("Rex: Red die").ids
+
+
 def test_the_users_tokenizer_is_left_alone_and_its_padding_ignored(tiny_tokenizer):
     tokenizer = Tokenizer.from_str(tiny_tokenizer.to_str())
     tokenizer.enable_padding(length=64)

@@ -92,11 +92,20 @@ def test_the_last_override_of_a_key_wins(file):
         ("model.history=words", "key 'model.history': Input should be 'items' or 'text'"),
         ("light.dropout=1.5", r"key 'light.dropout': Input should be less than 1 \(given: 1.5\)"),
         ("train.max_steps=many", "key 'train.max_steps': .*integer"),
+        ("model.pairwise=0.5", r"model\.pairwise is for model\.task = 'relevance'; with 'next_item' it does nothing"),
+        ("model={task='relevance', history='text'}", r"model\.history is for model\.task = 'next_item'"),
+        ("adapter={recipe='none', r=4}", "recipe is 'none', and r would be of an adapter"),
+        ("data={split='temporal'}", r"name a data set \(name\), or give a file \(interactions\)"),
     ],
 )
 def test_mistakes_are_named(file, override, message):
     with pytest.raises(RecllmError, match=message):
         load_run(file, [override])
+
+
+def test_a_file_of_interactions_needs_no_name_beside_it(file):
+    run = load_run(file, ["data={interactions='log.csv', items='films.csv'}"])
+    assert (run.data.name, run.data.interactions) == ("", "log.csv")
 
 
 def test_a_missing_data_table_is_named(tmp_path):
