@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.pointwise import Ids
-from recllm.sessions import open_session
+from recllm.sessions import compute, open_session, placed
 
 PREFIX, SUFFIX = "prefix.onnx", "suffix.onnx"
 WEIGHTS = "weights.data"
@@ -18,11 +19,21 @@ WEIGHTS = "weights.data"
 
 @dataclass(frozen=True, eq=False)
 class ReadPrefix:
-    """Keys and values of prefixes, float32[layers, users, key-value heads, length, width]; lengths int64[users]."""
+    """Keys and values of prefixes, float32[layers, users, key-value heads, length, width]; lengths int64[users].
 
-    keys: NDArray[np.float32]
-    values: NDArray[np.float32]
+    They lie where the graphs compute, as ONNX Runtime's own values; those of one user that are kept are arrays.
+    """
+
+    keys: Any
+    values: Any
     lengths: Ids
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values as arrays, fetched once for all users of a call."""
+        if isinstance(self.keys, np.ndarray):
+            return self.keys, self.values
+        return self.keys.numpy(), self.values.numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +76,23 @@ class OnnxReader:
 
     def read(self, ids: Ids, lengths: Ids) -> ReadPrefix:
         """Keys and values of prefixes, int64[users, length], padded on the right."""
-        keys, values = self.prefix.run(None, {"ids": ids})
+        keys, values = compute(self.prefix, {"ids": ids}, stay=True)
         return ReadPrefix(keys, values, lengths)
 
     def take(self, prefixes: ReadPrefix, row: int) -> tuple[ReadPrefix, int]:
         """A copy of one user's prefix without padding, and its bytes."""
         own = slice(row, row + 1)
         length = int(prefixes.lengths[row])
-        keys, values = (np.array(part[:, own, :, :length]) for part in (prefixes.keys, prefixes.values))
+        keys, values = (np.array(part[:, own, :, :length]) for part in prefixes.arrays)
         return ReadPrefix(keys, values, prefixes.lengths[own].copy()), keys.nbytes + values.nbytes
 
     def join(self, prefixes: Sequence[ReadPrefix]) -> ReadPrefix:
         """Prefixes of one user each, together, padded to the longest."""
-        if len(prefixes) == 1:
-            return prefixes[0]
         reach = max(prefix.keys.shape[3] for prefix in prefixes)
 
         def together(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+            if len(parts) == 1:
+                return parts[0]
             shape = list(parts[0].shape)
             shape[1], shape[3] = len(parts), reach
             result = np.zeros(shape, dtype=np.float32)
@@ -89,14 +100,13 @@ class OnnxReader:
                 result[:, row, :, : part.shape[3]] = part[:, 0]
             return result
 
-        return ReadPrefix(
-            together([prefix.keys for prefix in prefixes]),
-            together([prefix.values for prefix in prefixes]),
-            np.concatenate([prefix.lengths for prefix in prefixes]),
-        )
+        keys, values = (together(own) for own in zip(*(prefix.arrays for prefix in prefixes), strict=True))
+        # To the device once, not with every block of candidates.
+        there = placed(self.suffix, {"keys": keys, "values": values})
+        return ReadPrefix(there["keys"], there["values"], np.concatenate([prefix.lengths for prefix in prefixes]))
 
     def answers(self, prefixes: ReadPrefix, ids: Ids, lengths: Ids) -> NDArray[np.float32]:
         """Answers float32[users, candidates] after continuations int64[users, candidates, length]."""
         feeds = {"ids": ids, "ends": lengths - 1, "lengths": prefixes.lengths}
-        (answers,) = self.suffix.run(None, feeds | {"keys": prefixes.keys, "values": prefixes.values})
+        (answers,) = compute(self.suffix, feeds | {"keys": prefixes.keys, "values": prefixes.values})
         return np.asarray(answers, dtype=np.float32)

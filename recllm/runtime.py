@@ -28,7 +28,7 @@ from recllm.priors import Popularity, TextSimilarity
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores, VectorScorer
 from recllm.reserved import Lists, reserve
-from recllm.sessions import open_session
+from recllm.sessions import compute, open_session, placed
 from recllm.shortlist import EXACT, LISTED, Shortlist, check_kind, merged, recall
 from recllm.vectors import Standard
 
@@ -111,9 +111,10 @@ class TableScorer(SequenceScorer):
 
 def onnx_encode(session: Any, table: NDArray[np.float32]) -> Encode:  # noqa: ANN401  onnxruntime is untyped
     """Read ids into query vectors with a sequence graph and its table of input vectors."""
+    there = placed(session, {"table": table})
 
     def encode(ids: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
-        (vectors,) = session.run(None, {"ids": ids, "ends": ends, "table": table})
+        (vectors,) = compute(session, {"ids": ids, "ends": ends} | there)
         return np.asarray(vectors, dtype=np.float32)
 
     return encode
@@ -166,7 +167,7 @@ class Recommender:
         counts = evidence([], self.index, self.item_counts)[1]
         self._kind, self._threads = kind, threads
         prepared = prepare(fusion, vectors, counts)
-        self._order, self._places, self._feeds = prepared.order, prepared.places, prepared.feeds
+        self._order, self._places = prepared.order, prepared.places
         new = np.append(counts < fusion.few, False)  # the last one stands for place −1
         self._new_places = np.flatnonzero(new[self._order])
         self._shortlist: Shortlist | None = None
@@ -174,7 +175,9 @@ class Recommender:
             at = np.append(counts, 0)[self._order]
             samples = self._vectors(self._sample(SAMPLED))
             self._shortlist = Shortlist(fusion, prepared, at, kind=kind, samples=samples, threads=threads)
-            self._feeds = {}  # the shortlist has them in rows
+            self._feeds: dict[str, Any] = {}  # the shortlist has them in rows
+        else:
+            self._feeds = placed(catalogue, prepared.feeds)
 
     @property
     def exclude_seen(self) -> bool:
@@ -320,7 +323,7 @@ class Recommender:
         given = {f"{name}_queries": own for name, own in vectors.items()}
         if only_new:
             given[KNOWN_BARRED] = np.ones(1, dtype=np.float32)
-        rows, scores, shares = self._catalogue.run(None, given | feeds | counts)
+        rows, scores, shares = compute(self._catalogue, given | feeds | counts)
         return Lists(np.where(rows < 0, -1, order[rows]), scores, shares)
 
     def _best_new(

@@ -1,7 +1,11 @@
 """ONNX Runtime's sessions: on exactly the provider that was asked for, or an error with the way out."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from recllm.errors import RecllmError, require, unknown
 
@@ -12,6 +16,10 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+
+DEVICES = {"CPUExecutionProvider": "cpu"}
+"""Where a provider's memory is, as ONNX Runtime names it; `ACCELERATOR` for all others."""
+ACCELERATOR = "cuda"
 
 
 def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) -> Any:  # noqa: ANN401  onnxruntime is untyped
@@ -64,3 +72,42 @@ def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) ->
             "Install CUDA and cuDNN (and TensorRT, for tensorrt) for this onnxruntime-gpu, or ask for the provider cpu."
         )
     return session
+
+
+def placed(session: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:  # noqa: ANN401  onnxruntime is untyped
+    """Arrays where a session computes, for `compute` to take in place of them: copied there once, not at every call.
+
+    On a CPU nothing is copied, and the arrays must not be changed any more.
+    """
+    return {name: _value(own, _device(session)) for name, own in arrays.items()}
+
+
+def compute(session: Any, feeds: Mapping[str, Any], *, stay: bool = False) -> list[Any]:  # noqa: ANN401
+    """Run a graph on arrays and on what is already where it computes.
+
+    Args:
+        session: the graph.
+        feeds: by input an array, or a value of `placed` or of an earlier call that `stay`s.
+        stay: leave the outputs where the session computes, for a next graph there.
+
+    Returns:
+        The outputs in order: arrays, or ONNX Runtime's own values with `stay`, whose `numpy()` copies them back.
+    """
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        # As a value: its binding of arrays does not know inputs that may be left out.
+        binding.bind_ortvalue_input(name, _value(value, "cpu") if isinstance(value, np.ndarray) else value)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, _device(session) if stay else "cpu")
+    session.run_with_iobinding(binding)
+    found = list(binding.get_outputs())
+    return found if stay else [value.numpy() for value in found]
+
+
+def _value(array: NDArray[Any], device: str) -> Any:  # noqa: ANN401
+    value = require("onnxruntime", "gpu", "Running a bundle").OrtValue
+    return value.ortvalue_from_numpy(np.ascontiguousarray(array), device)
+
+
+def _device(session: Any) -> str:  # noqa: ANN401
+    return DEVICES.get(session.get_providers()[0], ACCELERATOR)

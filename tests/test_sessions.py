@@ -1,0 +1,47 @@
+"""Sessions: feeds that stay where a graph computes give the same answers, and nothing that was handed out changes."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from recllm.sessions import compute, open_session, placed
+
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.fixture(scope="module")
+def product():
+    """x · y, with y = 2 where it is left out."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    x, y, z = (helper.make_tensor_value_info(name, kind, ["n"]) for name in "xyz")
+    two = helper.make_tensor("y", kind, [1], [2.0])
+    y = helper.make_tensor_value_info("y", kind, [1])
+    graph = helper.make_graph([helper.make_node("Mul", ["x", "y"], ["z"])], "product", [x, y], [z], [two])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return open_session(model.SerializeToString(), threads=1)
+
+
+def test_arrays_placed_values_and_inputs_that_are_left_out_go_together(product):
+    x = np.arange(5, dtype=np.float32)
+    there = placed(product, {"y": np.full(1, 3, dtype=np.float32)})
+    assert compute(product, {"x": x})[0].tolist() == [0, 2, 4, 6, 8]
+    assert compute(product, {"x": x} | there)[0].tolist() == [0, 3, 6, 9, 12]
+    assert compute(product, {"x": x[::2], "y": np.full(1, 3, dtype=np.float32)})[0].tolist() == [0, 6, 12]
+
+
+def test_outputs_that_stay_feed_the_next_call_without_being_fetched(product):
+    (first,) = compute(product, {"x": np.ones(4, dtype=np.float32)}, stay=True)
+    assert not isinstance(first, np.ndarray)
+    (second,) = compute(product, {"x": first})
+    assert second.tolist() == [4, 4, 4, 4]
+    assert first.numpy().tolist() == [2, 2, 2, 2]
+
+
+def test_answers_and_placed_arrays_outlive_what_made_them(product):
+    answers = [compute(product, {"x": np.full(1000, row, dtype=np.float32)})[0] for row in range(100)]
+    there = placed(product, {"y": np.full(1, 7, dtype=np.float32)})
+    gc.collect()
+    junk = [np.full(1000, -1, dtype=np.float32) for _ in range(100)]
+    assert all((answer == 2 * row).all() for row, answer in enumerate(answers))
+    assert (compute(product, {"x": -junk[0]} | there)[0] == 7).all()
