@@ -313,6 +313,10 @@ def score(
     provider: Provider = "cpu",
     interactions: Log = None,
     column: Column = None,
+    item_column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="Which column of the files of items is ours. Repeatable."),
+    ] = None,
     shard: Shard = "1/1",
     overwrite: Overwrite = False,
 ) -> None:
@@ -329,7 +333,7 @@ def score(
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)
     elif items is not None:
-        commands.score_zero_shot(items, history_items, job, model, prompt)
+        commands.score_zero_shot(items, history_items, item_column or [], job, model, prompt)
 
 
 @items.command(
@@ -344,13 +348,19 @@ def add(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="The new bundle; BUNDLE itself if not given.")
     ] = None,
+    item_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OURS=THEIRS", help="Which column of ITEMS is ours; by default as in training. Repeatable."
+        ),
+    ] = None,
     provider: Provider = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle in FOLDER.")] = False,
 ) -> None:
     """Add items that nobody has chosen yet, by their text; they can be recommended from the next call."""
     from recllm import commands
 
-    commands.add_to_bundle(bundle, source, out or bundle, provider, overwrite=overwrite)
+    commands.add_to_bundle(bundle, source, out or bundle, item_column or [], provider, overwrite=overwrite)
 
 
 @app.command(

@@ -384,9 +384,12 @@ def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: boo
         say("  ".join([f"{rank + 1:4}", f"{item:{wide}}", f"{title:40.40}", f"{found.scores[0, rank]:7.3f}", *shares]))
 
 
-def add_to_bundle(bundle: Path, items: Path, target: Path, provider: str, *, overwrite: bool) -> None:
+def add_to_bundle(
+    bundle: Path, items: Path, target: Path, columns: Sequence[str], provider: str, *, overwrite: bool
+) -> None:
     """Add the items of a file to a bundle."""
-    added = add_items(bundle, items, target, provider=provider, overwrite=overwrite)
+    given = mapping(columns, "--item-column")
+    added = add_items(bundle, items, target, columns=given, provider=provider, overwrite=overwrite)
     say(f"{added:,} items added; the bundle is {target}")
 
 
@@ -413,11 +416,14 @@ def score_candidates(bundle: Path, job: Job, provider: str) -> None:
         _report(score_file(load(bundle, provider=provider), job), job)
 
 
-def score_zero_shot(items: Path, history_items: Path | None, job: Job, model: str, prompt: str) -> None:
+def score_zero_shot(
+    items: Path, history_items: Path | None, columns: Sequence[str], job: Job, model: str, prompt: str
+) -> None:
     """Score every item of a file for every row by an untrained language model."""
     job.check()
-    new = read_items(items)
-    known = new if history_items is None else read_items(history_items)
+    given = mapping(columns, "--item-column")
+    new = read_items(items, columns=given)
+    known = new if history_items is None else read_items(history_items, columns=given)
     needs("Scoring with a language model", TRAINING)
     from recllm.relevance import zero_shot_scorer
 

@@ -219,6 +219,7 @@ def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[s
         "likelihood": run.model.likelihood,
         "data": data_facts(task),
         "repeats": task.repeats,
+        "item_columns": run.data.item_columns,
     }
 
 

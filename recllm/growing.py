@@ -1,6 +1,7 @@
 """Add items to a bundle without training: their text is read once, and the next call can recommend them."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, write_catalog
 from recllm.data import Catalog, read_items
+from recllm.data.tables import open_table
 from recllm.errors import RecllmError
 from recllm.files import write_json
 from recllm.likelihood import Likelihood
@@ -21,7 +23,15 @@ SEALED = ("format", "recllm", "made", "files")
 """Keys of a manifest that the sealing of the new bundle writes anew."""
 
 
-def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu", overwrite: bool = False) -> int:
+def add_items(
+    source: Path,
+    items: Path,
+    target: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    provider: str = "cpu",
+    overwrite: bool = False,
+) -> int:
     """Write the bundle `target`: `source` with the items of a file, known by their text alone.
 
     Items that the bundle has already are left as they are; columns that its catalogue has not are left out.
@@ -30,6 +40,8 @@ def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu",
         source: a bundle.
         items: a file of items, of any kind that a data set's items may be.
         target: the new bundle; it may be `source` itself, which is replaced when the new one is whole.
+        columns: our column to the file's, where the guess is wrong; by default what the run that made the bundle was
+            told of its own items (`data.item_columns`), as far as the file has such columns.
         provider: what reads the text.
         overwrite: replace another bundle that is there.
 
@@ -46,19 +58,18 @@ def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu",
         if not overwrite:
             raise RecllmError(f"'{target}' is another bundle. Replace it by --overwrite, or name another folder.")
     recommender = load(source, provider=provider)
-    known = recommender.catalog
-    found = read_items(items)
+    known, manifest = recommender.catalog, read_manifest(source, verify=False)
+    found = read_items(items, columns=columns or _told(items, manifest))
     records = [_fitting(found, item, known) for item in found.ids if item not in known]
     if not records:
         raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
     if not any(len(record) > 1 for record in records):
         raise RecllmError(
             f"{items} says nothing of its items in a column that '{source}' knows: it has "
-            f"{', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Name them alike; nothing "
-            "was written."
+            f"{', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Say which is which by "
+            "--item-column OURS=THEIRS; nothing was written."
         )
     grown = recommender.with_items(records)
-    manifest = read_manifest(source, verify=False)
     facts = {key: value for key, value in manifest.items() if key not in SEALED}
     with new_bundle(target, facts | {"items_added": facts.get("items_added", 0) + len(records)}) as part:
         for path in sorted(source.rglob("*")):
@@ -68,6 +79,11 @@ def add_items(source: Path, items: Path, target: Path, *, provider: str = "cpu",
                 shutil.copyfile(path, part / name)
         _write_grown(grown, load_file(source / VECTORS), part)
     return len(records)
+
+
+def _told(items: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    there = open_table(items).columns
+    return {ours: theirs for ours, theirs in manifest.get("item_columns", {}).items() if theirs in there}
 
 
 def _fitting(found: Catalog, item: str, known: Catalog) -> dict[str, str]:

@@ -83,6 +83,25 @@ def test_items_of_which_nothing_is_said_are_refused(tiny_bundle, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
+def test_columns_are_those_of_the_option_else_those_of_the_training(tiny_bundle, tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text("item_id,Film Name,words\nnew,Red film 99,Blue film 99\n", encoding="utf-8")
+    add_items(tiny_bundle, path, tmp_path / "grown", columns={"title": "words"})
+    assert recllm.load(tmp_path / "grown").catalog.record("new")["title"] == "Blue film 99"
+
+    told = tmp_path / "told"
+    shutil.copytree(tiny_bundle, told)
+    manifest = read_manifest(told)
+    assert manifest["item_columns"] == {}
+    seal(
+        told,
+        {"item_columns": {"title": "Film Name", "genres": "gone"}, **{k: manifest[k] for k in ("scorers", "name")}},
+    )
+    add_items(told, path, told)
+    assert recllm.load(told).catalog.record("new")["title"] == "Red film 99"
+    assert read_manifest(told)["item_columns"] == {"title": "Film Name", "genres": "gone"}
+
+
 def test_white_space_inside_an_id_stays(tiny_bundle, tmp_path):
     path = tmp_path / "new.csv"
     path.write_text("item_id,title\n n  1 ,Red  film 99\n", encoding="utf-8")
