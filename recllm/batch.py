@@ -167,7 +167,7 @@ def best_items(
     histories = [row.history for row in rows]
     if isinstance(recommender, TwoStage):
         ratings = [row.ratings for row in rows]
-        found = recommender.recommend(histories, k, exclude_seen=exclude_seen, ratings=ratings)
+        found = recommender.recommend(histories, k, exclude_seen=exclude_seen, new_items=new_items, ratings=ratings)
     else:
         found = recommender.recommend(histories, k, exclude_seen=exclude_seen, new_items=new_items)
     lengths = np.array([len(ids) for ids in found.ids], dtype=np.int64)

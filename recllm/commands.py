@@ -371,10 +371,7 @@ def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: boo
     if strange:
         tell(f"Not in the catalogue, passed over: {', '.join(strange)}")
     recommender.check_k(k, new_items)
-    if isinstance(recommender, TwoStage):
-        found = recommender.recommend([items], k, exclude_seen=exclude_seen)
-    else:
-        found = recommender.recommend([items], k, exclude_seen=exclude_seen, new_items=new_items)
+    found = recommender.recommend([items], k, exclude_seen=exclude_seen, new_items=new_items)
     wide = max([4, *(len(item) for item in found.ids[0])])
     heads = [f"{'rank':>4}", f"{'item':{wide}}", f"{'title':40}", f"{'score':>7}", *(f"{n:>10}" for n in found.shares)]
     say("  ".join(heads))

@@ -20,6 +20,7 @@ from recllm.onnxreader import OnnxReader
 from recllm.pointwise import PointwiseScorer
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
+from recllm.reserved import with_new
 from recllm.runtime import Recommendations, Recommender
 
 SETTINGS, PROMPT = "ranker.json", "relevance.toml"
@@ -173,14 +174,12 @@ class TwoStage:
         return (*self.recommender.share_names, RANKER_SHARE)
 
     def check_k(self, k: int, new_items: int = 0) -> None:
-        """As `Recommender.check_k`; a ranker moves items, so that no places can be kept.
+        """As `Recommender.check_k`.
 
         Raises:
-            RecllmError: as there, or places are to be kept for new items.
+            RecllmError: as there.
         """
         self.recommender.check_k(k, new_items)
-        if new_items:
-            raise RecllmError("Places are kept for new items (--new-items) or a ranker reorders the list; take one.")
 
     def recommend(
         self,
@@ -188,22 +187,28 @@ class TwoStage:
         k: int = 10,
         *,
         exclude_seen: bool | None = None,
+        new_items: int = 0,
         ratings: Sequence[Sequence[float | None] | None] | None = None,
     ) -> Recommendations:
         """The `k` best items after every history, with the ranker's share beside the others.
+
+        Where places are kept for new items, both stages keep them: so many are judged, and the best of them by both
+        scores take the places of the last known ones.
 
         Args:
             histories: as `Recommender.recommend` takes them.
             k: how many.
             exclude_seen: as `Recommender.recommend` takes it.
+            new_items: likewise.
             ratings: as long as the histories, or None, for the ranker to tell liked and disliked items apart.
 
         Raises:
-            RecllmError: k is not between 1 and the number of items, or ratings of another length than their history.
+            RecllmError: k is not between 1 and the number of items, new items cannot be told apart, or ratings of
+                another length than their history.
         """
-        self.recommender.check_k(k)
+        self.recommender.check_k(k, new_items)
         depth = min(max(self.top, k), len(self.recommender.index))
-        first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen)
+        first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen, new_items=new_items)
         judged = self._judged(_queries(histories, ratings), [ids[: self.top] for ids in first.ids])
         ids: list[list[str]] = []
         scores = np.full((len(judged), k), np.nan, dtype=np.float32)
@@ -212,7 +217,9 @@ class TwoStage:
             count = len(first.ids[row])
             parts = {name: share[row, :count] for name, share in first.shares.items()}
             total, parts = self._fused(first.scores[row, :count], parts, own)
-            order = np.lexsort((-total, np.arange(count) >= len(own)))[:k]
+            order = np.lexsort((-total, np.arange(count) >= len(own)))
+            new = np.array([self.recommender.is_new(item) for item in first.ids[row]], dtype=bool)
+            order = with_new(order, new, k, new_items)
             ids.append([first.ids[row][place] for place in order])
             scores[row, : len(order)] = total[order]
             for name, part in parts.items():

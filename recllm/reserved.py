@@ -70,3 +70,18 @@ def reserve(best: Lists, new: Lists) -> Lists:
         np.where(kept, found.scores, np.float32(np.nan)),
         np.where(kept[:, None], found.shares, np.float32(np.nan)),
     )
+
+
+def with_new(order: NDArray[np.int64], new: NDArray[np.bool_], length: int, count: int) -> NDArray[np.int64]:
+    """The first `length` of one user's items with at least `count` new ones among them, or as many as there are.
+
+    Args:
+        order: places of the items, best first, int64[items].
+        new: whether the item at a place is new, bool[items].
+        length: of the list.
+        count: how many of it at least are new.
+    """
+    head, behind = order[:length], order[length:]
+    spare = behind[new[behind]][: max(0, count - int(new[head].sum()))]
+    known = np.flatnonzero(~new[head])
+    return np.concatenate([np.delete(head, known[len(known) - len(spare) :]), spare])

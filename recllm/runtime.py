@@ -246,6 +246,10 @@ class Recommender:
         if new_items and KNOWN_BARRED not in {own.name for own in self._catalogue.get_overridable_initializers()}:
             raise RecllmError("This bundle was exported before places could be kept for new items. Export it again.")
 
+    def is_new(self, item: str) -> bool:
+        """Whether an item has so few events that the fusion has weights of their own for such."""
+        return self.item_counts.get(item, 0) < self.fusion.few
+
     def recall(self, histories: Sequence[Sequence[str]] | None = None, k: int = 10) -> float:
         """The share of the exact `k` best that the index gives, seen items left out; 1 without an index.
 

@@ -11,10 +11,11 @@ from recllm.errors import RecllmError
 from recllm.ranker import TwoStage, load_ranker
 
 HISTORIES = [["0", "2", "4"], ["1"], [], ["x"]]
+KNOWN = {str(item) for item in range(1000)} - {"7"}
 
 
 class Opinionated:
-    """Likes items with a high number; knows nothing of item 7, nor of an empty history."""
+    """Likes items with a high number; knows nothing of item 7, of those without a number, nor of an empty history."""
 
     def __init__(self):
         self.asked, self.ratings = [], []
@@ -23,7 +24,7 @@ class Opinionated:
         self.asked.append([list(own) for own in items])
         self.ratings += [query.ratings for query in queries]
         return [
-            np.array([np.nan if item == "7" or not query.history else float(item) for item in own], dtype=np.float32)
+            np.array([float(item) if query.history and item in KNOWN else np.nan for item in own], dtype=np.float32)
             for query, own in zip(queries, items, strict=True)
         ]
 
@@ -71,11 +72,22 @@ def test_ratings_of_another_length_are_refused(recommender):
         TwoStage(recommender, Opinionated()).recommend([["0"], ["0", "2"]], 2, ratings=[None, [4.0]])
 
 
-def test_a_ranker_keeps_no_places_for_new_items(recommender, tmp_path):
+@pytest.mark.parametrize("top", [6, 12])
+def test_places_for_new_items_stay_behind_a_ranker(recommender, top, tmp_path):
+    assert recommender.fusion.new is not None
+    grown = recommender.with_items([{"item_id": f"n{place}", "title": f"Red film {place}"} for place in range(3)])
+    new = [item for item in grown.index.ids if grown.is_new(item)]
+    assert set(new) >= {"n0", "n1", "n2"}
+    stages = TwoStage(grown, Opinionated(), top=top, weight=1e-3)
+    for count in (0, 2):
+        found = stages.recommend(HISTORIES, 6, new_items=count)
+        assert all(len(set(ids)) == 6 and sum(map(grown.is_new, ids)) >= count for ids in found.ids)
+        assert (np.diff(found.scores, axis=1) <= 0).all()
+        assert sum(found.shares.values()) == pytest.approx(found.scores, rel=1e-4, abs=1e-3)
     rows = tmp_path / "in.jsonl"
     rows.write_text('{"history": ["0"]}', encoding="utf-8")
-    with pytest.raises(RecllmError, match=r"Places are kept for new items \(--new-items\) or a ranker reorders"):
-        recommend_file(TwoStage(recommender, Opinionated()), Job(rows, tmp_path / "out.csv"), k=2, new_items=1)
+    recommend_file(stages, Job(rows, tmp_path / "out.csv"), k=6, new_items=2)
+    assert pl.read_csv(tmp_path / "out.csv")["item_id"].is_in(new).sum() >= 2
 
 
 def test_without_weight_the_first_order_stays(recommender):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recllm.reserved import Lists, reserve
+from recllm.reserved import Lists, reserve, with_new
 
 NAN = np.float32(np.nan)
 
@@ -58,3 +58,20 @@ def test_lists_merge_by_score_with_nothing_last():
     assert found.rows.tolist() == [[6, 4, 5]]
     assert found.scores.tolist() == [[3.0, 1.0, 1.0]]
     assert found.shares.shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("new", "count", "expected"),
+    [
+        ([4, 5], 0, [3, 0, 2]),
+        ([4, 5], 1, [3, 0, 4]),
+        ([4, 5], 2, [3, 4, 5]),
+        ([0, 5], 1, [3, 0, 2]),  # one is there already
+        ([0, 5], 2, [3, 0, 5]),
+        ([2, 5], 2, [3, 2, 5]),
+        ([5], 3, [3, 0, 5]),  # as many as there are
+    ],
+)
+def test_one_list_with_so_many_new_ones(new, count, expected):
+    order, marked = np.array([3, 0, 2, 1, 4, 5]), np.isin(np.arange(6), new)
+    assert with_new(order, marked, 3, count).tolist() == expected
