@@ -22,10 +22,10 @@ from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER
-from recllm.lm import BaseModel, load_base, mean_pool, model_folder
+from recllm.lm import BaseModel, load_base, mean_pool, model_folder, positions_of
 from recllm.names import NameModel
 from recllm.parity import measure
-from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
+from recllm.prompts import CompiledPrompt
 from recllm.quantise import quantise, write_quantisation
 from recllm.rankexport import export_ranker
 from recllm.recipes import find_recipe
@@ -38,6 +38,7 @@ from recllm.trained import (
     Collaborative,
     borrowed_heads,
     encoder_name,
+    item_prompt,
     load_collaborative,
     load_language,
     load_light,
@@ -167,6 +168,7 @@ def _export(
         return measure(part, run, task, parts, sequences, base, names, reference)
 
     folder, facts = run.folder / f"bundle-{Path(name).stem}", _facts(run, task, name, sequences)
+    facts |= {"item_positions": positions_of(base), "name_positions": None if names is None else names[1].positions}
     return gated(folder, facts, name, recipe, fill, measured)
 
 
@@ -194,7 +196,7 @@ def _samples(
 
         SequenceScorer(record, history, scorer.index, scorer.items[:, :-1], scorer.items[:, -1]).query_vectors(queries)
     if base.causal:
-        prompt = compile_prompt(load_prompt(run.prompt_file("item"), task="item"), base.tokenizer)
+        prompt = item_prompt(run, base)
         texts = [ids for ids in prompt.encode_items(task.dataset.catalog) if ids is not None]
         drawn = [np.array([texts[place]]) for place in random.permutation(len(texts))[:SAMPLES]]
         result["encoder"] = [{"ids": ids, "mask": np.ones_like(ids)} for ids in drawn]

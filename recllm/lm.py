@@ -296,6 +296,13 @@ def item_vectors(
     return RawVectors.load(path)
 
 
+def positions_of(base: BaseModel) -> int | None:
+    """The most tokens that a model reads; None where it takes any number."""
+    positions: int | None = getattr(base.model.config, "max_position_embeddings", None)
+    # RoBERTa's relatives count positions from 2.
+    return None if positions is None else positions - (0 if base.causal else 2)
+
+
 def given_positions(batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
     """Positions and mask of histories that are padded on the right, where the model is being exported; else nothing.
 

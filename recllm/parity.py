@@ -15,7 +15,7 @@ from recllm.likelihood import NAME_GRAPH, NameReader
 from recllm.lm import BaseModel, encode_ids
 from recllm.metrics import auc, ndcg
 from recllm.names import NameModel, read_names
-from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
+from recllm.prompts import CompiledPrompt
 from recllm.ranking import Scorer, mask_seen, target_ranks
 from recllm.recipes import Settings
 from recllm.runs import Run
@@ -24,7 +24,7 @@ from recllm.sequence import NextItemModel
 from recllm.sessions import open_session
 from recllm.splits import Example
 from recllm.tasks import Task
-from recllm.trained import Collaborative
+from recllm.trained import Collaborative, item_prompt
 
 GRID = 1e-5
 """Scores nearer than this, or this share of the largest one, are equal: of their order float32 says nothing."""
@@ -155,7 +155,7 @@ def _encoder_parity(
     folder: Path, run: Run, task: Task, base: BaseModel, random: np.random.Generator
 ) -> dict[str, float]:
     """Fidelity of the similarities among item texts."""
-    prompt = compile_prompt(load_prompt(run.prompt_file("item"), task="item"), base.tokenizer)
+    prompt = item_prompt(run, base)
     token_ids = [ids for ids in prompt.encode_items(task.dataset.catalog) if ids is not None]
     chosen = [token_ids[place] for place in random.permutation(len(token_ids))[:ENCODER_TEXTS]]
     session, found = open_session(folder / "encoder.onnx"), []

@@ -140,11 +140,13 @@ class CompiledPrompt:
     middle: list[int]
     """What stands between the history and the candidate."""
 
-    def __init__(self, prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None) -> None:
-        """Compile; `like_at` is the rating from which an item counts as liked (None: ratings are not written)."""
+    def __init__(
+        self, prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None, positions: int | None = None
+    ) -> None:
+        """Compile; arguments as for `compile_prompt`."""
         prompt.check()
         self.prompt = prompt
-        self.like_at = like_at
+        self.like_at, self.positions = like_at, positions
         self._tokens = Tokens(tokenizer)
         self._item, self._candidate = split_item(prompt.item), split_item(prompt.candidate or prompt.item)
         self._compile_text()
@@ -175,6 +177,14 @@ class CompiledPrompt:
             "item": (self.start, self._tail + self.end),
         }
         self._before, self._after = wraps[prompt.task]
+        self._item_cut = prompt.max_item_tokens
+        if self.positions is not None and prompt.task == "item":
+            self._item_cut = min(self._item_cut, self.positions - len(self._before) - len(self._after))
+            if self._item_cut < 1:
+                raise RecllmError(
+                    f"The words around {{candidate}} take all of the {self.positions} tokens that the model reads. "
+                    "Shorten the prompt's text."
+                )
 
     def _opened(self, head: str) -> str:
         """What stands before the first slot, behind the space that the tokenizer gives a first word by itself."""
@@ -294,7 +304,7 @@ class CompiledPrompt:
 
     def _item_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
         texts = [render_item(self._item, record) for record in records]
-        encoded = self._tokens.content(texts, self._item_lead, self.prompt.max_item_tokens)
+        encoded = self._tokens.content(texts, self._item_lead, self._item_cut)
         return [None if ids is None else self._before + ids + self._after for ids in encoded]
 
     def _suffix_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
@@ -314,18 +324,22 @@ def _without_last(query: Query, catalog: Catalog) -> tuple[Query, str]:
     return query, catalog.ids[-1]
 
 
-def compile_prompt(prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None) -> CompiledPrompt:
+def compile_prompt(
+    prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None, *, positions: int | None = None
+) -> CompiledPrompt:
     """Compile `prompt` for `tokenizer`, which is left as it is.
 
     Args:
         prompt: the prompt.
         tokenizer: the model's tokenizer.
         like_at: rating from which a history item gets the mark `liked`, below it `disliked`; None writes no marks.
+        positions: the most tokens that the model reads; the text of an item prompt is cut to them. None: any number.
 
     Raises:
-        RecllmError: the prompt is not well formed, or (relevance) its answers begin with the same token.
+        RecllmError: the prompt is not well formed, leaves no room for an item, or (relevance) its answers begin with
+            the same token.
     """
-    compiled = CompiledPrompt(prompt, tokenizer, like_at)
+    compiled = CompiledPrompt(prompt, tokenizer, like_at, positions)
     if prompt.task == "relevance":
         _ = compiled.answer_ids
     return compiled

@@ -17,7 +17,7 @@ from recllm.errors import RecllmError
 from recllm.histories import padded
 from recllm.judgedloss import NOTHING, judged_loss
 from recllm.lean import round_frozen
-from recllm.lm import BaseModel, load_base, mean_pool, model_folder, scoring_device
+from recllm.lm import BaseModel, load_base, mean_pool, model_folder, positions_of, scoring_device
 from recllm.pointwise import Beginning, Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.sequence import IGNORED
@@ -75,8 +75,7 @@ class RelevanceModel(nn.Module):
         super().__init__()
         self.body, self.causal = body, base.causal
         config = base.model.config
-        # RoBERTa's relatives count positions from 2.
-        self.max_tokens = getattr(config, "max_position_embeddings", ANY_LENGTH) - (0 if base.causal else 2)
+        self.max_tokens = positions_of(base) or ANY_LENGTH
         self.difference = nn.Linear(config.hidden_size, 1) if output is None else AnswerDifference(output, answers)
         self.soft_from: int | None = None
         """The token of the catalogue's first item, where items have tokens of their own."""

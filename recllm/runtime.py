@@ -454,16 +454,13 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
     }
     encoder = None
     if (place / "encoder.onnx").is_file():
-        prompt = compile_prompt(
-            load_prompt(str(place / "item.toml")), Tokenizer.from_file(str(place / "tokenizer.json"))
-        )
+        prompt = _read_prompt(place / "item.toml", place / "tokenizer.json", manifest.get("item_positions"))
         encoder = ItemEncoder(
             session("encoder.onnx"), prompt, Standard(arrays["text.mean"], arrays["text.scale"].item())
         )
     names = None
     if (place / NAME_GRAPH).is_file():
-        tokenizer = Tokenizer.from_file(str(place / NAME_TOKENIZER))
-        prompt = compile_prompt(load_prompt(str(place / NAME_PROMPT)), tokenizer)
+        prompt = _read_prompt(place / NAME_PROMPT, place / NAME_TOKENIZER, manifest.get("name_positions"))
         names = NameReader(partial(session, NAME_GRAPH), prompt)
     return Recommender(
         catalog=catalog,
@@ -480,6 +477,10 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
         kind=index,
         threads=threads,
     )
+
+
+def _read_prompt(prompt: Path, tokenizer: Path, positions: int | None) -> CompiledPrompt:
+    return compile_prompt(load_prompt(str(prompt)), Tokenizer.from_file(str(tokenizer)), positions=positions)
 
 
 def _load_scorer(

@@ -33,6 +33,7 @@ from recllm.lm import (
     model_folder,
     next_item_model,
     not_causal,
+    positions_of,
     scoring_device,
 )
 from recllm.mf import ImplicitMF
@@ -197,13 +198,18 @@ def encoder_name(run: Run) -> str:
     return run.model.item_encoder or run.model.name
 
 
+def item_prompt(run: Run, base: BaseModel) -> CompiledPrompt:
+    """The prompt by which the item encoder reads an item."""
+    prompt = load_prompt(run.prompt_file("item"), task="item")
+    return compile_prompt(prompt, base.tokenizer, positions=positions_of(base))
+
+
 def encode_catalog(run: Run, task: Task, say: Say) -> RawVectors:
     """Vectors of all items by their text."""
     base = load_base(model_folder(encoder_name(run), say))
     base.model.to(scoring_device())
-    prompt = load_prompt(run.prompt_file("item"), task="item")
-    prompt.check_against(task.dataset.catalog)
-    compiled = compile_prompt(prompt, base.tokenizer)
+    compiled = item_prompt(run, base)
+    compiled.prompt.check_against(task.dataset.catalog)
     token_ids = compiled.encode_items(task.dataset.catalog)
     say(f"Encoding the text of {len(task.index):,} items with {encoder_name(run)}")
     progress = Progress(sum(ids is not None for ids in token_ids), "items", say)
@@ -219,7 +225,8 @@ def name_model(run: Run, say: Say) -> tuple[NameModel, CompiledPrompt]:
     assert run.model.likelihood is not None
     drawn_by = run.seed if run.control.language_model == "random" else None
     base = load_base(model_folder(run.model.likelihood, say), drawn_by=drawn_by)
-    prompt = compile_prompt(load_prompt(run.prompt_file("likelihood"), task="item"), base.tokenizer)
+    written = load_prompt(run.prompt_file("likelihood"), task="item")
+    prompt = compile_prompt(written, base.tokenizer, positions=positions_of(base))
     return NameModel(base, first_token(prompt)).eval(), prompt
 
 

@@ -102,6 +102,20 @@ def test_columns_are_those_of_the_option_else_those_of_the_training(tiny_bundle,
     assert read_manifest(told)["item_columns"] == {"title": "Film Name", "genres": "gone"}
 
 
+def test_a_text_longer_than_the_encoder_reads_is_cut(tiny_run, tmp_path):
+    folder = tmp_path / "long"
+    shutil.copytree(tiny_run, folder)
+    prompt = folder / "recipes" / "item.toml"
+    prompt.write_text(prompt.read_text(encoding="utf-8").replace("= 128", "= 100_000"), encoding="utf-8")
+    long = load_run(folder)
+    (exported,) = export_run(long, prepare(long), ["fp32"], say=lambda _: None)
+    assert read_manifest(exported.folder)["item_positions"] == 512
+    path = tmp_path / "new.csv"
+    path.write_text(f"item_id,title\nnew,{'Red film ' * 900}\n", encoding="utf-8")
+    add_items(exported.folder, path, exported.folder)
+    assert "new" in recllm.load(exported.folder).index.ids
+
+
 def test_white_space_inside_an_id_stays(tiny_bundle, tmp_path):
     path = tmp_path / "new.csv"
     path.write_text("item_id,title\n n  1 ,Red  film 99\n", encoding="utf-8")

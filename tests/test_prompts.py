@@ -135,6 +135,21 @@ def test_pieces_of_a_prompt_join_to_what_the_tokenizer_makes_of_the_whole(make, 
     assert ids + compiled.suffix({"title": "Rex"}) == make().encode(whole).ids
 
 
+def test_an_item_text_is_cut_to_what_the_model_reads(tiny_tokenizer):
+    prompt = Prompt(task="item", text="A film: {candidate}.", item="{title}", max_item_tokens=50)
+    long = {"title": "red " * 60}
+    whole = compile_prompt(prompt, tiny_tokenizer).item_ids(long)
+    cut = compile_prompt(prompt, tiny_tokenizer, positions=20).item_ids(long)
+    around = len(whole) - 50
+    assert len(cut) == 20
+    assert (cut[: 20 - around], cut[-1]) == (whole[: 20 - around], whole[-1])
+    assert compile_prompt(prompt, tiny_tokenizer, positions=20).item_ids({"title": "red"}) == compile_prompt(
+        prompt, tiny_tokenizer
+    ).item_ids({"title": "red"})
+    with pytest.raises(RecllmError, match=r"around \{candidate\} take all of the 3 tokens that the model reads"):
+        compile_prompt(prompt, tiny_tokenizer, positions=3)
+
+
 @pytest.mark.parametrize("make", [sentencepiece, byte_level])
 @pytest.mark.parametrize("text", ["{candidate}", "Rex:{candidate};", "Rex: {candidate}"])
 def test_an_item_text_begins_as_the_tokenizer_begins_every_text(make, text):
