@@ -12,14 +12,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recllm.bundle import MANIFEST
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import sha256_of
 from recllm.parts import Counts, Parts, is_ours, sweep
 from recllm.progress import Progress
-from recllm.query_rows import BadRow, QueryRow, check_source, count_rows, read_rows
+from recllm.query_rows import BadRow, QueryRow, read_rows
 from recllm.ranker import RanksLists, TwoStage
 from recllm.ranking import ItemIndex, Scorer, Scores
+from recllm.rowfiles import check_source, count_rows
 from recllm.runtime import Recommender
 from recllm.sheets import check_target
 
@@ -29,6 +31,7 @@ Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
 CHUNK = 512
 """Rows that are answered and written together; in memory are these, their answers and the rows behind them."""
 NO_HISTORY = "no item of the history is known; name the file that has their text: --history-items FILE"
+NO_KNOWN = "no item of the history is known, and a language model says nothing of a user without one"
 PAIRS = ["user_id", "item_id", "score"]
 """Columns of scores of named items."""
 EVERY = 5.0
@@ -127,6 +130,14 @@ class Job:
         check_source(self.source)
         sweep(self.target)
         check_target(self.target, overwrite=self.overwrite or is_ours(self.target))
+        if (self.target.parent / MANIFEST).is_file():
+            raise RecllmError(
+                f"'{self.target}' would lie in a bundle, which holds its own files only. Name another place."
+            )
+        if rejects_of(self.target).exists() and rejects_of(self.target).samefile(self.source):
+            raise RecllmError(
+                f"'{self.source}' is where the rows of '{self.target}' go that cannot be answered. Rename one of them."
+            )
         if self.target.exists() and self.target.samefile(self.source):
             raise RecllmError(f"'{self.target}' is the input itself; name another file for the answers.")
 
@@ -222,7 +233,8 @@ def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
         }
         return _frame(columns)
 
-    return _run(job.knowing(work="rank candidates"), known, answer, PAIRS, need=("candidates",), ratings=True)
+    work, need = job.knowing(work="rank candidates"), ("candidates",)
+    return _run(work, known, answer, PAIRS, need=need, unknown=NO_KNOWN, ratings=True)
 
 
 def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Job) -> Summary:
@@ -283,7 +295,7 @@ def _run(
 ) -> Summary:
     """Read, answer and keep part by part; the target appears when the last one is there.
 
-    Rows whose history has items, and none that is known, are set aside for the reason `unknown`, where it is given.
+    Rows without a known item in their history are set aside for the reason `unknown`, where it is given.
     `ratings` are read only where something reads them.
     A job that was killed goes on behind its last part, and ends with the same bytes.
     """
@@ -401,7 +413,7 @@ def _checked(
         return None
     strange = sum(item not in index for item in row.history)
     stranger = bool(row.history) and strange == len(row.history)
-    if unknown and stranger:
+    if unknown and (stranger or not row.history):
         refuse(unknown)
         return None
     counts.strangers += stranger

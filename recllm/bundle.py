@@ -1,10 +1,10 @@
 """The bundle: one folder with graphs, vectors, weights, prompt and catalogue, every file known by its sha256."""
 
 import datetime
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 
@@ -13,7 +13,11 @@ from recllm.data import Catalog
 from recllm.errors import RecllmError
 from recllm.files import read_json, sha256_of, whole_folder, write_json
 
+T = TypeVar("T")
+
 FORMAT = 3
+TRIES = 5
+"""How often a bundle that is replaced meanwhile is read."""
 MANIFEST = "manifest.json"
 CATALOG = "catalog.parquet"
 
@@ -31,7 +35,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name != MANIFEST and not _is_hidden(path.relative_to(folder).as_posix())
     }
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(folder / MANIFEST, {"format": FORMAT, "recllm": __version__, "made": made} | facts | {"files": files})
@@ -83,10 +87,42 @@ def _check_nothing_else(folder: Path, files: Collection[str]) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         # Hidden files come with copying and version control, and nothing of ours reads them.
-        if path.is_file() and name not in files and name != MANIFEST and not path.name.startswith("."):
+        if path.is_file() and name not in files and name != MANIFEST and not _is_hidden(name):
             raise RecllmError(
                 f"'{folder}' has the file '{name}', which its manifest does not name. Remove it, or export again."
             )
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def read_steadily(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of a bundle that another process may replace meanwhile: of one bundle, never of two.
+
+    Raises:
+        RecllmError: as `read` does, or it is replaced again and again.
+    """
+    for _ in range(TRIES):
+        before = _state(folder)
+        try:
+            found = read()
+        except Exception:
+            if _state(folder) == before:
+                raise
+            continue
+        if _state(folder) == before:
+            return found
+    raise RecllmError(f"'{folder}' is replaced again and again while it is read. Wait until that is done.")
+
+
+def _state(folder: Path) -> tuple[int, int, int] | None:
+    """Alike as long as the same bundle lies there."""
+    try:
+        place, manifest = folder.stat(), (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return place.st_ino, manifest.st_ino, manifest.st_mtime_ns
 
 
 def write_catalog(folder: Path, catalog: Catalog) -> None:

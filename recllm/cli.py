@@ -27,7 +27,9 @@ class Commands(TyperGroup):
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(MISTAKE) from None
         except KeyboardInterrupt:
-            typer.echo("Interrupted. A training run goes on where it was with --resume.", err=True)
+            typer.echo(
+                "Interrupted. Training goes on where it was with --resume, a batch by the same command.", err=True
+            )
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -290,7 +292,7 @@ def recommend(
         return
     if source is None or out is None:
         raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
-    job = commands.batch_job(source, out, interactions, column or [], shard, overwrite=overwrite)
+    job = commands.batch_job(source, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite)
     commands.recommend_rows(stages, job, k, exclude_seen=exclude_seen, new_items=new_items)
 
 
@@ -329,7 +331,7 @@ def score(
         raise RecllmError(
             f"--provider {provider} is for --bundle; a language model takes the GPU by itself where there is one."
         )
-    job = commands.batch_job(users, out, interactions, column or [], shard, overwrite=overwrite)
+    job = commands.batch_job(users, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite)
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)
     elif items is not None:

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from recllm import __version__
 from recllm.assets import ASSETS
 from recllm.batch import Job, Summary, rank_file, recommend_file, score_file, score_items_file
-from recllm.bundle import MANIFEST
+from recllm.bundle import MANIFEST, read_manifest
 from recllm.data import Catalog, Dataset, Query, read_dataset, read_interactions, read_items
+from recllm.data.events import Duplicates
 from recllm.data.join import join_sources
 from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
@@ -26,7 +27,7 @@ from recllm.growing import add_items
 from recllm.hub import pull, push
 from recllm.process import run_child
 from recllm.prompts import compile_prompt, load_prompt
-from recllm.query_rows import split_ids
+from recllm.query_rows import history_items
 from recllm.ranker import TwoStage, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
@@ -285,9 +286,16 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
 
 
 def batch_job(
-    source: Path, target: Path, interactions: Path | None, columns: Sequence[str], shard: str, *, overwrite: bool
+    source: Path,
+    target: Path,
+    interactions: Path | None,
+    columns: Sequence[str],
+    shard: str,
+    *,
+    bundle: Path | None,
+    overwrite: bool,
 ) -> Job:
-    """The files of a batch job; histories are read where a log is given.
+    """The files of a batch job; histories are read where a log is given, as the bundle's run read its own.
 
     Raises:
         RecllmError: a log that cannot be read, or a shard that is not I/N.
@@ -296,13 +304,21 @@ def batch_job(
     part, slash, parts = shard.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal()):
         raise RecllmError(f"--shard {shard}: give I/N with I between 1 and N, as --shard 1/4.")
-    histories = None if interactions is None else log_histories(interactions, given)
+    histories = None if interactions is None else log_histories(interactions, given, _duplicates(bundle))
     return Job(source, target, histories, overwrite, tell, shard=(int(part), int(parts)))
 
 
-def log_histories(path: Path, columns: dict[str, str]) -> dict[str, Query]:
+def _duplicates(bundle: Path | None) -> Duplicates:
+    """Which of several events of one user with one item the bundle's run read."""
+    manifest = {} if bundle is None else read_manifest(bundle, verify=False)
+    # Bundles of before say only whether all of them count.
+    found: Duplicates = manifest.get("duplicates", "keep" if manifest.get("repeats") else "first")
+    return found
+
+
+def log_histories(path: Path, columns: dict[str, str], duplicates: Duplicates = "first") -> dict[str, Query]:
     """Histories of all users of a log."""
-    return read_interactions(path, columns=columns).histories()
+    return read_interactions(path, columns=columns, duplicates=duplicates, say=tell).histories()
 
 
 @dataclass(frozen=True)
@@ -364,9 +380,9 @@ def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: boo
     """Print the best items after one history, with the share of each scorer."""
     recommender = stages.open()
     try:
-        items = [str(item) for item in split_ids(history)]
+        items = list(history_items(history))
     except ValueError as error:
-        raise RecllmError(f"--history {history}: not a JSON list ({error}). Ids parted by blanks do too.") from None
+        raise RecllmError(f"--history {history}: {error}. Ids parted by blanks do.") from None
     strange = [item for item in items if item not in recommender.index]
     if strange:
         tell(f"Not in the catalogue, passed over: {', '.join(strange)}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from recllm.batch import best_items
 from recllm.errors import RecllmError
-from recllm.query_rows import COLUMNS, BadRow, QueryRow, parse_row
+from recllm.query_rows import COLUMNS, BadRow, QueryRow, identifier, parse_row
 from recllm.ranker import TwoStage, load_ranker
 from recllm.runtime import load
 
@@ -103,15 +103,23 @@ class BatchRecommender:
 
 
 def _row(line: int, fields: dict[str, Any], *, ratings: bool) -> QueryRow | BadRow:
-    if fields["user_id"] in (None, ""):
+    if fields["user_id"] is None or not str(fields["user_id"]).strip():
         return BadRow(line, "no 'user_id', by which an answer of a cluster is known", fields)
     return parse_row(line, fields, ratings=ratings)
 
 
 def _refused(row: BadRow) -> pl.DataFrame:
     user = row.fields.get("user_id") if isinstance(row.fields, dict) else None
-    columns = {"user_id": [None if user is None else str(user)], "rank": [0], "error": [row.reason]}
+    columns = {"user_id": [_shown(user)], "rank": [0], "error": [row.reason]}
     return pl.DataFrame(columns, schema={"user_id": pl.String, "rank": pl.Int32, "error": pl.String})
+
+
+def _shown(user: Any) -> str | None:  # noqa: ANN401
+    """The user as answers have it; what is no id as it stands."""
+    try:
+        return None if user is None else identifier(user)
+    except ValueError:
+        return str(user)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -16,7 +16,7 @@ from recllm.cards import write_bundle_card
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
-from recllm.files import write_json
+from recllm.files import own_folder, write_json
 from recllm.fusion import Fusion
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_recipe
 from recllm.graphs import catalogue_graph
@@ -117,20 +117,19 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
     base = load_base(model_folder(encoder_name(run)))
     names = name_model(run, say) if "likelihood" in Fusion.load(run.folder / "fusion.json").names else None
     results = []
-    graphs = run.folder / "graphs"
-    for opset in sorted({recipe.opset for recipe in loaded.values()}):
-        say(f"Writing the ONNX graphs in fp32, opset {opset}")
-        _write_graphs(graphs / str(opset), sequences, base, names, opset)
-    reference = {name: sequence_scorer(*found, task, parts.neighbours) for name, found in sequences.items()}
-    measured = any(recipe.causal.max_damage is not None for recipe in loaded.values())
-    samples = _samples(run, task, sequences, base, reference) if measured else {}
-    if measured and names is not None:
-        samples["likelihood"] = _name_samples(run, task, names[1])
-    for name, recipe in loaded.items():
-        say(f"Bundle '{name}': quantising and comparing with torch")
-        graph = graphs / str(recipe.opset)
-        results.append(_export(run, task, parts, sequences, base, names, reference, samples, name, recipe, graph))
-    shutil.rmtree(graphs)
+    with own_folder(run.folder) as graphs:
+        for opset in sorted({recipe.opset for recipe in loaded.values()}):
+            say(f"Writing the ONNX graphs in fp32, opset {opset}")
+            _write_graphs(graphs / str(opset), sequences, base, names, opset)
+        reference = {name: sequence_scorer(*found, task, parts.neighbours) for name, found in sequences.items()}
+        measured = any(recipe.causal.max_damage is not None for recipe in loaded.values())
+        samples = _samples(run, task, sequences, base, reference) if measured else {}
+        if measured and names is not None:
+            samples["likelihood"] = _name_samples(run, task, names[1])
+        for name, recipe in loaded.items():
+            say(f"Bundle '{name}': quantising and comparing with torch")
+            graph = graphs / str(recipe.opset)
+            results.append(_export(run, task, parts, sequences, base, names, reference, samples, name, recipe, graph))
     return results
 
 
@@ -221,6 +220,7 @@ def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[s
         "likelihood": run.model.likelihood,
         "data": data_facts(task),
         "repeats": task.repeats,
+        "duplicates": run.data.duplicates,
         "item_columns": run.data.item_columns,
     }
 

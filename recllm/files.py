@@ -1,5 +1,6 @@
 """Files that are whole or not there: written to a temporary name in the same folder, then renamed."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -10,7 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows: a second process is not kept out there
+    fcntl = None  # type: ignore[assignment]
+
 BLOCK = 1 << 20
+HERE, EXCHANGE = -100, 2
+"""Linux's AT_FDCWD and RENAME_EXCHANGE."""
 
 
 @contextmanager
@@ -57,13 +65,45 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary.chmod(0o755)  # mkdtemp gives 0o700, and others may read what is written here
     try:
         yield temporary
-        if folder.is_dir():
+        if not folder.is_dir():
+            temporary.replace(folder)
+        elif not _exchanged(temporary, folder):
             # Out of the way first: at no moment is the old one half gone under its own name.
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             folder.replace(old)
             temporary.replace(folder)
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders change their names in one step, where the system can: at no moment is there none of a name."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # no such call, or no such library
+        return False
+    return bool(rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for a folder beside `folder`."""
+    folder = folder.resolve()
+    if fcntl is None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(beside, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(beside)
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder inside `folder` that no other process has, and take it away again."""
+    with tempfile.TemporaryDirectory(prefix=".work.", dir=folder) as place:
+        yield Path(place)

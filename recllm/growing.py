@@ -13,7 +13,7 @@ from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, write_ca
 from recllm.data import Catalog, read_items
 from recllm.data.tables import open_table
 from recllm.errors import RecllmError
-from recllm.files import write_json
+from recllm.files import alone, write_json
 from recllm.likelihood import Likelihood
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
@@ -52,11 +52,19 @@ def add_items(
         RecllmError: not a bundle, a bundle without an item encoder, a file that cannot be read, a target that is no
             bundle, or no item that is new.
     """
+    if (target.resolve().parent / MANIFEST).is_file():
+        raise RecllmError(f"'{target}' would lie in a bundle, which holds its own files only. Name another folder.")
     if target.exists() and not target.samefile(source):
         if not (target / MANIFEST).is_file():
             raise RecllmError(f"'{target}' is there already, and is no bundle. Name another folder.")
         if not overwrite:
             raise RecllmError(f"'{target}' is another bundle. Replace it by --overwrite, or name another folder.")
+    # One after the other: of two that add to the same bundle at once, the second would take away the first one's items.
+    with alone(target):
+        return _add(source, items, target, columns, provider)
+
+
+def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | None, provider: str) -> int:
     recommender = load(source, provider=provider)
     known, manifest = recommender.catalog, read_manifest(source, verify=False)
     found = read_items(items, columns=columns or _told(items, manifest))

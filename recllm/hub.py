@@ -24,7 +24,7 @@ def push(folder: Path, repository: str, *, private: bool = False, revision: str 
     Args:
         folder: a bundle, or the `lm/adapter` of a run.
         repository: owner/name.
-        private: whether a new repository is seen by its owner only.
+        private: the repository must be one that is seen by its owner only; a new one is made so.
         revision: the branch; the main one if not given.
 
     Returns:
@@ -38,6 +38,11 @@ def push(folder: Path, repository: str, *, private: bool = False, revision: str 
     api = _client().HfApi()
     with _told(repository):
         address = api.create_repo(repository, private=private or None, repo_type="model", exist_ok=True)
+        if private and not api.repo_info(repository, repo_type="model").private:
+            raise RecllmError(
+                f"'{repository}' is there already and public; nothing was uploaded. Make it private on the hub, or "
+                "name a new one."
+            )
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         api.upload_folder(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,27 +186,30 @@ class KeptPrefixes:
     limit: int
     size: int = 0
     _kept: OrderedDict[tuple[int, ...], tuple[Any, int]] = field(default_factory=OrderedDict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)  # a server asks from several threads
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, ids: tuple[int, ...]) -> Any:  # noqa: ANN401
         """The prefix of these token ids, or None."""
-        found = self._kept.get(ids)
-        if found is None:
-            return None
-        self._kept.move_to_end(ids)
-        return found[0]
+        with self._lock:
+            found = self._kept.get(ids)
+            if found is None:
+                return None
+            self._kept.move_to_end(ids)
+            return found[0]
 
     def add(self, ids: tuple[int, ...], prefix: Any, size: int) -> None:  # noqa: ANN401
         """Keep a prefix of `size` bytes; one that is larger than the limit is not kept."""
-        if size > self.limit or ids in self._kept:
-            return
-        self._kept[ids] = prefix, size
-        self.size += size
-        while self.size > self.limit:
-            _, (_, gone) = self._kept.popitem(last=False)
-            self.size -= gone
+        with self._lock:
+            if size > self.limit or ids in self._kept:
+                return
+            self._kept[ids] = prefix, size
+            self.size += size
+            while self.size > self.limit:
+                _, (_, gone) = self._kept.popitem(last=False)
+                self.size -= gone
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Rows that ask: `user_id`, `history`, `ratings`, `candidates` from Parquet, JSONL or CSV, bad ones with the reason."""
 
-import csv
+import ast
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from recllm.data import Query
-from recllm.errors import RecllmError, unknown
+from recllm.errors import RecllmError
+from recllm.rowfiles import Unreadable, check_source, columns_of, raw_rows
 
-SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
 COLUMNS = ("user_id", "history", "ratings", "candidates")
-PARQUET_ROWS = 4096
-"""Rows of a Parquet file that are decoded together."""
-BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,44 +73,10 @@ def read_rows(
         RecllmError: no such file, an empty one, an unknown kind, or columns that answer nothing.
     """
     check_source(path)
-    columns = _columns(path)
+    columns = columns_of(path)
     if columns is not None:
         _check_columns(path, columns, histories is not None, need)
-    return (parse_row(line, fields, histories, need, ratings=ratings) for line, fields in _raw(path))
-
-
-def check_source(path: Path) -> None:
-    """Check that `path` is a file of a kind that is read.
-
-    Raises:
-        RecllmError: it is not.
-    """
-    if not path.is_file():
-        raise RecllmError(f"There is no file '{path}'.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise unknown("kind of file", path.name, [f"*{suffix}" for suffix in SUFFIXES])
-    if path.stat().st_size == 0:
-        raise RecllmError(f"{path} is empty; rows with 'history' or 'user_id' are expected.")
-
-
-def count_rows(path: Path) -> int:
-    """Rows of the file; of a text file its lines, which a quoted line break makes a little more."""
-    check_source(path)
-    if path.suffix.lower() == ".parquet":
-        return int(_scan(path).select(pl.len()).collect().item())
-    with path.open("rb") as stream:
-        lines = sum(block.count(b"\n") for block in iter(lambda: stream.read(BLOCK), b""))
-    return max(lines - (path.suffix.lower() in (".csv", ".tsv")), 1)
-
-
-def _columns(path: Path) -> list[str] | None:
-    """The file's columns; None for JSONL, where each row has its own."""
-    if path.suffix.lower() == ".parquet":
-        return _scan(path).collect_schema().names()
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return None
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        return next(csv.reader(stream, delimiter=_delimiter(path)), [])
+    return (parse_row(line, fields, histories, need, ratings=ratings) for line, fields in raw_rows(path, COLUMNS))
 
 
 def _check_columns(path: Path, columns: list[str], lookup: bool, need: tuple[str, ...]) -> None:
@@ -133,77 +94,6 @@ def _check_columns(path: Path, columns: list[str], lookup: bool, need: tuple[str
         )
 
 
-def _raw(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line and fields of every row; a text in place of fields is why the row cannot be read."""
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _parquet(path)
-    return _jsonl(path) if kind in (".jsonl", ".ndjson") else _csv(path)
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    frame = _scan(path)
-    names = [name for name in frame.collect_schema().names() if name in COLUMNS]
-    line = 0
-    for batch in frame.select(names).collect_batches(chunk_size=PARQUET_ROWS, maintain_order=True):
-        for fields in batch.iter_rows(named=True):
-            line += 1
-            yield line, fields
-
-
-def _scan(path: Path) -> pl.LazyFrame:
-    try:
-        frame = pl.scan_parquet(path, glob=False)
-        frame.collect_schema()
-    except pl.exceptions.PolarsError as error:
-        raise RecllmError(
-            f"{path} is not a Parquet file that can be read: {' '.join(str(error).split())[:200]}"
-        ) from None
-    return frame
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig", errors="replace") as stream:
-        for line, text in enumerate(stream, start=1):
-            if not text.strip():
-                continue
-            try:
-                yield line, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield line, _Unreadable(f"not JSON ({error})", text.rstrip("\n"))
-
-
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        rows = csv.reader(stream, delimiter=_delimiter(path))
-        header = next(rows, [])
-        while True:
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                yield rows.line_num, _Unreadable(f"not CSV ({error})", None)
-                continue
-            if row is None:
-                return
-            if not row:
-                continue
-            if len(row) != len(header):
-                reason = f"{len(row)} fields, the header has {len(header)}; a history with commas needs quotes"
-                yield rows.line_num, _Unreadable(reason, row)
-            else:
-                yield rows.line_num, dict(zip(header, row, strict=True))
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    reason: str
-    text: Any
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
-
-
 def parse_row(
     line: int,
     fields: Any,  # noqa: ANN401  what JSON holds
@@ -213,13 +103,13 @@ def parse_row(
     ratings: bool = False,
 ) -> QueryRow | BadRow:
     """A row out of its fields, as `read_rows` says, or why it cannot be answered."""
-    if isinstance(fields, _Unreadable):
+    if isinstance(fields, Unreadable):
         return BadRow(line, fields.reason, fields.text)
     if not isinstance(fields, dict):
         return BadRow(line, "not a JSON object", fields)
     try:
         given = fields.get("user_id")
-        user = None if given in (None, "") or given != given else _identifier(given)  # NaN is a missing value
+        user = None if given in (None, "") or given != given else identifier(given) or None  # NaN is a missing value
         history, rated = _history(fields, user, histories, ratings=ratings)
         candidates = _items("candidates", fields.get("candidates")) if "candidates" in need else ()
         if "candidates" in need and not candidates:
@@ -267,28 +157,53 @@ def _ratings(given: Any, items: int) -> tuple[float | None, ...] | None:  # noqa
     return found
 
 
+def history_items(text: str) -> tuple[str, ...]:
+    """Item ids out of a text, as a field of CSV holds them.
+
+    Raises:
+        ValueError: it is no list of ids.
+    """
+    return _items("history", text)
+
+
 def _items(name: str, given: Any) -> tuple[str, ...]:  # noqa: ANN401
     """Item ids from a list, or from a text of them."""
     if isinstance(given, str):
-        given = split_ids(given)
+        try:
+            given = split_ids(given)
+        except ValueError as error:
+            reason = f"'{name}' is {_named(given)}, which begins as a JSON list and is none ({error})"
+            raise ValueError(reason) from None
     if not isinstance(given, list):
         raise ValueError(f"'{name}' is {_named(given)}, not a list of item ids")
-    return tuple(_identifier(item) for item in given)
+    return tuple(identifier(item) for item in given)
 
 
 def split_ids(text: str) -> list[Any]:
-    """Ids out of a text: a JSON list, or ids parted by `|` or by blanks.
+    """Ids out of a text: a JSON list, one of Python's (which pandas writes), or ids parted by `|` or by blanks.
 
-    >>> split_ids("50 181"), split_ids("50|181"), split_ids('["50", 181]')
-    (['50', '181'], ['50', '181'], ['50', 181])
+    >>> split_ids("50 181"), split_ids("50|181"), split_ids('["50", 181]'), split_ids("['50', 181]")
+    (['50', '181'], ['50', '181'], ['50', 181], ['50', 181])
     """
     text = text.strip()
     if text.startswith("["):
-        return list(json.loads(text))
+        try:
+            return list(json.loads(text))
+        except ValueError:
+            if "'" not in text:
+                raise
+            return _python_list(text)
     return [part.strip() for part in text.split("|") if part.strip()] if "|" in text else text.split()
 
 
-def _identifier(value: Any) -> str:  # noqa: ANN401
+def _python_list(text: str) -> list[Any]:
+    try:
+        return list(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError("not a list of ids") from None
+
+
+def identifier(value: Any) -> str:  # noqa: ANN401
     """An id as text; a whole number that became a float, as a missing one in its column makes it, loses its `.0`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

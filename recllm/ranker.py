@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from recllm.bundle import read_catalog, read_manifest
+from recllm.bundle import read_catalog, read_manifest, read_steadily
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError, unknown
 from recllm.files import read_json
@@ -21,7 +22,7 @@ from recllm.pointwise import PointwiseScorer
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
 from recllm.reserved import with_new
-from recllm.runtime import Recommendations, Recommender
+from recllm.runtime import Recommendations, Recommender, check_histories, check_items
 
 SETTINGS, PROMPT = "ranker.json", "relevance.toml"
 KIND = "ranker"
@@ -86,8 +87,11 @@ class Ranker(PointwiseScorer):
             ratings: as long as the histories, where liked and disliked items are to be told apart; None: not rated.
 
         Raises:
-            RecllmError: an item that the catalogue has not, or ratings of another length than their history.
+            RecllmError: an item that the catalogue has not, what is no list of ids, or ratings of another length than
+                their history.
         """
+        check_histories(histories)
+        check_items(items)
         for item in items:
             if item not in self.catalog:
                 raise unknown("item", item, self.catalog.ids)
@@ -110,6 +114,10 @@ def load_ranker(
         RecllmError: not a ranker bundle, damaged, or the provider is not there.
     """
     place = Path(folder)
+    return read_steadily(place, partial(_load, place, provider, threads, keep_bytes))
+
+
+def _load(place: Path, provider: str, threads: int, keep_bytes: int) -> Ranker:
     read_manifest(place)
     if not is_ranker(place):
         raise RecllmError(f"'{place}' is a bundle that recommends, not one that ranks. Load it with recllm.load.")

@@ -11,7 +11,7 @@ import numpy as np
 from recllm.bundle import write_catalog
 from recllm.cards import write_bundle_card
 from recllm.errors import RecllmError
-from recllm.files import write_json
+from recllm.files import own_folder, write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
 from recllm.graphfiles import share_weights
 from recllm.judging import load_relevance
@@ -52,17 +52,17 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
         )
     scorer = load_relevance(run, task, bf16=False)  # what is exported is compared in float32
     scorer.model.cpu()
-    graphs, results = run.folder / "graphs", []
-    for opset in sorted({recipe.opset for recipe in recipes.values()}):
-        say(f"Writing the ONNX graphs in fp32, opset {opset}")
-        (graphs / str(opset)).mkdir(parents=True, exist_ok=True)
-        write_rank_graphs(scorer.model, graphs / str(opset), opset)
-    for name, recipe in recipes.items():
-        say(f"Bundle '{name}': quantising and comparing with torch")
-        folder = graphs / str(recipe.opset)
-        samples = _samples(run, task, scorer, folder) if recipe.causal.max_damage is not None else {}
-        results.append(_export(run, task, scorer, name, recipe, samples, folder))
-    shutil.rmtree(graphs)
+    results = []
+    with own_folder(run.folder) as graphs:
+        for opset in sorted({recipe.opset for recipe in recipes.values()}):
+            say(f"Writing the ONNX graphs in fp32, opset {opset}")
+            (graphs / str(opset)).mkdir(parents=True, exist_ok=True)
+            write_rank_graphs(scorer.model, graphs / str(opset), opset)
+        for name, recipe in recipes.items():
+            say(f"Bundle '{name}': quantising and comparing with torch")
+            folder = graphs / str(recipe.opset)
+            samples = _samples(run, task, scorer, folder) if recipe.causal.max_damage is not None else {}
+            results.append(_export(run, task, scorer, name, recipe, samples, folder))
     return results
 
 
@@ -117,6 +117,7 @@ def _export(
         "model": run.model.name,
         "adapter": run.adapter.recipe,
         "data": data_facts(task),
+        "duplicates": run.data.duplicates,
     }
 
     def fill(part: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from recllm.bundle import read_catalog, read_manifest
+from recllm.bundle import read_catalog, read_manifest, read_steadily
 from recllm.catalogue import KNOWN_BARRED, prepare
 from recllm.data import Catalog, Query
 from recllm.encoding import Encode, SequenceScorer
@@ -78,6 +78,19 @@ def check_histories(histories: Sequence[Sequence[str]]) -> None:
         wrong = next((item for item in history if not isinstance(item, str)), None)
         if wrong is not None:
             raise RecllmError(f"The history at {place} has {wrong!r:.60}, and item ids are text: str({wrong!r:.60}).")
+
+
+def check_items(items: Sequence[str]) -> None:
+    """Check that items are a list of ids.
+
+    Raises:
+        RecllmError: they are a text, or one of them is none.
+    """
+    if isinstance(items, str):
+        raise RecllmError(f"Items are a list of ids, and these are the text {items!r:.60}.")
+    wrong = next((item for item in items if not isinstance(item, str)), None)
+    if wrong is not None:
+        raise RecllmError(f"Items have {wrong!r:.60} among them, and ids are text: str({wrong!r:.60}).")
 
 
 class TableScorer(SequenceScorer):
@@ -258,9 +271,10 @@ class Recommender:
             k: how many.
 
         Raises:
-            RecllmError: k is not between 1 and the number of items.
+            RecllmError: k is not between 1 and the number of items, or a history is no list of ids.
         """
         self.check_k(k)
+        check_histories(histories or [])
         queries = self._sample(SAMPLED) if histories is None else [Query(tuple(history)) for history in histories]
         if self._shortlist is None or not queries:
             return 1.0
@@ -296,8 +310,7 @@ class Recommender:
         if self._shortlist is not None:
             own = max(LISTED, 2 * k) + np.array([len(query.history) * exclude_seen for query in queries])
             n_user = evidence(queries, ItemIndex(()), self.item_counts)[0]
-            places = self._shortlist.find(vectors, n_user, int(own.max()))
-            places[np.arange(places.shape[1]) >= own[:, None]] = -1
+            places = self._shortlist.find(vectors, n_user, own)
         return self._ranked(queries, vectors, k, exclude_seen, places)
 
     def _ranked(
@@ -347,15 +360,25 @@ class Recommender:
         """Fused scores of `items`, float32[histories, items], standardised over the whole catalogue, and their shares.
 
         Raises:
-            RecllmError: an item that the catalogue has not.
+            RecllmError: an item that the catalogue has not, or what is no list of ids.
         """
+        check_histories(histories)
+        check_items(items)
         rows = self.index.rows(items)
         if (rows < 0).any():
             raise unknown("item", items[int(np.argmin(rows))], self.index.ids)
-        queries = [Query(tuple(history)) for history in histories]
-        scores = {name: scorer.score(queries, self.index) for name, scorer in self.scorers.items()}
-        fused, shares = self.fusion.fuse(scores, *evidence(queries, self.index, self.item_counts))
-        return fused[:, rows], {name: share[:, rows] for name, share in shares.items()}
+        scores = np.zeros((len(histories), len(rows)), dtype=np.float32)
+        shares = {name: np.zeros_like(scores) for name in self.scorers}
+        # Every scorer's scores of the whole catalogue are in memory at once.
+        for start in range(0, len(histories), USERS_IN_BATCH):
+            queries = [Query(tuple(history)) for history in histories[start : start + USERS_IN_BATCH]]
+            place = slice(start, start + len(queries))
+            own = {name: scorer.score(queries, self.index) for name, scorer in self.scorers.items()}
+            fused, parts = self.fusion.fuse(own, *evidence(queries, self.index, self.item_counts))
+            scores[place] = fused[:, rows]
+            for name, share in parts.items():
+                shares[name][place] = share[:, rows]
+        return scores, shares
 
     def with_items(self, records: Sequence[Mapping[str, str]]) -> "Recommender":
         """The same recommender with new items, known by their text alone; nothing is trained.
@@ -436,6 +459,10 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
     if index != EXACT and provider != "cpu":
         raise RecllmError(f"The index '{index}' searches on the CPU. Leave it out, or ask for the provider cpu.")
     place = Path(folder)
+    return read_steadily(place, partial(_load, place, provider, threads, index))
+
+
+def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
     manifest = read_manifest(place)
     if "scorers" not in manifest:
         raise RecllmError(

@@ -1,5 +1,6 @@
 """Answers in files: Parquet, JSONL or CSV, a part at a time, and the parts joined."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,12 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise RecllmError(f"'{path}' is a folder; name a file to write to.")
     if path.exists() and not overwrite:
         raise RecllmError(f"'{path}' exists already. Replace it by --overwrite, or name another file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecllmError(f"'{path}' cannot be written: {error.strerror}. Name another place.") from None
+    if not os.access(path.parent, os.W_OK):
+        raise RecllmError(f"'{path}' cannot be written: nothing may be written into its folder. Name another place.")
 
 
 def write_frame(frame: pl.DataFrame, path: Path, suffix: str) -> None:

@@ -39,8 +39,12 @@ two products of eight bits into sixteen, which overflows."""
 class Search(Protocol):
     """Finds the items with the largest products."""
 
-    def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
-        """The `count` best of each query, float32[queries, width]: places, −1 for none, and products, best first."""
+    def __call__(self, queries: Vectors, count: int, need: Counts | None = None) -> tuple[Places, Vectors]:
+        """The `count` best of each query, float32[queries, width]: places, −1 for none, and products, best first.
+
+        Of each query `need` are enough, int64[queries], where they are given: what one query needs must not change
+        what another one finds.
+        """
         ...
 
 
@@ -60,7 +64,7 @@ class Int8Search:
         ]
         self._counts = [min(ITEMS_IN_GRAPH, len(items) - start) for start in starts]
 
-    def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
+    def __call__(self, queries: Vectors, count: int, need: Counts | None = None) -> tuple[Places, Vectors]:
         """As `Search`."""
         scale = np.maximum(np.abs(queries).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / QUERY_STEPS
         whole = (np.rint(queries / scale) + 128.0).astype(np.uint8)
@@ -122,11 +126,11 @@ class FaissSearch:
         while self.probes < self._lists and recall(best, self(samples, LISTED)[0]) < PROBED_FOR:
             self.probes = min(2 * self.probes, self._lists)
 
-    def __call__(self, queries: Vectors, count: int) -> tuple[Places, Vectors]:
-        """As `Search`; a query whose lists hold fewer than `count` items looks into more of them."""
+    def __call__(self, queries: Vectors, count: int, need: Counts | None = None) -> tuple[Places, Vectors]:
+        """As `Search`; a query whose lists hold fewer items than it needs looks into more of them."""
         places, products = self._found(queries, count, self.probes)
-        probes = self.probes
-        while probes < self._lists and len(short := np.flatnonzero((places < 0).any(axis=1))):
+        probes, need = self.probes, np.full(len(queries), count) if need is None else need
+        while probes < self._lists and len(short := np.flatnonzero((places >= 0).sum(axis=1) < need)):
             probes = min(2 * probes, self._lists)
             places[short], products[short] = self._found(queries[short], count, probes)
         return places, products
@@ -221,20 +225,22 @@ class Shortlist:
         given = self._queries(samples, np.full(len(next(iter(samples.values()))), 1))
         self._searches = {side: KINDS[kind](self._items(side, n_item), given[side], threads) for side in sides}
 
-    def find(self, queries: Mapping[str, Vectors], n_user: Counts, count: int) -> Places:
-        """The `count` best places of each user by the search, int64[users, count]; −1 behind the last.
+    def find(self, queries: Mapping[str, Vectors], n_user: Counts, counts: Counts) -> Places:
+        """The best places of each user by the search, int64[users, the most]; −1 behind the last.
 
         Args:
             queries: per scorer float32[users, width], NaN rows for unknown.
             n_user: length of each one's known history, int64[users].
-            count: places per user.
+            counts: how many places of each user, int64[users].
         """
         given = self._queries(queries, n_user)
-        found = []
+        found, most = [], int(counts.max())
         for side, (start, stop) in self._bounds.items():
-            places, products = self._searches[side](given[side], min(count, stop - start))
+            size = stop - start
+            places, products = self._searches[side](given[side], min(most, size), np.minimum(counts, size))
             found.append((np.where(places < 0, -1, places + start), products))
-        return merged(found, count)[0]
+        places = merged(found, most)[0]
+        return np.where(np.arange(places.shape[1]) < counts[:, None], places, -1)
 
     def together(self, places: Places) -> Places:
         """Those places once each, ascending, with at least one of every side: the graph wants something of each."""

@@ -11,7 +11,7 @@ from polars.testing import assert_frame_equal
 
 import recllm
 from recllm import batch, parts
-from recllm.batch import Job, ahead, recommend_file, score_file, score_items_file
+from recllm.batch import Job, ahead, rank_file, recommend_file, score_file, score_items_file
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.parts import Parts, folder_of
@@ -465,10 +465,26 @@ class Lengths:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
-def test_any_scorer_scores_all_items_and_unknown_is_null(suffix, tmp_path):
-    source, target = write(tmp_path / "in.jsonl", {"a": ["0", "1"], "b": []}), tmp_path / f"out{suffix}"
-    score_items_file(Lengths(), ItemIndex(["n1", "n2"]), ItemIndex(["0", "1"]), Job(source, target))
-    assert read(target).rows() == [("a", "n1", 2.0), ("a", "n2", 3.0), ("b", "n1", None), ("b", "n2", None)]
+def test_any_scorer_scores_all_items_and_users_it_knows_nothing_of_are_set_aside(suffix, tmp_path):
+    rows = {"a": ["0", "1"], "b": [], "c": ["x"]}
+    source, target = write(tmp_path / "in.jsonl", rows), tmp_path / f"out{suffix}"
+    summary = score_items_file(Lengths(), ItemIndex(["n1", "n2"]), ItemIndex(["0", "1"]), Job(source, target))
+    assert read(target).rows() == [("a", "n1", 2.0), ("a", "n2", 3.0)]
+    assert summary.rejected == 2
+    assert "no item of the history is known" in batch.rejects_of(target).read_text(encoding="utf-8")
+
+
+def test_a_ranker_sets_aside_whom_it_knows_nothing_of(tmp_path):
+    class Ranks:
+        def score_lists(self, queries, items):
+            return [np.full(len(own), len(query.history)) for query, own in zip(queries, items, strict=True)]
+
+    source = tmp_path / "in.jsonl"
+    rows = [{"user_id": user, "history": own, "candidates": ["1"]} for user, own in {"a": ["0"], "b": []}.items()]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    summary = rank_file(Ranks(), ItemIndex(["0", "1"]), Job(source, tmp_path / "out.csv"))
+    assert read(tmp_path / "out.csv").rows() == [("a", "1", 1.0)]
+    assert summary.rejected == 1
 
 
 def test_progress_says_how_many_how_fast_and_how_long(tmp_path, recommender, monkeypatch):
@@ -487,6 +503,22 @@ def test_the_input_is_not_written_over(recommender, tmp_path):
     with pytest.raises(RecllmError, match=r"in\.jsonl' is the input itself; name another file"):
         recommend_file(recommender, Job(source, source, overwrite=True), k=2)
     assert source.read_bytes() == before
+
+
+def test_the_rejects_that_are_mended_are_not_taken_away(recommender, tmp_path):
+    source = write(tmp_path / "out.csv.rejects.jsonl", {"a": ["0", "1"]})
+    before = source.read_bytes()
+    with pytest.raises(RecllmError, match=r"is where the rows of '.*out\.csv' go that cannot be answered\. Rename one"):
+        recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=2)
+    assert source.read_bytes() == before
+
+
+def test_answers_do_not_go_into_a_bundle_nor_where_nothing_can_lie(recommender, tiny_bundle, tmp_path):
+    source = write(tmp_path / "in.jsonl", {"a": ["0", "1"]})
+    with pytest.raises(RecllmError, match=r"would lie in a bundle, which holds its own files only"):
+        recommend_file(recommender, Job(source, tiny_bundle / "out.csv"), k=2)
+    with pytest.raises(RecllmError, match=r"cannot be written: (Not a directory|File exists)\. Name another place"):
+        recommend_file(recommender, Job(source, source / "out.csv"), k=2)
 
 
 def test_the_next_part_is_made_while_one_is_used_and_no_more_than_that():

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 import recllm
-from recllm.bundle import FORMAT, new_bundle, read_catalog, read_manifest, write_catalog
+from recllm.bundle import FORMAT, new_bundle, read_catalog, read_manifest, read_steadily, write_catalog
 from recllm.data import Catalog
 from recllm.errors import RecllmError
 from recllm.files import read_json, sha256_of, write_json
@@ -52,6 +52,43 @@ def test_an_added_file_is_named(folder):
     (folder / "cf" / "more.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RecllmError, match=r"has the file 'cf/more\.json', which its manifest does not name"):
         read_manifest(folder)
+
+
+def test_what_copying_and_version_control_leave_is_passed_over(folder):
+    for name in (".git/HEAD", ".cache/huggingface/download/README.md.metadata", "cf/.DS_Store"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x", encoding="utf-8")
+    assert not any(name.startswith(".") for name in read_manifest(folder)["files"])
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(folder):
+    reads = []
+
+    def read():
+        first = read_manifest(folder)["name"]
+        if len(reads) < 2:
+            with new_bundle(folder, {"name": f"new {len(reads)}"}) as part:
+                (part / "file").write_text("x", encoding="utf-8")
+        reads.append((first, read_manifest(folder)["name"]))
+        if len(reads) == 1:
+            raise OSError("a file is gone")
+        return reads[-1]
+
+    assert read_steadily(folder, read) == ("new 1", "new 1")
+    assert len(reads) == 3
+
+    def always():
+        with new_bundle(folder, {"name": "newer"}) as part:
+            (part / "file").write_text("x", encoding="utf-8")
+
+    with pytest.raises(RecllmError, match=r"is replaced again and again while it is read"):
+        read_steadily(folder, always)
+
+    def fails():
+        raise OSError("broken for good")
+
+    with pytest.raises(OSError, match=r"broken for good"):
+        read_steadily(folder, fails)
 
 
 def test_a_newer_format_says_which_recllm_made_it(folder):

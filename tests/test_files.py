@@ -1,10 +1,12 @@
 """Files and folders are whole or not there, whatever an earlier process left behind."""
 
 import os
+import threading
+import time
 
 import pytest
 
-from recllm.files import whole_folder, write_json, written
+from recllm.files import alone, own_folder, whole_folder, write_json, written
 
 
 def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path):
@@ -32,3 +34,38 @@ def test_what_breaks_off_leaves_the_old_one(tmp_path):
         fail()
     assert (tmp_path / "a.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_where_the_system_cannot_exchange_names_too(can_exchange, tmp_path, monkeypatch):
+    if not can_exchange:
+        monkeypatch.setattr("recllm.files._exchanged", lambda *_: False)
+    for text in ("old", "new"):
+        with whole_folder(tmp_path / "bundle") as part:
+            (part / "file").write_text(text, encoding="utf-8")
+    assert (tmp_path / "bundle" / "file").read_text(encoding="utf-8") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_one_process_after_the_other_changes_what_lies_in_a_folder(tmp_path):
+    order = []
+
+    def change(name):
+        with alone(tmp_path / "bundle"):
+            order.append(name)
+            time.sleep(0.05)
+            order.append(name)
+
+    threads = [threading.Thread(target=change, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order[::2] == order[1::2]
+
+
+def test_a_folder_of_ones_own_goes_with_its_work(tmp_path):
+    with own_folder(tmp_path) as one, own_folder(tmp_path) as other:
+        assert one != other
+        (one / "file").touch()
+    assert list(tmp_path.iterdir()) == []

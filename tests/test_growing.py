@@ -1,6 +1,7 @@
 """Items added to a bundle on disk: the same answers as `with_items` gives in memory, and nothing else changes."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
@@ -159,3 +160,20 @@ def test_what_is_no_bundle_is_not_replaced(tiny_bundle, new_items, tmp_path):
     (tmp_path / "thesis").mkdir()
     with pytest.raises(RecllmError, match=r"thesis' is there already, and is no bundle"):
         add_items(tiny_bundle, new_items, tmp_path / "thesis")
+
+
+def test_of_several_that_add_at_once_none_loses_its_items(tiny_bundle, tmp_path):
+    folder = tmp_path / "grown"
+    shutil.copytree(tiny_bundle, folder)
+    files = []
+    for place in range(3):
+        files.append(tmp_path / f"{place}.csv")
+        files[-1].write_text(f"item_id,title\nnew{place},Red film 9{place}\n", encoding="utf-8")
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda path: add_items(folder, path, folder), files)) == [1, 1, 1]
+    assert {"new0", "new1", "new2"} <= set(recllm.load(folder).index.ids)
+
+
+def test_a_bundle_does_not_grow_inside_another_one(tiny_bundle, new_items):
+    with pytest.raises(RecllmError, match=r"would lie in a bundle, which holds its own files only"):
+        add_items(tiny_bundle, new_items, tiny_bundle / "inner")

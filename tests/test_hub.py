@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -16,7 +17,7 @@ class Hub:
     """A hub in a folder, with the two calls of the client that are used."""
 
     def __init__(self, place, monkeypatch):
-        self.place, self.branches, self.private = place, [], []
+        self.place, self.branches, self.private, self.public = place, [], [], set()
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
 
@@ -26,6 +27,9 @@ class Hub:
         (self.place / repository).mkdir(parents=True, exist_ok=True)
         (self.place / repository / ".gitattributes").write_text("*.onnx filter=lfs\n", encoding="utf-8")
         return f"https://hub.example/{repository}"
+
+    def repo_info(self, repository, *, repo_type):
+        return SimpleNamespace(private=repository not in self.public)
 
     def create_branch(self, repository, *, branch, exist_ok):
         self.branches.append((repository, branch, exist_ok))
@@ -121,3 +125,12 @@ def test_a_failure_of_the_hub_is_one_message_with_the_way_out(hub, tmp_path):
     with pytest.raises(RecllmError, match=r"did not do it for acme/none: 404: no repository acme/none\. Log in with"):
         pull("acme/none", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_nothing_private_goes_to_a_repository_that_is_public(hub, tiny_bundle):
+    hub.public.add("acme/open")
+    with pytest.raises(RecllmError, match=r"'acme/open' is there already and public; nothing was uploaded"):
+        push(tiny_bundle, "acme/open", private=True)
+    assert not (hub.place / "acme" / "open" / "manifest.json").exists()
+    push(tiny_bundle, "acme/open", private=False)
+    assert (hub.place / "acme" / "open" / "manifest.json").is_file()

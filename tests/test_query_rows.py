@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.query_rows import BadRow, count_rows, read_rows
+from recllm.query_rows import BadRow, history_items, read_rows
+from recllm.rowfiles import count_rows
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
@@ -22,7 +23,7 @@ def test_rows_are_counted_before_they_are_read(suffix, tmp_path):
 
 
 def test_parquet_rows_come_in_order_from_many_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr("recllm.query_rows.PARQUET_ROWS", 16)
+    monkeypatch.setattr("recllm.rowfiles.PARQUET_ROWS", 16)
     frame = pl.DataFrame({"history": [[row, row + 1] for row in range(200)], "text": ["x"] * 200})
     frame.write_parquet(tmp_path / "in.parquet", row_group_size=24)
     rows = list(read_rows(tmp_path / "in.parquet"))
@@ -49,3 +50,29 @@ def test_a_user_who_is_no_number_has_no_name(tmp_path):
     path = tmp_path / "rows.parquet"
     pl.DataFrame({"user_id": [7.0, float("nan")], "history": [["1"], ["2"]]}).write_parquet(path)
     assert [row.user_id for row in read_rows(path)] == ["7", "line 2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("50 181", ("50", "181")),
+        ("['50', '181']", ("50", "181")),
+        ("[50.0, 181]", ("50", "181")),
+        ('["it\'s"]', ("it's",)),
+        ("[]", ()),
+    ],
+)
+def test_a_text_of_ids_in_any_of_its_ways(text, found):
+    assert history_items(text) == found
+
+
+@pytest.mark.parametrize("text", ["['50', 181", "[50, 181", "['50'] + [x]", "[null]", "[__import__('os')]"])
+def test_a_text_that_is_no_list_names_its_column(text):
+    with pytest.raises(ValueError, match=r"'history' is .*, which begins as a JSON list and is none|None is no id"):
+        history_items(text)
+
+
+def test_a_blank_user_is_none(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"user_id": "  ", "history": ["1"]}\n', encoding="utf-8")
+    assert [row.user_id for row in read_rows(source)] == ["line 1"]

@@ -153,6 +153,28 @@ def test_histories_that_are_no_lists_of_ids_are_named(bundle, histories, words):
         bundle.recommend(histories, k=3)
 
 
+@pytest.mark.parametrize("histories", [["50 181"], [["1"], [2]]])
+def test_scores_and_recall_take_lists_of_ids_only(bundle, histories):
+    with pytest.raises(RecllmError, match=r"is the text|has 2, and item ids are text"):
+        bundle.score(histories, ["1"])
+    with pytest.raises(RecllmError, match=r"is the text|has 2, and item ids are text"):
+        bundle.recall(histories)
+
+
+@pytest.mark.parametrize(("items", "words"), [("02", "these are the text '02'"), ([0], r"Items have 0 among them")])
+def test_items_that_are_no_list_of_ids_are_named(bundle, items, words):
+    with pytest.raises(RecllmError, match=words):
+        bundle.score(HISTORIES, items)
+
+
+def test_scores_do_not_hang_on_who_is_asked_about_together(bundle, monkeypatch):
+    scores, shares = bundle.score(HISTORIES, ["7", "0"])
+    monkeypatch.setattr("recllm.runtime.USERS_IN_BATCH", 2)
+    again, parts = bundle.score(HISTORIES, ["7", "0"])
+    np.testing.assert_allclose(again, scores, atol=1e-6)
+    assert all(np.allclose(parts[name], shares[name], atol=1e-6) for name in shares)
+
+
 def test_a_new_item_by_its_text_goes_to_the_right_half(bundle):
     grown = bundle.with_items(NEW)
     histories = [RED[:6], BLUE[:6], RED[4:10], BLUE[5:]]

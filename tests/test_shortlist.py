@@ -68,7 +68,7 @@ def made(ready, kind="int8"):
 @pytest.mark.parametrize(("kind", "least"), [("int8", 0.99), ("faiss", 0.9)])
 def test_a_shortlist_holds_the_exact_best(ready, kind, least):
     _, prepared, queries, n_user, _, rank = ready
-    listed = made(ready, kind).find(queries, n_user, LISTED)
+    listed = made(ready, kind).find(queries, n_user, np.full(len(n_user), LISTED))
     assert listed.shape == (USERS, LISTED)
     assert all(len(set(row.tolist())) == LISTED for row in listed)
     best, _ = rank(prepared.feeds, 10)
@@ -80,7 +80,7 @@ def test_a_shortlist_holds_the_exact_best(ready, kind, least):
 def test_the_graph_gives_the_listed_items_their_exact_scores(ready):
     _, prepared, queries, n_user, _, rank = ready
     shortlisted = made(ready)
-    listed = shortlisted.find(queries, n_user, LISTED)
+    listed = shortlisted.find(queries, n_user, np.full(len(n_user), LISTED))
     places = shortlisted.together(listed)
     rows, scores = rank(shortlisted.feeds(places), len(places))
     exact_rows, exact = rank(prepared.feeds, len(prepared.order))
@@ -124,6 +124,9 @@ def test_faiss_gives_as_many_as_are_asked_for():
     few, many = search(queries, 5)[0], search(queries, 1500)[0]
     assert (few >= 0).all()
     assert all(len(set(row.tolist())) == 1500 and row.min() >= 0 for row in many)
+    one_needs = search(queries, 1500, np.array([5, 1500, 5]))[0]
+    assert (one_needs[1] == many[1]).all()
+    assert (one_needs[[0, 2], :5] == few[[0, 2]]).all()
     alone = [search(query[None], 1500)[0][0].tolist() for query in queries]
     assert alone == many.tolist()  # whoever else is asked about
 

@@ -1,6 +1,6 @@
 """Read a data set by name, folder or files: `read_dataset("ml-100k")`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -64,7 +64,12 @@ def read_dataset(
 
 
 def read_interactions(
-    path: Path, *, columns: Mapping[str, str] | None = None, duplicates: Duplicates = "first", budget: int = BUDGET
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    duplicates: Duplicates = "first",
+    budget: int = BUDGET,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Interactions:
     """Read a file of interactions alone.
 
@@ -73,11 +78,17 @@ def read_interactions(
         columns: our column to the file's, where the guess is wrong.
         duplicates: which event of one user with one item stays.
         budget: most bytes that the file may take in memory.
+        say: gets a line for every kind of event that is left out or doubtful.
 
     Raises:
         RecllmError: a file that is missing, empty, broken or too large, or a column that is missing.
     """
-    return Interactions(_read_events(path, columns, duplicates, budget, Checks()).drop(LINE))
+    checks = Checks()
+    events = _read_events(path, columns, duplicates, budget, checks)
+    for finding in checks.report().findings:
+        if finding.severity == "warning":
+            say(f"{path.name}: {finding.text()}")
+    return Interactions(events.drop(LINE))
 
 
 def read_items(path: Path, *, columns: Mapping[str, str] | None = None, budget: int = BUDGET) -> Catalog:

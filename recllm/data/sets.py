@@ -173,8 +173,9 @@ def _checked(record: Mapping[str, str], columns: list[str], known: set[str]) -> 
         if name not in columns:
             raise unknown("item field", name, columns)
     fields = {name: " ".join(str(value).split()) or None for name, value in record.items() if value is not None}
-    item_id = str(record.get("item_id") or "").strip() or None  # white space inside an id is a part of it
-    if item_id is None:
+    given = record.get("item_id")
+    item_id = "" if given is None else str(given).strip()  # white space inside an id is a part of it
+    if not item_id:
         raise RecllmError(f"A new item needs 'item_id'; its fields are: {', '.join(record) or 'none'}.")
     if item_id in known:
         raise RecllmError(f"Item '{item_id}' is in the catalog already; give a new id, or leave the item out.")

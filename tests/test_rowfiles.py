@@ -1,0 +1,87 @@
+"""Files of rows: nothing that one row has wrong reaches the next one."""
+
+import polars as pl
+import pytest
+
+from recllm.errors import RecllmError
+from recllm.rowfiles import FIELD, SPAN, Unreadable, columns_of, raw_rows
+
+WANTED = ("user_id", "history")
+
+
+def rows_of(path):
+    return [(line, row if isinstance(row, dict) else row.reason) for line, row in raw_rows(path, WANTED)]
+
+
+def write(path, *lines):
+    path.write_text("user_id,history,note\n" + "".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("users", [4, 3 * SPAN])
+@pytest.mark.parametrize("stray", ['u1,"0 2,x', '"u1,0 2,x', 'u1,0 2,"x'])
+def test_a_quote_that_nothing_closes_loses_its_own_line_only(users, stray, tmp_path):
+    lines = [f"u{user},0 2,x" for user in range(users)]
+    path = write(tmp_path / "rows.csv", *lines[:1], stray, *lines[2:])
+    found = rows_of(path)
+    assert [line for line, _ in found] == list(range(2, users + 2))
+    bad = [row for _, row in found if not isinstance(row, dict)]
+    assert len(bad) == 1
+    assert bad[0].startswith("not CSV (")
+    assert [row["user_id"] for _, row in found if isinstance(row, dict)] == [f"u{n}" for n in range(users) if n != 1]
+
+
+def test_two_stray_quotes_do_not_make_one_row_of_what_stands_between(tmp_path):
+    path = write(tmp_path / "rows.csv", 'u0,"0 2,x', "u1,4,x", 'u2,"6 8,x', 'u3,"1 3",x')
+    found = rows_of(path)
+    assert [line for line, _ in found] == [2, 3, 4, 5]
+    assert [isinstance(row, dict) for _, row in found] == [False, True, False, True]
+    path = write(tmp_path / "rows.csv", 'u0,"0 2,x', "u1,4,x", 'u2,6 8",x', "u3,1,x")
+    assert [isinstance(row, dict) for _, row in rows_of(path)] == [False, True, True, True]
+
+
+def test_a_line_break_in_a_note_is_part_of_the_note(tmp_path):
+    path = write(tmp_path / "rows.csv", 'u0,0 2,"one\ntwo ""three"""', "u1,4,x")
+    assert rows_of(path) == [
+        (2, {"user_id": "u0", "history": "0 2", "note": 'one\ntwo "three"'}),
+        (4, {"user_id": "u1", "history": "4", "note": "x"}),
+    ]
+
+
+def test_a_long_history_fits_into_a_field(tmp_path):
+    long = " ".join(["1234567"] * 50_000)
+    path = write(tmp_path / "rows.csv", f"u0,{long},x")
+    assert len(long) < FIELD
+    assert rows_of(path)[0][1]["history"] == long
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_letters_of_another_encoding_are_a_reason_and_no_other_letter(suffix, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        path.write_bytes(b"user_id,history\nJos\xe9,0 2\nJos\xe8,4 6\nu,1\n")
+    else:
+        path.write_bytes(b'{"user_id": "Jos\xe9"}\n{"user_id": "Jos\xe8"}\n{"user_id": "u"}\n')
+    found = [row for _, row in raw_rows(path, WANTED)]
+    assert [row.reason for row in found[:2]] == ["not UTF-8; write the file as UTF-8"] * 2
+    assert "Jos\ufffd" in found[0].text
+    assert found[2]["user_id"] == "u"
+    path.write_bytes(b"us\xe9r,history\nu,1\n")
+    if suffix == ".csv":
+        with pytest.raises(RecllmError, match=r"the header is not UTF-8"):
+            list(raw_rows(path, WANTED))
+
+
+def test_what_is_damaged_inside_a_parquet_file_is_one_message(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pl.DataFrame({"user_id": [f"u{n}" for n in range(20_000)]}).write_parquet(path, compression="uncompressed")
+    data = bytearray(path.read_bytes())
+    data[4:40] = b"\xff" * 36
+    path.write_bytes(data)
+    assert columns_of(path) == ["user_id"]
+    with pytest.raises(RecllmError, match=r"is not a Parquet file that can be read"):
+        list(raw_rows(path, WANTED))
+
+
+def test_unreadable_rows_say_why():
+    assert Unreadable("not JSON", "x").reason == "not JSON"
