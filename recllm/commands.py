@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from recllm import __version__
 from recllm.assets import ASSETS
 from recllm.batch import Job, Summary, rank_file, recommend_file, score_file, score_items_file
-from recllm.bundle import MANIFEST, read_manifest
+from recllm.bundle import MANIFEST, read_manifest, read_steadily
 from recllm.data import Catalog, Dataset, Query, read_dataset, read_interactions, read_items
 from recllm.data.events import Duplicates
 from recllm.data.join import join_sources
@@ -28,7 +28,7 @@ from recllm.hub import pull, push
 from recllm.process import run_child
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import history_items
-from recllm.ranker import TwoStage, is_ranker, load_ranker
+from recllm.ranker import Ranker, TwoStage, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
 from recllm.results import Table
@@ -356,18 +356,17 @@ class Stages:
 def recommend_rows(stages: Stages, job: Job, k: int, *, exclude_seen: bool | None, new_items: int) -> None:
     """Recommend for every row of a file."""
     job.check()
-    job = job.knowing(
-        bundle=_bundle_digest(stages.bundle), provider=stages.provider, threads=stages.threads, recllm=__version__
-    )
+    # The job must know the very bundle that answers, whatever takes its place meanwhile.
+    digest, recommender = read_steadily(stages.bundle, lambda: (_bundle_digest(stages.bundle), stages.open()))
+    job = job.knowing(bundle=digest, provider=stages.provider, threads=stages.threads, recllm=__version__)
     if stages.index != EXACT:
         job = job.knowing(index=stages.index)
     if stages.ranker is not None:
         job = job.knowing(
             ranker=_bundle_digest(stages.ranker), top=stages.top, weight=stages.weight, seconds=stages.seconds
         )
-
         job = job.by(RANKED_TOGETHER)
-    _report(recommend_file(stages.open(), job, k=k, exclude_seen=exclude_seen, new_items=new_items), job)
+    _report(recommend_file(recommender, job, k=k, exclude_seen=exclude_seen, new_items=new_items), job)
 
 
 def _bundle_digest(bundle: Path) -> str:
@@ -382,7 +381,7 @@ def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: boo
     try:
         items = list(history_items(history))
     except ValueError as error:
-        raise RecllmError(f"--history {history}: {error}. Ids parted by blanks do.") from None
+        raise RecllmError(f"--history {history}: {error}. Write ids parted by blanks.") from None
     strange = [item for item in items if item not in recommender.index]
     if strange:
         tell(f"Not in the catalogue, passed over: {', '.join(strange)}")
@@ -421,12 +420,18 @@ def pull_folder(repository: str, folder: Path, *, revision: str | None, overwrit
 def score_candidates(bundle: Path, job: Job, provider: str) -> None:
     """Score the candidates that rows name, by a bundle."""
     job.check()
-    job = job.knowing(bundle=_bundle_digest(bundle), provider=provider, recllm=__version__)
-    if is_ranker(bundle):
-        ranker = load_ranker(bundle, provider=provider, keep_bytes=0)
-        _report(rank_file(ranker, ItemIndex(ranker.catalog.ids), job.by(RANKED_TOGETHER)), job)
+
+    def opened() -> tuple[str, Ranker | Recommender]:
+        if is_ranker(bundle):
+            return _bundle_digest(bundle), load_ranker(bundle, provider=provider, keep_bytes=0)
+        return _bundle_digest(bundle), load(bundle, provider=provider)
+
+    digest, scorer = read_steadily(bundle, opened)
+    job = job.knowing(bundle=digest, provider=provider, recllm=__version__)
+    if isinstance(scorer, Ranker):
+        _report(rank_file(scorer, ItemIndex(scorer.catalog.ids), job.by(RANKED_TOGETHER)), job)
     else:
-        _report(score_file(load(bundle, provider=provider), job), job)
+        _report(score_file(scorer, job), job)
 
 
 def score_zero_shot(
