@@ -20,7 +20,7 @@ WORD = re.compile(r"\w+")
 TEXT_SHARE = 0.25
 """Weight of the text vectors' cosine beside that of shared columns and title words."""
 VALUE_LENGTH = 60
-"""Longer values are running text: that is what the text vectors are for."""
+"""Values with a longer part between two commas are running text: that is what the text vectors are for."""
 CELLS = 20_000_000
 """Numbers that are held at once while vectors are averaged."""
 MOST_FEW = 64
@@ -55,9 +55,10 @@ def features_of(record: Mapping[str, object]) -> Iterator[str]:
         if column == "title":
             yield from (f"title {word}" for word in WORD.findall(str(value).lower()))
             continue
-        for part in str(value).split(","):
-            if 0 < len(part.strip()) <= VALUE_LENGTH:
-                yield f"{column} {part.strip().lower()}"
+        parts = [part.strip().lower() for part in str(value).split(",")]
+        # A list whose parts are short; the short clauses of a plot are no features that items share.
+        if max(map(len, parts)) <= VALUE_LENGTH:
+            yield from (f"{column} {part}" for part in parts if part)
 
 
 class SharedFeatures:

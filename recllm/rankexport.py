@@ -2,11 +2,11 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recllm.bundle import write_catalog
 from recllm.cards import write_bundle_card
@@ -16,10 +16,10 @@ from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
 from recllm.graphfiles import share_weights
 from recllm.judging import load_relevance
 from recllm.lm import model_folder
-from recllm.onnxreader import PREFIX, SUFFIX, WEIGHTS, OnnxReader
+from recllm.onnxreader import PREFIX, SUFFIX, WEIGHTS, OnnxReader, ReadPrefix
 from recllm.pairs import labelled_rows
 from recllm.parity import auc_loss, fidelity
-from recllm.pointwise import PointwiseScorer
+from recllm.pointwise import Ids, PointwiseScorer
 from recllm.quantise import quantise, write_quantisation
 from recllm.ranker import KIND, PROMPT, SETTINGS, RankerSettings, load_ranker
 from recllm.rankgraphs import write_rank_graphs
@@ -67,15 +67,22 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
 
 
 @dataclass(frozen=True, eq=False)
-class _Recorded:
-    """A session that keeps what it was given."""
+class _Recorder(OnnxReader):
+    """A reader that keeps what it gives to its graphs, by graph."""
 
-    session: Any
-    feeds: list[Feeds]
+    feeds: dict[str, list[Feeds]] = field(default_factory=lambda: {"prefix": [], "suffix": []})
 
-    def run(self, names: list[str] | None, feeds: Feeds) -> Any:  # noqa: ANN401  as onnxruntime's
-        self.feeds.append(feeds)
-        return self.session.run(names, feeds)
+    def read(self, ids: Ids, lengths: Ids) -> ReadPrefix:
+        """As `OnnxReader.read`."""
+        self.feeds["prefix"].append({"ids": ids})
+        return super().read(ids, lengths)
+
+    def answers(self, prefixes: ReadPrefix, ids: Ids, lengths: Ids) -> NDArray[np.float32]:
+        """As `OnnxReader.answers`."""
+        keys, values = prefixes.arrays
+        given: Feeds = {"ids": ids, "ends": lengths - 1, "lengths": prefixes.lengths, "keys": keys, "values": values}
+        self.feeds["suffix"].append(given)
+        return super().answers(prefixes, ids, lengths)
 
 
 def _samples(run: Run, task: Task, scorer: RelevanceScorer, graphs: Path) -> dict[str, list[Feeds]]:
@@ -85,12 +92,12 @@ def _samples(run: Run, task: Task, scorer: RelevanceScorer, graphs: Path) -> dic
     queries = [known[place] for place in random.permutation(len(known))[:SAMPLES]]
     items = list(scorer.prompts.candidates)
     asked = ItemIndex([items[place] for place in random.permutation(len(items))[:SAMPLED_CANDIDATES]])
-    reader = OnnxReader.open(graphs, scorer.model.max_tokens, soft_from=scorer.model.soft_from)
-    prefix, suffix = _Recorded(reader.prefix, []), _Recorded(reader.suffix, [])
-    reading = PointwiseScorer(replace(reader, prefix=prefix, suffix=suffix), scorer.prompt, scorer.catalog, False)
+    opened = OnnxReader.open(graphs, scorer.model.max_tokens, soft_from=scorer.model.soft_from)
+    reader = _Recorder(opened.prefix, opened.suffix, opened.max_tokens, soft_from=opened.soft_from)
+    reading = PointwiseScorer(reader, scorer.prompt, scorer.catalog, False)
     for query in queries:
         reading.score([query], asked)
-    return {"prefix": prefix.feeds, "suffix": suffix.feeds}
+    return reader.feeds
 
 
 def _export(

@@ -73,7 +73,7 @@ def test_interrupting_ends_with_130(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "fetch_names", interrupted)
-    assert recllm_says(capsys, "fetch", "ml-100k", code=130)[1].startswith("Interrupted. A training run goes on")
+    assert recllm_says(capsys, "fetch", "ml-100k", code=130)[1].startswith("Interrupted. Training goes on where it was")
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

@@ -209,7 +209,7 @@ def test_a_plan_counts_the_taught_windows(student):
         ),
         ({"light.teacher": "nowhere"}, r"no run file"),
         ({"name": "tiny", "output": "OUTPUT"}, r"light\.teacher is this run itself"),
-        ({"model.task": "relevance"}, r"light\.teacher is for runs of next items"),
+        ({"model.task": "relevance"}, r"light\.teacher is for model\.task = 'next_item'"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(student, tiny_run, keys, message):

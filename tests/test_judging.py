@@ -256,7 +256,7 @@ def test_who_cannot_read_rows_behind_one_history_is_told(
     monkeypatch.setattr(judging, "reads_trees", lambda _: False)
     with pytest.raises(RecllmError, match=r"cannot read several rows behind one history: that takes a causal model"):
         judging.relevance_stage(run, prepare(run), None, lambda _: None)
-    with pytest.raises(ValueError, match=r"model.rows_together is for runs that judge pairs"):
+    with pytest.raises(ValueError, match=r"is for model\.task = 'relevance'; with 'next_item' it does nothing"):
         Run.model_validate(run.model_dump() | {"model": run.model.model_dump() | {"task": "next_item"}})
 
 

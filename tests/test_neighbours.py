@@ -112,3 +112,9 @@ def test_saved_and_grown_neighbours_score_the_same(fitted, checkerboard, tmp_pat
     scores = grown.score([*queries, Query(("1", "3"))], ItemIndex([*index.ids, "new"]))
     assert scores[:1, :-1] == pytest.approx(fitted.score(queries, index), abs=1e-6, nan_ok=True)
     assert scores[0, -1] > scores[1, -1]
+
+
+def test_running_text_is_no_list_of_features():
+    plot = "Sid, a boy, tears toys apart, and Woody, whose owner is about to move to a house in another town, has to save one"
+    found = set(features_of({"item_id": "1", "title": "Toy", "genres": "Drama, Comedy", "plot": plot}))
+    assert found == {"title toy", "genres drama", "genres comedy"}

@@ -190,8 +190,6 @@ def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     ("keys", "in_vain"),
     [
         ([], False),
-        (["adapter.target_modules=['q_proj', 'embed_tokens']"], True),
-        (["adapter.modules_to_save=['embed_tokens']"], True),
         (["model.task=relevance", "model.soft_tokens=true"], False),
     ],
 )
