@@ -52,8 +52,8 @@ LARGE_GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 SASREC_EPOCHS = 100
 """The most passes of a SASRec trial; the best epoch on validation is kept."""
 PATIENCE = 10
-"""Epochs without a better one after which a SASRec trial ends: with 3 it ended at epoch 16 on ml-100k, where a small set's
-validation goes up and down, and .1041 on validation became .1247 by epoch 80."""
+"""Epochs without a better one after which a SASRec trial ends: with 3 it ended at epoch 16 on ml-100k, whose validation
+goes up and down, and .1041 there became .1247 by epoch 80."""
 TUNED_ON = RecencySettings().queries
 """The most validation rows that tune a reference, as many as choose recllm's own half-lives."""
 

@@ -115,6 +115,6 @@ def test_saved_and_grown_neighbours_score_the_same(fitted, checkerboard, tmp_pat
 
 
 def test_running_text_is_no_list_of_features():
-    plot = "Sid, a boy, tears toys apart, and Woody, whose owner is about to move to a house in another town, has to save one"
+    plot = "Sid, a boy, tears toys apart, and Woody saves one of them from the house beyond the fence of the garden"
     found = set(features_of({"item_id": "1", "title": "Toy", "genres": "Drama, Comedy", "plot": plot}))
     assert found == {"title toy", "genres drama", "genres comedy"}
