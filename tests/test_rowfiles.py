@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.rowfiles import FIELD, SPAN, Unreadable, columns_of, raw_rows
+from recllm.rowfiles import FIELD, SPAN, columns_of, raw_rows
 
 WANTED = ("user_id", "history")
 
@@ -81,7 +81,3 @@ def test_what_is_damaged_inside_a_parquet_file_is_one_message(tmp_path):
     assert columns_of(path) == ["user_id"]
     with pytest.raises(RecllmError, match=r"is not a Parquet file that can be read"):
         list(raw_rows(path, WANTED))
-
-
-def test_unreadable_rows_say_why():
-    assert Unreadable("not JSON", "x").reason == "not JSON"
