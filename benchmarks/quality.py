@@ -95,7 +95,8 @@ def references_of(run: Run, task: Task, names: list[str]) -> dict[str, Reference
     """The tuned references of a run that ranks; a run that judges pairs has its priors among its own scorers."""
     if run.model.task != "next_item" or not names:
         return {}
-    return tuned_references(task, load_collaborative(run, task).vectors, run.seed, names, say, run.light)
+    vectors = load_collaborative(run, task).vectors
+    return tuned_references(task, vectors, run.seed, names, say, run.light, run.folder / "references")
 
 
 def measure(run: Run, names: list[str]) -> tuple[dict[str, Table], dict[str, Reference], dict[str, Any]]:
@@ -186,7 +187,7 @@ def main() -> None:
         "tables": {part: table.to_dict() for part, table in tables.items()},
         "differences": {part: differences(table, given.protocol) for part, table in tables.items()},
         "references": {
-            name: {"chosen": own.chosen, "trials": own.trials, "seconds": own.seconds}
+            name: {"chosen": own.chosen, "trials": own.trials, "epochs": own.epochs, "seconds": own.seconds}
             for name, own in found[0][1].items()
         },
         "fusion": [

@@ -130,7 +130,10 @@ def test_every_protocol_has_a_run():
 
 
 def test_references_are_tuned_on_validation_and_answer_as_scorers(checkerboard_folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
     references = load("references")
+    import sasrec
+
     from recllm.recipes import parse
     from recllm.runs import Run
     from recllm.tasks import prepare
@@ -139,7 +142,7 @@ def test_references_are_tuned_on_validation_and_answer_as_scorers(checkerboard_f
     run = parse(Run, {"name": "x", "data": {"name": str(checkerboard_folder)}}, "test")
     task = prepare(run)
     vectors = np.random.default_rng(0).normal(size=(len(task.index), 4)).astype(np.float32)
-    monkeypatch.setattr(references, "SASREC_EPOCHS", 8)
+    monkeypatch.setattr(sasrec, "EPOCHS", 8)
     grids = {name: {key: values[:2] for key, values in grid.items()} for name, grid in references.GRIDS.items()}
     monkeypatch.setattr(references, "GRIDS", grids)
     names, raw = list(references.GRIDS), RawVectors(task.index.ids, vectors)
@@ -183,3 +186,46 @@ def test_scores_with_places_for_new_items_rank_as_the_list_does(monkeypatch):
     for listed, before, kept in zip(rows, known, others, strict=True):
         count = int((kept >= 0).sum())
         assert listed.tolist() == [*before[: 4 - count].tolist(), *kept[:count].tolist()]
+
+
+def test_a_killed_sasrec_goes_on_to_the_same_scores(checkerboard_folder, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import sasrec
+
+    from recllm.recipes import parse
+    from recllm.runs import Run
+    from recllm.tasks import prepare
+
+    task = prepare(parse(Run, {"name": "x", "data": {"name": str(checkerboard_folder)}}, "test"))
+    queries = [example.query for example in task.split.test]
+    monkeypatch.setattr(sasrec, "EPOCHS", 4)
+    calls = 0
+
+    def figure(scorer, *, killed_at=None):
+        nonlocal calls
+        calls += 1
+        if calls == killed_at:
+            raise KeyboardInterrupt
+        return [0.1, 0.3, 0.2, 0.25][scorer.progress.epochs]
+
+    def trained(folder, **given):
+        nonlocal calls
+        calls, lines = 0, []
+        return sasrec.train_sasrec(
+            task, lambda scorer: figure(scorer, **given), 0, lines.append, folder, dropout=0.2, batch=2
+        ), lines
+
+    whole, _ = trained(None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, killed_at=3)
+    again, lines = trained(tmp_path)
+    assert lines[0] == "ref SASRec: goes on behind epoch 2"
+    assert len(lines) == 3
+    assert again.progress == whole.progress == sasrec.Progress(4, 0.3, 2)
+    expected = whole.score(queries, task.index)
+    assert np.array_equal(again.score(queries, task.index), expected, equal_nan=True)
+    _, lines = trained(tmp_path)
+    assert lines == ["ref SASRec: goes on behind epoch 4"]  # nothing is left to train
+    monkeypatch.setattr(type(task), "fingerprints", lambda self: {"interactions": "others"})
+    _, lines = trained(tmp_path)
+    assert len(lines) == 4  # other data: not these weights
