@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ NDCG_AT = 10
 NEW_AT_ONCE = 0.05
 """The share of the catalogue that is taken for new while it is measured what new items cost known ones."""
 FOLDS = 5
-"""Parts of the users on which fusions of labelled pairs are measured in turn."""
+"""Parts of the validation rows on which what was fitted on the others is measured in turn."""
 
 Kind = Literal[
     "by counts", "without counts", "plain sum", "best single", "stacker", "reciprocal rank", "borda", "levels"
@@ -44,7 +45,9 @@ class FusionSettings(Settings):
     """What is tried, the best on validation is kept: softplus weights by event counts or the same everywhere, the plain
     sum of standardised scores, each scorer alone with the others as backup, signed weights by counts (stacker), sums of
     reciprocal ranks or of Borda points, and scorers one after the other (levels), each only where those before it are
-    silent. With "best single" among them no part ranks known items above the fusion on the rows that choose."""
+    silent. An item on which a scorer alone is silent stands at the mean of those that it knows. What has weights is
+    measured on rows that it was not fitted on; with "best single" among the kinds no scorer alone is better than the
+    fusion on the rows that choose."""
     queries: int = Field(2000, ge=1)
     """The most validation queries to fit on."""
     choosing: int = Field(5000, ge=1)
@@ -79,7 +82,9 @@ def fit_ranking(
 ) -> Fusion:
     """Fit on validation queries by softmax cross-entropy of the target; choose by NDCG@10.
 
-    Chosen is the best of `settings.kinds`, on a tie the earlier.
+    Weights look better on the queries that they were fitted on, the more so the more of them there are. So what is
+    tried is measured on others, in `FOLDS` parts, and the best of `settings.kinds`, on a tie the earlier, is fitted on
+    all in the end; if a single scorer then is better on these rows, it is kept instead.
 
     Args:
         scores: by scorer, float32[queries, candidates].
@@ -104,21 +109,37 @@ def fit_ranking(
     sample, choosing = np.sort(order[: settings.queries]), np.sort(order[: settings.choosing])
     columns, valid = sample_candidates(targets[sample], barred[sample], settings.negatives, rng)
     z = np.stack([np.take_along_axis(base.z(name, scores[name][sample]), columns, 1) for name in base.names])
-    problem = Problem(
-        drop_scorers(z, settings.drop, rng),
-        base.user(n_user[sample])[:, None],
-        base.item(n_item)[columns],
-        cross_entropy(valid),
-    )
+    z, user, item = drop_scorers(z, settings.drop, rng), base.user(n_user[sample])[:, None], base.item(n_item)[columns]
 
-    def figure(fusion: Fusion) -> float:
-        found = []
-        for part in np.array_split(choosing, -(-len(choosing) // QUERY_BATCH)):
+    def figures(fusion: Fusion, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """NDCG@10 of each of the queries."""
+        found = [np.zeros(0)]
+        for part in np.array_split(rows, -(-len(rows) // QUERY_BATCH)) if len(rows) else []:
             fused, _ = fusion.fuse({name: given[part] for name, given in scores.items()}, n_user[part], n_item)
             found.append(ndcg(target_ranks(np.where(barred[part], np.nan, fused), targets[part]), NDCG_AT))
-        return float(np.concatenate(found).mean())
+        return np.concatenate(found)
 
-    return _best(base, problem, settings, figure)
+    @cache
+    def single(name: str) -> NDArray[np.float64]:
+        """NDCG@10 of the queries that choose, by one scorer."""
+        return figures(alone(base, name), choosing)
+
+    def made(part: NDArray[np.bool_]) -> dict[str, Fusion]:
+        """What is tried, fitted on this part of the sample, bool[queries]."""
+        problem = Problem(z[:, part], user[part], item[part], cross_entropy(valid[part]))
+        known = ~np.isin(choosing, sample[~part])
+        return _made(base, problem, settings, lambda name: float(single(name)[known].mean()) if known.any() else 0.0)
+
+    every = made(np.ones(len(sample), dtype=bool))
+    others = np.setdiff1d(choosing, sample)  # nothing was fitted on these
+    measured = {name: [figures(fusion, others)] for name, fusion in every.items()}
+    folds = np.arange(len(sample)) % min(FOLDS, len(sample))
+    for fold in np.unique(folds):
+        inside = folds == fold
+        for name, fusion in (every if inside.all() else made(~inside)).items():
+            measured[name].append(figures(fusion, np.intersect1d(sample[inside], choosing)))
+    outside = {name: float(np.concatenate(found).mean()) for name, found in measured.items()}
+    return _best(every, outside, lambda fusion: float(figures(fusion, choosing).mean()))
 
 
 def fit_labels(
@@ -186,7 +207,8 @@ def fit_labels(
     def made(rows: NDArray[np.int64]) -> dict[str, Fusion]:
         rows = rows[np.argsort(numbers[rows], kind="stable")]  # blocks are cut between users, not through all of them
         loss = inside_users(label[rows], numbers[rows], settings.pairwise)
-        return _made(base, Problem(z[:, rows], user[rows], item[rows], loss), settings, figure)
+        problem = Problem(z[:, rows], user[rows], item[rows], loss)
+        return _made(base, problem, settings, lambda name: figure(alone(base, name)))
 
     outside: dict[str, NDArray[np.float64]] = {}
     for inside in _folds(numbers, label, rng):
@@ -194,11 +216,7 @@ def fit_labels(
             outside.setdefault(name, np.zeros(len(label)))[inside] = fused(fusion)[inside]
     every = made(np.arange(len(label)))
     figures = {name: auc(label, outside[name] if outside else fused(fusion)) for name, fusion in every.items()}
-    best = max(figures, key=figures.__getitem__)
-    singles = [name for name in every if name.startswith("only ")]
-    better = max(singles, key=lambda name: figure(every[name]), default=best)
-    best = better if figure(every[better]) > figure(every[best]) else best
-    return replace(every[best], chosen=best, candidates=figures)
+    return _best(every, figures, figure)
 
 
 def _folds(users: NDArray[np.int64], label: NDArray[np.float64], rng: np.random.Generator) -> list[NDArray[np.bool_]]:
@@ -209,18 +227,19 @@ def _folds(users: NDArray[np.int64], label: NDArray[np.float64], rng: np.random.
     return parts if all(len(np.unique(label[~inside])) == 2 for inside in parts) else []
 
 
-def _best(base: Fusion, problem: Problem, settings: FusionSettings, figure: Callable[[Fusion], float]) -> Fusion:
-    """Fit, measure everything that is tried, take the best; on a tie the earlier."""
-    made = _made(base, problem, settings, figure)
-    figures = {name: figure(fusion) for name, fusion in made.items()}
+def _best(made: Mapping[str, Fusion], figures: Mapping[str, float], figure: Callable[[Fusion], float]) -> Fusion:
+    """What has the best of `figures`, on a tie the earlier; a scorer alone, if it has more by `figure`."""
     best = max(figures, key=figures.__getitem__)
+    singles = {name: figures[name] for name in made if name.startswith("only ")}
+    better = max(singles, key=singles.__getitem__, default=best)
+    best = better if better != best and figure(made[better]) > figure(made[best]) else best
     return replace(made[best], chosen=best, candidates=figures)
 
 
 def _made(
-    base: Fusion, problem: Problem, settings: FusionSettings, figure: Callable[[Fusion], float]
+    base: Fusion, problem: Problem, settings: FusionSettings, single: Callable[[str], float]
 ) -> dict[str, Fusion]:
-    """Everything that is tried, by name, fitted on the problem; `figure` orders the levels."""
+    """Everything that is tried, by name, fitted on the problem; what each scorer has alone orders the levels."""
     made: dict[str, Fusion] = {}
     for kind in settings.kinds:
         if kind == "by counts" or kind == "without counts" or kind == "stacker":
@@ -238,7 +257,7 @@ def _made(
             made |= {f"only {name}": alone(base, name) for name in base.names}
         elif kind == "levels":
             # The better alone on validation, the earlier its level.
-            order = sorted(base.names, key=lambda name: -figure(alone(base, name)))
+            order = sorted(base.names, key=lambda name: -single(name))
             made[kind] = replace(base, levels=tuple(order.index(name) for name in base.names))
         elif kind in ("reciprocal rank", "borda"):
             made[kind] = replace(base, standardise=kind)
