@@ -122,7 +122,8 @@ def tuned_references(
         seed: of the fits.
         names: which references; keys of `GRIDS`.
         say: gets a line per trial.
-        light: of recllm's own sequence scorer: SASRec is as wide and reads as far back, where that is more than usual.
+        light: of recllm's own sequence scorer: SASRec is as wide and reads as far back, where that is more than usual,
+            and has as many windows in a step.
         folder: where SASRec's trials are kept, so that a later call goes on with them.
     """
     rows = [row for row in task.split.valid if row.item_id in task.index]
@@ -136,8 +137,13 @@ def tuned_references(
 
     large = len(task.index) > LARGE_ITEMS or len(task.split.train) > LARGE_EVENTS
     grids = GRIDS | (LARGE_GRIDS if large else {})
-    if light is not None and (light.width > 128 or light.max_history > 50):
-        grids["ref SASRec"] = {**grids["ref SASRec"], "width": (light.width,), "positions": (light.max_history,)}
+    if light is not None:
+        grids["ref SASRec"] = {
+            **grids["ref SASRec"],
+            "width": (max(light.width, 128),),
+            "positions": (max(light.max_history, 50),),
+            "batch": (light.per_device_train_batch_size,),
+        }
     return {name: _tuned(name, grids[name], task, vectors, seed, figure, say, folder) for name in names}
 
 

@@ -166,7 +166,7 @@ def train_sasrec(
     dropout: float,
     width: int = 128,
     positions: int = 50,
-    batch: int = 64,
+    batch: int = 32,
 ) -> SASRecScorer:
     """Train by AdamW with the light scorer's schedule of windows; the best epoch on validation is kept.
 
