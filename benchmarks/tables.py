@@ -144,18 +144,22 @@ def curve(found: dict[str, Result], part: str = "all") -> Iterator[str]:
 
 
 def controls(found: dict[str, Result]) -> Iterator[str]:
-    """What is left where a part was taken away, under the result of the same set and protocol with all of it."""
+    """What is left where a part was taken away, under the result of the same set and protocol with all of it.
+
+    Cold items are ranked among themselves: among all items hardly one of them is in a list of ten.
+    """
     lacking: dict[str, list[str]] = {}
     for name, result in found.items():
         if result.get("control"):
             lacking.setdefault(name.replace(f"-{result['control']}", ""), []).append(name)
-    shown = ("light", "lm", "fusion without lm", "fusion")
+    shown = ("light", "lm", "likelihood", "fusion without lm", "fusion")
     yield f"| result | seeds | lacks | {' | '.join(shown)} | the language model adds |"
     yield "|---" * (len(shown) + 4) + "|"
     for whole, others in lacking.items():
         for name in [own for own in (whole,) if own in found and own not in others] + others:
             result = found[name]
-            rows, metric = rows_of(result), "AUC" if "AUC" in result["tables"]["all"]["metrics"] else "NDCG@10"
+            part = "among cold items" if "among cold items" in result["tables"] else "all"
+            rows, metric = rows_of(result, part), "AUC" if "AUC" in result["tables"][part]["metrics"] else "NDCG@10"
             cells = [figure([rows[scorer][metric][0], None, None]) if scorer in rows else "–" for scorer in shown]
             adds = result["differences"]["all"].get("fusion without lm")
             cells.append("–" if adds is None else "{:+.4f} ({:+.4f} … {:+.4f})".format(*adds))

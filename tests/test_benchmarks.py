@@ -68,11 +68,14 @@ def test_controls_stand_under_what_they_are_controls_of():
         "topk-a-no-text": ranked("no-text", light=0.1, fusion=0.2),
         "topk-b-no-text-quick": ranked("no-text", fusion=0.2),
         "topk-c": ranked(fusion=0.2),
+        "cold-d-no-text": ranked("no-text", fusion=0.1),
     }
+    found["cold-d-no-text"]["tables"]["among cold items"] = ranked(likelihood=0.5, fusion=0.6)["tables"]["all"]
     assert load("tables").table("controls", found)[2:] == [
-        "| topk-a | 1 | nothing | .3000 | .2000 | .3000 | .4000 | +0.0100 (-0.0020 … +0.0300) |",
-        "| topk-a | 1 | no-text | .1000 | – | – | .2000 | – |",
-        "| topk-b-quick | 1 | no-text | – | – | – | .2000 | – |",
+        "| topk-a | 1 | nothing | .3000 | .2000 | – | .3000 | .4000 | +0.0100 (-0.0020 … +0.0300) |",
+        "| topk-a | 1 | no-text | .1000 | – | – | – | .2000 | – |",
+        "| topk-b-quick | 1 | no-text | – | – | – | – | .2000 | – |",
+        "| cold-d | 1 | no-text | – | – | .5000 | – | .6000 | – |",
     ]
 
 
