@@ -192,18 +192,12 @@ def adapter_names(model: nn.Module) -> set[str]:
 def may_train_in_vain(model: nn.Module) -> bool:
     """Whether a step may leave a parameter without a gradient, for which several processes have to look every time.
 
-    An encoder's pooling layer may have an adapter, and so may input embeddings, which item tokens go round; and a model
-    may leave out layers by chance.
+    An encoder's pooling layer may have an adapter, and a model may leave out layers by chance.
     """
     if not getattr(model, "causal", True):
         return True
-    for own in model.modules():
-        if isinstance(own, PreTrainedModel):
-            embedding = own.get_input_embeddings()
-            words = embedding.words if isinstance(embedding, SoftTokens) else embedding
-            if any(value.requires_grad for value in words.parameters()) or getattr(own.config, "layerdrop", None):
-                return True
-    return False
+    bodies = [own for own in model.modules() if isinstance(own, PreTrainedModel)]
+    return any(getattr(body.config, "layerdrop", None) for body in bodies)
 
 
 REFUSED = {

@@ -191,6 +191,7 @@ def test_only_a_run_is_overwritten(tiny_run, tmp_path):
     [
         ([], False),
         (["model.task=relevance", "model.soft_tokens=true"], False),
+        (["model.task=relevance", "model.name=minilm-l6", "adapter.target_modules=['dense']"], True),
     ],
 )
 def test_what_gets_no_gradient_is_looked_for_by_several_processes(keys, in_vain, tiny_run):
