@@ -139,6 +139,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _cache() -> Finding:
     folder = cache_folder()
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        return Finding("wrong", f"cache {folder}: '{nearest}' is a file", "name a folder: export RECLLM_CACHE=FOLDER")
     if not os.access(nearest, os.W_OK):
         return Finding("wrong", f"cache {folder} cannot be written", "name another: export RECLLM_CACHE=FOLDER")
     return Finding("ok", f"cache {folder}")

@@ -47,7 +47,10 @@ def find_recipe(folder: str, name: str) -> Path:
             )
         return path
     if name not in recipe_names(folder):
-        raise unknown(f"recipe in {folder}/", name, recipe_names(folder), "A path that ends in .toml works too.")
+        hint = "A path that ends in .toml works too."
+        if Path(f"{name}.toml").is_file():
+            hint = f"For the file of that name give its ending too: {name}.toml."
+        raise unknown(f"recipe in {folder}/", name, recipe_names(folder), hint)
     return share(folder) / f"{name}.toml"
 
 

@@ -341,7 +341,10 @@ class Recommender:
         if only_new:
             given[KNOWN_BARRED] = np.ones(1, dtype=np.float32)
         rows, scores, shares = compute(self._catalogue, given | feeds | counts)
-        return Lists(np.where(rows < 0, -1, order[rows]), scores, shares)
+        nothing = rows < 0
+        # The graph computes shares of whatever item stands there; behind the last one there is none.
+        shares = np.where(nothing[:, None], np.float32(np.nan), shares)
+        return Lists(np.where(nothing, -1, order[rows]), scores, shares)
 
     def _best_new(
         self, queries: Sequence[Query], vectors: Mapping[str, NDArray[np.float32]], count: int, exclude_seen: bool

@@ -41,7 +41,7 @@ from recllm.names import NameModel, read_names
 from recllm.neighbours import Neighbours, few_events
 from recllm.priors import Popularity, TextSimilarity
 from recllm.progress import Progress
-from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
+from recllm.prompts import CompiledPrompt, Prompt, compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
 from recllm.recency import Fading, choose_half_life, ranking_figure
@@ -298,7 +298,8 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
                 f"'{run.adapter.recipe}' quantises them. Take one that does not, such as --set adapter.recipe=lora."
             )
     for key, task in PROMPTS.items():
-        load_prompt(run.prompt_file(key) if kept else getattr(run.prompt, key), task=task)
+        prompt = load_prompt(run.prompt_file(key) if kept else getattr(run.prompt, key), task=task)
+        _say_what_is_read(run, key, prompt, say)
     for recipe in run.export.recipes:
         find_recipe("export", recipe)
     model_folder(encoder_name(run), say)
@@ -321,6 +322,18 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
                 "model.rows_together at 1."
             )
         check_layers(folder, run.model.layers)
+
+
+def _say_what_is_read(run: Run, key: str, prompt: Prompt, say: Say) -> None:
+    """Say that a next-item prompt of one's own is not what rules how far back a run reads, where they differ."""
+    read, own = run.model.max_history, run.prompt.next_item.endswith(".toml")
+    if key != "next_item" or run.model.task != "next_item" or run.model.name == "none" or not own:
+        return
+    if "max_history" in prompt.model_fields_set and prompt.max_history != read:
+        say(
+            f"{run.prompt.next_item}: max_history = {prompt.max_history} is for previews; the run reads the last "
+            f"{read} items (--set model.max_history={prompt.max_history})"
+        )
 
 
 def in_full_precision(recipe: AdapterRecipe | None) -> AdapterRecipe | None:

@@ -97,6 +97,14 @@ def test_a_cache_that_cannot_be_written(monkeypatch):
     assert "export RECLLM_CACHE=FOLDER" in doctor._cache().mend
 
 
+def test_a_cache_that_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("")
+    for place in (tmp_path / "cache", tmp_path / "cache" / "below"):
+        monkeypatch.setenv("RECLLM_CACHE", str(place))
+        found = doctor._cache()
+        assert (found.mark, f"'{tmp_path / 'cache'}' is a file" in found.text) == ("wrong", True)
+
+
 def test_a_damaged_bundle_and_one_of_another_opset(tiny_bundle, tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, folder)

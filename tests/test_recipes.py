@@ -52,6 +52,13 @@ def test_an_unknown_recipe_is_answered_with_the_nearest():
         find_recipe("adapters", "lroa")
 
 
+def test_a_file_without_its_ending_is_answered_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("")
+    with pytest.raises(RecllmError, match=r"Unknown recipe in prompts/ 'mine'.* give its ending too: mine\.toml\."):
+        find_recipe("prompts", "mine")
+
+
 def test_a_missing_file_is_answered_with_the_shipped_names():
     with pytest.raises(RecllmError, match=r"There is no file 'nowhere/mine\.toml'\. Give a shipped name.*fp16, fp32"):
         find_recipe("export", "nowhere/mine.toml")

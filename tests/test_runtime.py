@@ -86,6 +86,9 @@ def test_rows_end_where_no_item_is_left(bundle):
     assert sorted(out.ids[0]) == sorted(BLUE)
     assert np.isfinite(out.scores[0, :12]).all()
     assert np.isnan(out.scores[0, 12:]).all()
+    for name, share in out.shares.items():
+        assert np.isfinite(share[0, :12]).all(), name
+        assert np.isnan(share[0, 12:]).all(), name
 
 
 def test_a_batch_equals_its_rows_one_by_one(bundle, monkeypatch):

@@ -18,10 +18,11 @@ from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
 from recllm.judging import relevance_stage
 from recllm.lm import load_base
+from recllm.recipes import find_recipe
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import load_collaborative, load_language, stage_done
+from recllm.trained import check_names, load_collaborative, load_language, stage_done
 
 ROOT = Path(__file__).parents[1]
 TREES = [
@@ -157,6 +158,22 @@ def test_an_encoder_is_refused_before_any_work(tiny_run, tiny_encoder_folder, tm
     with pytest.raises(RecllmError, match=r"is an encoder; next_item needs a causal model"):
         train_run(run, say=silent)
     assert not run.folder.exists()
+
+
+def test_a_prompt_of_ones_own_that_reads_less_than_the_run_is_told(tiny_run, tmp_path):
+    text = find_recipe("prompts", "next_item").read_text(encoding="utf-8")
+    own = tmp_path / "own.toml"
+    for limit, told in (("max_history = 7", True), ("max_history = 12", False), ("", False)):
+        own.write_text(text.replace("max_history = 50", limit), encoding="utf-8")
+        lines = []
+        run = load_run(tiny_run, [f"prompt.next_item={own}", "model.max_history=12"])
+        check_names(run, lines.append)
+        said = [line for line in lines if "max_history" in line]
+        assert (
+            said
+            == [f"{own}: max_history = 7 is for previews; the run reads the last 12 items (--set model.max_history=7)"]
+            * told
+        )
 
 
 def test_a_mistake_in_the_data_leaves_no_folder_and_an_old_run_as_it_is(tiny_run, tmp_path):
