@@ -276,7 +276,16 @@ def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
                 f"of them before the history. Take at most --set model.max_history={positions - len(compiled.start)}."
             )
         return item_token_history(compiled.start, limit, stride)
-    return text_history(compiled.start, compiled.encode_items(task.dataset.catalog), limit, stride, positions)
+    texts = compiled.encode_items(task.dataset.catalog)
+    longest = max((len(text) for text in texts if text is not None), default=0)
+    if positions is not None and len(compiled.start) + longest > positions:
+        over = len(compiled.start) + longest - positions
+        raise RecllmError(
+            f"'{run.model.name}' reads {positions} tokens, and the longest item alone, with the {len(compiled.start)} "
+            f"before the history, takes {over} more. In {run.prompt_file('next_item')} lower max_item_tokens "
+            f"({prompt.max_item_tokens}) by {over}."
+        )
+    return text_history(compiled.start, texts, limit, stride, positions)
 
 
 def check_names(run: Run, say: Say, *, kept: bool = False) -> None:

@@ -271,6 +271,20 @@ def test_a_history_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
         train_run(run, say=silent)
 
 
+def test_an_item_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text(
+        'task = "next_item"\ntext = "Items: {history}"\nmax_item_tokens = 5000\n'
+        f'item = "{" ".join(["{title}"] * 600)}"\n',
+        encoding="utf-8",
+    )
+    overrides = ["model.history=text", f"prompt.next_item={own}", "light.num_train_epochs=0", "model.max_history=4"]
+    with pytest.raises(
+        RecllmError, match=r"reads 512 tokens, and the longest item alone, .*\d+ more.*lower max_item_tokens \(5000"
+    ):
+        train_run(again(tiny_run, tmp_path, *overrides), say=silent)
+
+
 def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
     overrides = ["model.name=none", f"model.item_encoder={tiny_encoder_folder}", "light.num_train_epochs=0"]
     run = again(tiny_run, tmp_path, *overrides, "ease.max_items=0", "transitions.max_items=0")
