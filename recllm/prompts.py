@@ -141,13 +141,20 @@ class CompiledPrompt:
     """What stands between the history and the candidate."""
 
     def __init__(
-        self, prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None, positions: int | None = None
+        self,
+        prompt: Prompt,
+        tokenizer: Tokenizer,
+        like_at: float | None = None,
+        positions: int | None = None,
+        *,
+        ended: bool = True,
     ) -> None:
         """Compile; arguments as for `compile_prompt`."""
         prompt.check()
         self.prompt = prompt
         self.like_at, self.positions = like_at, positions
         self._tokens = Tokens(tokenizer)
+        self.end = self._tokens.end if ended else []
         self._item, self._candidate = split_item(prompt.item), split_item(prompt.candidate or prompt.item)
         self._compile_text()
 
@@ -163,7 +170,7 @@ class CompiledPrompt:
                 f"The text before {{history}} and the separator {prompt.separator!r} must both end in a space, "
                 "or neither, so that an item has the same tokens at every place."
             )
-        begin, self.end = self._tokens.begin, self._tokens.end
+        begin = self._tokens.begin
         opening = self._tokens.template(head)
         # A template that writes the beginning-of-text token itself does not get it twice.
         self.start = opening if opening[: len(begin)] == begin else begin + opening
@@ -325,7 +332,12 @@ def _without_last(query: Query, catalog: Catalog) -> tuple[Query, str]:
 
 
 def compile_prompt(
-    prompt: Prompt, tokenizer: Tokenizer, like_at: float | None = None, *, positions: int | None = None
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    like_at: float | None = None,
+    *,
+    positions: int | None = None,
+    ended: bool = True,
 ) -> CompiledPrompt:
     """Compile `prompt` for `tokenizer`, which is left as it is.
 
@@ -334,12 +346,13 @@ def compile_prompt(
         tokenizer: the model's tokenizer.
         like_at: rating from which a history item gets the mark `liked`, below it `disliked`; None writes no marks.
         positions: the most tokens that the model reads; the text of an item prompt is cut to them. None: any number.
+        ended: whether an item prompt ends with what the tokenizer puts behind every text.
 
     Raises:
         RecllmError: the prompt is not well formed, leaves no room for an item, or (relevance) its answers begin with
             the same token.
     """
-    compiled = CompiledPrompt(prompt, tokenizer, like_at, positions)
+    compiled = CompiledPrompt(prompt, tokenizer, like_at, positions, ended=ended)
     if prompt.task == "relevance":
         _ = compiled.answer_ids
     return compiled

@@ -490,7 +490,7 @@ def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
         )
     names = None
     if (place / NAME_GRAPH).is_file():
-        prompt = _read_prompt(place / NAME_PROMPT, place / NAME_TOKENIZER, manifest.get("name_positions"))
+        prompt = _read_prompt(place / NAME_PROMPT, place / NAME_TOKENIZER, manifest.get("name_positions"), ended=False)
         names = NameReader(partial(session, NAME_GRAPH), prompt)
     return Recommender(
         catalog=catalog,
@@ -509,8 +509,9 @@ def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
     )
 
 
-def _read_prompt(prompt: Path, tokenizer: Path, positions: int | None) -> CompiledPrompt:
-    return compile_prompt(load_prompt(str(prompt)), Tokenizer.from_file(str(tokenizer)), positions=positions)
+def _read_prompt(prompt: Path, tokenizer: Path, positions: int | None, *, ended: bool = True) -> CompiledPrompt:
+    read = Tokenizer.from_file(str(tokenizer))
+    return compile_prompt(load_prompt(str(prompt)), read, positions=positions, ended=ended)
 
 
 def _load_scorer(

@@ -226,7 +226,7 @@ def name_model(run: Run, say: Say) -> tuple[NameModel, CompiledPrompt]:
     drawn_by = run.seed if run.control.language_model == "random" else None
     base = load_base(model_folder(run.model.likelihood, say), drawn_by=drawn_by)
     written = load_prompt(run.prompt_file("likelihood"), task="item")
-    prompt = compile_prompt(written, base.tokenizer, positions=positions_of(base))
+    prompt = compile_prompt(written, base.tokenizer, positions=positions_of(base), ended=False)
     return NameModel(base, first_token(prompt)).eval(), prompt
 
 
@@ -320,7 +320,7 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
                 "model.likelihood, or leave it out."
             )
         prompt = load_prompt(run.prompt_file("likelihood") if kept else run.prompt.likelihood, task="item")
-        first_token(compile_prompt(prompt, load_tokenizer(folder)))
+        first_token(compile_prompt(prompt, load_tokenizer(folder), ended=False))
     if run.model.name != "none":
         folder = model_folder(run.model.name, say)
         if run.model.task == "next_item" and not is_causal(load_config(folder)):

@@ -72,6 +72,18 @@ def test_a_prompt_has_words_before_the_name_and_none_behind(tiny_tokenizer):
             first_token(other)
 
 
+def test_what_the_tokenizer_puts_behind_every_text_is_no_part_of_a_name(tiny_word_tokenizer):
+    prompt = load_prompt("likelihood")
+    record = {"title": "red apple"}
+    whole = compile_prompt(prompt, tiny_word_tokenizer)
+    own = compile_prompt(prompt, tiny_word_tokenizer, ended=False)
+    assert whole.end
+    assert whole.item_ids(record) == own.item_ids(record) + whole.end
+    assert first_token(own) == len(own.start)
+    with pytest.raises(RecllmError, match=r"none behind it"):
+        first_token(whole)
+
+
 def test_a_run_has_it_of_cold_items_too(trained):
     run, task = trained
     scorers = load_collaborative(run, task).scorers()
