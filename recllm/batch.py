@@ -237,7 +237,7 @@ def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
     return _run(work, known, answer, PAIRS, need=need, unknown=NO_KNOWN, ratings=True)
 
 
-def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Job) -> Summary:
+def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Job, *, unread: str = "") -> Summary:
     """Score all `items` for every row: `user_id, item_id, score`.
 
     Args:
@@ -245,13 +245,16 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
         items: what is scored.
         known: the items that a history can name.
         job: files and progress.
+        unread: why the scorer does not read ratings; empty where it does, or has no use for them.
 
     Raises:
-        RecllmError: as `recommend_file`.
+        RecllmError: as `recommend_file`; or a history has ratings that are not read.
     """
     every = np.arange(len(items), dtype=np.int64)
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
+        if unread and any(row.query.has_ratings for row in rows):
+            raise RecllmError(unread)
         scores = scorer.score([row.query for row in rows], items)
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 

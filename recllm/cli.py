@@ -311,6 +311,9 @@ def score(
     ] = None,
     model: TextModel = "smollm2-135m-instruct",
     prompt: PromptName = "cold_item",
+    like_at: Annotated[
+        float | None, typer.Option(help="An item of a history that is rated so much was liked, one rated less not.")
+    ] = None,
     bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="Score by this bundle instead.")] = None,
     provider: Provider = "cpu",
     interactions: Log = None,
@@ -331,11 +334,13 @@ def score(
         raise RecllmError(
             f"--provider {provider} is for --bundle; a language model takes the GPU by itself where there is one."
         )
+    if bundle is not None and like_at is not None:
+        raise RecllmError("--like-at is for --items; a bundle knows from its training what was a like.")
     job = commands.batch_job(users, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite)
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)
     elif items is not None:
-        commands.score_zero_shot(items, history_items, item_column or [], job, model, prompt)
+        commands.score_zero_shot(items, history_items, item_column or [], job, model, prompt, like_at)
 
 
 @items.command(

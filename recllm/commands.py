@@ -40,8 +40,13 @@ from recllm.splits import like_threshold
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
 PARTS = ("test", "valid")
-PAGE = "evaluation.html"
-"""The report that an evaluation writes into the run's folder."""
+PAGES = {"test": "evaluation.html", "valid": "evaluation-valid.html"}
+"""By part, the report that an evaluation writes into the run's folder."""
+UNREAD = (
+    "The histories have ratings, and the prompt marks what was liked or disliked: say from which rating on an item was "
+    "liked, --like-at 4 of five stars, or --like-at 1 where ratings are 0 and 1."
+)
+"""Why rows with ratings are not scored zero-shot as they are."""
 PROFILES = Path(__file__).parent / "launch"
 """Configurations of accelerate that come with recllm."""
 RANKED_TOGETHER = 64
@@ -216,7 +221,7 @@ def evaluate_folder(folder: Path, part: str) -> None:
     from recllm.cards import write_adapter_card
     from recllm.outcome import evaluate_run, save_evaluation
     from recllm.report import write_report
-    from recllm.runreport import run_report
+    from recllm.runreport import MEASURED, run_report
     from recllm.scoring import known_scores
     from recllm.tasks import prepare
     from recllm.trained import load_collaborative
@@ -226,11 +231,13 @@ def evaluate_folder(folder: Path, part: str) -> None:
     check_same_data(run, task.fingerprints())
     scores = known_scores(run, task, load_collaborative(run, task), tell)
     table = evaluate_run(run, task, scores[part], part=part)
+    say(f"On {MEASURED[part]}:")
     for line in [*table.lines(), *difference_lines(table)]:
         say(line)
     say(f"Kept in {save_evaluation(run, {part: table})}")
-    write_report(run.folder / PAGE, run_report(run, task, table))
-    say(f"Open {run.folder / PAGE}")
+    page = run.folder / PAGES[part]
+    write_report(page, run_report(run, task, table, part))
+    say(f"Open {page}")
     write_adapter_card(run)
 
 
@@ -435,7 +442,13 @@ def score_candidates(bundle: Path, job: Job, provider: str) -> None:
 
 
 def score_zero_shot(
-    items: Path, history_items: Path | None, columns: Sequence[str], job: Job, model: str, prompt: str
+    items: Path,
+    history_items: Path | None,
+    columns: Sequence[str],
+    job: Job,
+    model: str,
+    prompt: str,
+    like_at: float | None,
 ) -> None:
     """Score every item of a file for every row by an untrained language model."""
     job.check()
@@ -448,12 +461,18 @@ def score_zero_shot(
     # An item that is in both files keeps the text of the file that it is scored from.
     both = pl.concat([new.frame, known.frame], how="diagonal").unique("item_id", keep="first", maintain_order=True)
     catalog = Catalog(both)
-    scorer = zero_shot_scorer(model, prompt, catalog, tell)
+    scorer = zero_shot_scorer(model, prompt, catalog, tell, like_at=like_at)
+    marks = load_prompt(prompt).liked or load_prompt(prompt).disliked
     # Every row costs a pass per item: few rows at once keep the progress lines coming.
     job = job.by(4).knowing(
-        model=model, prompt=sha256_of(find_recipe("prompts", prompt)), text=catalog.fingerprint(), recllm=__version__
+        model=model,
+        prompt=sha256_of(find_recipe("prompts", prompt)),
+        like_at=like_at,
+        text=catalog.fingerprint(),
+        recllm=__version__,
     )
-    _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(catalog.ids), job), job)
+    unread = UNREAD if marks and like_at is None else ""
+    _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(catalog.ids), job, unread=unread), job)
 
 
 def _report(summary: Summary, job: Job) -> None:

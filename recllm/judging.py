@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -100,11 +100,17 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
         ExplicitMF.fit(train, seed=run.seed).save(folder)
     known = train.histories()
 
+    def early(query: Query) -> Query:
+        """With nothing rated yet, nobody where training has what the user did later: there a mean would tell it."""
+        unrated = query.ratings is not None and not query.has_ratings
+        return replace(query, user_id=None) if task.split.cold_items and unrated else query
+
     def rated(query: Query) -> Query:
+        query = early(query)
         return query if query.has_ratings else known.get(query.user_id or "", query)
 
     means = ItemMean.load(folder)
-    scorers |= {"item_mean": means, "user_mean": UserMean.load(folder)}
+    scorers |= {"item_mean": means, "user_mean": AskedAbout(UserMean.load(folder), early)}
     scorers["explicit"] = AskedAbout(ExplicitMF.load(folder), rated)
     if len(task.index) <= MOST_ITEMS:
         neighbours = RatedNeighbours(task.dataset.catalog, parts.text.vectors, means)
@@ -160,7 +166,7 @@ def train_light_judge(
     settings, folder = run.light, run.folder / "light"
     if settings.num_train_epochs == 0 or stage_done(folder):
         return
-    stage = light_judge_stage(run, task, parts.features)
+    stage = light_judge_stage(run, task, parts.features, say)
     say(f"Training the light judge, {settings.num_train_epochs} epochs")
     if not (resume and has_checkpoint(run.folder, stage.scorer, say)):
         start(stage.model, run, "light", task.index, say)
@@ -173,7 +179,7 @@ def train_light_judge(
     process_state().wait_for_everyone()
 
 
-def light_judge_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
+def light_judge_stage(run: Run, task: Task, features: ItemFeatures, say: Say = lambda _: None) -> Stage:
     """The training of the light judge.
 
     Raises:
@@ -199,6 +205,7 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures) -> Stage:
         at_least=rows_at_least(arguments),
         seed=run.seed,
         block=ROWS_OF_A_USER,
+        say=say,
     ).each
     valid = validation_sample(run, task, form.knows, "a known history")
     return Stage(
@@ -327,6 +334,7 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
             stride=prompt.prompt.history_stride,
             alike=prompts.beginning if together > 1 else user_of,
             scattered=together > 1,
+            say=say,
         )
         judged = validation_blocks(run, task, prompts)
         write = partial(written_blocks if together > 1 else written_rows, prompts=prompts)

@@ -97,6 +97,7 @@ def training_blocks(
     stride: int = 1,
     alike: Callable[[Query], Hashable] = user_of,
     scattered: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Blocks:
     """The rows that relevance is trained on, in the order in which they are seen, all epochs one after the other.
 
@@ -118,9 +119,10 @@ def training_blocks(
         alike: events whose queries it gives the same stand together; by default those of one user.
         scattered: blocks are drawn, and stand in any order; else events are drawn, and a block stands where its first
             event does, so that full ones come first.
+        say: gets a line where users have every item, so that their events have no negative and are left out.
 
     Raises:
-        RecllmError: no training event has a history, or a user has every item.
+        RecllmError: no training event has a history, or everybody has every item.
     """
     given = task.split.train_rows
     events = earlier_events(task, like_at=like_at, max_history=max_history, stride=stride)
@@ -129,12 +131,15 @@ def training_blocks(
         row: example.label for row, example in enumerate(base) if example.query.history and example.item_id in items
     }
     judged = 0.0 in labels.values()
+    negatives = Negatives(task, task.split.train.histories(), items)
     rows = np.array([row for row, label in labels.items() if label is not None or not judged], dtype=np.int64)
     if not len(rows):
         raise RecllmError(
             "Relevance needs training events with a history whose item has text, and there is none. Check the split "
             "(data.split) and the columns that the prompt writes."
         )
+    if not judged:
+        rows = _with_negatives(base, rows, negatives, say)
     count = limit if judged else max(1, limit // 2)
     passes = max(epochs, -(-at_least // (min(count, len(rows)) * (1 if judged else 2))))
     order: list[tuple[int, list[int]]] = []
@@ -152,13 +157,36 @@ def training_blocks(
         order += [(epoch, blocks[place]) for place, so_far in zip(places, before, strict=True) if so_far < count]
     if judged:
         return Blocks([len(own) for _, own in order], lambda place: [base[row] for row in order[place][1]])
-    negatives = Negatives(task, task.split.train.histories(), items)
 
     def make(place: int) -> list[Example]:
         epoch, own = order[place]
         return [row for event in own for row in negatives.pair(base[event], (seed, epoch, event))]
 
     return Blocks([2 * len(own) for _, own in order], make)
+
+
+def _with_negatives(
+    base: Sequence[Example], rows: NDArray[np.int64], negatives: "Negatives", say: Callable[[str], None]
+) -> NDArray[np.int64]:
+    """Those of the `rows` of `base` whose users lack an item.
+
+    Raises:
+        RecllmError: none is left.
+    """
+    full = negatives.full()
+    if not full:
+        return rows
+    kept = np.array([row for row in rows.tolist() if base[row].query.user_id not in full], dtype=np.int64)
+    if not len(kept):
+        raise RecllmError(
+            f"Every user, such as '{full[0]}', has an event with every item, so there is no negative to sample. Give "
+            "ratings or labels (data.columns)."
+        )
+    say(
+        f"{len(full):,} users have an event with every item, such as '{full[0]}': no negative can be sampled for them, "
+        f"and {len(rows) - len(kept):,} of {len(rows):,} training events are left out"
+    )
+    return kept
 
 
 def in_blocks(
@@ -182,16 +210,28 @@ def in_blocks(
 def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:
     """The rows of "valid" or "test" that have a label; where all are positive, each is followed by a sampled negative.
 
-    Such a negative is an item the user has no event with in any part of the data, and cold where the target is cold.
+    Such a negative is an item the user has no event with in any part of the data, and cold where the target is cold;
+    a row of a user who has them all is left out.
 
     Raises:
-        RecllmError: a user has every item.
+        RecllmError: test rows have dislikes and validation rows none, so that the two would mean different things.
     """
     examples = task.split.valid if part == "valid" else task.split.test
-    if any(example.label == 0 for example in examples):
+    disliked = {name: any(row.label == 0 for row in rows) for name, rows in _parts(task).items()}
+    if any(disliked.values()):
+        if not disliked["valid"]:
+            raise RecllmError(
+                "No validation row is a dislike, and some test rows are: nothing can be chosen by likes alone. Take "
+                "another data.split or data.like_at, or give validation rows of both kinds."
+            )
         return [example for example in examples if example.label is not None]
     negatives = Negatives(task, task.dataset.interactions.histories(), frozenset(task.index.ids))
-    return [row for place, example in enumerate(examples) for row in negatives.pair(example, (seed, place))]
+    rows = [(place, example) for place, example in enumerate(examples) if negatives.left(example)]
+    return [row for place, example in rows for row in negatives.pair(example, (seed, place))]
+
+
+def _parts(task: Task) -> dict[str, list[Example]]:
+    return {"valid": task.split.valid, "test": task.split.test}
 
 
 class Negatives:
@@ -216,10 +256,24 @@ class Negatives:
         item = self._sample(example, np.random.default_rng(key))
         return Example(example.query, example.item_id, 1.0), Example(example.query, item, 0.0)
 
-    def _sample(self, example: Example, rng: np.random.Generator) -> str:
+    def full(self) -> list[str]:
+        """Users who have every warm item."""
+        pool = self.pools[False]
+        return [user for user, own in self.items.items() if len(own) >= len(pool) and own.issuperset(pool)]
+
+    def left(self, example: Example) -> bool:
+        """Whether there is an item that the user has not."""
+        own, pool = self._of(example)
+        return len(own) < len(pool) or any(item not in own for item in pool)
+
+    def _of(self, example: Example) -> tuple[frozenset[str], list[str]]:
+        """What the user has, and what a negative is drawn of."""
         user = example.query.user_id
         known = self.items.get(user, frozenset()) if user is not None else frozenset()
-        own, pool = known.union(example.query.history, [example.item_id]), self.pools[example.item_id in self.cold]
+        return known.union(example.query.history, [example.item_id]), self.pools[example.item_id in self.cold]
+
+    def _sample(self, example: Example, rng: np.random.Generator) -> str:
+        own, pool = self._of(example)
         for _ in range(DRAWS if pool else 0):
             item = pool[int(rng.integers(len(pool)))]
             if item not in own:
@@ -227,7 +281,7 @@ class Negatives:
         left = [item for item in pool if item not in own]
         if not left:
             raise RecllmError(
-                f"User '{user}' has an event with every item, so there is no negative to sample. Give ratings or "
-                "labels (data.columns), or leave that user out."
+                f"User '{example.query.user_id}' has an event with every item: there is no negative to sample. Give "
+                "ratings or labels (data.columns), or leave that user out."
             )
         return left[int(rng.integers(len(left)))]

@@ -77,10 +77,11 @@ class Prompt(Settings):
             raise RecllmError(f"{place}: {error}") from None
 
     def check_against(self, catalog: Catalog) -> None:
-        """Check that every slot outside brackets is a column of `catalog`, and that none inside is a misspelt one.
+        """Check that the slots are columns of `catalog`, and that there is something to write.
 
         Raises:
-            RecllmError: a slot that is no column; the message has the columns that exist.
+            RecllmError: a slot outside brackets that is no column, or one inside that is a misspelt one; or no item at
+                all has what is written. The message has the columns that exist.
         """
         columns = [*catalog.text_columns, REST, "item_id"]
         for template in (self.item, self.candidate or self.item):
@@ -93,6 +94,20 @@ class Prompt(Settings):
                     if not segment.optional:
                         hint = f"Put it in brackets to drop it where it is missing: '[{{{part.name}}}]'."
                         raise unknown(f"column in the prompt's item format '{template}':", part.name, columns, hint)
+            self._check_written(template, catalog)
+
+    @staticmethod
+    def _check_written(template: str, catalog: Catalog) -> None:
+        parts = split_item(template)
+        if not len(catalog) or any(render_item(parts, catalog.record(item)) is not None for item in catalog.ids):
+            return
+        filled = [name for name in catalog.text_columns if catalog.frame[name].null_count() < len(catalog)]
+        if filled:
+            raise RecllmError(
+                f"The prompt's item format '{template}' writes nothing of any item: what it names is empty everywhere. "
+                f"Columns with text: {', '.join(filled)}. Name one of them in a prompt of your own, or as the title "
+                "(title=COLUMN in data.item_columns or by --item-column)."
+            )
 
 
 class Piece(NamedTuple):

@@ -317,6 +317,7 @@ def zero_shot_scorer(
     catalog: Catalog,
     say: Callable[[str], None] = lambda _: None,
     *,
+    like_at: float | None = None,
     bf16: bool | None = None,
 ) -> RelevanceScorer:
     """An untrained language model as a scorer of items that have only text.
@@ -326,6 +327,7 @@ def zero_shot_scorer(
         prompt_name: a relevance prompt, shipped or by path.
         catalog: the items of the histories and the candidates.
         say: gets lines about what is fetched or converted.
+        like_at: the rating from which an item of a history was liked; None marks none as liked or disliked.
         bf16: read in bf16; where that is fast, if not given.
 
     Raises:
@@ -341,7 +343,7 @@ def zero_shot_scorer(
             "zero-shot with a causal model (smollm2-135m-instruct, a hub id or a folder), or train an encoder as "
             "model.item_encoder, whose text similarity scores new items."
         )
-    compiled = compile_prompt(prompt, base.tokenizer)
+    compiled = compile_prompt(prompt, base.tokenizer, like_at)
     model = RelevanceModel(base, base.model, answer_output(base), compiled.answer_ids)
     model.eval().to(scoring_device())
     return RelevanceScorer(model, compiled, catalog, bf16=fast_bf16() if bf16 is None else bf16)

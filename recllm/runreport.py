@@ -17,9 +17,17 @@ LEFT_OUT = ("Recall", "Coverage", "scored")
 FIGURES = {"next_item": ("eval_ndcg@10", "NDCG@10"), "relevance": ("eval_auc", "AUC")}
 """By what the language model is trained for, the validation metric in the metrics file and its name on the page."""
 
+MEASURED = {
+    "test": "the test rows",
+    "valid": "the validation rows, on which the fusion was fitted: not what it is worth",
+}
+"""By part, what the page says of its figures."""
+DONE = {"steps": "steps", "rows": "training rows"}
+"""What the file of a finished language model counts, and how the page calls it."""
 
-def run_report(run: Run, task: Task, table: Table) -> Report:
-    """Gather what the page shows of a run that is trained to its end and measured in `table`."""
+
+def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report:
+    """Gather what the page shows of a run that is trained to its end and measured in `table`, on that part."""
     fusion = Fusion.load(run.folder / "fusion.json")
     user_counts = np.unique(np.geomspace(1, 300, 24).astype(int))
     item_counts = np.unique(np.concatenate([[0], np.geomspace(1, 500, 24)]).astype(int))
@@ -34,6 +42,7 @@ def run_report(run: Run, task: Task, table: Table) -> Report:
             "Data": f"{task.dataset.name}, {len(task.dataset.interactions):,} events, {len(task.index):,} items",
             "Licence of the data": task.dataset.licence,
             "Split": f"{task.split.name}: {len(task.split.valid):,} validation and {len(task.split.test):,} test rows",
+            "Measured on": MEASURED[part],
             "Language model": _language(run),
             "Item text by": run.model.item_encoder or run.model.name,
             "Fusion": f"{fusion.chosen} (chosen on validation)",
@@ -57,8 +66,10 @@ def _language(run: Run) -> str:
     if run.model.name == "none":
         return "none"
     path = run.folder / "lm" / "done.json"
-    steps = f", {read_json(path)['steps']:,} steps" if path.is_file() else ""
-    return f"{run.model.name}, adapter {run.adapter.recipe}{steps}"
+    facts = read_json(path) if path.is_file() else {}
+    # A model of the next item keeps its steps, one of pairs the rows that it was asked about.
+    done = "".join(f", {facts[key]:,} {text}" for key, text in DONE.items() if key in facts)
+    return f"{run.model.name}, adapter {run.adapter.recipe}{done}"
 
 
 def _number(line: dict[str, Any], key: str) -> float | None:

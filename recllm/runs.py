@@ -58,7 +58,7 @@ class DataSettings(Settings):
     split: Literal["leave-last-out", "temporal", "cold-items", "given"] = "leave-last-out"
     """How validation and test events are chosen; `given`: the data set has train, valid and test rows of its own."""
     min_events: int = Field(default=4, ge=3)
-    """Users with fewer events are only trained on (leave-last-out)."""
+    """Users with fewer events are only trained on (leave-last-out, and with cold-items those with fewer warm ones)."""
     like_at: float = 4.0
     """A rating of at least this is a like."""
     cold_share: float = Field(default=0.1, gt=0, lt=1)

@@ -103,6 +103,7 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: boo
             seed=run.seed,
         )
         _check_known(split, dataset, say)
+        split = _without_unknown(split, run, dataset, say)
     else:
         split = _split(dataset, settings, seed)
     if settings.test_rows is not None:
@@ -184,6 +185,21 @@ def _check_known(split: Split, dataset: Dataset, say: Callable[[str], None]) -> 
         say(f"{len(strange):,} of {len(found):,} items of the given split are not in the catalogue ('{strange[0]}', …)")
 
 
+def _without_unknown(split: Split, run: Run, dataset: Dataset, say: Callable[[str], None]) -> Split:
+    """Without the validation and test rows of a ranking whose item is no candidate."""
+    if run.model.task != "next_item":
+        return split
+    parts = {"validation": split.valid, "test": split.test}
+    kept = {name: [row for row in rows if row.item_id in dataset.catalog] for name, rows in parts.items()}
+    for name, rows in parts.items():
+        if len(kept[name]) < len(rows):
+            say(
+                f"{len(rows) - len(kept[name]):,} of {len(rows):,} {name} rows ask for an item that is not in the "
+                "catalogue, so that nothing can rank it: they are left out"
+            )
+    return replace(split, valid=kept["validation"], test=kept["test"])
+
+
 def _check_labels(split: Split, run: Run) -> None:
     """Rows that were judged and disliked are no events to predict."""
     rows = [*(split.train_rows or ()), *split.valid, *split.test] if split.name == "given" else []
@@ -207,6 +223,7 @@ def _split(dataset: Dataset, settings: DataSettings, seed: int) -> Split:
             dataset.interactions,
             share=settings.cold_share,
             seed=seed,
+            min_events=settings.min_events,
             like_at=settings.like_at,
             given_back=settings.given_back,
         )

@@ -272,11 +272,31 @@ def test_new_items_are_scored_zero_shot(capsys, tmp_path, tiny_lm_folder, checke
     assert "no item of the history is known; name the file that has their text: --history-items" in rejected
 
 
+def test_ratings_of_a_history_are_read_zero_shot(capsys, tmp_path, tiny_lm_folder, checkerboard_folder):
+    (tmp_path / "new.csv").write_text("item_id,title\nn1,Red film 30\n", encoding="utf-8")
+    rows = [{"history": ["0", "2"], "ratings": ratings} for ratings in ([1, 1], [5, 5])]
+    (tmp_path / "users.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = ("--items", tmp_path / "new.csv", "--history-items", checkerboard_folder / "items.csv")
+    where = ("--users", tmp_path / "users.jsonl", "--out", tmp_path / "out.csv", "--model", tiny_lm_folder)
+    _, err = recllm_says(capsys, "score", *given, *where, code=2)
+    assert "say from which rating on an item was liked, --like-at 4 of five stars" in err
+    recllm_says(capsys, "score", *given, *where, "--like-at", "4", "--overwrite")
+    apart = pl.read_csv(tmp_path / "out.csv")["score"].to_list()
+    assert apart[0] != pytest.approx(apart[1], abs=1e-6)
+    recllm_says(capsys, "score", *given, *where, "--like-at", "1", "--overwrite")
+    alike = pl.read_csv(tmp_path / "out.csv")["score"].to_list()
+    assert alike == pytest.approx([apart[1]] * 2, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["recommend", "b", "--history", "50", "--out", "o.csv"], "--history answers on the screen"),
         (["score", "--items", "i.csv", "--users", "u.csv", "--out", "o.csv", "--provider", "cuda"], "is for --bundle"),
+        (
+            ["score", "--bundle", "b", "--users", "u.csv", "--out", "o.csv", "--like-at", "4"],
+            "--like-at is for --items",
+        ),
     ],
 )
 def test_options_that_would_be_passed_over_are_refused(capsys, words, message):

@@ -82,6 +82,26 @@ def test_a_file_alone_and_files_given(tmp_path):
     assert given.interactions.fingerprint() == alone.interactions.fingerprint()
 
 
+def test_a_file_is_the_one_in_the_datas_folder_and_never_one_of_two(tmp_path, monkeypatch):
+    logs, here = tmp_path / "logs", tmp_path / "here"
+    logs.mkdir()
+    here.mkdir()
+    write(logs, orders__csv=LOG)
+    monkeypatch.chdir(here)
+    own = read_dataset(str(logs), interactions="orders.csv")
+    write(here, orders__csv=LOG.replace("a,", "WRONG,"))
+    with pytest.raises(
+        RecllmError, match=r"There is a 'orders\.csv' in '.*logs', and another one in the working folder"
+    ):
+        read_dataset(str(logs), interactions="orders.csv")
+    again = read_dataset(str(logs), interactions=str(logs / "orders.csv"))
+    assert again.interactions.fingerprint() == own.interactions.fingerprint()
+    monkeypatch.chdir(logs)  # one and the same file
+    assert (
+        read_dataset(str(logs), interactions="orders.csv").interactions.fingerprint() == own.interactions.fingerprint()
+    )
+
+
 def test_columns_given_stand_above_guesses(tmp_path):
     folder = write(tmp_path, interactions__csv="user,who,item_id\na,b,x\n")
     assert events(read_dataset(folder))[0][0] == "a"
@@ -180,6 +200,8 @@ def test_nothing_usable_says_why(tmp_path):
         ("2020-09-13 12:26:40.5", 1600000000),
         ("2020-09-13T14:26:40+02:00", 1600000000),
         ("2020-09-13T07:56:40-0430", 1600000000),
+        ("2020-09-13 12:26:40.123456+00", 1600000000),
+        ("2020-09-13 07:26:40-05", 1600000000),
         ("2020-09-13", 1599955200),
         ("2020/09/13", 1599955200),
     ],
@@ -259,6 +281,25 @@ def test_a_csv_of_other_signs_is_read(tmp_path, sign):
     ]
 
 
+@pytest.mark.parametrize(("sign", "called"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_broken_line_of_such_a_csv_is_the_one_that_is_named(tmp_path, sign, called):
+    text = f"item_id{sign}title\n1{sign}Good, bad\n2{sign}a{sign}b\n"
+    folder = write(tmp_path, interactions__csv=LOG, items__csv=text)
+    with pytest.raises(RecllmError, match=rf"line 3 has 3 fields, the header has 2; a text with {called} needs quotes"):
+        read_dataset(folder)
+
+
+def test_categories_of_pandas_are_texts(tmp_path):
+    folder = write(tmp_path, interactions__csv=LOG)
+    frame = pl.DataFrame(
+        {"user_id": ["a", "a"], "item_id": ["x", "y"], "rating": ["3", "4"], "time": ["1600000000"] * 2}
+    )
+    frame.select(pl.all().cast(pl.Categorical)).write_parquet(tmp_path / "log.parquet")
+    found = read_dataset("", interactions=str(tmp_path / "log.parquet"))
+    assert [row[:4] for row in events(found)] == [("a", "x", 3.0, 1600000000), ("a", "y", 4.0, 1600000000)]
+    assert folder
+
+
 def test_order_by_time_then_file(tmp_path):
     folder = write(tmp_path, interactions__csv="user_id,item_id,ts\nb,z,9\na,y,5\na,x,5\na,w,1\n")
     dataset = read_dataset(folder)
@@ -329,6 +370,25 @@ def test_lists_and_paths_in_json_items(tmp_path):
     dataset = read_dataset(write(tmp_path, interactions__csv=LOG, items__jsonl=text))
     assert dataset.catalog.record("x") == {"item_id": "x", "title": "Ex", "categories": "A, B, C", "tags": "t, u"}
     assert dataset.report.facts["item_columns_left_out"] == ["deep (no text)"]
+
+
+def test_structures_are_read_by_their_names(tmp_path):
+    rows = [
+        {
+            "item_id": item,
+            "title": "Ex",
+            "genres": [{"id": 16, "name": "Animation"}, {"id": 35, "name": "Comedy"}],
+            "paths": [[{"title": "A"}], [{"title": "B"}]],
+            "maker": {"id": 4, "Label": "Toho"},
+            "images": [{"large": "http://x/y.jpg"}],
+        }
+        for item in ("x", "y")
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    dataset = read_dataset(write(tmp_path, interactions__csv=LOG, items__jsonl=text))
+    record = dataset.catalog.record("x")
+    assert record == {"item_id": "x", "title": "Ex", "genres": "Animation, Comedy", "paths": "A, B", "maker": "Toho"}
+    assert dataset.report.facts["item_columns_left_out"] == ["images (no text)"]
 
 
 def test_item_columns_given(tmp_path):

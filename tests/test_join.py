@@ -79,8 +79,8 @@ def test_one_history_of_several_sources_in_one_clock(joined):
     dataset, lines = joined()
     assert rows(dataset, "user_id", "item_id", "timestamp", "rating", "weight") == [
         # The app's clock runs 59 minutes ahead: its 3640 is 100 here. Of one second the first source comes first.
-        ("people:ann", "goods:1", 100, None, 2.0),  # viewed, then bought: where it was first, as heavy as the purchase
-        ("people:ann", "goods:2", 100, 5.0, 1.0),  # rated 10 of 10 before it was viewed in the shop
+        ("people:ann", "goods:2", 130, 5.0, 1.0),  # rated 10 of 10 before it was viewed in the shop
+        ("people:ann", "goods:1", 160, None, 2.0),  # viewed, then bought: where it was last, as heavy as the purchase
         ("people:ann", "goods:9", 160, 1.0, 1.0),
         ("people:bob", "goods:2", 150, 5.0, 2.0),  # a like
         ("people:bob", "goods:1", 150, 3.0, 1.0),
@@ -131,6 +131,17 @@ def test_duplicate_rules_over_all_sources(joined, tmp_path, rule, kept):
     assert frame.filter(pl.col("user_id") == "people:ann").select("user_id", "timestamp").rows() == kept
 
 
+def test_the_first_of_several_events_knows_nothing_of_the_later_ones(joined):
+    dataset, _ = joined("duplicates = 'first'")
+    assert rows(dataset, "user_id", "item_id", "timestamp", "rating", "weight")[:2] == [
+        ("people:ann", "goods:1", 100, None, 0.5),  # a view, though a purchase comes at 160
+        ("people:ann", "goods:2", 100, 5.0, 1.0),
+    ]
+    for rule in ("first", "keep"):
+        with pytest.raises(RecllmError, match=r"merged_weight .* goes with duplicates = 'last'"):
+            joined(f"duplicates = '{rule}'\nmerged_weight = 'sum'")
+
+
 def test_the_last_rating_and_the_sum_are_over_all_events_of_a_source_too(joined, tmp_path):
     def twice(text):
         app = tmp_path / "app.csv"
@@ -138,7 +149,7 @@ def test_the_last_rating_and_the_sum_are_over_all_events_of_a_source_too(joined,
         return text
 
     dataset, _ = joined("merged_weight = 'sum'", change=twice)
-    assert ("people:bob", "goods:1", 150, pytest.approx(4.6), 2.0) in rows(
+    assert ("people:bob", "goods:1", 210, pytest.approx(4.6), 2.0) in rows(
         dataset, "user_id", "item_id", "timestamp", "rating", "weight"
     )
 

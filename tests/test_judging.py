@@ -13,6 +13,7 @@ import torch
 import recllm
 from recllm import judging
 from recllm.cli import main
+from recllm.commands import evaluate_folder
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.export import export_run
@@ -136,6 +137,32 @@ def test_the_run_folder_has_it_all(trained):
     relevance = np.load(run.folder / "scores" / "relevance.npy")
     assert relevance.shape == (80 + 160,)
     assert "relevance" not in json.loads((run.folder / "fusion-without-relevance.json").read_text())["names"]
+
+
+def test_it_is_evaluated_with_a_page_for_each_part(trained, capsys):
+    run, _ = trained
+    for part, name in (("test", "evaluation.html"), ("valid", "evaluation-valid.html")):
+        evaluate_folder(run.folder, part)
+        page = (run.folder / name).read_text(encoding="utf-8")
+        assert "training rows" in page
+        assert ("on which the fusion was fitted" in page) is (part == "valid")
+        out = capsys.readouterr().out
+        assert out.startswith("On the validation rows" if part == "valid" else "On the test rows:")
+        (run.folder / name).unlink()
+    (run.folder / "evaluation.json").unlink()
+
+
+def test_what_a_user_rated_later_says_nothing_of_cold_items(trained):
+    run, task = trained
+    cold = replace(task, split=replace(task.split, cold_items=frozenset({"20"})))
+    candidates = ItemIndex(["0", "1"])
+    queries = [Query(("2",), "u1", (None,)), Query((), "u1", ()), Query(("2",), "u1")]
+    for name in ("user_mean", "explicit", "rated_neighbours"):
+        known = rating_scorers(run, task, load_collaborative(run, task))[name].score(queries, candidates)
+        assert np.isfinite(known).all(), name  # all of training lies before the rows of this split
+        asked = rating_scorers(run, cold, load_collaborative(run, task))[name].score(queries, candidates)
+        assert np.isnan(asked[:2]).all(), name
+        assert np.isfinite(asked[2]).all(), name
 
 
 def test_a_finished_run_stays_as_it_is(trained):

@@ -170,8 +170,40 @@ def test_a_cold_target_has_a_cold_negative(rated):
 
 def test_a_user_with_every_item_is_named(rated):
     negatives = Negatives(rated, {"all": Query(rated.index.ids)}, rated.index)
-    with pytest.raises(RecllmError, match="User 'all' has an event with every item, so there is no negative to sample"):
+    with pytest.raises(RecllmError, match="User 'all' has an event with every item: there is no negative to sample"):
         negatives.pair(Example(Query(("1",), "all"), "2"), (0, 0))
+
+
+def test_users_with_every_item_are_left_out(bare):
+    frame = bare.dataset.interactions.frame
+    everything = pl.DataFrame({"user_id": "all", "item_id": list(bare.index.ids)}).with_columns(
+        rating=pl.lit(None, pl.Float32), timestamp=pl.lit(None, pl.Int64), seq=pl.int_range(pl.len(), dtype=pl.Int32)
+    )
+    more = replace(bare.dataset, interactions=Interactions(pl.concat([frame, everything.select(frame.columns)])))
+    train = Interactions(pl.concat([bare.split.train.frame, everything.select(frame.columns)]))
+    asked = Example(Query(bare.index.ids[:-1], "all"), bare.index.ids[-1], None)
+    task = task_of(more, replace(bare.split, train=train, valid=[*bare.split.valid, asked]))
+    lines = []
+    rows = rows_of(task, say=lines.append)
+    assert {row.query.user_id for row in rows} == {row.query.user_id for row in rows_of(bare)}
+    assert len(rows) == len(rows_of(bare))
+    (line,) = lines
+    assert "1 users have an event with every item, such as 'all'" in line
+    assert "23 of " in line
+    assert [row.query.user_id for row in labelled_rows(task, "valid", 0)].count("all") == 0
+    lone = replace(bare.split, train=Interactions(everything.select(frame.columns)))
+    with pytest.raises(RecllmError, match=r"Every user, such as 'all', has an event with every item"):
+        rows_of(task_of(more, lone))
+
+
+def test_validation_means_what_test_does(rated):
+    likes = [Example(Query(("1",), "u1"), item, 1.0) for item in ("2", "3")]
+    both = [*likes, Example(Query(("1",), "u1"), "4", 0.0)]
+    split = replace(rated.split, valid=likes, test=both)
+    with pytest.raises(RecllmError, match="No validation row is a dislike, and some test rows are"):
+        labelled_rows(task_of(rated.dataset, split), "valid", 0)
+    split = replace(rated.split, valid=both, test=likes)
+    assert labelled_rows(task_of(rated.dataset, split), "test", 0) == likes  # no sampled negatives among real ones
 
 
 def test_the_last_free_item_is_found(rated):

@@ -357,6 +357,20 @@ def test_a_slot_that_is_no_column_is_refused_unless_in_brackets():
         relevance(candidate="{title} {plot}").check_against(CATALOG)
 
 
+def test_a_format_that_writes_nothing_of_any_item_is_refused_with_the_columns_that_hold_text():
+    frame = pl.DataFrame({"item_id": ["1", "2"], "title": [None, None], "description": [None, "A long walk"]})
+    untitled = Catalog(frame.cast(pl.String))
+    with pytest.raises(
+        RecllmError,
+        match=r"'\{title\}\[ \(\{genres\}\)\]' writes nothing of any item.*Columns with text: description\.",
+    ):
+        load_prompt("cold_item").check_against(untitled)
+    relevance(item="{text}").check_against(untitled)
+    relevance(item="{title}").check_against(
+        Catalog(untitled.frame.select("item_id", "title"))
+    )  # nothing to take instead
+
+
 def test_a_file_with_a_mistake_is_named(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('task = "item"\ntext = "{candidat}"\nitem = "{title}"\n', encoding="utf-8")

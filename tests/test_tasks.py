@@ -96,6 +96,33 @@ def test_a_given_split_may_know_items_that_the_catalogue_has_not_but_not_only_su
         prepare(Run.model_validate(values))
 
 
+def test_rows_that_ask_for_what_is_no_candidate_are_left_out_before_anything_trains(folder):
+    for part in ("train", "valid", "test"):
+        rows = [
+            {"user_id": f"{part}{place}", "item_id": item, "label": 1, "history": ["1", "2"]}
+            for place, item in enumerate(["3", "4", "retired" if part == "test" else "5"])
+        ]
+        pl.DataFrame(rows).write_ndjson(folder / f"{part}.jsonl")
+    values, said = {"name": "x", "data": {"name": str(folder), "split": "given"}}, []
+    task = prepare(Run.model_validate(values), said.append)
+    assert [row.item_id for row in task.split.test] == ["3", "4"]
+    assert len(task.split.valid) == 3
+    assert said[-1].startswith("1 of 3 test rows ask for an item that is not in the catalogue")
+    judged = prepare(Run.model_validate(values | {"model": {"task": "relevance", "name": "none"}}))
+    assert len(judged.split.test) == 3  # a pair can be judged by what is known of the user
+
+
+def test_cold_items_keep_to_the_fewest_events_of_validation(folder):
+    task = task_of(folder, split="cold-items", cold_share=0.2)
+    counts = {user: len(query.history) for user, query in task.split.train.histories().items()}
+    most = max(counts.values()) + 1  # a user's validation event is not among those of training
+    few = task_of(folder, split="cold-items", cold_share=0.2, min_events=most)
+    assert 0 < len(few.split.valid) < len(task.split.valid)
+    assert {row.query.user_id for row in few.split.valid} == {
+        user for user, count in counts.items() if count + 1 == most
+    }
+
+
 def test_what_reading_warns_of_is_told(folder):
     events = pl.read_csv(folder / "interactions.csv", infer_schema=False)
     lost = events.with_columns(

@@ -80,17 +80,26 @@ class Join(Settings):
     """A join file."""
 
     source: tuple[Source, ...] = Field(min_length=1)
-    duplicates: Duplicates = "first"
-    """Which of several events of one user with one item stays, over all sources."""
+    duplicates: Duplicates = "last"
+    """Which of several events of one user with one item stays, over all sources: the first as it was then, or the last
+    with what the earlier ones said. The first cannot know what the user did later: a split in time would show it."""
     merged_weight: Literal["largest", "sum"] = "largest"
-    """What the event that stays weighs: as the heaviest of those it stands for, or as all of them."""
+    """What the last event weighs: as the heaviest of those it stands for, or as all of them."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Join":
+        if "merged_weight" in self.model_fields_set and self.duplicates != "last":
+            raise ValueError(
+                "merged_weight is what the last of several events weighs: it goes with duplicates = 'last'"
+            )
+        return self
 
 
 def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
     """Read every source of a join file and write `target`, a data set of interactions.parquet and items.parquet.
 
-    The event that stays keeps its place and time; its rating is the last one that the user gave. An item that several
-    sources describe takes each column from the first of them that has it.
+    The event that stays keeps its place and time. The last of several has the last rating that the user gave. An item
+    that several sources describe takes each column from the first of them that has it.
 
     Returns:
         The number of events.
@@ -199,11 +208,12 @@ def _without_duplicates(frame: pl.DataFrame, join: Join) -> pl.DataFrame:
     if join.duplicates == "keep":
         return _numbered(frame)
     pair = ("user_id", "item_id")
+    if join.duplicates == "first":
+        return _numbered(frame.filter(pl.struct(*pair).is_first_distinct()))
     weight = pl.col("weight").sum() if join.merged_weight == "sum" else pl.col("weight").max()
     rating = pl.col("rating").drop_nulls().last()
     frame = frame.with_columns(weight.over(pair), rating.over(pair).alias("rating"))
-    lone = pl.struct(*pair).is_last_distinct() if join.duplicates == "last" else pl.struct(*pair).is_first_distinct()
-    return _numbered(frame.filter(lone))
+    return _numbered(frame.filter(pl.struct(*pair).is_last_distinct()))
 
 
 def _numbered(frame: pl.DataFrame) -> pl.DataFrame:

@@ -159,7 +159,20 @@ def _completed(events: pl.DataFrame, items: pl.DataFrame | None, file: str, chec
 
 
 def _given(file: str, folder: Path) -> Path:
-    return Path(file) if Path(file).is_file() or not (folder / file).is_file() else folder / file
+    """A file by its path, or by its name in the data's folder.
+
+    Raises:
+        RecllmError: there are two of them.
+    """
+    inside, here = folder / file, Path(file)
+    if not inside.is_file():
+        return here
+    if here.is_file() and not here.samefile(inside):
+        raise RecllmError(
+            f"There is a '{file}' in '{folder}', and another one in the working folder. Give the whole path of the one "
+            f"that is meant, {inside.resolve()} or {here.resolve()}."
+        )
+    return inside
 
 
 def _event_file(folder: Path) -> Path:

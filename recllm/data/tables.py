@@ -99,11 +99,13 @@ def _open(path: Path, kind: str, budget: int) -> Table:
         return _headless(path, "::", MOVIES if "movie" in path.name or "item" in path.name else RATINGS)
     if kind in {"inter", "item", "user"}:
         return _atomic(path)
-    return _table(path, _scan(path, _separator(path) if kind == "csv" else "\t", quote='"'))
+    return _table(path, _scan(path, _delimiter(path), quote='"'))
 
 
-def _separator(path: Path) -> str:
-    """What parts the columns of a CSV file: a semicolon or a tab where its header has some and no comma."""
+def _delimiter(path: Path) -> str:
+    """What parts the columns: of a .csv a semicolon or a tab where its header has some and no comma."""
+    if path.suffix.lower() != ".csv":
+        return "\t"
     with path.open("rb") as stream:
         header = stream.readline(1 << 16)
     return next((sign for sign in ";\t" if b"," not in header and sign.encode() in header), ",")
@@ -182,7 +184,9 @@ def _parquet(path: Path, budget: int) -> Table:
     rows = frame.select(pl.len()).collect().item()
     widths = [TEXT_BYTES if kind in (pl.String, pl.Binary) else 8 for kind in frame.collect_schema().dtypes()]
     _fits(path, max(rows * sum(widths), _row_groups(path)), budget)
-    return _table(path, frame.with_row_index(LINE, offset=1))
+    # pandas' categories are texts that are kept once; nothing is done with them but reading.
+    plain = [name for name, kind in frame.collect_schema().items() if kind in (pl.Categorical, pl.Enum)]
+    return _table(path, frame.with_columns(pl.col(plain).cast(pl.String)).with_row_index(LINE, offset=1))
 
 
 def _row_groups(path: Path) -> int:
@@ -218,7 +222,7 @@ def _starts(path: Path, rows: int) -> list[int] | None:
 
 def _csv_starts(path: Path) -> list[int]:
     with path.open(encoding="latin-1", newline="") as stream:
-        rows = csv.reader(stream, delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        rows = csv.reader(stream, delimiter=_delimiter(path))
         starts, before = [], 0
         for row in rows:
             if row:
@@ -236,13 +240,14 @@ def _broken(path: Path, error: Exception) -> RecllmError:
 
 def _wide_row(path: Path) -> str | None:
     with path.open(encoding="latin-1", newline="") as stream:
-        rows = csv.reader(stream, delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        rows = csv.reader(stream, delimiter=_delimiter(path))
         header = next(rows, [])
         for row in rows:
             if len(row) > len(header):
                 line = rows.line_num
+                sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[_delimiter(path)]
                 return (
-                    f"line {line} has {len(row)} fields, the header has {len(header)}; a text with commas needs quotes"
+                    f"line {line} has {len(row)} fields, the header has {len(header)}; a text with {sign} needs quotes"
                 )
     return None
 

@@ -5,6 +5,8 @@ import polars as pl
 PLACEHOLDERS = ("unknown", "unkonwn", "nan", "NaN", "null", "NULL", "n/a", "N/A", "(no genres listed)")
 """Texts that say that there is none; the second is RecBole's spelling."""
 
+NAMING = ("name", "title", "label")
+"""Fields of a structure that say what it is, the first that is there."""
 NUMBER_WITHOUT_FRACTION = r"^(-?\d+)\.0+$"
 
 
@@ -34,17 +36,36 @@ def _id_text(ids: pl.Expr, *, of_floats: bool) -> pl.Expr:
 
 
 def as_text(column: pl.Series) -> pl.Series | None:
-    """Item text: white space squeezed, numbers short, lists joined with commas; None for a type that is no text."""
+    """Item text: white space squeezed, numbers short, lists joined with commas; None for a type that is no text.
+
+    Of structures (`{"id": 16, "name": "Animation"}`), alone or in lists, it is the name, the title or the label.
+    """
     frame, text = column.to_frame(), pl.col(column.name)
     kind = column.dtype
     if kind.is_float():
         text = text.round(4)
     elif isinstance(kind, pl.List):
-        if isinstance(kind.inner, pl.List):  # Amazon's categories: a list of paths
-            text = text.list.eval(pl.element().explode())
+        inner: pl.DataType = kind.inner  # type: ignore[assignment]
+        if isinstance(inner, pl.List):  # Amazon's categories: a list of paths
+            text, inner = text.list.eval(pl.element().explode()), inner.inner  # type: ignore[assignment]
+        if isinstance(inner, pl.Struct):
+            name = _names(inner)
+            if name is None:
+                return None
+            text = text.list.eval(pl.element().struct.field(name))
+        elif inner.is_nested() or inner == pl.Binary:
+            return None
         text = text.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
+    elif isinstance(kind, pl.Struct) and (name := _names(kind)) is not None:
+        text = text.struct.field(name)
     elif kind.is_nested() or kind.is_temporal() or kind == pl.Binary:
         return None
     text = text.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars()
     text = text.str.replace(NUMBER_WITHOUT_FRACTION, "${1}")
-    return frame.select(text.replace("", None)).to_series()
+    return frame.select(text.replace("", None).alias(column.name)).to_series()
+
+
+def _names(kind: pl.Struct) -> str | None:
+    """The field of a structure that says in words what it is."""
+    words = [field.name for field in kind.fields if field.dtype == pl.String]
+    return next((name for wanted in NAMING for name in words if name.lower() == wanted), None)

@@ -11,7 +11,8 @@ UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "m
 SURE = 1e8
 """Seconds from which (1973) a number says that it is in seconds; smaller ones may stand for no time at all."""
 ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
-OFFSET = r"([+-])(\d{2}):?(\d{2})$"
+OFFSET = r"([+-])(\d{2})(?::?(\d{2}))?$"
+"""Hours with or without minutes: PostgreSQL writes +00."""
 
 
 def as_seconds(column: pl.Series, checks: Checks, file: str) -> pl.Series:
@@ -70,6 +71,6 @@ def _from_iso(column: pl.Series) -> pl.Series:
     local = pl.when(timed).then(plain.str.replace(r"\s*" + OFFSET, "")).otherwise(plain)
     hours, minutes = (plain.str.extract(OFFSET, group).cast(pl.Float64, strict=False) for group in (2, 3))
     sign = pl.when(plain.str.extract(OFFSET, 1) == "-").then(-1.0).otherwise(1.0)
-    offset = pl.when(timed).then(sign * (hours * 3600 + minutes * 60)).otherwise(0.0)
+    offset = pl.when(timed).then(sign * (hours * 3600 + minutes.fill_null(0.0) * 60)).otherwise(0.0)
     parsed = pl.coalesce(local.str.to_datetime(form, strict=False, time_unit="us") for form in ISO_FORMATS)
     return column.to_frame().select(parsed.dt.epoch("us").cast(pl.Float64) / 1e6 - offset).to_series()
