@@ -131,14 +131,14 @@ def training_blocks(
         row: example.label for row, example in enumerate(base) if example.query.history and example.item_id in items
     }
     judged = 0.0 in labels.values()
-    negatives = Negatives(task, task.split.train.histories(), items)
     rows = np.array([row for row, label in labels.items() if label is not None or not judged], dtype=np.int64)
     if not len(rows):
         raise RecllmError(
             "Relevance needs training events with a history whose item has text, and there is none. Check the split "
             "(data.split) and the columns that the prompt writes."
         )
-    if not judged:
+    negatives = None if judged else Negatives(task, task.split.train.histories(), items)
+    if negatives is not None:
         rows = _with_negatives(base, rows, negatives, say)
     count = limit if judged else max(1, limit // 2)
     passes = max(epochs, -(-at_least // (min(count, len(rows)) * (1 if judged else 2))))
@@ -155,7 +155,7 @@ def training_blocks(
         places = np.random.default_rng((seed, epoch, len(blocks))).permutation(len(blocks))
         before = np.cumsum([0, *(len(blocks[place]) for place in places)])[:-1]
         order += [(epoch, blocks[place]) for place, so_far in zip(places, before, strict=True) if so_far < count]
-    if judged:
+    if negatives is None:
         return Blocks([len(own) for _, own in order], lambda place: [base[row] for row in order[place][1]])
 
     def make(place: int) -> list[Example]:
@@ -176,7 +176,8 @@ def _with_negatives(
     full = negatives.full()
     if not full:
         return rows
-    kept = np.array([row for row in rows.tolist() if base[row].query.user_id not in full], dtype=np.int64)
+    out = frozenset(full)
+    kept = np.array([row for row in rows.tolist() if base[row].query.user_id not in out], dtype=np.int64)
     if not len(kept):
         raise RecllmError(
             f"Every user, such as '{full[0]}', has an event with every item, so there is no negative to sample. Give "
