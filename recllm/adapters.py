@@ -44,6 +44,8 @@ UNSERVED = {
 }
 """Tuners of PEFT that are refused, with the reason."""
 UNSERVED_KEYS = {
+    "alora_invocation_tokens": "it answers only behind certain tokens, and cannot be merged",
+    "arrow_config": "it mixes adapters that are trained already",
     "layer_replication": "it makes another model than the one that is served",
     "trainable_token_indices": "it trains the table of token embeddings, which stays frozen here",
     "lora_bias": "it trains biases, and language models' layers have none to merge them into",
@@ -95,7 +97,7 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
         if key not in known:
             raise unknown(f"key of the adapter '{recipe.tuner}'", key, known)
     for key, reason in UNSERVED_KEYS.items():
-        if recipe.config.get(key):
+        if recipe.config.get(key) not in (None, False):
             raise RecllmError(f"adapter.{key} is not supported: {reason}. Leave it out.")
     if recipe.tuner == BOTTLENECK:
         parse(BottleneckSettings, recipe.config, str(path))

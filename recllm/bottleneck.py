@@ -1,8 +1,9 @@
 """Bottleneck adapters (Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022): two small products in a layer."""
 
 import math
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -57,6 +58,14 @@ class BottleneckSettings(Settings):
     target_modules: list[str] | None = None
     """Ends of the names of the modules that get an adapter, in place of those of the known families."""
 
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.target_modules is None and self.is_parallel and (self.mh_adapter or not self.output_adapter):
+            raise ValueError("is_parallel puts adapters beside feed-forward blocks: leave out the keys of other places")
+        if self.target_modules is None and not (self.mh_adapter or self.output_adapter):
+            raise ValueError("mh_adapter and output_adapter are both false: there would be no adapter at all")
+        return self
+
     @field_validator("non_linearity")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -104,7 +113,7 @@ def insert_bottlenecks(model: PreTrainedModel, settings: BottleneckSettings) -> 
                 f"{', '.join(kind)}. Name its modules: --set 'adapter.target_modules=[\"…\"]'."
             )
     device = next(model.parameters()).device
-    for name, module in found:
+    for name, module in reversed(found):  # what is inside first: its parent is another one once that is wrapped
         parent, _, own = name.rpartition(".")
         wrapped = Bottleneck(module, model.config.hidden_size, settings).to(device)
         setattr(model.get_submodule(parent), own, wrapped)

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from recllm.devices import process_state
 from recllm.errors import RecllmError
@@ -53,13 +54,20 @@ def load_trained(model: nn.Module, path: Path) -> None:
 
 
 class Seal(TrainerCallback):
-    """Ends every checkpoint by its seal: one that was cut off while it was written has none, and does not count."""
+    """Ends every checkpoint by its seal: one that was cut off while it was written has none, and does not count.
+
+    Only behind it older checkpoints go, `most` stay: Trainer itself would delete them before the new one counts.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Seal what was saved, when all processes have saved their part."""
         process_state().wait_for_everyone()
         if state.is_world_process_zero:
             seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(str(args.output_dir), self.most, state.best_model_checkpoint)
 
 
 def seal(folder: Path) -> None:

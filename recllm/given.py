@@ -14,6 +14,7 @@ from recllm.data import Interactions, Query
 from recllm.data.tables import open_table
 from recllm.data.texts import as_id_lists, as_ids
 from recllm.errors import RecllmError
+from recllm.files import sha256_of
 from recllm.splits import LIKE_AT, Example, Split
 
 PARTS = ("train", "valid", "test")
@@ -73,6 +74,16 @@ def given_split(
         valid, test = ([judged.completed(row) for row in part] for part in (valid, test))
         train = [judged.completed(row, place) for place, row in enumerate(train)]
     return Split("given", known, _examples(valid), _examples(test), train_rows=_examples(train))
+
+
+def given_fingerprint(folder: Path) -> str:
+    """A digest of the files of a given split: what is learnt and measured comes from them.
+
+    Raises:
+        RecllmError: a part is missing.
+    """
+    parts = "".join(sha256_of(_file(folder, part)) for part in PARTS)
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def _file(folder: Path, part: str) -> Path:

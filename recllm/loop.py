@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from recllm.adalora import RankBudget, orthogonality
 from recllm.checkpoints import WEIGHTS, Seal, SoundBest, load_trained, save_trained, trained_values
@@ -206,8 +208,14 @@ REFUSED = {
     "neftune_noise_alpha": "Trainer puts the noise on a model of its own kind, and these read vectors",
     "prediction_loss_only": "checkpoints are chosen by a metric of validation",
     "batch_eval_metrics": "the metrics are of all rows together",
+    "ignore_data_skip": "a resumed training would read other rows, and end elsewhere",
+    "auto_find_batch_size": "a batch that does not fit is halved here, with the same rows in a step",
 }
 """Keys of Trainer that do not go with what is trained here, and why."""
+APART = (
+    "train.eval_steps = {} and train.save_steps = {}: the best validation would have no checkpoint to go back to. Give "
+    "one of them, and the other one follows."
+)
 
 
 def check_trainer_keys(keys: dict[str, Any]) -> None:
@@ -222,12 +230,33 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
             raise unknown("key in [train]", key, known)
         if key in REFUSED and keys[key] not in (None, False, 0):
             raise RecllmError(f"train.{key} is not supported: {REFUSED[key]}. Leave it out.")
-    if "plateau" in str(keys.get("lr_scheduler_type", "")).lower():
-        raise RecllmError(
-            "train.lr_scheduler_type = 'reduce_lr_on_plateau' is not supported: its rates hang on validations, and a "
-            "training that goes back to a checkpoint at half the rate could not go on so. Take 'cosine' or 'linear'."
-        )
+    _check_values(keys)
     check_trackers(keys.get("report_to", "none"))
+
+
+def _check_values(keys: dict[str, Any]) -> None:
+    schedule = str(keys.get("lr_scheduler_type", "cosine")).lower()
+    if "plateau" in schedule or "greedy" in schedule:
+        raise RecllmError(
+            f"train.lr_scheduler_type = '{keys['lr_scheduler_type']}' is not supported: its rates hang on losses, and "
+            "a training that goes back to a checkpoint at half the rate could not go on so. Take 'cosine' or 'linear'."
+        )
+    for key, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
+        names = [str(name.value) for name in known]
+        if key in keys and str(keys[key]) not in names:
+            raise unknown(f"train.{key}", str(keys[key]), names)
+    if keys.get("gradient_accumulation_steps", 1) < 1:
+        raise RecllmError("train.gradient_accumulation_steps is at least 1: so many batches make a step.")
+    if keys.get("eval_do_concat_batches") is False:
+        raise RecllmError("train.eval_do_concat_batches = false: the metrics are of all rows together. Leave it out.")
+    if keys.get("train_sampling_strategy", "random") not in ("random", "sequential"):
+        raise RecllmError(
+            "train.train_sampling_strategy is not supported: rows come in the order of the seed, those of like length "
+            "together, so that a resumed training reads the same ones. Leave it out."
+        )
+    asked = keys.get("eval_steps"), keys.get("save_steps")
+    if None not in asked and asked[0] != asked[1]:
+        raise RecllmError(APART.format(*asked))
 
 
 def rows_of_a_step(arguments: dict[str, Any]) -> int:
@@ -319,10 +348,7 @@ class Stage:
         } | self.arguments
         options.setdefault("save_steps", options["eval_steps"])
         if options["save_steps"] != options["eval_steps"]:
-            raise RecllmError(
-                f"train.eval_steps = {options['eval_steps']} and train.save_steps = {options['save_steps']}: the best "
-                "validation would have no checkpoint to go back to. Give one of them, and the other one follows."
-            )
+            raise RecllmError(APART.format(options["eval_steps"], options["save_steps"]))
         return options
 
 
@@ -382,6 +408,7 @@ def stage_trainer(
         # Autocast rounds, as everywhere; FSDP and DeepSpeed would keep norms and projections in half precision too.
         options["bf16"] = False
     settings = _training_arguments(divided(options, adjusted))
+    most, settings.save_total_limit = settings.save_total_limit, None  # for the seal to keep to
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
     lean(stage.model, half, cpu=on_cpu())
@@ -394,7 +421,7 @@ def stage_trainer(
         train_dataset=WholeBatches(stage.train, round_rows),
         eval_dataset=stage.valid,
         compute_metrics=stage.compute_metrics,
-        callbacks=[RankBudget(stage.steps if steps is None else steps), *callbacks, Seal()],
+        callbacks=[RankBudget(stage.steps if steps is None else steps), *callbacks, Seal(most)],
     )
     trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = stage.adapter_learning_rate, stage.valid_collator

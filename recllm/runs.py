@@ -91,6 +91,14 @@ PROMPTS: dict[PromptKey, Literal["relevance", "next_item", "item"]] = {
 """The keys of `[prompt]`, and the task that each one's file is for."""
 
 
+HARMLESS = (
+    "per_device_eval_batch_size",
+    "report_to",
+    "run_name",
+    "dataloader_num_workers",
+    "disable_tqdm",
+)
+"""Keys of `[train]` that decide nothing of the weights: a run may go on with others."""
 ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
     "next_item": (
         "model.history",
@@ -107,6 +115,8 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "model.rows_together",
         "model.soft_tokens",
         "light.listwise",
+        "light.pairwise",
+        "light.pairs_in_step",
     ),
 }
 """Keys that say nothing to a run of the other task."""
@@ -376,6 +386,8 @@ def check_resumed(run: Run) -> None:
     now = run.model_dump(mode="json", exclude_none=True)
     for key in ("name", "output", "fusion", "export"):
         before.pop(key), now.pop(key)
+    for key in HARMLESS:
+        before["train"].pop(key, None), now["train"].pop(key, None)
     for key, old, new in _differences(before, now, ""):
         raise RecllmError(
             f"{run.folder} was begun with {key} = {old}, and now it is {new}. Resume with the settings that it was "
@@ -400,8 +412,9 @@ def check_same_data(run: Run, fingerprints: dict[str, str]) -> None:
     """
     path = run.folder / ENVIRONMENT
     before = read_json(path)["data"] if path.is_file() else fingerprints
-    if before != fingerprints:
-        changed = " and ".join(name for name in fingerprints if fingerprints[name] != before.get(name))
+    # A run from before the rows of a given split were kept has no word on them.
+    changed = " and ".join(name for name in fingerprints if fingerprints[name] != before.get(name, fingerprints[name]))
+    if changed:
         raise RecllmError(
             f"The {changed} of '{run.data.name or run.data.interactions}' are not those that {run.folder} was trained "
             "on: the data have changed since. Train a new run on them (--set name=…), or bring the old data back."

@@ -14,7 +14,7 @@ from recllm.errors import RecllmError
 from recllm.evaluate import warm_and_cold
 from recllm.fetch import resolve_data
 from recllm.files import written
-from recllm.given import given_split
+from recllm.given import given_fingerprint, given_split
 from recllm.ranking import ItemIndex
 from recllm.runs import DataSettings, Run
 from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
@@ -32,12 +32,14 @@ class Task:
         split: what is learnt from, and what is predicted.
         index: every item of the catalogue; rows and columns everywhere are in this order.
         repeats: whether an item may be chosen again, and so be recommended again; else what a history has is left out.
+        given: digest of the files of a given split, where there is one.
     """
 
     dataset: Dataset
     split: Split
     index: ItemIndex
     repeats: bool = False
+    given: str | None = None
 
     @cached_property
     def item_counts(self) -> NDArray[np.int64]:
@@ -60,10 +62,11 @@ class Task:
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of what was read."""
-        return {
+        read = {
             "interactions": self.dataset.interactions.fingerprint(),
             "catalog": self.dataset.catalog.fingerprint(),
         }
+        return read if self.given is None else read | {"given rows": self.given}
 
 
 def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: bool = True) -> Task:
@@ -117,7 +120,8 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: boo
             f"{len(split.test)} test events. Lower data.min_events (now {settings.min_events}) or "
             "choose another data.split."
         )
-    return Task(dataset, split, ItemIndex(dataset.catalog.ids), repeats=settings.duplicates == "keep")
+    given = given_fingerprint(_folder(settings)) if settings.split == "given" else None
+    return Task(dataset, split, ItemIndex(dataset.catalog.ids), repeats=settings.duplicates == "keep", given=given)
 
 
 def keep_learnt(run: Run, task: Task) -> None:

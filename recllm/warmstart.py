@@ -141,7 +141,10 @@ def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -
     """
     earlier = check_start(run)
     path = None if earlier is None else earlier.folder / scorer / "model.safetensors"
-    if earlier is None or path is None or not path.is_file():
+    if earlier is None or path is None:
+        return False
+    if not path.is_file():
+        say(f"'{scorer}' starts from nothing: {earlier.folder} has none")
         return False
     weights = load_file(path)
     if OF_ITEMS in weights:

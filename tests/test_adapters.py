@@ -129,6 +129,32 @@ def test_bottlenecks_stand_in_both_places_of_a_layer(config, attention, feed_for
     assert places[1].endswith(feed_forward)
 
 
+def test_a_bottleneck_inside_another_one_is_in_the_pass():
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModel.from_config(LlamaConfig(vocab_size=40, hidden_act="silu", **small))
+    adapted = attach(model, AdapterRecipe(tuner="bottleneck", config={"target_modules": ["mlp", "down_proj"]}))
+    adapted(input_ids=torch.arange(6)[None]).last_hidden_state.sum().backward()
+    trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
+    assert len({name.rpartition(".")[0].rpartition(".")[0] for name in trained}) == 2
+    assert all(value.grad is not None for value in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"is_parallel": True, "mh_adapter": True}, "beside feed-forward blocks"),
+        ({"is_parallel": True, "output_adapter": False}, "beside feed-forward blocks"),
+        ({"output_adapter": False}, "there would be no adapter at all"),
+    ],
+)
+def test_places_of_a_bottleneck_that_cannot_be_are_refused(config, message, tmp_path):
+    path = tmp_path / "own.toml"
+    lines = [f"{key} = {str(value).lower()}" for key, value in config.items()]
+    path.write_text('tuner = "bottleneck"\n[config]\n' + "\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=message):
+        load_adapter(AdapterSettings(recipe=str(path)))
+
+
 def test_a_model_without_one_of_the_places_is_named():
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModel.from_config(MixtralConfig(vocab_size=40, num_local_experts=2, num_key_value_heads=2, **small))

@@ -533,6 +533,30 @@ def test_a_schedule_that_hangs_on_validations_is_refused():
         check_trainer_keys({"lr_scheduler_type": "reduce_lr_on_plateau"})
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lr_scheduler_type": "greedy"}, "'greedy' is not supported: its rates hang on losses"),
+        ({"lr_scheduler_type": "cosin"}, r"train\.lr_scheduler_type 'cosin'\. Did you mean 'cosine'"),
+        ({"optim": "adamw_troch"}, r"train\.optim 'adamw_troch'\. Did you mean 'adamw_torch"),
+        ({"gradient_accumulation_steps": 0}, "at least 1: so many batches make a step"),
+        ({"ignore_data_skip": True}, "would read other rows, and end elsewhere"),
+        ({"auto_find_batch_size": True}, "halved here, with the same rows in a step"),
+        ({"eval_do_concat_batches": False}, "the metrics are of all rows together"),
+        ({"train_sampling_strategy": "group_by_length"}, "rows come in the order of the seed"),
+        ({"eval_steps": 5, "save_steps": 10}, "would have no checkpoint to go back to"),
+    ],
+)
+def test_values_that_do_not_go_are_refused_before_anything_loads(keys, message):
+    with pytest.raises(RecllmError, match=message):
+        check_trainer_keys(keys)
+
+
+def test_values_that_go_are_taken():
+    check_trainer_keys({"lr_scheduler_type": "constant_with_warmup", "optim": "adamw_torch", "eval_steps": 5})
+    check_trainer_keys({"ignore_data_skip": False, "eval_do_concat_batches": True, "gradient_accumulation_steps": 2})
+
+
 def test_the_lowest_loss_is_the_best_one_where_the_run_file_asks_for_it(tmp_path, monkeypatch):
     kept = train(light(), tmp_path, max_steps=12, metric_for_best_model="loss")
     losses = {line["step"]: line["eval_loss"] for line in lines(tmp_path) if "eval_loss" in line}

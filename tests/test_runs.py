@@ -152,6 +152,8 @@ def test_a_run_is_resumed_with_the_settings_that_it_was_begun_with(file, tmp_pat
     run = load_run(file, [f"output={tmp_path}"])
     write_run(run, run.folder / "run.toml")
     check_resumed(load_run(file, [f"output={tmp_path}", "fusion.l2=0.5", "export.gate_queries=3"]))
+    # What a message about memory advises, and what decides nothing of the weights.
+    check_resumed(load_run(file, [f"output={tmp_path}", "train.per_device_eval_batch_size=2", "train.report_to=none"]))
     with pytest.raises(RecllmError, match=r"films was begun with train.logging_steps = 1, and now it is 2\. Resume"):
         check_resumed(load_run(file, [f"output={tmp_path}", "train.logging_steps=2"]))
     with pytest.raises(RecllmError, match=r"begun with data.split = leave-last-out, and now it is temporal"):

@@ -1,11 +1,14 @@
 """The task of a run: read, split and indexed in one order, checked before anything trains."""
 
+import json
+from contextlib import nullcontext
+
 import numpy as np
 import polars as pl
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.runs import Run
+from recllm.runs import Run, check_same_data
 from recllm.tasks import prepare
 
 
@@ -94,6 +97,23 @@ def test_a_given_split_may_know_items_that_the_catalogue_has_not_but_not_only_su
         pl.DataFrame([row | {"item_id": "X", "history": ["Y"]} for row in own]).write_ndjson(folder / f"{part}.jsonl")
     with pytest.raises(RecllmError, match=r"has none of the given split's 2 items, such as 'X'; its own are like '0'"):
         prepare(Run.model_validate(values))
+
+
+def test_rows_of_a_given_split_are_a_part_of_what_was_read(folder):
+    for part in ("train", "valid", "test"):
+        rows = [{"user_id": part, "item_id": item, "label": 1, "history": ["1", "2"]} for item in ("3", "4", "5")]
+        pl.DataFrame(rows).write_ndjson(folder / f"{part}.jsonl")
+    before = task_of(folder, split="given").fingerprints()
+    assert task_of(folder, split="given").fingerprints() == before
+    pl.DataFrame(rows[::-1]).write_ndjson(folder / "test.jsonl")  # scores are kept by place
+    after = task_of(folder, split="given").fingerprints()
+    assert [name for name in before if before[name] != after[name]] == ["given rows"]
+    run = Run.model_validate({"name": "x", "output": str(folder), "data": {"name": "board"}})
+    run.folder.mkdir()
+    for kept, refused in ((before, True), (after, False), ({"catalog": before["catalog"]}, False)):
+        (run.folder / "environment.json").write_text(json.dumps({"data": kept}), encoding="utf-8")
+        with pytest.raises(RecllmError, match=r"The given rows of 'board' are not") if refused else nullcontext():
+            check_same_data(run, after)
 
 
 def test_rows_that_ask_for_what_is_no_candidate_are_left_out_before_anything_trains(folder):

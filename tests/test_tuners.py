@@ -89,7 +89,14 @@ def test_a_tuner_that_cannot_be_served_is_refused_with_the_reason(tuner, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "keys", ["lora_bias = true", "trainable_token_indices = [1]", "layer_replication = [[0, 2], [0, 2]]"]
+    "keys",
+    [
+        "lora_bias = true",
+        "trainable_token_indices = [1]",
+        "layer_replication = [[0, 2], [0, 2]]",
+        "alora_invocation_tokens = [5]",
+        "arrow_config = {}",
+    ],
 )
 def test_keys_that_cannot_be_served_are_refused_with_the_reason(keys, tmp_path):
     with pytest.raises(RecllmError, match=rf"adapter\.{keys.split()[0]} is not supported: .+ Leave it out"):
