@@ -83,11 +83,22 @@ def model_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Path
     return converted
 
 
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+"""What is fetched of a model's repository."""
+HUB_COPIES = ["*/*.safetensors"]
+"""What is not: the same weights again in another layout (`original/consolidated.safetensors`)."""
+OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+"""What is fetched where a repository has its weights in no newer form."""
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download  # heavy, and only for hub ids
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=OLD_WEIGHTS))
+        return folder
     except Exception as error:  # the hub raises many kinds, for a user they are one
         reason = str(error).splitlines()[0]
         raise RecllmError(

@@ -146,6 +146,33 @@ def test_a_local_folder_is_its_own_place(tiny_lm_folder):
     assert model_folder(str(tiny_lm_folder)) == tiny_lm_folder
 
 
+@pytest.mark.parametrize(
+    ("weights", "fetched"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "original/consolidated.safetensors"], ["model.safetensors"]),
+        (["pytorch_model.bin", "onnx/model.onnx", "training_args.bin"], ["pytorch_model.bin"]),
+        (
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+        ),
+    ],
+)
+def test_one_set_of_weights_is_fetched_of_a_repository(weights, fetched, tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(name, allow_patterns, ignore_patterns=None):
+        files = ["config.json", "tokenizer.json", *weights]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    folder = model_folder("owner/model")
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert found == sorted(["config.json", "tokenizer.json", *fetched])
+
+
 def test_the_hub_out_of_reach_is_one_message(monkeypatch):
     def refuse(*_, **__):
         raise ConnectionError("no route to host\nand a long story")
