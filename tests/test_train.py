@@ -363,7 +363,7 @@ def test_two_processes_reach_the_losses_of_one_at_equal_global_batch(own, accumu
         f"output={tmp_path / 'two'}",
         *without_dropout,
         "light.per_device_train_batch_size=4",
-        "light.pairs_in_step=64",
+        *(["light.pairs_in_step=64"] if own else []),
         f"train.per_device_train_batch_size={8 // accumulated}",
         f"train.gradient_accumulation_steps={accumulated}",
     ]
