@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from recllm.adapters import LOFTQ
 from recllm.assets import ASSETS
-from recllm.files import read_json, sha256_of, whole_folder, written
-from recllm.lm import MODEL_FILES, model_folder
+from recllm.fetch import pinned
+from recllm.files import read_json, whole_folder, written
+from recllm.revisions import known_revision
 from recllm.runs import ENVIRONMENT, Run
 
 ADAPTER, CARD = "adapter", "README.md"
@@ -36,7 +37,8 @@ def save_adapter(run: Run, model: nn.Module, values: Mapping[str, Tensor], folde
     start = str(getattr(found and found.active_peft_config, "init_lora_weights", "")).lower()
     if found is None or start.startswith(OWN_START):
         return
-    found.active_peft_config.base_model_name_or_path = run.model.name
+    repository, found.active_peft_config.revision = pinned(run.model.name)
+    found.active_peft_config.base_model_name_or_path = repository
     with whole_folder(folder / ADAPTER) as part:
         # False: it would ask the hub whether the vocabulary was enlarged.
         own = {name.removeprefix(f"{place}."): value for name, value in values.items()}
@@ -64,11 +66,13 @@ def write_adapter_card(run: Run) -> None:
     folder = run.folder / "lm" / ADAPTER
     if not folder.is_dir():
         return
-    head = ["---", f"base_model: {run.model.name}", "library_name: peft", "tags: [recommendation, recllm]", "---"]
+    repository, commit = pinned(run.model.name)
+    head = ["---", f"base_model: {repository}", "library_name: peft", "tags: [recommendation, recllm]", "---"]
     # A name of recllm's own means nothing to transformers.
-    base = "FOLDER" if run.model.name in ASSETS else run.model.name
+    base = "FOLDER" if run.model.name in ASSETS else repository
     where = f"  # FOLDER: where {run.model.name} lies, as a model that transformers loads" if base == "FOLDER" else ""
-    kept = f", num_hidden_layers={run.model.layers}" if run.model.layers else ""
+    kept = f', revision="{commit}"' if commit else ""
+    kept += f", num_hidden_layers={run.model.layers}" if run.model.layers else ""
     loading = [
         "## How to load",
         "",
@@ -102,12 +106,12 @@ def card(run: Run, title: str) -> list[str]:
     done = run.folder / "lm" / "done.json"
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     rows = {
-        "base model": f"{run.model.name}, weights sha256 {revision(run.model.name)}"
+        "base model": f"{run.model.name}, weights sha256 {known_revision(run, run.model.name)}"
         if run.model.name != "none"
         else "none",
         "item text by": run.model.item_encoder or run.model.name,
         **(
-            {"likelihood by": f"{run.model.likelihood}, weights sha256 {revision(run.model.likelihood)}"}
+            {"likelihood by": f"{run.model.likelihood}, weights sha256 {known_revision(run, run.model.likelihood)}"}
             if run.model.likelihood is not None
             else {}
         ),
@@ -127,13 +131,6 @@ def card(run: Run, title: str) -> list[str]:
     }
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     return [*lines, "", *_figures(run)]
-
-
-def revision(name: str) -> str:
-    """The beginning of the sha256 of a model's weights: what it was, whatever its name says later."""
-    folder = model_folder(name)
-    files = sorted(path for kind in MODEL_FILES[1:] for path in folder.glob(kind))
-    return ", ".join(sha256_of(path)[:16] for path in files)
 
 
 def _figures(run: Run) -> list[str]:

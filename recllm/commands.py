@@ -270,6 +270,7 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     needs("Exporting", EXPORTING)
     from recllm.export import export_run
     from recllm.gate import load_recipe
+    from recllm.revisions import check_same_models
     from recllm.tasks import prepare
 
     for name in recipes:
@@ -277,6 +278,7 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     trained(run.folder)
     task = prepare(run, tell)
     check_same_data(run, task.fingerprints())
+    check_same_models(run)
     results = export_run(run, task, list(recipes) or None, tell)
     for result in results:
         width = max(map(len, result.parity), default=0)

@@ -21,6 +21,7 @@ from recllm.fusion import FusedScorer, Fusion
 from recllm.progress import Progress
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scores, batches, mask_seen, top_k
+from recllm.revisions import check_same_models
 from recllm.runs import Run, check_same_data, load_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task
@@ -129,6 +130,7 @@ def taught_windows(run: Run, task: Task, say: Say) -> list[Taught]:
             teacher = check_teacher(run)
             assert teacher is not None
             check_same_data(teacher, task.fingerprints())
+            check_same_models(teacher)
             items, shares = _ask(teacher, task, histories, say)
             with written(path) as temporary:
                 save_file({"items": items, "shares": shares}, temporary)

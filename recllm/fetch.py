@@ -74,8 +74,23 @@ def fetch(name: str, say: Say = _quiet) -> Path:
     return folder
 
 
+def pinned(name: str) -> tuple[str, str | None]:
+    """A model's name, and the revision that stands behind a Hub id (`owner/model@revision`), if any."""
+    repository, _, revision = name.partition("@") if on_hub(name) else (name, "", "")
+    return repository, revision or None
+
+
+def on_hub(name: str) -> bool:
+    """Whether a model's name is a Hub id, which a local folder and a fetchable name go before."""
+    if (name in ASSETS and ASSETS[name].kind == "models") or Path(name).is_dir():
+        return False
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def resolve_model(name: str, say: Say = _quiet) -> Path | str:
-    """The folder of a model: fetched by name, or a local folder; a Hub id (`owner/model`) is returned as it is.
+    """The folder of a model: fetched by name, or a local folder; a Hub id is returned as it is.
+
+    A Hub id is `owner/model`, or `owner/model@revision`: a branch, a tag or a commit.
 
     Raises:
         RecllmError: none of the three.
@@ -84,10 +99,10 @@ def resolve_model(name: str, say: Say = _quiet) -> Path | str:
         return fetch(name, say)
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if on_hub(name):
         return name
     names = [asset.name for asset in ASSETS.values() if asset.kind == "models"]
-    raise unknown("model", name, names, "A local folder and a Hub id (owner/model) work too.")
+    raise unknown("model", name, names, "A local folder and a Hub id (owner/model, owner/model@revision) work too.")
 
 
 def resolve_data(name: str, say: Say = _quiet) -> Path:

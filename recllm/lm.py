@@ -29,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from recllm.adapters import LOFTQ, AdapterRecipe, attach
 from recllm.errors import RecllmError
-from recllm.fetch import cache_folder, resolve_model
+from recllm.fetch import cache_folder, pinned, resolve_model
 from recllm.files import sha256_of, whole_folder
 from recllm.histories import HistoryFormat
 from recllm.loftq import round_layers, start_from_rounding
@@ -94,10 +94,12 @@ OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download  # heavy, and only for hub ids
 
+    repository, revision = pinned(name)
+    download = partial(snapshot_download, repository, revision=revision)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
+        folder = Path(download(allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=OLD_WEIGHTS))
+            folder = Path(download(allow_patterns=OLD_WEIGHTS))
         return folder
     except Exception as error:  # the hub raises many kinds, for a user they are one
         reason = str(error).splitlines()[0]

@@ -158,7 +158,7 @@ class ModelSettings(Settings):
     """`[model]`: the language model and what it does."""
 
     name: str = "smollm2-135m-instruct"
-    """A fetchable name, a hub id or a local folder; `none` trains no language model."""
+    """A fetchable name, a hub id (owner/model, owner/model@revision), a local folder, or `none`: no language model."""
     item_encoder: str | None = None
     """What turns item text into vectors; the model itself when not given."""
     task: Literal["next_item", "relevance"] = "next_item"
@@ -477,12 +477,18 @@ def _toml(value: JsonValue) -> str:
 
 
 def write_environment(
-    run: Run, fingerprints: dict[str, str], *, device: str, processes: int = 1, sharding: str = "none"
+    run: Run,
+    fingerprints: dict[str, str],
+    models: dict[str, str],
+    *,
+    device: str,
+    processes: int = 1,
+    sharding: str = "none",
 ) -> None:
-    """Write versions, seed, device, number of processes, how they shard, and data fingerprints beside the weights."""
+    """Write versions, seed, device, processes and sharding, and what data and base models were, beside the weights."""
     versions = {package: found for package in PACKAGES if (found := _version(package))}
     facts = {"seed": run.seed, "data": fingerprints, "versions": versions, "device": device, "processes": processes}
-    facts |= {"sharding": sharding}
+    facts |= {"sharding": sharding, "models": models}
     write_json(run.folder / ENVIRONMENT, facts | {"python": platform.python_version(), "machine": platform.platform()})
 
 

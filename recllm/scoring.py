@@ -19,6 +19,7 @@ from recllm.progress import Progress
 from recllm.protocols import EvaluationProtocol, evaluation_protocol
 from recllm.ranking import QUERY_BATCH, Scorer, Scores, batches, score_as_new
 from recllm.relevance import RelevanceScorer
+from recllm.revisions import check_same_models
 from recllm.runs import Run
 from recllm.sequence import NextItemModel
 from recllm.splits import Example
@@ -68,6 +69,9 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
 
     Validation and test go in together: a user's validation history is the beginning of the test history, and a causal
     model reads both in one pass.
+
+    Raises:
+        RecllmError: scores are missing, and a base model is not the one that the run was trained over.
     """
     protocol = evaluation_protocol(run, task)
     valid, test = protocol.examples("valid"), protocol.examples("test")
@@ -75,6 +79,7 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
         if not path.is_file():
+            check_same_models(run)
             say(f"Scoring validation and test with '{name}'")
             path.parent.mkdir(parents=True, exist_ok=True)
             scorer = make()

@@ -20,6 +20,7 @@ from recllm.judging import train_light_judge, train_relevance
 from recllm.loop import COMPILING, check_trainer_keys
 from recllm.nextitem import train_language, train_light
 from recllm.process import set_up
+from recllm.revisions import check_same_models, revisions
 from recllm.runs import (
     ENVIRONMENT,
     FILE,
@@ -98,6 +99,7 @@ def train_run(
         task = prepare(run, say, begun=not overwrite)
         if resume:
             check_same_data(run, task.fingerprints())
+            check_same_models(run)
             _check_processes(run, state.num_processes)
         if not begun:
             check_start_data(run, task.fingerprints())
@@ -191,7 +193,8 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -
     if not (run.folder / LEARNT).is_file():
         keep_learnt(run, task)
     if not (run.folder / ENVIRONMENT).is_file():
-        write_environment(run, task.fingerprints(), device=_device(), processes=processes, sharding=sharding())
+        facts = task.fingerprints(), revisions(run)
+        write_environment(run, *facts, device=_device(), processes=processes, sharding=sharding())
 
 
 def _describe(task: Task, say: Say, *, judges: bool) -> None:

@@ -14,6 +14,7 @@ from recllm.errors import RecllmError, require
 from recllm.files import read_json
 from recllm.mf import ImplicitMF
 from recllm.ranking import ItemIndex
+from recllm.revisions import check_same_models
 from recllm.runs import ENVIRONMENT, Run, load_run
 from recllm.vectors import VECTORS
 
@@ -89,13 +90,16 @@ def _language_facts(run: Run, kept_recipe: str | None) -> dict[str, object]:
 
 
 def check_start_data(run: Run, fingerprints: dict[str, str]) -> None:
-    """Check that the items that a run keeps for its test were no training items of the run that it starts from.
+    """Check that the run that a run starts from goes with its base models, and knows none of its test's items.
 
     Raises:
-        RecllmError: cold items were drawn from other data.
+        RecllmError: a base model has changed since, or cold items were drawn from other data.
     """
     earlier = check_start(run)
-    if earlier is None or run.data.split != "cold-items":
+    if earlier is None:
+        return
+    check_same_models(earlier)
+    if run.data.split != "cold-items":
         return
     if read_json(earlier.folder / ENVIRONMENT)["data"] != fingerprints:
         raise RecllmError(

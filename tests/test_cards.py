@@ -10,7 +10,7 @@ from recllm.cards import ADAPTER, CARD, save_adapter, write_adapter_card
 from recllm.checkpoints import trained_values
 from recllm.files import read_json, write_json
 from recllm.lm import load_base
-from recllm.runs import load_run
+from recllm.runs import ENVIRONMENT, load_run
 from recllm.tasks import prepare
 from recllm.trained import load_collaborative, load_language
 
@@ -62,6 +62,22 @@ def test_the_adapters_card_says_what_it_is_before_and_after_it_was_measured(run)
     write_json(run.folder / "evaluation.json", {"test": {"metrics": ["NDCG@10", "MRR"], "rows": [row]}})
     write_adapter_card(run)
     assert "| cold item | 12 | fusion | 0.2500 (0.200 … 0.300) | – |" in path.read_text(encoding="utf-8")
+
+
+def test_a_pinned_base_model_is_named_as_transformers_and_peft_take_it(run, tiny_lm_folder):
+    facts = read_json(run.folder / ENVIRONMENT)
+    write_json(run.folder / ENVIRONMENT, facts | {"models": {"owner/model@0a1b": "f" * 16}})
+    pinned = run.model_copy(update={"model": run.model.model_copy(update={"name": "owner/model@0a1b"})})
+    model = attach(load_base(tiny_lm_folder).model, AdapterRecipe(tuner="lora", config={"target_modules": ["q_proj"]}))
+    save_adapter(pinned, model, trained_values(model), run.folder / "lm")
+    config = read_json(run.folder / "lm" / ADAPTER / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/model", "0a1b")
+    write_adapter_card(pinned)
+    text = (run.folder / "lm" / ADAPTER / CARD).read_text(encoding="utf-8")
+    assert text.startswith("---\nbase_model: owner/model\n")
+    assert 'AutoModel.from_pretrained("owner/model", revision="0a1b"' in text
+    # As it was trained over, without asking the hub.
+    assert f"| base model | owner/model@0a1b, weights sha256 {'f' * 16} |" in text
 
 
 def test_a_bundle_has_its_card(tiny_bundle):

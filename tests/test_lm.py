@@ -157,10 +157,12 @@ def test_a_local_folder_is_its_own_place(tiny_lm_folder):
         ),
     ],
 )
-def test_one_set_of_weights_is_fetched_of_a_repository(weights, fetched, tmp_path, monkeypatch):
+@pytest.mark.parametrize("commit", [None, "refs/pr/7"])
+def test_one_set_of_weights_is_fetched_of_a_repository(weights, fetched, commit, tmp_path, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    def snapshot_download(name, allow_patterns, ignore_patterns=None):
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns=None):
+        assert (name, revision) == ("owner/model", commit)
         files = ["config.json", "tokenizer.json", *weights]
         for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -168,7 +170,7 @@ def test_one_set_of_weights_is_fetched_of_a_repository(weights, fetched, tmp_pat
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    folder = model_folder("owner/model")
+    folder = model_folder("owner/model" if commit is None else f"owner/model@{commit}")
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert found == sorted(["config.json", "tokenizer.json", *fetched])
 

@@ -163,7 +163,7 @@ def test_a_run_is_resumed_with_the_settings_that_it_was_begun_with(file, tmp_pat
 def test_other_data_than_those_of_the_run_are_refused(file, tmp_path):
     run = load_run(file, [f"output={tmp_path}"])
     check_same_data(run, {"interactions": "a", "catalog": "b"})
-    write_environment(run, {"interactions": "a", "catalog": "b"}, device="cpu")
+    write_environment(run, {"interactions": "a", "catalog": "b"}, {}, device="cpu")
     check_same_data(run, {"interactions": "a", "catalog": "b"})
     with pytest.raises(RecllmError, match=r"The interactions of 'ml-100k' are not those that .*films was trained on"):
         check_same_data(run, {"interactions": "c", "catalog": "b"})
@@ -214,10 +214,11 @@ def test_set_key_makes_tables_that_are_not_there():
 
 def test_the_environment_is_kept(file, tmp_path):
     run = load_run(file, [f"output={tmp_path}", "seed=3"])
-    write_environment(run, {"interactions": "abc"}, device="cpu", processes=2)
+    write_environment(run, {"interactions": "abc"}, {"tiny": "0a"}, device="cpu", processes=2)
     facts = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     assert (facts["seed"], facts["data"], facts["device"]) == (3, {"interactions": "abc"}, "cpu")
     assert facts["processes"] == 2
+    assert facts["models"] == {"tiny": "0a"}
     assert facts["versions"]["numpy"]
 
 

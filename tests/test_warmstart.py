@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from recllm import warmstart
 from recllm.errors import RecllmError
-from recllm.files import read_json
+from recllm.files import read_json, write_json
 from recllm.judging import relevance_model
 from recllm.mf import FactorSettings, ImplicitMF
 from recllm.outcome import evaluate_run
@@ -281,6 +281,15 @@ def test_what_is_no_finished_run_is_named(after, tiny_run, tmp_path):
     (tmp_path / "half" / "fusion.json").unlink()
     with pytest.raises(RecllmError, match=r"is not trained to its end.*recllm train .*half --resume"):
         check_start(after(start_from=tmp_path / "half"))
+
+
+def test_a_run_starts_from_one_over_the_very_same_weights(tiny_run, after, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "moved")
+    facts = read_json(folder / ENVIRONMENT)
+    check_start_data(after(start_from=folder), facts["data"])
+    write_json(folder / ENVIRONMENT, facts | {"models": dict.fromkeys(facts["models"], "0" * 16)})
+    with pytest.raises(RecllmError, match=r"has other weights now .* than those that .*moved was trained over"):
+        check_start_data(after(start_from=folder), facts["data"])
 
 
 def test_cold_items_have_to_be_drawn_from_the_same_data(tiny_run, after, tmp_path):
