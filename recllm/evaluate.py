@@ -137,18 +137,18 @@ def _rank_all(
     k: int,
     exclude_seen: bool,
     progress: Progress | None,
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]]]:
-    """By scorer, the targets' ranks, float64[rows], and the first `k` candidates, int64[rows, k]."""
+) -> tuple[dict[str, metrics.Ranks], dict[str, NDArray[np.int64]]]:
+    """By scorer, the targets' ranks and the first `k` candidates, int64[rows, k]."""
     targets = _targets(examples, candidates)
     queries = [example.query for example in examples]
-    ranks = {name: np.empty(len(queries)) for name in scorers}
+    ranks = {name: metrics.Ranks(np.empty(len(queries)), np.empty(len(queries))) for name in scorers}
     tops = {name: np.empty((len(queries), min(k, len(candidates))), dtype=np.int64) for name in scorers}
     for place, batch in batches(queries):
         wanted = targets[place]
         for name, scorer in scorers.items():
             scores = scorer.score(batch, candidates)
             scores = mask_seen(scores, batch, candidates) if exclude_seen else scores
-            ranks[name][place] = target_ranks(scores, wanted)
+            ranks[name].first[place], ranks[name].last[place] = target_ranks(scores, wanted)
             tops[name][place] = top_k(scores, k)[0]
         if progress:
             progress(place.stop, len(queries))
@@ -195,10 +195,10 @@ def evaluate_labels(
     return Table(tuple(scorers), ("AUC", "UAUC", "scored"), _counts(codes, masks), values, draws, per_row)
 
 
-def _ranking_metrics(ranks: NDArray[np.float64], ks: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+def _ranking_metrics(ranks: metrics.Ranks, ks: Sequence[int]) -> dict[str, NDArray[np.float64]]:
     at_k = {"HitRate": metrics.hit_rate, "Recall": metrics.recall, "NDCG": metrics.ndcg}
     figures = {f"{name}@{k}": metric(ranks, k) for k in ks for name, metric in at_k.items()}
-    return {"rank": ranks, **figures, "MRR": metrics.mrr(ranks)}
+    return {"rank": ranks.middle, **figures, "MRR": metrics.mrr(ranks)}
 
 
 def _label_figures(

@@ -34,7 +34,7 @@ from recllm.errors import RecllmError, unknown
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
 from recllm.lean import compile_layers, lean
-from recllm.metrics import hit_rate, ndcg
+from recllm.metrics import Ranks, hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.sharded import name_layers, reshard
 from recllm.softtokens import SoftTokens
@@ -468,5 +468,8 @@ def _training_arguments(options: dict[str, Any]) -> TrainingArguments:
 
 def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """NDCG@10 and HitRate@10 from the ranks that a next-item model returns while validating."""
-    ranks = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
+    middle = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
+    # A row without a label has none; trained scores do not tie but where numbers end, and then the worse place counts.
+    places = np.ceil(np.where(np.isnan(middle), np.inf, middle))
+    ranks = Ranks(places, places)
     return {"ndcg@10": float(ndcg(ranks, 10).mean()), "hit_rate@10": float(hit_rate(ranks, 10).mean())}

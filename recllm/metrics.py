@@ -1,6 +1,7 @@
 """Metrics: per-row ranking metrics from ranks, AUC and UAUC from labels; rows stay apart so that bootstraps pair."""
 
 from collections.abc import Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -9,27 +10,62 @@ Rows = NDArray[np.float64]
 """float64[rows], one figure per row."""
 
 
-def hit_rate(ranks: Rows, k: int) -> Rows:
-    """1.0 where the target is among the first `k`, else 0.0: float64[rows]."""
-    return (ranks <= k).astype(np.float64)
+class Ranks(NamedTuple):
+    """The places that each row's target may have, 1 the best: several where others share its score.
+
+    Metrics are means over those places, what they are under random ties (McSherry & Najork 2008, "Computing
+    information retrieval performance measures efficiently in the presence of tied scores"); at the place in the middle
+    a scorer that says the same of everything would have all or nothing.
+
+    Attributes:
+        first: float64[rows], with all others that share its score behind it; infinite for a target without a score.
+        last: float64[rows], with all of them before it; infinite where `first` is.
+    """
+
+    first: Rows
+    last: Rows
+
+    @property
+    def middle(self) -> Rows:
+        """The expected place, float64[rows]."""
+        return (self.first + self.last) / 2.0
 
 
-def recall(ranks: Rows, k: int) -> Rows:
+def hit_rate(ranks: Ranks, k: int) -> Rows:
+    """1.0 where the target is among the first `k`, else 0.0; between them where ties reach over `k`: float64[rows]."""
+    return _mean_gain(ranks, np.ones(k))
+
+
+def recall(ranks: Ranks, k: int) -> Rows:
     """Share of the relevant items among the first `k`; with one target per row it equals `hit_rate`: float64[rows]."""
     return hit_rate(ranks, k)
 
 
-def ndcg(ranks: Rows, k: int) -> Rows:
+def ndcg(ranks: Ranks, k: int) -> Rows:
     """1 / log2(1 + rank) within the first `k`, else 0.0: float64[rows].
 
     Järvelin and Kekäläinen 2002 with one relevant item, whose ideal gain is 1.
     """
-    return np.where(ranks <= k, 1.0 / np.log2(1.0 + ranks), 0.0)
+    return _mean_gain(ranks, 1.0 / np.log2(np.arange(2.0, k + 2.0)))
 
 
-def mrr(ranks: Rows, k: int | None = None) -> Rows:
+def mrr(ranks: Ranks, k: int | None = None) -> Rows:
     """1 / rank, within the first `k` where it is given: float64[rows] (Voorhees 1999)."""
-    return np.where(ranks <= (np.inf if k is None else k), 1.0 / ranks, 0.0)
+    if k is None:
+        there = ranks.last[np.isfinite(ranks.last)]
+        k = int(there.max()) if len(there) else 0
+    return _mean_gain(ranks, 1.0 / np.arange(1.0, k + 1.0))
+
+
+def _mean_gain(ranks: Ranks, gains: Rows) -> Rows:
+    """The mean gain over each row's places, float64[rows]; `gains`, float64[k], are of the places 1 … k, 0 behind."""
+    placed = np.isfinite(ranks.first)
+    first, last = (np.where(placed, value, 1.0) for value in ranks)
+    upto = np.concatenate([[0.0], np.cumsum(gains)])
+    summed = upto[np.minimum(last, len(gains)).astype(int)] - upto[np.minimum(first - 1.0, len(gains)).astype(int)]
+    # Of one place the gain itself: a difference of sums has other last bits.
+    alone = np.concatenate([gains, [0.0]])[np.minimum(first - 1.0, len(gains)).astype(int)]
+    return np.where(placed, np.where(first == last, alone, summed / (last - first + 1.0)), 0.0)
 
 
 def recall_at(top: NDArray[np.int64], relevant: Sequence[Set[int]]) -> Rows:

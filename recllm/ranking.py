@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.data import Query
+from recllm.metrics import Ranks
 
 Scores = NDArray[np.float32]
 """float32[queries, candidates]; NaN where the scorer knows nothing of the user or the item."""
@@ -115,17 +116,14 @@ def top_k(scores: Scores, k: int) -> tuple[NDArray[np.int64], Scores]:
     return np.where(missing, -1, order), np.where(missing, np.float32(np.nan), best)
 
 
-def target_ranks(scores: Scores, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Rank of each row's target column, float64[rows], 1 is best.
+def target_ranks(scores: Scores, targets: NDArray[np.int64]) -> Ranks:
+    """The places of each row's target column, 1 is best.
 
-    A tie counts half (the expected rank under random ties), so a scorer gains nothing by constant scores.
     A target without a score is in no list, however long: its rank is infinite.
     """
     own = np.take_along_axis(scores, targets[:, None], axis=1)  # (rows, 1)
-    greater = (scores > own).sum(axis=1)
-    tied = (scores == own).sum(axis=1) - 1
-    ranks = 1.0 + greater + tied / 2.0
-    return np.where(np.isnan(own[:, 0]), np.inf, ranks)
+    first = np.where(np.isnan(own[:, 0]), np.inf, 1.0 + (scores > own).sum(axis=1))
+    return Ranks(first, first + np.maximum((scores == own).sum(axis=1) - 1.0, 0.0))
 
 
 def score_pairs(scorer: Scorer, queries: Sequence[Query], items: Sequence[str]) -> NDArray[np.float32]:

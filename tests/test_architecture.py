@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
-    "data", "splits", "given", "templates", "tokens", "histories", "prompts", "ranking", "metrics", "results",
+    "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking", "results",
     "evaluate", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "ratedneighbours", "windows",
     "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "runs", "tasks", "pairs",
     "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "shortlist", "reserved", "runtime",

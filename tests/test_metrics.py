@@ -40,6 +40,35 @@ def test_ndcg_equals_scikit_learn(scored):
     assert ours.mean() == pytest.approx(ndcg_score(relevance, scores, k=10))
 
 
+@pytest.mark.parametrize("tied", [1, 2, 7, 30])
+@pytest.mark.parametrize("greater", [0, 3, 9, 12])
+def test_a_tie_is_worth_what_it_is_on_average_over_all_its_orders(tied, greater):
+    scores = np.concatenate([np.full(greater, 2.0), np.full(tied, 1.0), np.zeros(20)])[None].astype(np.float32)
+    ranks = target_ranks(scores, np.array([greater]))
+    places = np.arange(greater + 1, greater + tied + 1)
+    assert ranks.middle == pytest.approx(places.mean())
+    assert metrics.hit_rate(ranks, 10) == pytest.approx((places <= 10).mean())
+    assert metrics.ndcg(ranks, 10) == pytest.approx(np.where(places <= 10, 1 / np.log2(1 + places), 0.0).mean())
+    assert metrics.mrr(ranks) == pytest.approx((1 / places).mean())
+    assert metrics.mrr(ranks, 10) == pytest.approx(np.where(places <= 10, 1 / places, 0.0).mean())
+
+
+@pytest.mark.parametrize("candidates", [12, 19, 21, 101])
+def test_a_scorer_that_says_the_same_of_everything_is_as_good_as_chance(candidates):
+    targets = np.arange(candidates)
+    ranks = target_ranks(np.zeros((candidates, candidates), dtype=np.float32), targets)
+    assert metrics.hit_rate(ranks, 10) == pytest.approx(10 / candidates)
+    drawn = target_ranks(np.tile(np.random.default_rng(0).permutation(candidates), (candidates, 1)), targets)
+    assert metrics.ndcg(ranks, 10).mean() == pytest.approx(metrics.ndcg(drawn, 10).mean())
+
+
+def test_a_target_without_a_score_is_not_found():
+    ranks = target_ranks(np.array([[np.nan, 1.0, np.nan]], dtype=np.float32), np.array([0]))
+    assert ranks.first.tolist() == ranks.last.tolist() == [np.inf]
+    for figure in (metrics.hit_rate(ranks, 10), metrics.ndcg(ranks, 10), metrics.mrr(ranks), metrics.mrr(ranks, 10)):
+        assert figure.tolist() == [0.0]
+
+
 def test_recall_at_many_targets():
     top = np.array([[0, 1, 2], [3, -1, -1], [4, 5, 6]])
     assert metrics.recall_at(top, [{0, 2, 9, 8}, {3}, set()]) == pytest.approx([0.5, 1.0, np.nan], nan_ok=True)
