@@ -74,6 +74,8 @@ def arguments() -> argparse.Namespace:
         names = any(key.startswith("model.likelihood=") for key in given.set)  # a language model reads those
         if given.lm == "none" and not names and settings.CONTROLS[given.control].get("language_model"):
             parser.error(f"--control {given.control} is about the language model: name it by --lm.")
+    if given.set and given.result is None:
+        parser.error("--set measures something else than the kept result of that name: name this one by --result.")
     given.data = given.data or settings.PROTOCOLS[given.protocol].data[0]
     return given
 
@@ -186,10 +188,13 @@ def main() -> None:
         "device": found[0][2]["environment"]["device"],
         "tables": {part: table.to_dict() for part, table in tables.items()},
         "differences": {part: differences(table, given.protocol) for part, table in tables.items()},
-        "references": {
-            name: {"chosen": own.chosen, "trials": own.trials, "epochs": own.epochs, "seconds": own.seconds}
-            for name, own in found[0][1].items()
-        },
+        "references": [
+            {
+                name: {"chosen": own.chosen, "trials": own.trials, "epochs": own.epochs, "seconds": own.seconds}
+                for name, own in each[1].items()
+            }
+            for each in found
+        ],
         "fusion": [
             {key: each[2]["fusion"].get(key) for key in ("chosen", "candidates", "chosen_new", "candidates_new")}
             for each in found

@@ -36,7 +36,8 @@ def rows_of(result: Result, part: str = "all", row_slice: str = "all") -> dict[s
 def figure(interval: list[float | None]) -> str:
     """A figure with its interval."""
     value, low, high = interval
-    assert value is not None
+    if value is None:  # no user with both labels, as one
+        return "–"
     ends = "" if low is None or high is None else f" ({low:.3f} … {high:.3f})"
     return f"{value:.4f}{ends}".replace("0.", ".")
 

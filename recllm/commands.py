@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -259,8 +260,9 @@ def difference_lines(table: Table) -> list[str]:
     lines = [f"fusion less … in {metric} (95 % interval, paired bootstrap over users)"]
     for name in table.scorers:
         if name != "fusion":
-            value, low, high = table.difference("fusion", name, metric)
-            lines.append(f"  {name:20} {value:+.4f}  {low:+.4f} … {high:+.4f}")
+            figures = table.difference("fusion", name, metric)
+            value, low, high = ("–" if math.isnan(each) else f"{each:+.4f}" for each in figures)
+            lines.append(f"  {name:20} {value}  {low} … {high}")
     return lines
 
 

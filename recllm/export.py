@@ -39,6 +39,7 @@ from recllm.trained import (
     borrowed_heads,
     encoder_name,
     item_prompt,
+    lenders,
     load_collaborative,
     load_language,
     load_light,
@@ -121,7 +122,7 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
         for opset in sorted({recipe.opset for recipe in loaded.values()}):
             say(f"Writing the ONNX graphs in fp32, opset {opset}")
             _write_graphs(graphs / str(opset), sequences, base, names, opset)
-        reference = {name: sequence_scorer(*found, task, parts.neighbours) for name, found in sequences.items()}
+        reference = {name: sequence_scorer(*found, task, lenders(run, parts)) for name, found in sequences.items()}
         measured = any(recipe.causal.max_damage is not None for recipe in loaded.values())
         samples = _samples(run, task, sequences, base, reference) if measured else {}
         if measured and names is not None:
@@ -245,7 +246,7 @@ def _write_content(
     }
     for name, (model, history) in sequences.items():
         write_json(folder / f"{name}.json", history.to_dict())
-        arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, parts.neighbours)
+        arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lenders(run, parts))
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
             arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()

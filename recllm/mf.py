@@ -57,7 +57,10 @@ def user_items_matrix(interactions: Interactions) -> tuple[ItemIndex, Any]:
         RecllmError: no interactions, or scipy is not installed.
     """
     if not len(interactions):
-        raise RecllmError("Matrix factorization needs interactions, and the training part is empty. Check the split.")
+        raise RecllmError(
+            "Matrix factorization needs interactions, and the training part has none. Check the split; and where likes "
+            "are learnt, data.like_at: no training event is rated as high."
+        )
     sparse = require("scipy.sparse", "train", "Fitting matrix factorization")
     users, rows = _codes(interactions.frame, "user_id")
     items, columns = _codes(interactions.frame, "item_id")

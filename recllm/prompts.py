@@ -28,6 +28,10 @@ MISSPELT = 0.92
 """So like a column (difflib's ratio) is no other one: `descripton`, but not `genre` beside `genres`."""
 
 
+RELEVANCE_KEYS = ("candidate", "max_candidate_tokens", "empty_history", "liked", "disliked")
+"""Keys that say nothing in a prompt of another task."""
+
+
 class Prompt(Settings):
     """One prompt as its TOML file states it."""
 
@@ -72,6 +76,12 @@ class Prompt(Settings):
                 raise RecllmError(
                     "only a relevance prompt has 'answers', and it needs two, positive first: "
                     'answers = [" Yes", " No"].'
+                )
+            own = self.model_fields_set.intersection(RELEVANCE_KEYS)
+            if own and self.task != "relevance":
+                raise RecllmError(
+                    f"{', '.join(sorted(own))}: only a relevance prompt has likes, dislikes and its own candidate; "
+                    f"in one of task '{self.task}' every item is written as 'item' says, and cut to max_item_tokens."
                 )
         except RecllmError as error:
             raise RecllmError(f"{place}: {error}") from None

@@ -107,6 +107,12 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "light.negatives",
         "light.teacher",
         "train.recent_windows",
+        "fusion.queries",
+        "fusion.choosing",
+        "fusion.negatives",
+        "fusion.new_share",
+        "fusion.new_cost",
+        "recency.queries",
     ),
     "relevance": (
         "model.pairwise",
@@ -117,6 +123,7 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "light.listwise",
         "light.pairwise",
         "light.pairs_in_step",
+        "fusion.pairwise",
     ),
 }
 """Keys that say nothing to a run of the other task."""

@@ -24,7 +24,7 @@ from recllm.runs import Run
 from recllm.sequence import NextItemModel
 from recllm.splits import Example
 from recllm.tasks import Task
-from recllm.trained import Collaborative, Say, load_language, load_light, sequence_scorer, stage_done
+from recllm.trained import Collaborative, Say, lenders, load_language, load_light, sequence_scorer, stage_done
 from recllm.vectors import ItemFeatures
 
 BLOCK_SCORES = 20_000_000
@@ -61,7 +61,7 @@ def _sequence(
     assert found is not None
     model, history = found
     heavy = isinstance(model.body, LanguageBody)
-    return sequence_scorer(model.to(scoring_device()), history, task, parts.neighbours, bf16=heavy and fast_bf16())
+    return sequence_scorer(model.to(scoring_device()), history, task, lenders(run, parts), bf16=heavy and fast_bf16())
 
 
 def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, dict[str, Scores]]:

@@ -208,6 +208,8 @@ def _describe(task: Task, say: Say, *, judges: bool) -> None:
         bare = sum(row.label is None for row in rows)
         if bare and any(row.label == 0 for row in rows):
             say(f"{bare:,} of {len(rows):,} {part} rows have no rating, and are left out: pairs are judged here")
+    if any(row.label == 0 for row in task.split.valid) and not any(row.label == 0 for row in task.split.test):
+        say("No test row is a dislike: there is nothing to tell likes from, and no AUC on test")
 
 
 def _device() -> str:

@@ -96,12 +96,12 @@ def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
         if run.model.likelihood is not None:
             Likelihood(task.index, name_likelihoods(run, task, say)).save(run.folder / "cf")
         vectors = encode_catalog(run, task, say)
-        _fit_collaborative(run, task, vectors)
+        _fit_collaborative(run, task, vectors, say)
         vectors.save(run.folder / VECTORS)  # last: its presence says that the stage is done
     return load_collaborative(run, task)
 
 
-def _fit_collaborative(run: Run, task: Task, vectors: RawVectors) -> None:
+def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> None:
     """Fit everything that takes seconds; where a history may fade, how fast is chosen on validation."""
     folder, protocol = run.folder / "cf", evaluation_protocol(run, task)
     positives = protocol.positives()
@@ -109,6 +109,7 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors) -> None:
     fading: dict[str, ImplicitMF | ItemItem | TextSimilarity] = {
         "mf": turned(ImplicitMF.fit(positives, run.cf, seed=run.seed), run)
     }
+    _say_what_is_left_out(run, task, say)
     if len(task.index) <= run.ease.max_items:
         fading["ease"] = EASE.fit(positives, regularization=run.ease.regularization)
     fading["text"] = _text_similarity(task, vectors, None)
@@ -125,6 +126,17 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors) -> None:
     write_json(
         folder / HALF_LIVES, {name: {str(key): value for key, value in own.items()} for name, own in figures.items()}
     )
+
+
+def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
+    """Say which scorers the catalogue is too large for: they hold a matrix of all pairs of items."""
+    limits = {"ease": run.ease.max_items}
+    if run.model.task == "next_item":
+        limits |= {"transitions": run.transitions.max_items}
+        limits |= {"neighbours": run.neighbours.max_items} if run.neighbours.neighbours else {}
+    for name, most in limits.items():
+        if 0 < most < len(task.index):
+            say(f"Left out: '{name}', for {len(task.index):,} items are more than {name}.max_items = {most:,}")
 
 
 def _rows_that_choose(run: Run, task: Task) -> tuple[list[Query], NDArray[np.int64]]:
@@ -462,6 +474,11 @@ def borrowed_heads(
     new = np.where(np.isnan(borrowed), new, borrowed)
     whole = np.where(neighbours.known[:, None], whole, new)
     return whole[:, :-1], whole[:, -1], new
+
+
+def lenders(run: Run, parts: Collaborative) -> Neighbours | None:
+    """Whose heads new items borrow; nobody's where a control takes items' text from the model, for text finds them."""
+    return parts.neighbours if run.control.text == "own" else None
 
 
 def sequence_scorer(

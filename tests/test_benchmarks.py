@@ -49,6 +49,27 @@ def test_every_result_says_how_it_was_made():
         assert all({"value", "bar", "holds"} <= bar.keys() for bar in result["bars"].values()), name
 
 
+def test_a_figure_that_nobody_knows_is_a_dash():
+    assert load("tables").figure([None, None, None]) == "–"
+    assert load("tables").figure([0.5, None, None]) == ".5000"
+
+
+def test_other_settings_do_not_take_a_kept_results_name(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr("sys.argv", ["quality", "--data", "ml-100k", "--set", "model.layers=8"])
+    with pytest.raises(SystemExit):
+        load("quality").arguments()
+    assert "name this one by --result" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--result", "mine"])
+    assert load("quality").arguments().result == "mine"
+
+
+def test_kept_commands_make_their_own_result():
+    for name, result in load("tables").results().items():
+        command = result["command"]
+        assert "--set" not in command or f"--result {name}" in command, name
+
+
 def test_an_unknown_result_is_named():
     with pytest.raises(SystemExit, match="There is no result 'nothing'"):
         load("tables").table("nothing", {})

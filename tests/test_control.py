@@ -15,7 +15,7 @@ from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import load_collaborative, load_language
+from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
 from recllm.vectors import ItemFeatures, Standard
 
 TEXT = np.array([[1, 2], [3, -1], [np.nan, np.nan], [-4, 0], [0, -1], [5, 5]], dtype=np.float32)
@@ -92,6 +92,23 @@ def test_a_control_trains_scores_and_says_what_it_lacks(control, tiny_lm_folder)
     frozen = merged.body.model.embed_tokens.weight  # no adapter is on it
     assert torch.equal(frozen, load_base(tiny_lm_folder, drawn_by=control.seed).model.embed_tokens.weight)
     assert not torch.equal(frozen, load_base(tiny_lm_folder).model.embed_tokens.weight)
+
+
+def test_a_controls_new_items_borrow_nothing_that_is_found_by_their_text(control):
+    """Neighbours are found by the true text, and their heads would say of new items what the model cannot know."""
+    task = prepare(control)
+    parts = load_collaborative(control, task)
+    assert parts.neighbours is not None
+    model, history = load_light(control, task, parts.features)
+    queries = [example.query for example in task.split.test]
+    scored = known_scores(control, task, parts, lambda _: None)["test"]["light"]
+    own, lent = (
+        sequence_scorer(model, history, task, who).score(queries, task.index) for who in (None, parts.neighbours)
+    )
+    assert np.allclose(scored, own, atol=1e-5, equal_nan=True)
+    plain = control.model_copy(update={"control": ControlSettings()})
+    assert lenders(plain, parts) is parts.neighbours
+    assert np.allclose(own, lent, equal_nan=True) is bool(parts.neighbours.known.all())
 
 
 def test_a_control_is_not_shipped(control):

@@ -190,7 +190,7 @@ def test_saved_models_score_the_same(implicit_mf, explicit_mf, checkerboard, tmp
 
 
 def test_mistakes_are_named(checkerboard, monkeypatch):
-    with pytest.raises(RecllmError, match="the training part is empty"):
+    with pytest.raises(RecllmError, match=r"the training part has none\. Check the split; and .*data\.like_at"):
         ImplicitMF.fit(NONE)
     with pytest.raises(RecllmError, match="needs ratings, and the interactions have none"):
         ExplicitMF.fit(Interactions(checkerboard.interactions.frame.with_columns(rating=pl.lit(None, pl.Float32))))

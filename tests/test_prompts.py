@@ -333,6 +333,14 @@ def test_brackets_are_plain_in_the_text():
         ({"answers": None}, "only a relevance prompt has 'answers', and it needs two"),
         ({"task": "next_item", "answers": None, "text": "{history} end"}, r"must end with \{history\}"),
         ({"task": "item", "text": "{candidate}"}, "only a relevance prompt has 'answers'"),
+        (
+            {"task": "item", "text": "{candidate}", "answers": None, "candidate": "{genres}", "liked": "!"},
+            "candidate, liked: only a relevance prompt has likes, dislikes and its own candidate",
+        ),
+        (
+            {"task": "next_item", "answers": None, "text": "{history}", "max_candidate_tokens": 3},
+            "max_candidate_tokens: only a relevance prompt has .* of task 'next_item' every item",
+        ),
     ],
 )
 def test_a_prompt_that_is_not_well_formed_is_refused(changes, message, tiny_tokenizer):

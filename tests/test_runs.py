@@ -93,6 +93,10 @@ def test_the_last_override_of_a_key_wins(file):
         ("light.dropout=1.5", r"key 'light.dropout': Input should be less than 1 \(given: 1.5\)"),
         ("train.max_steps=many", "key 'train.max_steps': .*integer"),
         ("model.pairwise=0.5", r"model\.pairwise is for model\.task = 'relevance'; with 'next_item' it does nothing"),
+        (
+            "fusion={pairwise=0.25}",
+            r"fusion\.pairwise is for model\.task = 'relevance'; with 'next_item' it does nothing",
+        ),
         ("model={task='relevance', history='text'}", r"model\.history is for model\.task = 'next_item'"),
         ("adapter={recipe='none', r=4}", "recipe is 'none', and r would be of an adapter"),
         ("data={split='temporal'}", r"name a data set \(name\), or give a file \(interactions\)"),

@@ -288,10 +288,18 @@ def test_an_item_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
 def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
     overrides = ["model.name=none", f"model.item_encoder={tiny_encoder_folder}", "light.num_train_epochs=0"]
     run = again(tiny_run, tmp_path, *overrides, "ease.max_items=0", "transitions.max_items=0")
-    train_run(run, say=silent)
+    said = []
+    train_run(run, say=said.append)
     assert Fusion.load(run.folder / "fusion.json").names == ("popularity", "mf", "text", "neighbours")
+    assert not any(line.startswith("Left out") for line in said)  # 0 asks for none
     assert not (run.folder / "fusion-without-lm.json").exists()
     train_run(run, overwrite=True, say=silent)
+    small = again(tiny_run, tmp_path, *overrides, "name=small", "ease.max_items=23", "transitions.max_items=23")
+    train_run(small, say=said.append)
+    items = len(prepare(small).index)
+    assert [line for line in said if line.startswith("Left out")] == [
+        f"Left out: '{name}', for {items} items are more than {name}.max_items = 23" for name in ("ease", "transitions")
+    ]
     # Another fusion on the way is what the folder says from then on.
     train_run(
         again(tiny_run, tmp_path, *overrides, "fusion.kinds=['borda']", "ease.max_items=0", "transitions.max_items=0"),
