@@ -9,9 +9,11 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from recllm.bottleneck import BottleneckSettings, insert_bottlenecks
 from recllm.errors import RecllmError, unknown
@@ -179,27 +181,17 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
     if recipe.tuner == BOTTLENECK:
         return insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
     table = model.get_input_embeddings()
-    given: dict[str, Any] = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
-    if recipe.start == "eva":
-        # The same rank everywhere: a trained adapter is loaded into matrices of the recipe's own shapes.
-        given["eva_config"] = peft.EvaConfig(rho=1.0)
-    config = recipe.config
-    if recipe.start == LOFTQ:
-        # PEFT's own start quantises once more, on a GPU only.
-        config = config | {"init_lora_weights": True}
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 asks for the attribute that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             # It knows no norms by their class, and trains them all the same.
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-            # VeRA's random matrices are drawn from their seed wherever they are loaded: that is the recipe's intention.
-            warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B", UserWarning)
             # It finds out by itself which way round GPT-2's layers hold their weights.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             # EVA's advice, on memory that a small model has.
             warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
-            adapted = peft.get_peft_model(model, _config_class(recipe.tuner)(**given | config))
+            adapted = peft.get_peft_model(model, _peft_config(recipe))
     except (ValueError, TypeError) as error:
         raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}' for this model: {error}") from error
     if model.get_input_embeddings() is not table:
@@ -210,6 +202,53 @@ def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> nn.Module:
     if recipe.start == LOFTQ:
         adapted.active_peft_config.init_lora_weights = LOFTQ
     return adapted
+
+
+def check_places(model: nn.Module, recipe: AdapterRecipe) -> None:
+    """Check that a recipe finds a place in a model and that PEFT takes its keys, without any weights.
+
+    Args:
+        model: the model, on the meta device; bottlenecks are put into it.
+        recipe: the recipe.
+
+    Raises:
+        RecllmError: no module has a name that the recipe looks for, or PEFT refuses the configuration.
+    """
+    if recipe.tuner == BOTTLENECK:
+        insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
+        return
+    try:
+        config = _peft_config(recipe)
+    except (ValueError, TypeError) as error:
+        raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}': {error}") from error
+    wanted = getattr(config, "target_modules", None)
+    named = [name for name, _ in model.named_modules()]
+    if not wanted or wanted == "all-linear" or any(check_target_module_exists(config, name) for name in named):
+        return
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+    wanted = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
+    # Which of them are layers PEFT knows by what stands before the number, and here nothing does.
+    numbered = getattr(config, "layers_to_transform", None) is not None
+    layers = "layers_to_transform needs layers_pattern here, as 'layers'. " if numbered else ""
+    raise RecllmError(
+        f"No module of this model goes by adapter.target_modules = {wanted}. {layers}Its linear layers: {there}."
+    )
+
+
+def _peft_config(recipe: AdapterRecipe) -> peft.PeftConfig:
+    given: dict[str, Any] = {"total_step": PLACEHOLDER_STEPS} if recipe.tuner == "adalora" else {}
+    if recipe.start == "eva":
+        # The same rank everywhere: a trained adapter is loaded into matrices of the recipe's own shapes.
+        given["eva_config"] = peft.EvaConfig(rho=1.0)
+    config = recipe.config
+    if recipe.start == LOFTQ:
+        # PEFT's own start quantises once more, on a GPU only.
+        config = config | {"init_lora_weights": True}
+    with warnings.catch_warnings():
+        # VeRA's random matrices are drawn from their seed wherever they are loaded: that is the recipe's intention.
+        warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B", UserWarning)
+        return _config_class(recipe.tuner)(**given | config)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -233,6 +233,18 @@ def load_base(
     return BaseModel(body, load_tokenizer(folder), causal, folder, output)
 
 
+def skeleton(folder: Path, layers: int | None = None) -> PreTrainedModel:
+    """The hidden-state model of a folder without any weights, on the meta device; its first `layers`, None for all."""
+    config = load_config(folder)
+    causal = is_causal(config)
+    with torch.device("meta"), _quietly():
+        model = (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=torch.float32)
+    body = _body(model) if causal else model
+    if layers is not None:
+        _shorten(body, layers)
+    return body
+
+
 def _body(model: PreTrainedModel) -> PreTrainedModel:
     """A causal model without its head; of some kinds what goes by the name of decoder is the head."""
     decoder = model.get_decoder()

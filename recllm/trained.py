@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from recllm.adapters import AdapterRecipe, load_adapter, merge
+from recllm.adapters import AdapterRecipe, check_places, load_adapter, merge
 from recllm.checkpoints import load_trained
 from recllm.control import controlled
 from recllm.data import Interactions, Query
@@ -35,6 +35,7 @@ from recllm.lm import (
     not_causal,
     positions_of,
     scoring_device,
+    skeleton,
 )
 from recllm.mf import ImplicitMF
 from recllm.names import NameModel, read_names
@@ -311,6 +312,7 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
     Raises:
         RecllmError: an unknown name or key, an encoder where a causal model is needed, or a control that cannot be.
     """
+    adapter = None
     if run.adapter.recipe != "none":
         adapter = load_adapter(run.adapter, run.adapter_file if kept else None)
         if run.control.language_model == "random" and adapter.quantization is not None:
@@ -334,15 +336,21 @@ def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
         prompt = load_prompt(run.prompt_file("likelihood") if kept else run.prompt.likelihood, task="item")
         first_token(compile_prompt(prompt, load_tokenizer(folder), ended=False))
     if run.model.name != "none":
-        folder = model_folder(run.model.name, say)
-        if run.model.task == "next_item" and not is_causal(load_config(folder)):
-            raise not_causal(run.model.name)
-        if run.model.rows_together > 1 and not is_causal(load_config(folder)):
-            raise RecllmError(
-                f"'{run.model.name}' is an encoder, which looks both ways: its rows cannot share a history. Leave "
-                "model.rows_together at 1."
-            )
-        check_layers(folder, run.model.layers)
+        _check_language_model(run, adapter, model_folder(run.model.name, say))
+
+
+def _check_language_model(run: Run, adapter: AdapterRecipe | None, folder: Path) -> None:
+    causal = is_causal(load_config(folder))
+    if run.model.task == "next_item" and not causal:
+        raise not_causal(run.model.name)
+    if run.model.rows_together > 1 and not causal:
+        raise RecllmError(
+            f"'{run.model.name}' is an encoder, which looks both ways: its rows cannot share a history. Leave "
+            "model.rows_together at 1."
+        )
+    check_layers(folder, run.model.layers)
+    if adapter is not None:
+        check_places(skeleton(folder, run.model.layers), adapter)
 
 
 def _say_what_is_read(run: Run, key: str, prompt: Prompt, say: Say) -> None:

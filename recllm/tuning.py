@@ -30,6 +30,16 @@ FITTED = {"data", "cf", "recency", "ease", "transitions", "neighbours", "prompt"
 """Tables that change what is fitted before training; where none is searched it is fitted once for all trials."""
 TIMED_QUERIES, TIMED_ROUNDS = 64, 3
 """Validation queries that are scored together to time a user, and how often."""
+FITTED_SCORERS = ("popularity", "likelihood", "mf", "ease", "text")
+OF_RATINGS = ("item_mean", "user_mean", "explicit", "rated_neighbours")
+MEASURED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "next_item": (
+        (*FITTED_SCORERS, "transitions", "neighbours", "light", "lm"),
+        ("NDCG@10", "HitRate@10", "Recall@10", "MRR", "Coverage@10"),
+    ),
+    "relevance": ((*FITTED_SCORERS, *OF_RATINGS, "light", "relevance"), ("AUC", "UAUC", "scored")),
+}
+"""By task, the scorers that a run of it may have, the language model's last, and what they are measured by."""
 STARTUP = 5
 """Trials that are drawn at random and never cut short, before the search learns from them."""
 
@@ -128,7 +138,19 @@ def load_search(path: Path) -> tuple[Search, Run]:
             )
         for value in values.tried():
             _with(run, {key: value}, run.name, Path(run.output))
+    _check_measured(search, run, path)
     return search, run
+
+
+def _check_measured(search: Search, run: Run, path: Path) -> None:
+    """Check that a run of this task can have the search's scorer and metric; which it has, its first trial shows."""
+    scorers, metrics = MEASURED[run.model.task]
+    if run.model.name == "none" and "model.name" not in search.search:
+        scorers = scorers[:-1]
+    scorers = (*scorers, FUSION, f"{FUSION} without {MEASURED[run.model.task][0][-1]}")
+    for key, value, known in (("scorer", search.scorer, scorers), ("metric", _metric(search, run), metrics)):
+        if value not in known:
+            raise unknown(f"{key} in {path}:", value, known)
 
 
 def tune(path: Path, say: Say = print) -> Run:
@@ -192,6 +214,8 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
     alone = {}
     if search.scorer == "light":  # what trains after it changes nothing of it
         alone = {"model.name": "none", "model.item_encoder": encoder_name(run)}
+        if run.model.likelihood is None:  # whose weights a control may draw too
+            alone["control.language_model"] = "pretrained"
     tried = _with(run, alone | values, f"trial-{trial.number}", folder)
     say(f"Trial {trial.number}: " + ", ".join(f"{key} = {value}" for key, value in values.items()))
     _share_fitted(search, folder, tried)

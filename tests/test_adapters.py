@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, DistilBertConfig, LlamaConfig, MixtralConfig, PhiConfig
 
-from recllm.adapters import AdapterRecipe, attach, load_adapter, merge
+from recllm.adapters import AdapterRecipe, attach, check_places, load_adapter, merge
 from recllm.bottleneck import Bottleneck
 from recllm.errors import RecllmError
-from recllm.lm import load_base
+from recllm.lm import load_base, skeleton
+from recllm.recipes import recipe_names
 from recllm.runs import AdapterSettings
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
@@ -31,6 +32,34 @@ def test_shipped_recipes_are_peft_configurations(name):
     found = load_adapter(AdapterSettings(recipe=name))
     assert found.tuner == "lora"
     assert (found.quantization is not None) is (name == "qlora")
+
+
+@pytest.mark.parametrize("name", recipe_names("adapters"))
+def test_shipped_recipes_find_their_places_before_any_weights_load(name, tiny_lm_folder):
+    check_places(skeleton(tiny_lm_folder), load_adapter(AdapterSettings(recipe=name)))
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (recipe(target_modules=["wq", "wk"]), r"target_modules = wk, wq\. Its linear layers: .*q_proj"),
+        (recipe(target_modules=r".*\.wq"), r"target_modules = \.\*\\\.wq\. Its linear"),
+        (recipe(target_modules=["q_proj"], layers_to_transform=[0]), r"layers_to_transform needs layers_pattern here"),
+        (recipe(target_modules=["q_proj"], layers_pattern="layers"), r"PEFT refuses the adapter 'lora'"),
+        (AdapterRecipe(tuner="bottleneck", config={"target_modules": ["nowhere"]}), "nowhere"),
+    ],
+)
+def test_places_that_are_not_there_are_told_before_any_weights_load(found, message, tiny_lm_folder):
+    with pytest.raises(RecllmError, match=message):
+        check_places(skeleton(tiny_lm_folder), found)
+
+
+def test_places_are_looked_for_in_the_layers_that_are_kept(tiny_lm_folder):
+    last = recipe(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
+    check_places(skeleton(tiny_lm_folder), last)
+    with pytest.raises(RecllmError, match="No module of this model goes by"):
+        check_places(skeleton(tiny_lm_folder, 1), last)
+    assert next(skeleton(tiny_lm_folder).parameters()).device.type == "meta"
 
 
 def test_keys_of_the_run_file_go_over_the_recipes():

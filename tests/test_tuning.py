@@ -115,12 +115,34 @@ def test_a_changed_run_file_begins_another_search(place):
 def test_a_scorer_that_no_trial_has_ends_the_search_at_once(place):
     path, said = written(place, 5), []
     path.write_text(path.read_text(encoding="utf-8").replace('scorer = "light"', 'scorer = "ligth"'), encoding="utf-8")
-    with pytest.raises(RecllmError, match=r"Unknown scorer 'ligth'. Did you mean 'light'"):
+    with pytest.raises(RecllmError, match=r"Unknown scorer in .*: 'ligth'. Did you mean 'light'"):
         tune(path, said.append)
+    assert said == []  # known before anything trains
+    with pytest.raises(RecllmError, match=r"Unknown scorer in .*: 'relevance'"):
+        tune(_renamed(path, "ligth", "relevance"), said.append)
+    with pytest.raises(RecllmError, match=r"Unknown metric in .*: 'AUC'.*NDCG@10"):
+        tune(_renamed(path, 'scorer = "relevance"', 'scorer = "light"\nmetric = "AUC"'), said.append)
+    assert said == []
+    # One that a run may have, and this one has not: its first trial shows it.
+    _renamed(path, 'metric = "AUC"', "")
+    with pytest.raises(RecllmError, match=r"Unknown scorer 'likelihood'"):
+        tune(_renamed(path, 'scorer = "light"', 'scorer = "likelihood"'), said.append)
     assert sum(line.startswith("Trial ") for line in said) == 1
-    with pytest.raises(RecllmError, match=r"Unknown scorer 'lihgt'"):  # no trial has gone by it: it may be mended
-        tune(_renamed(path, "ligth", "lihgt"), said.append)
+    with pytest.raises(RecllmError, match=r"Unknown scorer 'likelihood'"):  # no trial has gone by it: it may be mended
+        tune(path, said.append)
     assert said.count("Tuning base: 0 of 5 trials are done") == 2
+
+
+def test_a_search_of_the_light_scorer_leaves_a_controls_language_model_out(place):
+    path = written(place, 1)
+    text = (place / "base.toml").read_text(encoding="utf-8")
+    encoder = load_run(place / "base.toml").model.item_encoder
+    text = text.replace('language_model = "pretrained"', 'language_model = "random"')
+    (place / "base.toml").write_text(text.replace('name = "none"', f'name = "{encoder}"'), encoding="utf-8")
+    assert load_run(place / "base.toml").control.lacking
+    said = []
+    tune(path, said.append)
+    assert said[-1].startswith("Best: trial 0")
 
 
 def _renamed(path, before, after):
