@@ -22,7 +22,7 @@ from recllm.query_rows import BadRow, QueryRow, read_rows
 from recllm.ranker import RanksLists, TwoStage
 from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.rowfiles import check_source, count_rows
-from recllm.runtime import Recommender
+from recllm.runtime import USERS_IN_BATCH, Recommender
 from recllm.sheets import check_target
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class Job:
         check_source(self.source)
         sweep(self.target)
         check_target(self.target, overwrite=self.overwrite or is_ours(self.target))
-        if (self.target.parent / MANIFEST).is_file():
+        if any((folder / MANIFEST).is_file() for folder in self.target.resolve().parents):
             raise RecllmError(
                 f"'{self.target}' would lie in a bundle, which holds its own files only. Name another place."
             )
@@ -201,6 +201,11 @@ def score_file(recommender: Recommender, job: Job) -> Summary:
     index = recommender.index
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
+        # All candidates of the rows stand beside each row: few rows at once, for they may be all of a large catalogue.
+        parts = [rows[start : start + USERS_IN_BATCH] for start in range(0, len(rows), USERS_IN_BATCH)]
+        return pl.concat([scored(part) for part in parts])
+
+    def scored(rows: Sequence[QueryRow]) -> pl.DataFrame:
         items = ItemIndex(dict.fromkeys(item for row in rows for item in row.candidates if item in index))
         scores, shares = recommender.score([row.history for row in rows], items.ids)
         columns = [items.known(row.candidates) for row in rows]

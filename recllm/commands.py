@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from recllm.data.join import join_sources
 from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
 from recllm.files import sha256_of
-from recllm.growing import add_items
+from recllm.growing import add_items, told_columns
 from recllm.hub import pull, push
 from recllm.process import run_child
 from recllm.prompts import compile_prompt, load_prompt
@@ -315,13 +315,16 @@ def batch_job(
     part, slash, parts = shard.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal()):
         raise RecllmError(f"--shard {shard}: give I/N with I between 1 and N, as --shard 1/4.")
-    histories = None if interactions is None else log_histories(interactions, given, _duplicates(bundle))
+    histories = None
+    if interactions is not None:
+        manifest = {} if bundle is None else read_manifest(bundle, verify=False)
+        columns_of_run = told_columns(interactions, manifest, "columns")
+        histories = log_histories(interactions, given or columns_of_run, _duplicates(manifest))
     return Job(source, target, histories, overwrite, tell, shard=(int(part), int(parts)))
 
 
-def _duplicates(bundle: Path | None) -> Duplicates:
+def _duplicates(manifest: Mapping[str, Any]) -> Duplicates:
     """Which of several events of one user with one item the bundle's run read."""
-    manifest = {} if bundle is None else read_manifest(bundle, verify=False)
     # Bundles of before say only whether all of them count.
     found: Duplicates = manifest.get("duplicates", "keep" if manifest.get("repeats") else "first")
     return found
@@ -361,6 +364,11 @@ class Stages:
         if self.ranker is None:
             return recommender
         ranker = load_ranker(self.ranker, provider=self.provider, threads=self.threads, keep_bytes=0)
+        known = sum(item in ranker.catalog for item in recommender.index.ids)
+        if not known:
+            raise RecllmError(f"'{self.ranker}' knows no item of '{self.bundle}': they are of two catalogues.")
+        if known < len(recommender.index):
+            tell(f"The ranker knows {known:,} of {len(recommender.index):,} items; the others keep their first score")
         return TwoStage(recommender, ranker, self.top, self.weight, self.seconds)
 
 
@@ -460,7 +468,9 @@ def score_zero_shot(
     new = read_items(items, columns=given)
     known = new if history_items is None else read_items(history_items, columns=given)
     needs("Scoring with a language model", TRAINING)
+    from recllm.devices import fast_bf16
     from recllm.relevance import zero_shot_scorer
+    from recllm.revisions import revision
 
     # An item that is in both files keeps the text of the file that it is scored from.
     both = pl.concat([new.frame, known.frame], how="diagonal").unique("item_id", keep="first", maintain_order=True)
@@ -470,6 +480,8 @@ def score_zero_shot(
     # Every row costs a pass per item: few rows at once keep the progress lines coming.
     job = job.by(4).knowing(
         model=model,
+        weights=revision(model),
+        bf16=fast_bf16(),
         prompt=sha256_of(find_recipe("prompts", prompt)),
         like_at=like_at,
         text=catalog.fingerprint(),

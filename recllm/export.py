@@ -103,6 +103,9 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
         RecllmError: the run is not trained or is a control, or an unknown recipe.
     """
     loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
+    stems = [Path(name).stem for name in loaded]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise RecllmError(f"Two recipes would be written as bundle-{twice[0]}. Give one of the files another name.")
     if not (run.folder / "fusion.json").is_file():
         raise RecllmError(f"{run.folder} has no fitted fusion. Train the run first: recllm train {run.folder}/run.toml")
     if run.control.lacking:
@@ -222,6 +225,7 @@ def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[s
         "data": data_facts(task),
         "repeats": task.repeats,
         "duplicates": run.data.duplicates,
+        "columns": run.data.columns,
         "item_columns": run.data.item_columns,
     }
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, write_catalog
 from recllm.data import Catalog, read_items
 from recllm.data.tables import open_table
-from recllm.errors import RecllmError
+from recllm.errors import RecllmError, unknown
 from recllm.files import alone, write_json
 from recllm.likelihood import Likelihood
 from recllm.neighbours import Neighbours
@@ -52,7 +52,7 @@ def add_items(
         RecllmError: not a bundle, a bundle without an item encoder, a file that cannot be read, a target that is no
             bundle, or no item that is new.
     """
-    if (target.resolve().parent / MANIFEST).is_file():
+    if any((folder / MANIFEST).is_file() for folder in target.resolve().parents):
         raise RecllmError(f"'{target}' would lie in a bundle, which holds its own files only. Name another folder.")
     if target.exists() and not target.samefile(source):
         if not (target / MANIFEST).is_file():
@@ -67,7 +67,11 @@ def add_items(
 def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | None, provider: str) -> int:
     recommender = load(source, provider=provider)
     known, manifest = recommender.catalog, read_manifest(source, verify=False)
-    found = read_items(items, columns=columns or _told(items, manifest))
+    ours = ["item_id", *known.frame.columns]
+    for column in columns or {}:
+        if column not in ours:
+            raise unknown(f"column of '{source}'", column, ours, "Write --item-column OURS=THEIRS.")
+    found = read_items(items, columns=columns or told_columns(items, manifest, "item_columns"))
     records = [_fitting(found, item, known) for item in found.ids if item not in known]
     if not records:
         raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
@@ -89,9 +93,16 @@ def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | N
     return len(records)
 
 
-def _told(items: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
-    there = open_table(items).columns
-    return {ours: theirs for ours, theirs in manifest.get("item_columns", {}).items() if theirs in there}
+def told_columns(file: Path, manifest: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Our columns to the file's, as the bundle's run was told of its own; those that this file has.
+
+    Args:
+        file: a log or a file of items.
+        manifest: of the bundle.
+        key: `columns` of a log, `item_columns` of items.
+    """
+    there = open_table(file).columns
+    return {ours: theirs for ours, theirs in manifest.get(key, {}).items() if theirs in there}
 
 
 def _fitting(found: Catalog, item: str, known: Catalog) -> dict[str, str]:

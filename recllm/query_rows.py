@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.rowfiles import Unreadable, check_source, columns_of, raw_rows
 
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+"""A text as Python writes it."""
 COLUMNS = ("user_id", "history", "ratings", "candidates")
 
 
@@ -172,18 +175,26 @@ def _items(name: str, given: Any) -> tuple[str, ...]:  # noqa: ANN401
         try:
             given = split_ids(given)
         except ValueError as error:
-            reason = f"'{name}' is {_named(given)}, which begins as a JSON list and is none ({error})"
-            raise ValueError(reason) from None
+            raise ValueError(f"'{name}' is {_named(given)}, which {_told(error)}") from None
     if not isinstance(given, list):
         raise ValueError(f"'{name}' is {_named(given)}, not a list of item ids")
     return tuple(identifier(item) for item in given)
 
 
+def _told(error: ValueError) -> str:
+    return f"begins as a JSON list and is none ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def split_ids(text: str) -> list[Any]:
-    """Ids out of a text: a JSON list, one of Python's (which pandas writes), or ids parted by `|` or by blanks.
+    """Ids out of a text: a JSON list, one of Python's or NumPy's (which pandas writes), or ids parted by `|` or blanks.
 
     >>> split_ids("50 181"), split_ids("50|181"), split_ids('["50", 181]'), split_ids("['50', 181]")
     (['50', '181'], ['50', '181'], ['50', 181], ['50', 181])
+    >>> split_ids("['50' '181']")
+    ['50', '181']
+
+    Raises:
+        ValueError: a list that is none, or commas outside of one: an id may have one, so they part nothing.
     """
     text = text.strip()
     if text.startswith("["):
@@ -193,14 +204,22 @@ def split_ids(text: str) -> list[Any]:
             if "'" not in text:
                 raise
             return _python_list(text)
+    if "," in text:
+        raise ValueError("has commas: part ids by blanks or |, or write a JSON list")
     return [part.strip() for part in text.split("|") if part.strip()] if "|" in text else text.split()
 
 
 def _python_list(text: str) -> list[Any]:
+    texts = QUOTED.findall(text)
+    if texts and QUOTED.sub("", text).split() in (["[", "]"], ["[]"]):  # NumPy's: no commas, which Python would join
+        return [ast.literal_eval(each) for each in texts]
     try:
-        return list(ast.literal_eval(text))
+        found = list(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError("not a list of ids") from None
+        raise ValueError("begins as a JSON list and is none (not a list of ids)") from None
+    if sum(isinstance(each, str) for each in found) != len(texts):
+        raise ValueError("has two ids without a comma between them")
+    return found
 
 
 def identifier(value: Any) -> str:  # noqa: ANN401

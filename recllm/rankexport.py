@@ -125,6 +125,7 @@ def _export(
         "adapter": run.adapter.recipe,
         "data": data_facts(task),
         "duplicates": run.data.duplicates,
+        "columns": run.data.columns,
     }
 
     def fill(part: Path) -> None:

@@ -161,7 +161,7 @@ def _csv(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
             if isinstance(row, Unreadable):
                 yield number, row
             elif row and len(row) != len(header):
-                reason = f"{len(row)} fields, the header has {len(header)}; a history with commas needs quotes"
+                reason = f"{len(row)} fields, the header has {len(header)}; part the ids of a history by blanks or |"
                 yield number, Unreadable(reason, row)
             elif row:
                 yield number, dict(zip(header, row, strict=True))

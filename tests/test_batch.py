@@ -517,6 +517,8 @@ def test_answers_do_not_go_into_a_bundle_nor_where_nothing_can_lie(recommender, 
     source = write(tmp_path / "in.jsonl", {"a": ["0", "1"]})
     with pytest.raises(RecllmError, match=r"would lie in a bundle, which holds its own files only"):
         recommend_file(recommender, Job(source, tiny_bundle / "out.csv"), k=2)
+    with pytest.raises(RecllmError, match=r"would lie in a bundle, which holds its own files only"):
+        recommend_file(recommender, Job(source, tiny_bundle / "answers" / "today" / "out.csv"), k=2)
     with pytest.raises(RecllmError, match=r"cannot be written: (Not a directory|File exists)\. Name another place"):
         recommend_file(recommender, Job(source, source / "out.csv"), k=2)
 

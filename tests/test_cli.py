@@ -2,19 +2,24 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 import typer
+from safetensors.numpy import load_file, save_file
 
 import recllm
 from recllm import commands
+from recllm.bundle import read_manifest, seal
 from recllm.cli import app, main
 from recllm.errors import RecllmError
+from recllm.growing import SEALED
 
 HEAVY = ("torch", "transformers", "polars", "numpy", "pydantic", "tokenizers", "rich", "onnxruntime")
 
@@ -244,6 +249,58 @@ def test_recommend_reads_and_writes_files(capsys, tiny_bundle, tmp_path, checker
     assert "4 lines for 2 users" in out
     found = pl.read_parquet(tmp_path / "out.parquet")
     assert found["user_id"].to_list() == ["u0", "u0", "u1", "u1"]
+
+
+def test_a_log_is_read_by_the_columns_of_the_training(capsys, tiny_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    facts = {key: value for key, value in read_manifest(bundle).items() if key not in SEALED}
+    assert facts["columns"] == {}
+    seal(bundle, facts | {"columns": {"timestamp": "bought", "rating": "gone"}})
+    rows = ["user_id,item_id,date,bought", *(f"u,{item},{place},{9 - place}" for place, item in enumerate("048"))]
+    (tmp_path / "log.csv").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "ids.csv").write_text("user_id\nu\n", encoding="utf-8")
+    found = {}
+    for name, more in (("told", []), ("given", ["--column", "timestamp=date"])):
+        where = ("--interactions", tmp_path / "log.csv", "--out", tmp_path / f"{name}.jsonl", "-k", "3", *more)
+        recllm_says(capsys, "recommend", bundle, tmp_path / "ids.csv", *where)
+        found[name] = pl.read_ndjson(tmp_path / f"{name}.jsonl")["score"].to_list()
+    expected = {"told": ["8", "4", "0"], "given": ["0", "4", "8"]}
+    for name, history in expected.items():
+        assert found[name] == pytest.approx(recllm.load(bundle).recommend([history], k=3).scores[0].tolist(), abs=1e-6)
+    assert found["told"] != found["given"]
+
+
+@pytest.mark.parametrize(
+    ("known", "message"), [([], "knows no item of"), (["0", "1"], "The ranker knows 2 of 24 items")]
+)
+def test_a_ranker_of_another_catalogue_is_told(capsys, monkeypatch, tiny_bundle, known, message):
+    monkeypatch.setattr(commands, "load_ranker", lambda *_, **__: SimpleNamespace(catalog=known))
+    stages = commands.Stages(tiny_bundle, "cpu", 1, "exact", Path("judge"), 10, 1.0, None)
+    if known:
+        stages.open()
+        assert message in capsys.readouterr().err
+    else:
+        with pytest.raises(RecllmError, match=message):
+            stages.open()
+
+
+def test_a_zero_shot_job_knows_the_weights_that_answer(monkeypatch, tmp_path, tiny_lm_folder, checkerboard_folder):
+    model = shutil.copytree(tiny_lm_folder, tmp_path / "model")
+    (tmp_path / "users.jsonl").write_text('{"history": ["0", "2"]}\n', encoding="utf-8")
+    found = []
+
+    def record(_scorer, _items, _known, job, *, unread):
+        found.append(job.identity())
+        return SimpleNamespace(lines=lambda _: [])
+
+    monkeypatch.setattr(commands, "score_items_file", record)
+    job = commands.Job(tmp_path / "users.jsonl", tmp_path / "out.csv")
+    for added in (0.0, 1.0):  # other weights behind the same name
+        weights = load_file(model / "model.safetensors")
+        save_file({name: value + added for name, value in weights.items()}, model / "model.safetensors")
+        commands.score_zero_shot(checkerboard_folder / "items.csv", None, [], job, str(model), "relevance", None)
+    before, after = found
+    assert {key for key in before if before[key] != after[key]} == {"weights"}
 
 
 def test_score_by_a_bundle(capsys, tiny_bundle, tmp_path):

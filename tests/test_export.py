@@ -235,6 +235,13 @@ def test_an_untrained_run_says_how_to_train_it(loaded, tmp_path):
         export_run(run, loaded[1], say=lambda _: None)
 
 
+def test_two_recipes_do_not_take_one_bundles_name(loaded, tmp_path):
+    own = tmp_path / "fp32.toml"
+    own.write_text(find_recipe("export", "fp16").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"Two recipes would be written as bundle-fp32"):
+        export_run(loaded[0], loaded[1], ["fp32", str(own)], say=lambda _: None)
+
+
 def test_an_unknown_recipe_is_named_before_anything_loads(loaded):
     with pytest.raises(RecllmError, match=r"'int9'. Did you mean 'int8'"):
         export_run(loaded[0], loaded[1], ["fp32", "int9"], say=lambda _: None)

@@ -177,3 +177,11 @@ def test_of_several_that_add_at_once_none_loses_its_items(tiny_bundle, tmp_path)
 def test_a_bundle_does_not_grow_inside_another_one(tiny_bundle, new_items):
     with pytest.raises(RecllmError, match=r"would lie in a bundle, which holds its own files only"):
         add_items(tiny_bundle, new_items, tiny_bundle / "inner")
+    with pytest.raises(RecllmError, match=r"would lie in a bundle, which holds its own files only"):
+        add_items(tiny_bundle, new_items, tiny_bundle / "deep" / "inner")
+
+
+def test_a_column_that_the_bundle_has_not_is_named(tiny_bundle, new_items, tmp_path):
+    with pytest.raises(RecllmError, match=r"'titel'. Did you mean 'title'.*--item-column OURS=THEIRS"):
+        add_items(tiny_bundle, new_items, tmp_path / "grown", columns={"titel": "title"})
+    assert not (tmp_path / "grown").exists()

@@ -60,6 +60,9 @@ def test_a_user_who_is_no_number_has_no_name(tmp_path):
         ("[50.0, 181]", ("50", "181")),
         ('["it\'s"]', ("it's",)),
         ("[]", ()),
+        ("['50' '181']", ("50", "181")),  # an array of NumPy's: Python itself would read the id 50181
+        ("['50'\n 'it\\'s' \"x y\"]", ("50", "it's", "x y")),
+        ("['50,1']", ("50,1",)),
     ],
 )
 def test_a_text_of_ids_in_any_of_its_ways(text, found):
@@ -69,6 +72,20 @@ def test_a_text_of_ids_in_any_of_its_ways(text, found):
 @pytest.mark.parametrize("text", ["['50', 181", "[50, 181", "['50'] + [x]", "[null]", "[__import__('os')]"])
 def test_a_text_that_is_no_list_names_its_column(text):
     with pytest.raises(ValueError, match=r"'history' is .*, which begins as a JSON list and is none|None is no id"):
+        history_items(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("0,2", r"has commas: part ids by blanks or \|, or write a JSON list"),
+        ("0, 2, 4", "has commas"),
+        ("['1' '2', '3']", "has two ids without a comma between them"),
+        ("['1' ... '9']", "begins as a JSON list and is none"),
+    ],
+)
+def test_a_text_that_could_be_read_in_two_ways_is_not_read(text, reason):
+    with pytest.raises(ValueError, match=rf"'history' is .*, which {reason}"):
         history_items(text)
 
 
