@@ -31,6 +31,9 @@ NEW_AT_ONCE = 0.05
 FOLDS = 5
 """Parts of the validation rows on which what was fitted on the others is measured in turn."""
 
+ONLY = "only "
+"""What the name of a scorer alone begins with, among what is tried."""
+
 Kind = Literal[
     "by counts", "without counts", "plain sum", "best single", "stacker", "reciprocal rank", "borda", "levels"
 ]
@@ -130,14 +133,20 @@ def fit_ranking(
         known = ~np.isin(choosing, sample[~part])
         return _made(base, problem, settings, lambda name: float(single(name)[known].mean()) if known.any() else 0.0)
 
+    def figures_of(name: str, fusion: Fusion, part: NDArray[np.int64]) -> NDArray[np.float64]:
+        """`figures` of a part of the queries that choose; of a scorer alone they are known."""
+        if name.startswith(ONLY):
+            return single(name.removeprefix(ONLY))[np.searchsorted(choosing, part)]
+        return figures(fusion, part)
+
     every = made(np.ones(len(sample), dtype=bool))
     others = np.setdiff1d(choosing, sample)  # nothing was fitted on these
-    measured = {name: [figures(fusion, others)] for name, fusion in every.items()}
+    measured = {name: [figures_of(name, fusion, others)] for name, fusion in every.items()}
     folds = np.arange(len(sample)) % min(FOLDS, len(sample))
     for fold in np.unique(folds):
         inside = folds == fold
         for name, fusion in (every if inside.all() else made(~inside)).items():
-            measured[name].append(figures(fusion, np.intersect1d(sample[inside], choosing)))
+            measured[name].append(figures_of(name, fusion, np.intersect1d(sample[inside], choosing)))
     outside = {name: float(np.concatenate(found).mean()) for name, found in measured.items()}
     return _best(every, outside, lambda fusion: float(figures(fusion, choosing).mean()))
 
@@ -230,7 +239,7 @@ def _folds(users: NDArray[np.int64], label: NDArray[np.float64], rng: np.random.
 def _best(made: Mapping[str, Fusion], figures: Mapping[str, float], figure: Callable[[Fusion], float]) -> Fusion:
     """What has the best of `figures`, on a tie the earlier; a scorer alone, if it has more by `figure`."""
     best = max(figures, key=figures.__getitem__)
-    singles = {name: figures[name] for name in made if name.startswith("only ")}
+    singles = {name: figures[name] for name in made if name.startswith(ONLY)}
     better = max(singles, key=singles.__getitem__, default=best)
     best = better if better != best and figure(made[better]) > figure(made[best]) else best
     return replace(made[best], chosen=best, candidates=figures)
@@ -254,7 +263,7 @@ def _made(
         elif kind == "plain sum":
             made[kind] = base
         elif kind == "best single":
-            made |= {f"only {name}": alone(base, name) for name in base.names}
+            made |= {f"{ONLY}{name}": alone(base, name) for name in base.names}
         elif kind == "levels":
             # The better alone on validation, the earlier its level.
             order = sorted(base.names, key=lambda name: -single(name))
