@@ -218,7 +218,9 @@ def check_places(model: nn.Module, recipe: AdapterRecipe) -> None:
         insert_bottlenecks(model, BottleneckSettings.model_validate(recipe.config))
         return
     try:
-        config = _peft_config(recipe)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT advises it says when the adapter is attached
+            config = _peft_config(recipe)
     except (ValueError, TypeError) as error:
         raise RecllmError(f"PEFT refuses the adapter '{recipe.tuner}': {error}") from error
     wanted = getattr(config, "target_modules", None)
