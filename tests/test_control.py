@@ -108,6 +108,7 @@ def test_a_controls_new_items_borrow_nothing_that_is_found_by_their_text(control
     assert np.allclose(scored, own, atol=1e-5, equal_nan=True)
     plain = control.model_copy(update={"control": ControlSettings()})
     assert lenders(plain, parts) is parts.neighbours
+    assert lenders(control, parts) is None  # whatever of the tiny items has too few events
     assert np.allclose(own, lent, equal_nan=True) is bool(parts.neighbours.known.all())
 
 
