@@ -95,12 +95,14 @@ DATA: dict[str, dict[str, Any]] = {
             "torch_compile": True,
         },
     },
-    # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items.
+    # Short histories and a large catalogue: more of them in a step, and item-item matrices of 12,101 items. The first
+    # layers of the language model for more passes: one pass of all 30 added nothing.
     "amazon-beauty-2014": {
+        "model": {"layers": 8},
         "light": {"per_device_train_batch_size": 128, "max_history": 20, "num_train_epochs": 14},
         "ease": {"max_items": 15_000},
         "transitions": {"max_items": 15_000},
-        "train": {"num_train_epochs": 1},
+        "train": {"num_train_epochs": 8, "torch_compile": True},
     },
 }
 """What differs from one data set to another; everything else is equal."""

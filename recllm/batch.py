@@ -256,10 +256,14 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
         RecllmError: as `recommend_file`; or a history has ratings that are not read.
     """
     every = np.arange(len(items), dtype=np.int64)
+    if unread:
+        # Looked for in all rows before the first one is answered: hours of work are not to end at a late one.
+        job.check()
+        for row in read_rows(job.source, histories=job.histories, ratings=True):
+            if isinstance(row, QueryRow) and row.query.has_ratings:
+                raise RecllmError(f"Line {row.line} of {job.source}: {unread}")
 
     def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
-        if unread and any(row.query.has_ratings for row in rows):
-            raise RecllmError(unread)
         scores = scorer.score([row.query for row in rows], items)
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from recllm import __version__
-from recllm.errors import RecllmError
+from recllm.errors import RecllmError, is_disk_full
 from recllm.process import set_up
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -31,11 +31,32 @@ class Commands(TyperGroup):
                 "Interrupted. Training goes on where it was with --resume, a batch by the same command.", err=True
             )
             raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            typer.echo(
+                f"Error: the disk is full ({error}). What is finished is kept: free some room, and training goes on "
+                "where it was with --resume, a batch by the same command.",
+                err=True,
+            )
+            raise typer.Exit(MISTAKE) from None
 
 
 def example(*lines: str) -> str:
     r"""The end of a command's help; `\b` keeps the lines as they are."""
     return "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  {line}" for line in lines)])
+
+
+def refuse(context: typer.Context, options: Sequence[str], why: str) -> None:
+    """Refuse options that would be passed over.
+
+    Raises:
+        RecllmError: one of them was given.
+    """
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise RecllmError(f"--{option.replace('_', '-')} {why}")
 
 
 # Without markup typer does not import rich, which alone takes longer than the rest of --help.
@@ -222,11 +243,14 @@ def export(
     recipe: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A recipe of export/, or a path. Repeatable.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace bundles that items were added to; they lose these.")
+    ] = False,
 ) -> None:
     """Write one ONNX bundle per recipe, each compared with torch before it is kept."""
     from recllm import commands
 
-    raise typer.Exit(commands.export_folder(folder, recipe or []))
+    raise typer.Exit(commands.export_folder(folder, recipe or [], overwrite=overwrite))
 
 
 @app.command(
@@ -239,6 +263,7 @@ def export(
     )
 )
 def recommend(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")],
     source: Annotated[
         Path | None, typer.Argument(metavar="INPUT", help="Rows with 'history' or 'user_id': Parquet, JSONL or CSV.")
@@ -276,6 +301,14 @@ def recommend(
         raise RecllmError("Give either a file of rows and --out FILE, or one history: --history 'ID ID'.")
     if history is not None and out is not None:
         raise RecllmError("--history answers on the screen; for --out FILE give a file of rows instead.")
+    if ranker is None:
+        refuse(context, ("rank_top", "rank_weight", "rank_seconds"), "is for a ranker: name one by --ranker BUNDLE.")
+    if history is not None:
+        refuse(
+            context, ("interactions", "column", "shard", "overwrite"), "is for a file of rows; --history is one row."
+        )
+    elif interactions is None:
+        refuse(context, ("column",), "is for the log with the histories: name it by --interactions FILE.")
     stages = commands.Stages(
         bundle=bundle,
         provider=provider,
@@ -303,6 +336,7 @@ def recommend(
     )
 )
 def score(
+    context: typer.Context,
     users: Annotated[Path, typer.Option(metavar="FILE", help="Rows with 'history' (with --bundle also 'candidates').")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Write to this .parquet, .jsonl or .csv.")],
     items: Annotated[Path | None, typer.Option(metavar="FILE", help="The items to score, known by their text.")] = None,
@@ -334,8 +368,12 @@ def score(
         raise RecllmError(
             f"--provider {provider} is for --bundle; a language model takes the GPU by itself where there is one."
         )
-    if bundle is not None and like_at is not None:
-        raise RecllmError("--like-at is for --items; a bundle knows from its training what was a like.")
+    if bundle is not None:
+        refuse(context, ("like_at",), "is for --items; a bundle knows from its training what was a like.")
+        refuse(context, ("model", "prompt"), "is for --items; a bundle has its own.")
+        refuse(context, ("history_items", "item_column"), "is for --items; a bundle knows the text of its items.")
+    if interactions is None:
+        refuse(context, ("column",), "is for the log with the histories: name it by --interactions FILE.")
     job = commands.batch_job(users, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite)
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)

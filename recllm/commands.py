@@ -44,7 +44,7 @@ PARTS = ("test", "valid")
 PAGES = {"test": "evaluation.html", "valid": "evaluation-valid.html"}
 """By part, the report that an evaluation writes into the run's folder."""
 UNREAD = (
-    "The histories have ratings, and the prompt marks what was liked or disliked: say from which rating on an item was "
+    "the history has ratings, and the prompt marks what was liked or disliked: say from which rating on an item was "
     "liked, --like-at 4 of five stars, or --like-at 1 where ratings are 0 and 1."
 )
 """Why rows with ratings are not scored zero-shot as they are."""
@@ -266,7 +266,7 @@ def difference_lines(table: Table) -> list[str]:
     return lines
 
 
-def export_folder(folder: Path, recipes: Sequence[str]) -> int:
+def export_folder(folder: Path, recipes: Sequence[str], *, overwrite: bool) -> int:
     """Export a trained run and print each graph's fidelity; 1 where no recipe kept its tolerance."""
     run = load_run(folder)
     needs("Exporting", EXPORTING)
@@ -281,7 +281,7 @@ def export_folder(folder: Path, recipes: Sequence[str]) -> int:
     task = prepare(run, tell)
     check_same_data(run, task.fingerprints())
     check_same_models(run)
-    results = export_run(run, task, list(recipes) or None, tell)
+    results = export_run(run, task, list(recipes) or None, tell, overwrite=overwrite)
     for result in results:
         width = max(map(len, result.parity), default=0)
         for graph, measured in result.parity.items():

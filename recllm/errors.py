@@ -1,11 +1,14 @@
 """Errors for a user's mistakes: each names the value, the choices and the way out."""
 
 import difflib
+import errno
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
 CHOICES_SHOWN = 12
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where nothing more can be written."""
 
 
 class RecllmError(Exception):
@@ -36,3 +39,9 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package '{module.split('.')[0]}', which is not installed. "
             f'Install it with: pip install "recllm[{extra}]"'
         ) from None
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether something could not be written for lack of room; libraries in Rust tell the system's number in words."""
+    told = error.errno if isinstance(error, OSError) else None
+    return told in FULL or any(f"(os error {number})" in str(error) for number in FULL)

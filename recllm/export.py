@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from recllm.bundle import write_catalog
+from recllm.bundle import read_manifest, write_catalog
 from recllm.cards import write_bundle_card
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
@@ -93,14 +93,23 @@ class EncoderGraph(nn.Module):
         return mean_pool(hidden.float(), mask)
 
 
-def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: Say = print) -> list[Exported]:
+def export_run(
+    run: Run, task: Task, recipes: Sequence[str] | None = None, say: Say = print, *, overwrite: bool = False
+) -> list[Exported]:
     """Write one bundle per recipe that keeps its tolerance, as `bundle-NAME` in the run's folder.
 
     A recipe that fails its gate is reported and writes nothing (an older bundle of its name stays); the others go on. A
     run that judges pairs gives its language model as a bundle that ranks candidates.
 
+    Args:
+        run: a trained run.
+        task: its data.
+        recipes: names of recipes; those of the run if None.
+        say: gets lines of progress.
+        overwrite: also replace bundles that items were added to, which a new export has not.
+
     Raises:
-        RecllmError: the run is not trained or is a control, or an unknown recipe.
+        RecllmError: the run is not trained or is a control, an unknown recipe, or a bundle that items were added to.
     """
     loaded = {name: load_recipe(name) for name in recipes or run.export.recipes}
     stems = [Path(name).stem for name in loaded]
@@ -113,6 +122,9 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
             f"{run.folder} is a control ({run.control.lacking}): it shows what that is worth and is not for shipping. "
             "Train a run without it."
         )
+    if not overwrite:
+        for stem in stems:
+            _check_not_grown(run.folder / f"bundle-{stem}")
     if run.model.task == "relevance":
         return export_ranker(run, task, loaded, say)
     parts = load_collaborative(run, task)
@@ -135,6 +147,23 @@ def export_run(run: Run, task: Task, recipes: Sequence[str] | None = None, say: 
             graph = graphs / str(recipe.opset)
             results.append(_export(run, task, parts, sequences, base, names, reference, samples, name, recipe, graph))
     return results
+
+
+def _check_not_grown(folder: Path) -> None:
+    """Check that no added item would be lost.
+
+    Raises:
+        RecllmError: items were added to the bundle that is there.
+    """
+    try:
+        added = read_manifest(folder, verify=False).get("items_added", 0)
+    except RecllmError:
+        return  # none, or one that nothing can be read from
+    if added:
+        raise RecllmError(
+            f"{added:,} items were added to '{folder}' after it was made, and a new export would not have them. Rename "
+            "it, or export with --overwrite and add them again: recllm items add"
+        )
 
 
 def _export(

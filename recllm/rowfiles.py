@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import polars as pl
 
+from recllm.data.tables import delimiter_of
 from recllm.errors import RecllmError, unknown
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -61,7 +62,7 @@ def columns_of(path: Path) -> list[str] | None:
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return None
     with _opened(path) as stream:
-        return next(csv.reader(stream, delimiter=_delimiter(path)), [])
+        return next(csv.reader(stream, delimiter=delimiter_of(path)), [])
 
 
 def raw_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
@@ -147,7 +148,7 @@ class _Lines:
 
 def _csv(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(FIELD)
-    delimiter = _delimiter(path)
+    delimiter = delimiter_of(path)
     with _opened(path) as stream:
         lines = _Lines(stream)
         header, _ = _record(lines, delimiter)
@@ -193,7 +194,3 @@ def _record(lines: _Lines, delimiter: str, whole: Sequence[bool] = ()) -> tuple[
     if isinstance(row, Unreadable):
         lines.put_back(taken[1:])
     return _not_utf8("".join(taken[:1] if isinstance(row, Unreadable) else taken)) or row, number
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","

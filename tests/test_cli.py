@@ -1,5 +1,6 @@
 """The command line: light to start, every command with an example, and each road walked on a tiny model."""
 
+import errno
 import importlib.util
 import json
 import shutil
@@ -79,6 +80,18 @@ def test_interrupting_ends_with_130(capsys, monkeypatch):
 
     monkeypatch.setattr(commands, "fetch_names", interrupted)
     assert recllm_says(capsys, "fetch", "ml-100k", code=130)[1].startswith("Interrupted. Training goes on where it was")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), OSError("No space (os error 28)"), ValueError("x (os error 28)")]
+)
+def test_a_full_disk_is_told_without_a_traceback(capsys, monkeypatch, error):
+    def full(_):
+        raise error
+
+    monkeypatch.setattr(commands, "fetch_names", full)
+    said = recllm_says(capsys, "fetch", "ml-100k", code=2)[1]
+    assert said.startswith(f"Error: the disk is full ({error}). What is finished is kept")
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
@@ -220,12 +233,12 @@ def test_export_prints_parity_and_fails_only_when_every_recipe_does(capsys, tiny
     parity = {"lm": measured, "light items": measured}
     failed = Exported("int8", None, parity, ["lm: rank_correlation is 0.2500, at least 0.98 is asked"])
     kept = Exported("fp32", Path("bundle-fp32"), {}, [])
-    monkeypatch.setattr("recllm.export.export_run", lambda *_: [failed])
+    monkeypatch.setattr("recllm.export.export_run", lambda *_, **__: [failed])
     out, _ = recllm_says(capsys, "export", tiny_run, "--recipe", "int8", code=1)
     assert "int8     lm           max_difference 0.5  rank_correlation 0.25" in out
     assert "int8     light items  max_difference 0.5" in out
     assert "int8: left out. lm: rank_correlation is 0.2500" in out
-    monkeypatch.setattr("recllm.export.export_run", lambda *_: [failed, kept])
+    monkeypatch.setattr("recllm.export.export_run", lambda *_, **__: [failed, kept])
     assert "fp32: bundle-fp32" in recllm_says(capsys, "export", tiny_run)[0]
 
 
@@ -332,9 +345,14 @@ def test_new_items_are_scored_zero_shot(capsys, tmp_path, tiny_lm_folder, checke
 def test_ratings_of_a_history_are_read_zero_shot(capsys, tmp_path, tiny_lm_folder, checkerboard_folder):
     (tmp_path / "new.csv").write_text("item_id,title\nn1,Red film 30\n", encoding="utf-8")
     rows = [{"history": ["0", "2"], "ratings": ratings} for ratings in ([1, 1], [5, 5])]
+    late = [*[{"history": ["0"]}] * 5, *rows]  # behind the rows that are answered first
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late), encoding="utf-8")
     (tmp_path / "users.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = ("--items", tmp_path / "new.csv", "--history-items", checkerboard_folder / "items.csv")
     where = ("--users", tmp_path / "users.jsonl", "--out", tmp_path / "out.csv", "--model", tiny_lm_folder)
+    _, err = recllm_says(capsys, "score", *given, *where, "--users", tmp_path / "late.jsonl", code=2)
+    assert "Line 6 of" in err
+    assert not list(tmp_path.glob("*out.csv*"))
     _, err = recllm_says(capsys, "score", *given, *where, code=2)
     assert "say from which rating on an item was liked, --like-at 4 of five stars" in err
     recllm_says(capsys, "score", *given, *where, "--like-at", "4", "--overwrite")
@@ -353,6 +371,14 @@ def test_ratings_of_a_history_are_read_zero_shot(capsys, tmp_path, tiny_lm_folde
         (
             ["score", "--bundle", "b", "--users", "u.csv", "--out", "o.csv", "--like-at", "4"],
             "--like-at is for --items",
+        ),
+        (["recommend", "b", "--history", "50", "--shard", "1/2"], "--shard is for a file of rows"),
+        (["recommend", "b", "--history", "50", "--rank-seconds", "2"], "--rank-seconds is for a ranker"),
+        (["recommend", "b", "u.csv", "--out", "o.csv", "--column", "item_id=sku"], "--column is for the log"),
+        (["score", "--bundle", "b", "--users", "u.csv", "--out", "o.csv", "--model", "m"], "--model is for --items"),
+        (
+            ["score", "--items", "i.csv", "--users", "u.csv", "--out", "o.csv", "--column", "item_id=sku"],
+            "--column is for the log",
         ),
     ],
 )

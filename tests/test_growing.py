@@ -57,6 +57,19 @@ def test_a_bundle_may_grow_in_its_own_place_and_again(tiny_bundle, new_items, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "more.jsonl", "new.csv"]
 
 
+def test_an_export_takes_no_added_items_away(tiny_run, tiny_bundle, new_items, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    run = load_run(folder)
+    run = run.model_copy(update={"name": "run", "output": str(tmp_path)})
+    add_items(tiny_bundle, new_items, folder / "bundle-fp32", overwrite=True)
+    with pytest.raises(RecllmError, match=r"2 items were added to '.*bundle-fp32' after it was made"):
+        export_run(run, prepare(run), ["fp32"], say=lambda _: None)
+    assert "new-red" in recllm.load(folder / "bundle-fp32").index
+    (exported,) = export_run(run, prepare(run), ["fp32"], say=lambda _: None, overwrite=True)
+    assert "new-red" not in recllm.load(exported.folder).index
+
+
 @pytest.mark.slow
 def test_text_histories_pass_over_new_items_after_loading_too(tiny_run, new_items, tmp_path):
     overrides = ["model.history='text'", "light.num_train_epochs=0", "train.max_steps=2", f"output={tmp_path}"]

@@ -55,6 +55,14 @@ def test_a_long_history_fits_into_a_field(tmp_path):
     assert rows_of(path)[0][1]["history"] == long
 
 
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_semicolons_or_tabs_part_the_columns_of_a_csv_file_that_has_no_commas(sign, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"user_id{sign}history\nu0{sign}0 2\n", encoding="utf-8")
+    assert columns_of(path) == ["user_id", "history"]
+    assert rows_of(path) == [(2, {"user_id": "u0", "history": "0 2"})]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_letters_of_another_encoding_are_a_reason_and_no_other_letter(suffix, tmp_path):
     path = tmp_path / f"rows{suffix}"

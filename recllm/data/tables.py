@@ -99,10 +99,10 @@ def _open(path: Path, kind: str, budget: int) -> Table:
         return _headless(path, "::", MOVIES if "movie" in path.name or "item" in path.name else RATINGS)
     if kind in {"inter", "item", "user"}:
         return _atomic(path)
-    return _table(path, _scan(path, _delimiter(path), quote='"'))
+    return _table(path, _scan(path, delimiter_of(path), quote='"'))
 
 
-def _delimiter(path: Path) -> str:
+def delimiter_of(path: Path) -> str:
     """What parts the columns: of a .csv a semicolon or a tab where its header has some and no comma."""
     if path.suffix.lower() != ".csv":
         return "\t"
@@ -222,7 +222,7 @@ def _starts(path: Path, rows: int) -> list[int] | None:
 
 def _csv_starts(path: Path) -> list[int]:
     with path.open(encoding="latin-1", newline="") as stream:
-        rows = csv.reader(stream, delimiter=_delimiter(path))
+        rows = csv.reader(stream, delimiter=delimiter_of(path))
         starts, before = [], 0
         for row in rows:
             if row:
@@ -240,12 +240,12 @@ def _broken(path: Path, error: Exception) -> RecllmError:
 
 def _wide_row(path: Path) -> str | None:
     with path.open(encoding="latin-1", newline="") as stream:
-        rows = csv.reader(stream, delimiter=_delimiter(path))
+        rows = csv.reader(stream, delimiter=delimiter_of(path))
         header = next(rows, [])
         for row in rows:
             if len(row) > len(header):
                 line = rows.line_num
-                sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[_delimiter(path)]
+                sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter_of(path)]
                 return (
                     f"line {line} has {len(row)} fields, the header has {len(header)}; a text with {sign} needs quotes"
                 )
