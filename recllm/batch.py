@@ -30,8 +30,9 @@ Say = Callable[[str], None]
 Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
 CHUNK = 512
 """Rows that are answered and written together; in memory are these, their answers and the rows behind them."""
-NO_HISTORY = "no item of the history is known; name the file that has their text: --history-items FILE"
-NO_KNOWN = "no item of the history is known, and a language model says nothing of a user without one"
+NO_HISTORY = "no item of the history is known by its text; name the file that has it: --history-items FILE"
+NO_EVENT = "the history is empty, and a language model says nothing of a user without one"
+NO_KNOWN = "no item of the history is known by its text, and a language model says nothing of a user without one"
 PAIRS = ["user_id", "item_id", "score"]
 """Columns of scores of named items."""
 EVERY = 5.0
@@ -426,7 +427,7 @@ def _checked(
     strange = sum(item not in index for item in row.history)
     stranger = bool(row.history) and strange == len(row.history)
     if unknown and (stranger or not row.history):
-        refuse(unknown)
+        refuse(unknown if row.history else NO_EVENT)
         return None
     counts.strangers += stranger
     counts.unknown += strange + known.count(False)

@@ -112,12 +112,33 @@ def insert_bottlenecks(model: PreTrainedModel, settings: BottleneckSettings) -> 
                 f"A model of the kind '{model.config.model_type}' has no module whose name ends in one of "
                 f"{', '.join(kind)}. Name its modules: --set 'adapter.target_modules=[\"…\"]'."
             )
+    for ending in settings.target_modules or ():
+        if not any(_ends(name, (ending,)) for name, _ in found):
+            raise RecllmError(f"No module of this model has a name that ends in '{ending}' (adapter.target_modules).")
+    for name, module in found:
+        _check_width(name, module, model.config.hidden_size, settings)
     device = next(model.parameters()).device
     for name, module in reversed(found):  # what is inside first: its parent is another one once that is wrapped
         parent, _, own = name.rpartition(".")
         wrapped = Bottleneck(module, model.config.hidden_size, settings).to(device)
         setattr(model.get_submodule(parent), own, wrapped)
     return model
+
+
+def _check_width(name: str, module: nn.Module, width: int, settings: BottleneckSettings) -> None:
+    """Check that an adapter behind or beside a module reads and writes as wide as the model is.
+
+    Raises:
+        RecllmError: the module is a product of another width, or an attention, which gives more than hidden states.
+    """
+    wide = [getattr(module, "out_features", getattr(module, "nf", width))]
+    wide += [getattr(module, "in_features", getattr(module, "nx", width))] * settings.is_parallel
+    if set(wide) != {width} or "Attention" in type(module).__name__:
+        what = "an attention, not its last product" if set(wide) == {width} else f"not {width:,} wide, as the model"
+        raise RecllmError(
+            f"An adapter cannot be put at '{name}', which is {what}. Name others in adapter.target_modules, such "
+            "as down_proj or o_proj."
+        )
 
 
 def _places(settings: BottleneckSettings) -> list[tuple[str, ...]]:

@@ -164,6 +164,9 @@ def preview(
         str | None, typer.Option(metavar="ID", help="Whose history; the first user's if not given.")
     ] = None,
     item: Annotated[str | None, typer.Option(metavar="ID", help="The candidate; the last event if none.")] = None,
+    like_at: Annotated[
+        float | None, typer.Option(help="From which rating on an item was liked; by default as in training.")
+    ] = None,
     interactions: Interactions = None,
     items: Items = None,
     column: Column = None,
@@ -173,7 +176,7 @@ def preview(
     from recllm import commands
 
     dataset = commands.read_data(name, interactions, items, column or [], item_column or [])
-    commands.preview_prompt(dataset, prompt, model, user, item)
+    commands.preview_prompt(dataset, prompt, model, user, item, like_at)
 
 
 @app.command(

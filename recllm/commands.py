@@ -21,6 +21,7 @@ from recllm.bundle import MANIFEST, read_manifest, read_steadily
 from recllm.data import Catalog, Dataset, Query, read_dataset, read_interactions, read_items
 from recllm.data.events import Duplicates
 from recllm.data.join import join_sources
+from recllm.data.tables import open_table
 from recllm.errors import RecllmError, require, unknown
 from recllm.fetch import cache_folder, fetch, resolve_data, resolve_model
 from recllm.files import sha256_of
@@ -29,14 +30,14 @@ from recllm.hub import pull, push
 from recllm.process import run_child
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.query_rows import history_items
-from recllm.ranker import Ranker, TwoStage, is_ranker, load_ranker
+from recllm.ranker import Ranker, TwoStage, behind, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
 from recllm.results import Table
 from recllm.runs import check_same_data, load_run
 from recllm.runtime import Recommender, load
 from recllm.shortlist import EXACT
-from recllm.splits import like_threshold
+from recllm.splits import LIKE_AT, like_threshold
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
@@ -132,16 +133,21 @@ def model_tokenizer(name: str) -> Tokenizer:
     return load_tokenizer(model_folder(name, tell))
 
 
-def preview_prompt(dataset: Dataset, prompt_name: str, model: str, user: str | None, item: str | None) -> None:
+def preview_prompt(
+    dataset: Dataset, prompt_name: str, model: str, user: str | None, item: str | None, like_at: float | None
+) -> None:
     """Print a rendered prompt and the tokens of its pieces."""
     dataset.catalog.demand_text(f"'{dataset.name}'")
     prompt = load_prompt(prompt_name)
+    if prompt.task == "next_item" and item is not None:
+        raise RecllmError(f"--item is for prompts about a candidate; '{prompt_name}' has a history and no candidate.")
     prompt.check_against(dataset.catalog)
     histories = dataset.interactions.histories()
     if user is not None and user not in histories:
         raise unknown("user", user, histories)
     query = histories[user] if user is not None else next(iter(histories.values()))
-    like_at = like_threshold(dataset.interactions) if dataset.interactions.frame["rating"].count() else None
+    if dataset.interactions.frame["rating"].count():
+        like_at = like_threshold(dataset.interactions, LIKE_AT if like_at is None else like_at)
     shown = compile_prompt(prompt, model_tokenizer(model), like_at).preview(query, dataset.catalog, item)
     say(shown.text)
     say("")
@@ -364,11 +370,7 @@ class Stages:
         if self.ranker is None:
             return recommender
         ranker = load_ranker(self.ranker, provider=self.provider, threads=self.threads, keep_bytes=0)
-        known = sum(item in ranker.catalog for item in recommender.index.ids)
-        if not known:
-            raise RecllmError(f"'{self.ranker}' knows no item of '{self.bundle}': they are of two catalogues.")
-        if known < len(recommender.index):
-            tell(f"The ranker knows {known:,} of {len(recommender.index):,} items; the others keep their first score")
+        ranker = behind(recommender, ranker, self.ranker, tell)
         return TwoStage(recommender, ranker, self.top, self.weight, self.seconds)
 
 
@@ -448,9 +450,28 @@ def score_candidates(bundle: Path, job: Job, provider: str) -> None:
     digest, scorer = read_steadily(bundle, opened)
     job = job.knowing(bundle=digest, provider=provider, recllm=__version__)
     if isinstance(scorer, Ranker):
-        _report(rank_file(scorer, ItemIndex(scorer.catalog.ids), job.by(RANKED_TOGETHER)), job)
+        _report(rank_file(scorer, ItemIndex(scorer.prompts.written), job.by(RANKED_TOGETHER)), job)
     else:
         _report(score_file(scorer, job), job)
+
+
+def _item_files(items: Path, history_items: Path | None, given: dict[str, str]) -> tuple[Catalog, Catalog]:
+    """Both files of items; a pair of `--item-column` is for the one, or both, that has such a column.
+
+    Raises:
+        RecllmError: neither file has one, or a file cannot be read.
+    """
+    if history_items is None:
+        found = read_items(items, columns=given)
+        return found, found
+    there = [open_table(path).columns for path in (items, history_items)]
+    for ours, theirs in given.items():
+        if not any(theirs in columns for columns in there):
+            raise unknown(
+                f"column of {items} and {history_items}", theirs, {*there[0], *there[1]}, f"It was given for {ours}."
+            )
+    parts = [{ours: theirs for ours, theirs in given.items() if theirs in columns} for columns in there]
+    return read_items(items, columns=parts[0]), read_items(history_items, columns=parts[1])
 
 
 def score_zero_shot(
@@ -464,9 +485,7 @@ def score_zero_shot(
 ) -> None:
     """Score every item of a file for every row by an untrained language model."""
     job.check()
-    given = mapping(columns, "--item-column")
-    new = read_items(items, columns=given)
-    known = new if history_items is None else read_items(history_items, columns=given)
+    new, known = _item_files(items, history_items, mapping(columns, "--item-column"))
     needs("Scoring with a language model", TRAINING)
     from recllm.devices import fast_bf16
     from recllm.relevance import zero_shot_scorer
@@ -488,7 +507,9 @@ def score_zero_shot(
         recllm=__version__,
     )
     unread = UNREAD if marks and like_at is None else ""
-    _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(catalog.ids), job, unread=unread), job)
+    if untold := sum(item not in scorer.prompts.candidates for item in new.ids):
+        tell(f"{untold:,} of {len(new):,} items of {items} have no text that '{prompt}' writes; their scores are empty")
+    _report(score_items_file(scorer, ItemIndex(new.ids), ItemIndex(scorer.prompts.written), job, unread=unread), job)
 
 
 def _report(summary: Summary, job: Job) -> None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from recllm.batch import best_items
 from recllm.errors import RecllmError
 from recllm.query_rows import COLUMNS, BadRow, QueryRow, identifier, parse_row
-from recllm.ranker import TwoStage, load_ranker
-from recllm.runtime import load
+from recllm.ranker import TwoStage, behind, load_ranker
+from recllm.runtime import Recommender, load
 
 
 class BatchRecommender:
@@ -54,16 +54,11 @@ class BatchRecommender:
     ) -> None:
         recommender = load(bundle, provider=provider, threads=threads, index=index)
         self.k, self.exclude_seen, self.new_items = k, exclude_seen, new_items
-        self.recommender = (
-            recommender
-            if ranker is None
-            else TwoStage(
-                recommender,
-                load_ranker(ranker, provider=provider, threads=threads, keep_bytes=0),
-                rank_top,
-                rank_weight,
-            )
-        )
+        self.recommender: Recommender | TwoStage = recommender
+        if ranker is not None:
+            judge = load_ranker(ranker, provider=provider, threads=threads, keep_bytes=0)
+            judge = behind(recommender, judge, ranker, lambda _: None)
+            self.recommender = TwoStage(recommender, judge, rank_top, rank_weight)
         self.recommender.check_k(k, new_items)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, NDArray[Any]]:

@@ -134,6 +134,11 @@ class PairPrompts:
             )
         return room
 
+    @property
+    def written(self) -> list[str]:
+        """Items of which a history can say something, in the catalogue's order."""
+        return [item for item, ids in self._items.items() if ids is not None]
+
     def knows(self, query: Query) -> bool:
         """Whether an item of the history can be written."""
         return any(self._items.get(item) is not None for item in query.history)

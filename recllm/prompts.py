@@ -337,14 +337,15 @@ class CompiledPrompt:
     def _item_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
         texts = [render_item(self._item, record) for record in records]
         encoded = self._tokens.content(texts, self._item_lead, self._item_cut)
-        return [None if ids is None else self._before + ids + self._after for ids in encoded]
+        # A text of which no token is left (of letters without width, say) is no text.
+        return [self._before + ids + self._after if ids else None for ids in encoded]
 
     def _suffix_ids(self, records: Iterable[Mapping[str, str]]) -> list[list[int] | None]:
         assert self.prompt.task == "relevance"
         texts = [render_item(self._candidate, record) for record in records]
         cut = self.prompt.max_candidate_tokens or self.prompt.max_item_tokens
         encoded = self._tokens.content(texts, self._candidate_lead, cut)
-        return [None if ids is None else ids + self._tail for ids in encoded]
+        return [ids + self._tail if ids else None for ids in encoded]
 
 
 def _without_last(query: Query, catalog: Catalog) -> tuple[Query, str]:

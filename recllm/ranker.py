@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from recllm.ranking import ItemIndex, Scores
 from recllm.reserved import with_new
 from recllm.runtime import Recommendations, Recommender, check_histories, check_items
 
+Say = Callable[[str], None]
 SETTINGS, PROMPT = "ranker.json", "relevance.toml"
 KIND = "ranker"
 """The manifest's `kind` of a bundle that ranks; one that recommends has none."""
@@ -72,6 +73,23 @@ class Ranker(PointwiseScorer):
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         compiled = compile_prompt(prompt, tokenizer, settings.like_at)
         super().__init__(reader, compiled, catalog, settings.calibrated, keep)
+        self._with_catalog = partial(type(self), reader, folder=folder, settings=settings, keep=keep)
+
+    def with_items(self, records: Sequence[Mapping[str, str]]) -> "Ranker":
+        """The same ranker with new items, known by their text alone; nothing is trained, and no history kept.
+
+        Args:
+            records: per item `item_id`, `title` and any text column of the catalogue.
+
+        Raises:
+            RecllmError: a known id, an unknown column, or a ranker whose items have tokens of their own, which new
+                ones have not.
+        """
+        if self.reader.soft_from is not None:
+            raise RecllmError(
+                "This ranker knows its items by tokens of their own (model.soft_tokens): it takes no new ones."
+            )
+        return self._with_catalog(catalog=self.catalog.with_items(records))
 
     def rank(
         self,
@@ -133,6 +151,34 @@ def is_ranker(folder: Path) -> bool:
         RecllmError: not a bundle.
     """
     return read_manifest(folder, verify=False).get("kind") == KIND
+
+
+def behind(recommender: Recommender, ranker: Ranker, folder: str | os.PathLike[str], say: Say) -> Ranker:
+    """The ranker with the text of the recommender's items that it has not, as of those that were added to a bundle.
+
+    Args:
+        recommender: has the items.
+        ranker: is to stand behind it.
+        folder: of the ranker, for messages.
+        say: gets a line where the ranker lacks some.
+
+    Raises:
+        RecllmError: the ranker has no item of the recommender.
+    """
+    items = recommender.index.ids
+    lacking = [item for item in items if item not in ranker.catalog]
+    if len(lacking) == len(items):
+        raise RecllmError(f"'{folder}' knows no item of the bundle before it: they are of two catalogues.")
+    if not lacking:
+        return ranker
+    known = f"The ranker knows {len(items) - len(lacking):,} of {len(items):,} items"
+    if ranker.reader.soft_from is not None:
+        say(f"{known}; the others keep their first score")
+        return ranker
+    say(f"{known}; it reads the others' text in the bundle before it")
+    columns = ranker.catalog.frame.columns
+    records = [recommender.catalog.record(item) for item in lacking]
+    return ranker.with_items([{key: text for key, text in own.items() if key in columns} for own in records])
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +263,8 @@ class TwoStage:
         self.recommender.check_k(k, new_items)
         depth = min(max(self.top, k), len(self.recommender.index))
         first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen, new_items=new_items)
+        if self.top < depth:
+            first = self._led(first, min(new_items, self.top))
         judged = self._judged(_queries(histories, ratings), [ids[: self.top] for ids in first.ids])
         ids: list[list[str]] = []
         scores = np.full((len(judged), k), np.nan, dtype=np.float32)
@@ -226,12 +274,26 @@ class TwoStage:
             parts = {name: share[row, :count] for name, share in first.shares.items()}
             total, parts = self._fused(first.scores[row, :count], parts, own)
             order = np.lexsort((-total, np.arange(count) >= len(own)))
-            new = np.array([self.recommender.is_new(item) for item in first.ids[row]], dtype=bool)
-            order = with_new(order, new, k, new_items)
+            order = with_new(order, self._new(first.ids[row]), k, new_items)
             ids.append([first.ids[row][place] for place in order])
             scores[row, : len(order)] = total[order]
             for name, part in parts.items():
                 shares[name][row, : len(order)] = part[order]
+        return Recommendations(ids, scores, shares)
+
+    def _new(self, items: Sequence[str]) -> NDArray[np.bool_]:
+        return np.array([self.recommender.is_new(item) for item in items], dtype=bool)
+
+    def _led(self, first: Recommendations, count: int) -> Recommendations:
+        """The lists with so many new items among those that are judged: the places kept for them are at the end."""
+        ids, scores = [], first.scores.copy()
+        shares = {name: share.copy() for name, share in first.shares.items()}
+        for row, own in enumerate(first.ids):
+            lead = with_new(np.arange(len(own)), self._new(own), self.top, count)
+            order = np.concatenate([lead, np.setdiff1d(np.arange(len(own)), lead)])
+            ids.append([own[place] for place in order])
+            for mine in (scores, *shares.values()):
+                mine[row, : len(order)] = mine[row, order]
         return Recommendations(ids, scores, shares)
 
     def _judged(self, queries: Sequence[Query], items: Sequence[Sequence[str]]) -> list[NDArray[np.float32]]:

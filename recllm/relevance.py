@@ -17,7 +17,7 @@ from recllm.errors import RecllmError
 from recllm.histories import padded
 from recllm.judgedloss import NOTHING, judged_loss
 from recllm.lean import round_frozen
-from recllm.lm import BaseModel, load_base, mean_pool, model_folder, positions_of, scoring_device
+from recllm.lm import BaseModel, load_base, mean_pool, model_folder, positions_of, scoring_device, stream_width
 from recllm.pointwise import Beginning, Ids, PointwiseScorer
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.sequence import IGNORED
@@ -53,11 +53,13 @@ class AnswerDifference(nn.Module):
         super().__init__()
         positive, negative = answers
         rows = output.weight.detach().float()
+        bias = rows.new_zeros(len(rows)) if output.bias is None else output.bias.detach().float()
         self.register_buffer("direction", rows[positive] - rows[negative], persistent=False)
+        self.register_buffer("offset", bias[positive] - bias[negative], persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """float[…, width] to float32[…]."""
-        return hidden.float() @ self.direction  # type: ignore[operator]
+        return hidden.float() @ self.direction + self.offset  # type: ignore[operator]
 
 
 class RelevanceModel(nn.Module):
@@ -74,9 +76,9 @@ class RelevanceModel(nn.Module):
     def __init__(self, base: BaseModel, body: nn.Module, output: nn.Linear | None, answers: tuple[int, int]) -> None:
         super().__init__()
         self.body, self.causal = body, base.causal
-        config = base.model.config
         self.max_tokens = positions_of(base) or ANY_LENGTH
-        self.difference = nn.Linear(config.hidden_size, 1) if output is None else AnswerDifference(output, answers)
+        width = stream_width(base.model)
+        self.difference = nn.Linear(width, 1) if output is None else AnswerDifference(output, answers)
         self.soft_from: int | None = None
         """The token of the catalogue's first item, where items have tokens of their own."""
         self.history_stride = 1

@@ -175,10 +175,10 @@ class ModelSettings(Settings):
     history: Literal["items", "text"] = "items"
     """One token per item, or the item's words."""
     max_history: int = Field(default=50, ge=1)
-    """How many of the last items are read."""
+    """How many of the last items are read; where pairs are judged at most as many as the prompt says (30)."""
     history_stride: int | None = Field(default=None, ge=1)
-    """A longer history starts at a multiple of this, so that its beginning can be shared; by default of 10 items, and
-    where pairs are judged as the prompt says."""
+    """A longer history starts at a multiple of this, so that its beginning can be shared, and up to so many fewer items
+    are read; by default of 10 items, at most half of `max_history`, and where pairs are judged as the prompt says."""
     head_width: int = Field(default=256, ge=1)
     """Width of the space in which histories and items are compared."""
     factor_dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -15,6 +15,10 @@ _ITEM = re.compile(
 )
 
 
+JOINTS = " .,;:|–-"
+"""What parts an optional segment from what stands before it."""
+
+
 class Slot(NamedTuple):
     """A place in a template that takes a value."""
 
@@ -76,8 +80,13 @@ def render_item(segments: Sequence[Segment], record: Mapping[str, str]) -> str |
     if rest:
         values[REST] = "; ".join(rest)
     written = [_render_segment(segment, values) for segment in segments]
-    text = "".join(run for run, _ in written).strip()
-    return text if any(filled for _, filled in written) else None
+    first = next((place for place, (_, filled) in enumerate(written) if filled), None)
+    if first is None:
+        return None
+    runs = [run for run, _ in written]
+    if segments[first].optional and not "".join(runs[:first]).strip():
+        runs[first] = runs[first].lstrip(JOINTS)  # there is nothing before it that they would part it from
+    return "".join(runs).strip()
 
 
 def _scan(pattern: re.Pattern[str], template: str) -> Iterator[tuple[str, str]]:

@@ -65,9 +65,14 @@ class Tokens:
 
 
 def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Without Llama 2's step that puts a space before every text, so also before every piece of one."""
+    """Without Llama 2's step that puts a space before every text, so also before every piece of one.
+
+    Nor one that takes such a space away (DeBERTa), which a piece has where a word begins.
+    """
     if normalizer is None or normalizer["type"] == "Prepend":
         return None
+    if normalizer["type"] == "Strip":
+        return {**normalizer, "strip_left": False}
     if normalizer["type"] == "Sequence":
         steps = [_without_prepend(step) for step in normalizer["normalizers"]]
         return {**normalizer, "normalizers": [step for step in steps if step is not None]}

@@ -47,7 +47,7 @@ from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
 from recllm.recency import Fading, choose_half_life, ranking_figure
 from recllm.recipes import find_recipe
-from recllm.runs import PROMPTS, Run
+from recllm.runs import PROMPTS, ModelSettings, Run
 from recllm.sequence import LightBody, NextItemModel
 from recllm.tasks import Task
 from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_features
@@ -55,7 +55,7 @@ from recllm.warmstart import turned
 
 Say = Callable[[str], None]
 ITEM_STRIDE = 10
-"""Stride of a next-item model's histories, where none is given."""
+"""The longest stride of a next-item model's histories where none is given; of short ones it is half of what is read."""
 HALF_LIVES = "half_lives.json"
 """In `cf/`: NDCG@10 on validation of every half-life that was tried, by scorer."""
 
@@ -280,7 +280,8 @@ def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
     prompt = load_prompt(run.prompt_file("next_item"), task="next_item")
     prompt.check_against(task.dataset.catalog)
     compiled = compile_prompt(prompt, base.tokenizer)
-    limit, stride = run.model.max_history, run.model.history_stride or ITEM_STRIDE
+    limit = run.model.max_history
+    stride = run.model.history_stride or max(1, min(ITEM_STRIDE, limit // 2))
     positions = getattr(base.model.config, "max_position_embeddings", None)
     if run.model.history == "items":
         if positions is not None and len(compiled.start) + limit > positions:
@@ -354,8 +355,14 @@ def _check_language_model(run: Run, adapter: AdapterRecipe | None, folder: Path)
 
 
 def _say_what_is_read(run: Run, key: str, prompt: Prompt, say: Say) -> None:
-    """Say that a next-item prompt of one's own is not what rules how far back a run reads, where they differ."""
+    """Say what rules how far back a run reads, where its prompt and `model.max_history` differ."""
     read, own = run.model.max_history, run.prompt.next_item.endswith(".toml")
+    asked = read != ModelSettings.model_fields["max_history"].default
+    if key == run.model.task == "relevance" and run.model.name != "none" and asked and read > prompt.max_history:
+        say(
+            f"model.max_history = {read} is cut to {prompt.max_history}, the max_history of the prompt "
+            f"'{run.prompt.relevance}'. To read more, name a copy of the prompt with another one as prompt.relevance."
+        )
     if key != "next_item" or run.model.task != "next_item" or run.model.name == "none" or not own:
         return
     if "max_history" in prompt.model_fields_set and prompt.max_history != read:

@@ -193,6 +193,23 @@ def test_a_model_without_one_of_the_places_is_named():
         attach(model, load_adapter(AdapterSettings(recipe="houlsby")))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": ["k_proj"]}, r"at 'layers.0.self_attn.k_proj', which is not 16 wide, as the model"),
+        ({"target_modules": ["up_proj"]}, r"which is not 16 wide"),
+        ({"target_modules": ["self_attn"]}, r"which is an attention, not its last product"),
+        ({"target_modules": ["o_proj", "downn_proj"]}, r"No module .* has a name that ends in 'downn_proj'"),
+        ({"target_modules": ["down_proj"], "is_parallel": True}, r"which is not 16 wide"),
+    ],
+)
+def test_a_module_that_no_bottleneck_fits_is_named(config, message):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModel.from_config(LlamaConfig(vocab_size=40, num_key_value_heads=1, **small))
+    with pytest.raises(RecllmError, match=message):
+        check_places(model, AdapterRecipe(tuner="bottleneck", config=config))
+
+
 def test_a_merged_model_has_no_adapter_left(tiny_lm_folder):
     merged = merge(attach(load_base(tiny_lm_folder).model, recipe()))
     bare = load_base(tiny_lm_folder).model

@@ -74,8 +74,16 @@ def test_a_family_that_cannot_share_is_found_out(family, config, tiny_family):
 
 
 def test_a_window_that_attention_is_not_told_of_is_not_trusted(tiny_family):
-    model = tiny_family("Mistral")
+    model = tiny_family("Mistral", sliding_window=64)
     assert shares_prefixes(model)
+    assert model.config.sliding_window == 64
+    # Phi-MoE states a window for all layers, has it in its mask and does not tell its attention.
+    model = tiny_family("Phimoe", sliding_window=64, num_local_experts=2, num_experts_per_tok=1)
+    assert not shares_prefixes(model)
+    assert model.config.sliding_window == 64
+    model.config.sliding_window = None
+    assert shares_prefixes(model)
+    model = tiny_family("Mistral")
     model.config.layer_types = ["full_attention", "sliding_attention", "chunked_attention"]
     assert not shares_prefixes(model)
     model = tiny_family("Llama")

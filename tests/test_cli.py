@@ -126,6 +126,18 @@ def test_columns_are_mapped(capsys, tmp_path):
     assert "title = words" in out
 
 
+def test_a_preview_shows_likes_by_the_rating_that_is_named_and_no_candidate_where_there_is_none(
+    capsys, tiny_lm_folder, rated_checkerboard, tmp_path
+):
+    rated_checkerboard.interactions.frame.write_csv(tmp_path / "interactions.csv")
+    rated_checkerboard.catalog.frame.write_csv(tmp_path / "items.csv")
+    given = ("data", "preview", tmp_path, "--model", tiny_lm_folder)
+    assert "disliked" in recllm_says(capsys, *given)[0]
+    assert "disliked" not in recllm_says(capsys, *given, "--like-at", "0.5")[0]
+    said = recllm_says(capsys, *given, "--prompt", "next_item", "--item", "3", code=2)[1]
+    assert "--item is for prompts about a candidate" in said
+
+
 def test_preview_shows_the_prompt_and_counts_its_tokens(capsys, checkerboard_folder, tiny_lm_folder):
     out, _ = recllm_says(
         capsys, *("data", "preview", checkerboard_folder, "--model", tiny_lm_folder), "--user", "u1", "--item", "3"
@@ -284,10 +296,12 @@ def test_a_log_is_read_by_the_columns_of_the_training(capsys, tiny_bundle, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("known", "message"), [([], "knows no item of"), (["0", "1"], "The ranker knows 2 of 24 items")]
+    ("known", "message"),
+    [([], "knows no item of"), (["0", "1"], "knows 2 of 24 items; the others keep their first score")],
 )
 def test_a_ranker_of_another_catalogue_is_told(capsys, monkeypatch, tiny_bundle, known, message):
-    monkeypatch.setattr(commands, "load_ranker", lambda *_, **__: SimpleNamespace(catalog=known))
+    reader = SimpleNamespace(soft_from=9)
+    monkeypatch.setattr(commands, "load_ranker", lambda *_, **__: SimpleNamespace(catalog=known, reader=reader))
     stages = commands.Stages(tiny_bundle, "cpu", 1, "exact", Path("judge"), 10, 1.0, None)
     if known:
         stages.open()
@@ -339,7 +353,28 @@ def test_new_items_are_scored_zero_shot(capsys, tmp_path, tiny_lm_folder, checke
     # A history of unknown items is not judged: what the model says of it is the calibration itself.
     assert "1 rows could not be answered" in out
     (rejected,) = (tmp_path / "out.csv.rejects.jsonl").read_text(encoding="utf-8").splitlines()
-    assert "no item of the history is known; name the file that has their text: --history-items" in rejected
+    assert "no item of the history is known by its text; name the file that has it: --history-items" in rejected
+
+
+def test_zero_shot_says_what_has_no_text_and_reads_both_files_by_their_own_columns(capsys, tmp_path, tiny_lm_folder):
+    (tmp_path / "new.csv").write_text("sku,label\nn1,Red film 30\nn2,\n", encoding="utf-8")
+    (tmp_path / "old.csv").write_text("item_id,title\nh1,Blue film 3\nh2,\n", encoding="utf-8")
+    rows = [{"history": own} for own in (["h1"], ["h2"], ["h1", "h2"], [])]
+    (tmp_path / "users.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = ("--items", tmp_path / "new.csv", "--history-items", tmp_path / "old.csv", "--model", tiny_lm_folder)
+    where = ("--users", tmp_path / "users.jsonl", "--out", tmp_path / "out.csv")
+    columns = ("--item-column", "item_id=sku", "--item-column", "title=label")
+    _, err = recllm_says(capsys, "score", *given, *where, *columns)
+    assert "1 of 2 items of" in err
+    found = pl.read_csv(tmp_path / "out.csv")
+    assert found["user_id"].to_list() == ["line 1", "line 1", "line 3", "line 3"]
+    assert found["score"].is_null().to_list() == [False, True] * 2
+    rejected = [json.loads(line) for line in (tmp_path / "out.csv.rejects.jsonl").read_text("utf-8").splitlines()]
+    assert [row["line"] for row in rejected] == [2, 4]
+    assert rejected[0]["reason"].startswith("no item of the history is known by its text")
+    assert rejected[1]["reason"].startswith("the history is empty")
+    _, err = recllm_says(capsys, "score", *given, *where, "--item-column", "title=lable", "--overwrite", code=2)
+    assert "Did you mean 'label'" in err
 
 
 def test_ratings_of_a_history_are_read_zero_shot(capsys, tmp_path, tiny_lm_folder, checkerboard_folder):

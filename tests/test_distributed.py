@@ -71,7 +71,7 @@ class Judge:
     """A ranker that keeps what it was asked."""
 
     def __init__(self):
-        self.ratings = []
+        self.ratings, self.catalog = [], [str(item) for item in range(24)]
 
     def score_lists(self, queries, items):
         self.ratings += [query.ratings for query in queries]

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,13 +15,13 @@ import recllm
 from recllm import judging
 from recllm.cli import main
 from recllm.commands import evaluate_folder
-from recllm.data import Query
+from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.files import read_json
 from recllm.judging import AskedAbout, load_relevance, rating_scorers
 from recllm.outcome import FUSION, evaluate_run
-from recllm.ranker import load_ranker
+from recllm.ranker import behind, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
 from recllm.runs import Run, load_run
@@ -441,6 +442,15 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     assert scores == pytest.approx(ranker.rank([histories[0]], task.index.ids[:3])[0], abs=1e-4)
     with pytest.raises(RecllmError, match=r"Unknown item .nothing."):
         ranker.rank([("1",)], ["nothing"])
+    # An item that was added to the bundle before it is judged by its text, as one that reads alike is.
+    record, said = ranker.catalog.record(task.index.ids[0]), []
+    catalog = Catalog(task.dataset.catalog.frame).with_items([record | {"item_id": "new"}])
+    before = SimpleNamespace(index=ItemIndex(catalog.ids), catalog=catalog)
+    grown = behind(before, ranker, "judge", said.append)
+    assert len(said) == 1
+    assert said[0].endswith("items; it reads the others' text in the bundle before it")
+    assert grown.rank(histories, ["new"], ratings) == pytest.approx(found[:, :1], abs=1e-4, nan_ok=True)
+    assert behind(SimpleNamespace(index=task.index, catalog=catalog), ranker, "judge", said.append) is ranker
 
 
 def test_without_a_language_model_there_is_nothing_to_rank_with(trained):

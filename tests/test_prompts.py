@@ -118,13 +118,21 @@ def sentencepiece() -> Tokenizer:
     return tokenizer
 
 
+def stripping() -> Tokenizer:
+    """Letters, as DeBERTa's converted tokenizers have them: what stands before a text is stripped, then a space put."""
+    tokenizer = sentencepiece()
+    tokenizer.normalizer = normalizers.Strip()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")])
+    return tokenizer
+
+
 def byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate("Ġ;:Redix")}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return tokenizer
 
 
-@pytest.mark.parametrize("make", [sentencepiece, byte_level])
+@pytest.mark.parametrize("make", [sentencepiece, stripping, byte_level])
 @pytest.mark.parametrize("text", ["Rex:{history};x:{candidate};ix:", "Rex: {history}; x: {candidate} ix:"])
 def test_pieces_of_a_prompt_join_to_what_the_tokenizer_makes_of_the_whole(make, text):
     space = " " if text.startswith("Rex: ") else ""
@@ -133,6 +141,15 @@ def test_pieces_of_a_prompt_join_to_what_the_tokenizer_makes_of_the_whole(make, 
     ids = compiled.prefix_ids([compiled.item_ids({"title": title}) for title in ("Red", "die")])
     whole = text.format(history=f"Red;{space}die", candidate="Rex")
     assert ids + compiled.suffix({"title": "Rex"}) == make().encode(whole).ids
+
+
+def test_a_text_of_which_no_token_is_left_is_no_text():
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "red": 1}, "[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    items = Catalog(pl.DataFrame({"item_id": ["a", "b"], "title": ["\u200b\x07", "Red"]}))
+    assert [ids is None for ids in compile_prompt(TITLE, tokenizer).encode_items(items)] == [True, False]
+    asked = relevance(text="{history};{candidate}", separator=";", answers=("Red", "x"))
+    assert [ids is None for ids in compile_prompt(asked, tokenizer).encode_suffixes(items)] == [True, False]
 
 
 def test_an_item_text_is_cut_to_what_the_model_reads(tiny_tokenizer):
@@ -150,7 +167,7 @@ def test_an_item_text_is_cut_to_what_the_model_reads(tiny_tokenizer):
         compile_prompt(prompt, tiny_tokenizer, positions=3)
 
 
-@pytest.mark.parametrize("make", [sentencepiece, byte_level])
+@pytest.mark.parametrize("make", [sentencepiece, stripping, byte_level])
 @pytest.mark.parametrize("text", ["{candidate}", "Rex:{candidate};", "Rex: {candidate}"])
 def test_an_item_text_begins_as_the_tokenizer_begins_every_text(make, text):
     compiled = compile_prompt(Prompt(task="item", text=text, item="{title}"), make())
@@ -304,6 +321,9 @@ def test_preview_of_an_unknown_item_is_refused(tiny_tokenizer):
         ("{title}[ ({genres})]", {"genres": "Drama"}, "(Drama)"),
         ("{title}[. {text}]", {"item_id": "7", "title": "A", "x": "1", "y": "2"}, "A. x: 1; y: 2"),
         ("{title}[. {text}]", {"item_id": "7", "title": "A"}, "A"),
+        ("{title}[. {text}]", {"item_id": "7", "x": "1"}, "x: 1"),
+        ("[{title}][ – {x}][, {y}]", {"x": "1", "y": "2"}, "1, 2"),
+        ("film[. {text}]", {"x": "1"}, "film. x: 1"),
         ("{text}", {"item_id": "7", "title": "A", "text": "body"}, "title: A; text: body"),
         ("film: {title}", {"item_id": "7", "title": " \n "}, None),
         ("{title}", {"title": "two\nlines  {x} [y]"}, "two lines {x} [y]"),

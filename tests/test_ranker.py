@@ -90,6 +90,21 @@ def test_places_for_new_items_stay_behind_a_ranker(recommender, top, tmp_path):
     assert pl.read_csv(tmp_path / "out.csv")["item_id"].is_in(new).sum() >= 2
 
 
+def test_of_a_list_longer_than_what_is_judged_new_items_are_judged_too(recommender):
+    grown = recommender.with_items([{"item_id": f"n{place}", "title": f"Red film {place}"} for place in range(3)])
+    judge = Opinionated()
+    found = TwoStage(grown, judge, top=3, weight=1e-3).recommend(HISTORIES, 6, new_items=2)
+    first = grown.recommend(HISTORIES, 6, new_items=2)
+    for own, before, asked in zip(found.ids, first.ids, judge.asked[0], strict=True):
+        assert sorted(own) == sorted(before)
+        assert len(asked) == 3
+        assert sum(map(grown.is_new, asked)) >= 2
+        assert asked[0] == before[0]  # the best stays
+        assert set(own[:3]) == set(asked)
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+    assert sum(found.shares.values()) == pytest.approx(found.scores, rel=1e-4, abs=1e-3)
+
+
 def test_without_weight_the_first_order_stays(recommender):
     found = TwoStage(recommender, Opinionated(), top=8, weight=0.0).recommend(HISTORIES, 12)
     assert found.ids == recommender.recommend(HISTORIES, 12).ids

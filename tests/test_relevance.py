@@ -17,7 +17,7 @@ from recllm.metrics import auc
 from recllm.pointwise import PairPrompts
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, score_pairs
-from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
+from recllm.relevance import AnswerDifference, RelevanceCollator, RelevanceModel, RelevanceScorer, answer_output
 
 
 def model_of(folder, prompt):
@@ -198,6 +198,13 @@ def test_no_output_matrix_no_answers(causal, encoder, tiny_lm_folder, tiny_encod
     with pytest.raises(RecllmError, match=r"has no output matrix, so it has no answer words. Use a causal"):
         answer_output(BaseModel(base.model, base.tokenizer, True, base.folder))
     assert answer_output(load_base(tiny_encoder_folder)) is None
+
+
+def test_an_answer_is_the_difference_of_logits_with_the_output_matrix_own_bias():
+    output = torch.nn.Linear(4, 9)  # Phi's has one
+    hidden = torch.randn(3, 4)
+    logits = output(hidden)
+    assert torch.allclose(AnswerDifference(output, (7, 2))(hidden), logits[:, 7] - logits[:, 2], atol=1e-6)
 
 
 def train_rows(dataset, prompts, rng, sides):

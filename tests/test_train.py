@@ -17,12 +17,12 @@ from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
 from recllm.judging import relevance_stage
-from recllm.lm import load_base
+from recllm.lm import load_base, model_folder
 from recllm.recipes import find_recipe
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import check_names, load_collaborative, load_language, stage_done
+from recllm.trained import check_names, language_history, load_collaborative, load_language, stage_done
 
 ROOT = Path(__file__).parents[1]
 TREES = [
@@ -269,6 +269,21 @@ def test_a_history_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
         RecllmError, match=r"max_history is 5000, and '.*' reads 512 tokens, .* --set model.max_history="
     ):
         train_run(run, say=silent)
+
+
+@pytest.mark.parametrize(("keys", "stride"), [([], 6), (["max_history=1"], 1), (["max_history=50"], 10)])
+def test_by_default_at_least_half_of_what_may_be_read_is(keys, stride, tiny_run):
+    run = load_run(tiny_run, [f"model.{key}" for key in keys])
+    history = language_history(run, prepare(run), load_base(model_folder(run.model.name)))
+    assert (history.limit, history.stride) == (run.model.max_history, stride)
+
+
+def test_a_judge_that_reads_no_more_than_its_prompt_says_tells_so(tiny_run):
+    for limit, told in ((29, False), (31, True), (50, False)):  # 50 is the default, which asks for nothing
+        run = load_run(tiny_run, [f"model.max_history={limit}", "model.task=relevance"])
+        lines = []
+        check_names(run, lines.append)
+        assert [line.startswith("model.max_history = 31 is cut to 30") for line in lines] == [True] * told
 
 
 def test_an_item_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
