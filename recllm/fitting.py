@@ -65,7 +65,7 @@ def standardised(scores: Scores, mean: ArrayLike, deviation: ArrayLike) -> Score
     return np.where(np.isnan(z) | (deviation <= 0), 0.0, z).astype(np.float32)
 
 
-def _places(scores: Scores) -> Array:
+def places_of(scores: Scores) -> Array:
     """Place of each candidate in its row by score, float64[queries, candidates], 1 first; a tie goes to the earlier."""
     order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=1, kind="stable")
     places = np.empty(scores.shape)
@@ -73,20 +73,27 @@ def _places(scores: Scores) -> Array:
     return places
 
 
-def reciprocal_ranks(scores: Scores) -> Scores:
-    """1 / (60 + rank) of each row's known scores, 0 for NaN: float32, the shape of `scores`."""
-    return np.where(np.isnan(scores), 0.0, 1.0 / (RANK_OFFSET + _places(scores))).astype(np.float32)
+def reciprocal_ranks(scores: Scores, at: Array) -> Scores:
+    """1 / (60 + rank) of each row's known scores, by their `places`, 0 for NaN: float32, the shape of `scores`."""
+    return np.where(np.isnan(scores), 0.0, 1.0 / (RANK_OFFSET + at)).astype(np.float32)
 
 
-def borda_points(scores: Scores) -> Scores:
-    """The share of the first 100 places that a candidate has left behind, 0 for NaN: float32, the shape of `scores`."""
-    points = np.maximum(0.0, 1.0 - (_places(scores) - 1.0) / BORDA_PLACES)
+def borda_points(scores: Scores, at: Array) -> Scores:
+    """The share of the first 100 `places` that a candidate leaves behind, 0 for NaN: float32, the shape of `scores`."""
+    points = np.maximum(0.0, 1.0 - (at - 1.0) / BORDA_PLACES)
     return np.where(np.isnan(scores), 0.0, points).astype(np.float32)
 
 
 def softplus(x: ArrayLike) -> Array:
     """log(1 + eˣ), without overflow."""
-    return np.asarray(np.logaddexp(0.0, x), dtype=np.float64)
+    return softplus_and_slope(x)[0]
+
+
+def softplus_and_slope(x: ArrayLike) -> tuple[Array, Array]:
+    """log(1 + eˣ) and its derivative 1 / (1 + e⁻ˣ), by one exponential; several times faster than logaddexp."""
+    given = np.asarray(x, dtype=np.float64)
+    power = np.exp(-np.abs(given))
+    return np.maximum(given, 0.0) + np.log1p(power), np.where(given >= 0.0, 1.0, power) / (1.0 + power)
 
 
 def sigmoid(x: Array) -> Array:
@@ -232,7 +239,8 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, sign
         theta = theta_of(values)
         total, gradient, slope = 0.0, np.zeros((scorers, 3)), 0.0
         for start in range(0, rows, size):
-            part, moved, shifted = _block(problem, slice(start, min(start + size, rows)), theta, values[-1], signed)
+            here = slice(start, min(start + size, rows))
+            part, moved, shifted = _block(problem, here, theta, values[-1], signed=signed, counts=counts)
             total, gradient, slope = total + part, gradient + moved, slope + shifted
         gradient = gradient / rows + 2.0 * l2 * (theta - plain)
         penalty = l2 * float(((theta - plain) ** 2).sum())
@@ -243,13 +251,23 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, sign
     return theta_of(found.x)
 
 
-def _block(problem: Problem, rows: slice, theta: Array, intercept: float, signed: bool) -> tuple[float, Array, float]:
-    """Summed loss of some rows, its gradient on θ, float64[scorers, 3], and on the intercept."""
-    user, item = problem.user[rows], problem.item[rows]
-    linear = [bias + by_user * user + by_item * item for bias, by_user, by_item in theta]
-    z = problem.z[:, rows].astype(np.float64)
-    scores = np.sum([(x if signed else softplus(x)) * own for x, own in zip(linear, z, strict=True)], axis=0)
+def _block(
+    problem: Problem, rows: slice, theta: Array, intercept: float, *, signed: bool, counts: bool
+) -> tuple[float, Array, float]:
+    """Summed loss of some rows, its gradient on θ, float64[scorers, 3], and on the intercept.
+
+    Without `counts` a scorer has one weight everywhere, and the gradient on the other two columns is left at zero.
+    """
+    user, item, z = problem.user[rows], problem.item[rows], problem.z[:, rows].astype(np.float64)
+    linear = [bias + by_user * user + by_item * item if counts else np.array(bias) for bias, by_user, by_item in theta]
+    linked = [(x, np.ones(())) if signed else softplus_and_slope(x) for x in linear]
+    scores = np.zeros(z.shape[1:])
+    for (weight, _), own in zip(linked, z, strict=True):
+        scores += weight * own
     total, on_scores, slope = problem.loss(rows, scores, intercept)
-    on_linear = [on_scores * (1.0 if signed else sigmoid(x)) * own for x, own in zip(linear, z, strict=True)]
-    gradient = [[g.sum(), (g * user).sum(), (g * item).sum()] for g in on_linear]
-    return total, np.array(gradient), slope
+    gradient = np.zeros((len(theta), 3))
+    for row, ((_, steepness), own) in enumerate(zip(linked, z, strict=True)):
+        moved = on_scores * own
+        moved *= steepness
+        gradient[row] = (moved.sum(), (moved * user).sum(), (moved * item).sum()) if counts else (moved.sum(), 0.0, 0.0)
+    return total, gradient, slope

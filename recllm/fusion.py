@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from recllm.data import Query
 from recllm.errors import RecllmError, unknown
 from recllm.files import write_json
-from recllm.fitting import PLAIN, Evidence, borda_points, moments, reciprocal_ranks, softplus, standardised
+from recllm.fitting import PLAIN, Evidence, borda_points, moments, places_of, reciprocal_ranks, softplus, standardised
 from recllm.priors import read_facts
 from recllm.ranking import ItemIndex, Scorer, Scores
 
@@ -23,6 +23,10 @@ PLACING = "popularity"
 BACKUP = 1e-6
 """Gate of the scorers beside a single chosen one: they speak only where it is silent (no history, unknown item), and so
 quietly that an item which it does not know stands where it would put an average one."""
+
+
+RANKED = {"reciprocal rank": reciprocal_ranks, "borda": borda_points}
+"""What makes scores of places, by `Fusion.standardise`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +104,16 @@ class Fusion:
             result[name] = np.broadcast_to(weight.astype(np.float32), shape)
         return result
 
-    def fuse(self, scores: Mapping[str, Scores], n_user: Counts, n_item: Counts) -> tuple[Scores, dict[str, Scores]]:
+    def fuse(
+        self, scores: Mapping[str, Scores], n_user: Counts, n_item: Counts, *, scaled: "Scaled | None" = None
+    ) -> tuple[Scores, dict[str, Scores]]:
         """Fuse: float32[queries, candidates], and each scorer's share of it, whose sum (in order) it is exactly.
 
         Args:
             scores: by scorer, float32[queries, candidates]; a scorer that is left out counts as NaN everywhere.
             n_user: length of each query's known history, int[queries].
             n_item: train events, int[candidates] or int[queries, candidates].
+            scaled: keeps the scores on their common scale for other fusions of the same ones.
 
         Raises:
             RecllmError: a scorer that was not fitted, or none at all.
@@ -126,7 +133,7 @@ class Fusion:
             if given is None:
                 shares[name] = np.zeros(shape, dtype=np.float32)
                 continue
-            z = self.z(name, given)
+            z = self.z(name, given) if scaled is None else scaled.of(self, name, given)
             shares[name] = weights[name] * (z if cold is None else self.placed(name, given, z, cold))
             if self.levels and self.levels[place] > 0:
                 speaks = ~self._known_before(scores, self.levels[place], shape)
@@ -149,10 +156,8 @@ class Fusion:
 
     def z(self, name: str, scores: Scores) -> Scores:
         """A scorer's scores, float32[queries, candidates], on the common scale; 0 where it has none."""
-        if self.standardise == "reciprocal rank":
-            return reciprocal_ranks(scores)
-        if self.standardise == "borda":
-            return borda_points(scores)
+        if self.standardise in RANKED:
+            return RANKED[self.standardise](scores, places_of(scores))
         place = self.names.index(name)
         given = self.standardise == "global"
         return standardised(scores, *((self.means[place], self.deviations[place]) if given else moments(scores)))
@@ -226,6 +231,25 @@ class Fusion:
         if facts.get("new") is not None:
             facts["new"] = np.array(facts["new"], dtype=np.float64).reshape(-1, 2)
         return cls(**facts)
+
+
+class Scaled:
+    """What `Fusion.z` makes of the scores of some queries, kept for several fusions of the same scorers."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Scores] = {}
+        self._places: dict[str, NDArray[np.float64]] = {}
+
+    def of(self, fusion: Fusion, name: str, scores: Scores) -> Scores:
+        """`fusion.z(name, scores)`."""
+        key = fusion.standardise, name
+        if key not in self._kept and fusion.standardise in RANKED:
+            if name not in self._places:
+                self._places[name] = places_of(scores)
+            self._kept[key] = RANKED[fusion.standardise](scores, self._places[name])
+        elif key not in self._kept:
+            self._kept[key] = fusion.z(name, scores)
+        return self._kept[key]
 
 
 def evidence(queries: Sequence[Query], candidates: ItemIndex, item_counts: Mapping[str, int]) -> tuple[Counts, Counts]:

@@ -20,7 +20,7 @@ from recllm.fitting import (
     moments,
     sample_candidates,
 )
-from recllm.fusion import BACKUP, PLACING, Counts, Fusion
+from recllm.fusion import BACKUP, PLACING, Counts, Fusion, Scaled
 from recllm.metrics import auc, ndcg
 from recllm.ranking import QUERY_BATCH, Scores, target_ranks, top_k
 from recllm.recipes import Settings
@@ -114,41 +114,45 @@ def fit_ranking(
     z = np.stack([np.take_along_axis(base.z(name, scores[name][sample]), columns, 1) for name in base.names])
     z, user, item = drop_scorers(z, settings.drop, rng), base.user(n_user[sample])[:, None], base.item(n_item)[columns]
 
-    def figures(fusion: Fusion, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """NDCG@10 of each of the queries."""
-        found = [np.zeros(0)]
+    def figures(fusions: Mapping[str, Fusion], rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """NDCG@10 of each of the queries, by each fusion; what they share of the work is done once."""
+        found: dict[str, list[NDArray[np.float64]]] = {name: [np.zeros(0)] for name in fusions}
         for part in np.array_split(rows, -(-len(rows) // QUERY_BATCH)) if len(rows) else []:
-            fused, _ = fusion.fuse({name: given[part] for name, given in scores.items()}, n_user[part], n_item)
-            found.append(ndcg(target_ranks(np.where(barred[part], np.nan, fused), targets[part]), NDCG_AT))
-        return np.concatenate(found)
+            given, scaled = {name: own[part] for name, own in scores.items()}, Scaled()
+            for name, fusion in fusions.items():
+                fused, _ = fusion.fuse(given, n_user[part], n_item, scaled=scaled)
+                found[name].append(ndcg(target_ranks(np.where(barred[part], np.nan, fused), targets[part]), NDCG_AT))
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
     @cache
-    def single(name: str) -> NDArray[np.float64]:
-        """NDCG@10 of the queries that choose, by one scorer."""
-        return figures(alone(base, name), choosing)
+    def singles() -> dict[str, NDArray[np.float64]]:
+        """NDCG@10 of the queries that choose, by each scorer alone."""
+        return figures({name: alone(base, name) for name in base.names}, choosing)
 
     def made(part: NDArray[np.bool_]) -> dict[str, Fusion]:
         """What is tried, fitted on this part of the sample, bool[queries]."""
         problem = Problem(z[:, part], user[part], item[part], cross_entropy(valid[part]))
         known = ~np.isin(choosing, sample[~part])
-        return _made(base, problem, settings, lambda name: float(single(name)[known].mean()) if known.any() else 0.0)
+        return _made(base, problem, settings, lambda name: float(singles()[name][known].mean()) if known.any() else 0.0)
 
-    def figures_of(name: str, fusion: Fusion, part: NDArray[np.int64]) -> NDArray[np.float64]:
+    def figures_of(fusions: Mapping[str, Fusion], part: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """`figures` of a part of the queries that choose; of a scorer alone they are known."""
-        if name.startswith(ONLY):
-            return single(name.removeprefix(ONLY))[np.searchsorted(choosing, part)]
-        return figures(fusion, part)
+        at = np.searchsorted(choosing, part)
+        found = {name: singles()[name.removeprefix(ONLY)][at] for name in fusions if name.startswith(ONLY)}
+        found |= figures({name: fusion for name, fusion in fusions.items() if name not in found}, part)
+        return {name: found[name] for name in fusions}  # in their order: of a tie the earlier is taken
 
     every = made(np.ones(len(sample), dtype=bool))
     others = np.setdiff1d(choosing, sample)  # nothing was fitted on these
-    measured = {name: [figures_of(name, fusion, others)] for name, fusion in every.items()}
+    measured = {name: [found] for name, found in figures_of(every, others).items()}
     folds = np.arange(len(sample)) % min(FOLDS, len(sample))
     for fold in np.unique(folds):
         inside = folds == fold
-        for name, fusion in (every if inside.all() else made(~inside)).items():
-            measured[name].append(figures_of(name, fusion, np.intersect1d(sample[inside], choosing)))
+        fitted = every if inside.all() else made(~inside)
+        for name, found in figures_of(fitted, np.intersect1d(sample[inside], choosing)).items():
+            measured[name].append(found)
     outside = {name: float(np.concatenate(found).mean()) for name, found in measured.items()}
-    return _best(every, outside, lambda fusion: float(figures(fusion, choosing).mean()))
+    return _best(every, outside, lambda fusion: float(figures({"": fusion}, choosing)[""].mean()))
 
 
 def fit_labels(

@@ -12,7 +12,7 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.evaluate import KnownScores
 from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, inside_users, logistic, sample_candidates
-from recllm.fusion import BACKUP, FusedScorer, Fusion, evidence
+from recllm.fusion import BACKUP, FusedScorer, Fusion, Scaled, evidence
 from recllm.metrics import auc, ndcg
 from recllm.ranking import ItemIndex, target_ranks
 from recllm.weighing import FusionSettings, fit_labels, fit_new_items, fit_ranking
@@ -219,8 +219,30 @@ def test_every_kind_is_measured_as_it_then_ranks():
 
 def test_ranks_and_points_by_hand():
     scores = np.array([[3.0, NAN, 1.0, 3.0]], dtype=np.float32)
-    assert fitting.reciprocal_ranks(scores)[0] == pytest.approx([1 / 61, 0.0, 1 / 63, 1 / 62])
-    assert fitting.borda_points(scores)[0] == pytest.approx([1.0, 0.0, 0.98, 0.99])
+    places = fitting.places_of(scores)
+    assert fitting.reciprocal_ranks(scores, places)[0] == pytest.approx([1 / 61, 0.0, 1 / 63, 1 / 62])
+    assert fitting.borda_points(scores, places)[0] == pytest.approx([1.0, 0.0, 0.98, 0.99])
+
+
+def test_softplus_and_its_slope_are_exact_also_far_out():
+    x = np.array([-800.0, -40.0, -1.0, 0.0, 1e-9, 2.5, 40.0, 800.0])
+    value, slope = fitting.softplus_and_slope(x)
+    np.testing.assert_allclose(value, np.logaddexp(0.0, x), rtol=1e-14)
+    np.testing.assert_allclose(slope, fitting.sigmoid(x), rtol=1e-12, atol=1e-17)
+
+
+@pytest.mark.parametrize("scale", ["query", "global", "reciprocal rank", "borda"])
+def test_scores_that_are_scaled_once_for_several_fusions_are_the_same(scale):
+    scores, _, n_user, n_item = made()
+    fusion = replace(Fusion.plain(tuple(scores)), standardise=scale)
+    if scale == "global":
+        fusion = replace(fusion, means=(0.1,) * len(scores), deviations=(2.0,) * len(scores))
+    scaled = Scaled()
+    other = replace(fusion, standardise="borda" if scale == "reciprocal rank" else "reciprocal rank")
+    for own in (other, fusion, fusion):
+        np.testing.assert_array_equal(
+            own.fuse(scores, n_user, n_item, scaled=scaled)[0], own.fuse(scores, n_user, n_item)[0]
+        )
 
 
 def test_levels_speak_where_those_before_are_silent():
