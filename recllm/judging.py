@@ -22,7 +22,7 @@ from recllm.files import read_json
 from recllm.judgedloss import InsideUsers
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
 from recllm.lm import adapted, embedding_scale, scoring_device
-from recllm.loop import Stage, adapter_names, fit, rows_at_least
+from recllm.loop import Stage, adapter_names, fit, rows_at_least, rows_read
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Blocks, Made, each_of, earlier_events, in_blocks, labelled_rows, training_blocks, user_of
@@ -170,11 +170,11 @@ def train_light_judge(
     say(f"Training the light judge, {settings.num_train_epochs} epochs")
     if not (resume and has_checkpoint(run.folder, stage.scorer, say)):
         start(stage.model, run, "light", task.index, say)
-    fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
+    steps = fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:
         save_trained(values, folder / "model.safetensors")
-        save_stage(folder, {"rows": len(stage.train)})
+        save_stage(folder, {"rows": rows_read(stage, steps)})
         shutil.rmtree(run.folder / "checkpoints" / "light", ignore_errors=True)
     process_state().wait_for_everyone()
 
@@ -281,17 +281,18 @@ def train_relevance(
         return
     stage = relevance_stage(run, task, parts.features, say)
     say(f"Fine-tuning {run.model.name} with '{run.adapter.recipe}' to judge pairs: {stage.trained:,} parameters train")
+    steps = 0
     if stage.trained:
         begun = resume and has_checkpoint(run.folder, stage.scorer, say)
         if not begun and not start(stage.model, run, "lm", task.index, say):
             start_from_data(stage)
-        fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
+        steps = fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:
         save_trained(values, folder / "model.safetensors")
         save_adapter(run, stage.model, values, folder)
         facts: dict[str, Any] = {"trained": stage.trained, "history_stride": stage.model.history_stride}
-        save_stage(folder, {"rows": stage.train.rows_of_data if stage.trained else 0} | facts)
+        save_stage(folder, {"rows": rows_read(stage, steps)} | facts)
         shutil.rmtree(run.folder / "checkpoints" / "relevance", ignore_errors=True)
     process_state().wait_for_everyone()
 

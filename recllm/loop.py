@@ -352,9 +352,15 @@ class Stage:
         return options
 
 
+def rows_read(stage: Stage, steps: int) -> int:
+    """Rows of the data that so many steps read, of a stage whose examples are read once."""
+    share = min(1.0, steps * rows_of_a_step(stage.arguments) / max(1, len(stage.train)))
+    return round(share * stage.train.rows_of_data)
+
+
 def fit(
     stage: Stage, *, folder: Path, say: Callable[[str], None], resume: bool = False, watch: Watch | None = None
-) -> None:
+) -> int:
     """Train a stage, validate, and leave its model with the best weights by its metric.
 
     Args:
@@ -363,6 +369,9 @@ def fit(
         say: gets lines of progress.
         resume: go on from the last checkpoint, if there is one.
         watch: is told of every validation.
+
+    Returns:
+        The steps that were done; fewer than planned where it stopped early.
     """
     checkpoints = folder / "checkpoints" / stage.scorer
     options = stage.options(checkpoints)
@@ -379,9 +388,10 @@ def fit(
         return stage_trainer(stage, options, callbacks, kept, adjusted)
 
     with own_wandb_run(reports):
-        train_on(trainer, stage.model, checkpoints, kept=kept, scorer=stage.scorer, resume=resume, say=say)
+        steps = train_on(trainer, stage.model, checkpoints, kept=kept, scorer=stage.scorer, resume=resume, say=say)
     unset_hf_deepspeed_config()  # else transformers would load the next model in parts, too
     process_state().wait_for_everyone()  # each has read the best checkpoint: now the first one may delete it
+    return steps
 
 
 def stage_trainer(

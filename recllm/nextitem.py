@@ -16,7 +16,7 @@ from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.examples import Examples, NextItemCollator
 from recllm.histories import HistoryFormat
-from recllm.loop import Stage, fit, ranking_metrics, rows_at_least, rows_of_a_step
+from recllm.loop import Stage, fit, ranking_metrics, rows_at_least, rows_read
 from recllm.runs import Run
 from recllm.sequence import NextItemModel
 from recllm.stored import training_windows
@@ -187,14 +187,13 @@ def _stage(
 
 
 def _train(run: Run, stage: Stage, *, resume: bool, say: Say, watch: Watch | None) -> None:
-    fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
+    steps = fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
     if process_state().is_main_process:
         folder = run.folder / stage.scorer
         save_trained(values, folder / "model.safetensors")
         save_adapter(run, stage.model, values, folder)
-        read = min(len(stage.train), stage.steps * rows_of_a_step(stage.arguments))
-        save_stage(folder, {"steps": stage.steps, "windows": read})
+        save_stage(folder, {"steps": steps, "windows": rows_read(stage, steps)})
         shutil.rmtree(run.folder / "checkpoints" / stage.scorer, ignore_errors=True)
     process_state().wait_for_everyone()
 

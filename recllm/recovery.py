@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from recllm.checkpoints import last_checkpoint, trained_values
@@ -47,6 +47,7 @@ UNCHANGED = Adjusted()
 class Attempt(Protocol):
     """What is asked of a trainer."""
 
+    state: TrainerState
     args: TrainingArguments
     is_fsdp_enabled: bool
     validating: bool
@@ -65,7 +66,7 @@ def train_on(
     scorer: str,
     resume: bool,
     say: Callable[[str], None],
-) -> None:
+) -> int:
     """Train to the end; what can be mended by going back to the last good checkpoint is mended, each in its measure.
 
     Args:
@@ -76,6 +77,9 @@ def train_on(
         scorer: names the stage in messages.
         resume: go on from the last checkpoint, if there is one.
         say: gets lines of what was changed.
+
+    Returns:
+        The steps that were done; fewer than planned where it stopped early.
 
     Raises:
         RecllmError: neither half the learning rate nor smaller micro-batches help.
@@ -100,7 +104,7 @@ def train_on(
                 whole = made.args.per_device_train_batch_size * adjusted.parts
                 adjusted = _smaller(adjusted, whole, say)
         else:
-            return
+            return int(made.state.global_step)
         fsdp = made.is_fsdp_enabled
         del made
         gc.collect()

@@ -269,6 +269,13 @@ class TrainSettings(Settings):
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better one."""
 
+    @field_validator("max_steps")
+    @classmethod
+    def _is_a_number_of_steps(cls, steps: int) -> int:
+        if steps == 0:
+            raise ValueError("no steps train nothing: -1 leaves it to the epochs, and model.name = none does without")
+        return steps
+
     def trainer_keys(self) -> dict[str, Any]:
         """The keys that are Trainer's own."""
         return dict(self.model_extra or {})

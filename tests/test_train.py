@@ -263,6 +263,16 @@ def test_steps_beyond_one_pass_read_new_windows(tiny_run, tmp_path):
     assert done["windows"] >= 9 * run.train.per_device_train_batch_size
 
 
+def test_a_run_that_stops_early_says_how_far_it_came(tiny_run, tmp_path):
+    # Steps of next to nothing change no ranking, so that the second validation is no better than the first one.
+    keys = ["train.early_stopping_patience=1", "train.eval_steps=2", "train.save_steps=2", "train.max_steps=12"]
+    keys += ["train.learning_rate=0", "train.head_learning_rate=1e-12", "light.num_train_epochs=0"]
+    run = again(tiny_run, tmp_path, *keys)
+    train_run(run, say=silent)
+    done = read_json(run.folder / "lm" / "done.json")
+    assert done == {"steps": 4, "windows": 4 * run.train.per_device_train_batch_size}
+
+
 def test_a_history_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path, "model.max_history=5000", "light.num_train_epochs=0")
     with pytest.raises(
