@@ -23,6 +23,10 @@ from recllm.watching import NonFiniteLossError
 
 ADJUSTED = "adjusted.json"
 """In the folder of a stage's checkpoints: what training has changed by itself."""
+LIGHT = "light"
+"""The light scorer's stage, which has keys of its own."""
+LESS = "shorter histories (light.max_history) or a smaller light.width"
+"""What the light scorer needs less memory with."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,10 @@ def train_on(
             if not should_reduce_batch_size(error):
                 raise
             if made.validating:
-                adjusted = _smaller_validation(adjusted, made.args.per_device_eval_batch_size, say)
+                adjusted = _smaller_validation(adjusted, made.args.per_device_eval_batch_size, scorer, say)
             else:
                 whole = made.args.per_device_train_batch_size * adjusted.parts
-                adjusted = _smaller(adjusted, whole, say)
+                adjusted = _smaller(adjusted, whole, scorer, say)
         else:
             return int(made.state.global_step)
         fsdp = made.is_fsdp_enabled
@@ -143,7 +147,7 @@ def _slower(
     return replace(adjusted, rate=0.5)
 
 
-def _smaller(adjusted: Adjusted, whole: int, say: Callable[[str], None]) -> Adjusted:
+def _smaller(adjusted: Adjusted, whole: int, scorer: str, say: Callable[[str], None]) -> Adjusted:
     """More and smaller micro-batches of the `whole` rows of a device, all of one size: a step has the same rows.
 
     Raises:
@@ -152,35 +156,36 @@ def _smaller(adjusted: Adjusted, whole: int, say: Callable[[str], None]) -> Adju
     rows = whole // adjusted.parts
     parts = next((parts for parts in range(2 * adjusted.parts, whole + 1) if whole % parts == 0), whole)
     if process_state().num_processes > 1:
+        keys = f"--set {'light' if scorer == LIGHT else 'train'}.per_device_train_batch_size={max(1, rows // 2)}"
+        keys += "" if scorer == LIGHT else " --set train.gradient_accumulation_steps=2"
         raise RecllmError(
-            f"Out of memory with {rows} rows at once on a device. Take fewer (--set train.per_device_train_batch_size="
-            f"{max(1, rows // 2)} --set train.gradient_accumulation_steps=2): with several processes this is not done "
-            "by itself."
+            f"Out of memory with {rows} rows at once on a device. Take fewer ({keys}): with several processes this is "
+            "not done by itself."
         ) from None
     if rows == 1:
-        raise RecllmError(
-            "Out of memory with a single row. Take shorter histories (model.max_history), fewer model.rows_together, a "
-            "smaller model, the recipe 'qlora', or train.gradient_checkpointing = true."
-        ) from None
+        ways = "shorter histories (model.max_history), fewer model.rows_together, a smaller model, the recipe 'qlora', "
+        ways += "or train.gradient_checkpointing = true"
+        raise RecllmError(f"Out of memory with a single row. Take {LESS if scorer == LIGHT else ways}.") from None
     say(f"Out of memory with {rows} rows at once: going on with {whole // parts}, and the same rows in a step")
     return replace(adjusted, parts=parts)
 
 
-def _smaller_validation(adjusted: Adjusted, rows: int, say: Callable[[str], None]) -> Adjusted:
+def _smaller_validation(adjusted: Adjusted, rows: int, scorer: str, say: Callable[[str], None]) -> Adjusted:
     """Half of the `rows` that a device validates at once; training stays as it is.
 
     Raises:
         RecllmError: a single row does not fit, or several processes train.
     """
     if process_state().num_processes > 1:
+        fewer = f"fewer (--set train.per_device_eval_batch_size={max(1, rows // 2)})"
         raise RecllmError(
-            f"Out of memory while validating {rows} rows at once on a device. Take fewer (--set "
-            f"train.per_device_eval_batch_size={max(1, rows // 2)}): with several processes this is not done by itself."
+            f"Out of memory while validating {rows} rows at once on a device. Take {LESS if scorer == LIGHT else fewer}"
+            ": with several processes fewer rows are not taken by themselves."
         ) from None
     if rows == 1:
+        ways = "shorter histories (model.max_history), fewer model.rows_together or a smaller model"
         raise RecllmError(
-            "Out of memory while validating a single row. Take shorter histories (model.max_history, "
-            "light.max_history), fewer model.rows_together or a smaller model."
+            f"Out of memory while validating a single row. Take {LESS if scorer == LIGHT else ways}."
         ) from None
     say(f"Out of memory while validating {rows} rows at once: going on with {rows // 2}")
     return replace(adjusted, valid_parts=2 * adjusted.valid_parts)

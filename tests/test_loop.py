@@ -410,7 +410,7 @@ def test_a_single_validation_row_that_does_not_fit_is_one_message(tmp_path):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().forward(**given)
 
-    with pytest.raises(RecllmError, match=r"Out of memory while validating a single row\. Take shorter histories"):
+    with pytest.raises(RecllmError, match=r"Out of memory while validating a single row\. Take .* \(light\.max_history\)"):
         train(without_dropout(Tiny), tmp_path)
 
 
@@ -418,7 +418,7 @@ def test_a_single_validation_row_that_does_not_fit_is_one_message(tmp_path):
 def test_micro_batches_divide_a_batch_evenly(rows, found):
     adjusted, given = recovery.UNCHANGED, {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 32}
     for fewer in found:
-        adjusted = recovery._smaller(adjusted, rows, lambda _: None)
+        adjusted = recovery._smaller(adjusted, rows, "lm", lambda _: None)
         divided = recovery.divided(given, adjusted)
         assert divided["per_device_train_batch_size"] == fewer
         assert fewer * divided["gradient_accumulation_steps"] == rows
@@ -429,8 +429,9 @@ def test_a_single_row_that_does_not_fit_is_one_message(tmp_path):
         def forward(self, **given):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(RecllmError, match=r"Out of memory with a single row\. Take shorter histories"):
-        train(without_dropout(Tiny), tmp_path, per_device_train_batch_size=2)
+    for scorer, way in (("light", "light.max_history"), ("lm", "model.max_history")):
+        with pytest.raises(RecllmError, match=rf"Out of memory with a single row\. Take shorter histories \({way}\)"):
+            train(without_dropout(Tiny), tmp_path, per_device_train_batch_size=2, scorer=scorer)
 
 
 def damaged(checkpoint, file):
