@@ -103,7 +103,6 @@ def write_bundle_card(run: Run, folder: Path, recipe: str, kind: str) -> None:
 def card(run: Run, title: str) -> list[str]:
     """What was trained, on what, and how good it is."""
     facts = read_json(run.folder / ENVIRONMENT)
-    done = run.folder / "lm" / "done.json"
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     rows = {
         "base model": f"{run.model.name}, weights sha256 {known_revision(run, run.model.name)}"
@@ -115,12 +114,8 @@ def card(run: Run, title: str) -> list[str]:
             if run.model.likelihood is not None
             else {}
         ),
-        "layers": f"the first {run.model.layers}" if run.model.layers else "all",
+        **(_language(run) if run.model.name != "none" else {}),
         "task": run.model.task,
-        "adapter": run.adapter.recipe,
-        "training": ", ".join(f"{key} {value:,}" for key, value in read_json(done).items())
-        if done.is_file()
-        else "none",
         "data": run.data.name or run.data.interactions,
         "fingerprints": ", ".join(f"{key} {value[:16]}" for key, value in facts["data"].items()),
         "split": run.data.split,
@@ -131,6 +126,14 @@ def card(run: Run, title: str) -> list[str]:
     }
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     return [*lines, "", *_figures(run)]
+
+
+def _language(run: Run) -> dict[str, str]:
+    """What was done with the language model."""
+    done = run.folder / "lm" / "done.json"
+    told = ", ".join(f"{key} {value:,}" for key, value in read_json(done).items()) if done.is_file() else "none"
+    layers = f"the first {run.model.layers}" if run.model.layers else "all"
+    return {"layers": layers, "adapter": run.adapter.recipe, "training": told}
 
 
 def _figures(run: Run) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from recllm import __version__
-from recllm.errors import RecllmError, is_disk_full
+from recllm.errors import RecllmError, place_error
 from recllm.process import set_up
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -32,13 +32,10 @@ class Commands(TyperGroup):
             )
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            if not is_disk_full(error):
+            message = place_error(error)
+            if not message:
                 raise
-            typer.echo(
-                f"Error: the disk is full ({error}). What is finished is kept: free some room, and training goes on "
-                "where it was with --resume, a batch by the same command.",
-                err=True,
-            )
+            typer.echo(f"Error: {message}", err=True)
             raise typer.Exit(MISTAKE) from None
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -238,24 +239,29 @@ def evaluate_folder(folder: Path, part: str) -> None:
     check_same_data(run, task.fingerprints())
     scores = known_scores(run, task, load_collaborative(run, task), tell)
     table = evaluate_run(run, task, scores[part], part=part)
+    # Kept before anything is printed: a pipe that is closed early ends the process.
+    kept, page = save_evaluation(run, {part: table}), run.folder / PAGES[part]
+    write_report(page, run_report(run, task, table, part))
+    write_adapter_card(run)
     say(f"On {MEASURED[part]}:")
     for line in [*table.lines(), *difference_lines(table)]:
         say(line)
-    say(f"Kept in {save_evaluation(run, {part: table})}")
-    page = run.folder / PAGES[part]
-    write_report(page, run_report(run, task, table, part))
+    say(f"Kept in {kept}")
     say(f"Open {page}")
-    write_adapter_card(run)
 
 
 def trained(folder: Path) -> None:
-    """Check that a run is trained to its end.
+    """Check that a run is trained to its end, and that its folder takes more.
 
     Raises:
-        RecllmError: it is not.
+        RecllmError: it is not, or nothing can be written into it.
     """
     if not (folder / "fusion.json").is_file():
         raise RecllmError(f"{folder} has no fitted fusion. Train the run to its end: recllm train {folder} --resume")
+    if not os.access(folder, os.W_OK):
+        raise RecllmError(
+            f"{folder} cannot be written, and what is made of a run goes there. Copy it, or mend its rights."
+        )
 
 
 def difference_lines(table: Table) -> list[str]:
@@ -325,7 +331,7 @@ def batch_job(
     if interactions is not None:
         manifest = {} if bundle is None else read_manifest(bundle, verify=False)
         columns_of_run = told_columns(interactions, manifest, "columns")
-        histories = log_histories(interactions, given or columns_of_run, _duplicates(manifest))
+        histories = log_histories(interactions, columns_of_run | given, _duplicates(manifest))
     return Job(source, target, histories, overwrite, tell, shard=(int(part), int(parts)))
 
 
@@ -422,7 +428,7 @@ def add_to_bundle(
 ) -> None:
     """Add the items of a file to a bundle."""
     given = mapping(columns, "--item-column")
-    added = add_items(bundle, items, target, columns=given, provider=provider, overwrite=overwrite)
+    added = add_items(bundle, items, target, columns=given, provider=provider, overwrite=overwrite, say=tell)
     say(f"{added:,} items added; the bundle is {target}")
 
 
@@ -462,7 +468,7 @@ def _item_files(items: Path, history_items: Path | None, given: dict[str, str]) 
         RecllmError: neither file has one, or a file cannot be read.
     """
     if history_items is None:
-        found = read_items(items, columns=given)
+        found = read_items(items, columns=given, say=tell)
         return found, found
     there = [open_table(path).columns for path in (items, history_items)]
     for ours, theirs in given.items():
@@ -471,7 +477,7 @@ def _item_files(items: Path, history_items: Path | None, given: dict[str, str]) 
                 f"column of {items} and {history_items}", theirs, {*there[0], *there[1]}, f"It was given for {ours}."
             )
     parts = [{ours: theirs for ours, theirs in given.items() if theirs in columns} for columns in there]
-    return read_items(items, columns=parts[0]), read_items(history_items, columns=parts[1])
+    return read_items(items, columns=parts[0], say=tell), read_items(history_items, columns=parts[1], say=tell)
 
 
 def score_zero_shot(

@@ -9,6 +9,8 @@ from types import ModuleType
 CHOICES_SHOWN = 12
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says where nothing more can be written."""
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+"""What it says of places that cannot be read or written at all."""
 
 
 class RecllmError(Exception):
@@ -41,7 +43,17 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         ) from None
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether something could not be written for lack of room; libraries in Rust tell the system's number in words."""
+def place_error(error: Exception) -> str:
+    """What to tell of an error that a place on the disk has and no bug; empty for any other.
+
+    Libraries in Rust tell the system's number in words.
+    """
     told = error.errno if isinstance(error, OSError) else None
-    return told in FULL or any(f"(os error {number})" in str(error) for number in FULL)
+    if told in FULL or any(f"(os error {number})" in str(error) for number in FULL):
+        return (
+            f"the disk is full ({error}). What is finished is kept: free some room, and training goes on where it was "
+            "with --resume, a batch by the same command."
+        )
+    if told in CLOSED and isinstance(error, OSError) and error.filename is not None:
+        return f"'{error.filename}': {error.strerror}. Name another place, or mend its rights."
+    return ""

@@ -103,6 +103,26 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def only_one(folder: Path) -> Iterator[bool]:
+    """Hold `folder` while the block runs; gives False where another process holds it, which this one then does not."""
+    if fcntl is None:
+        yield True
+        return
+    inside = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(inside, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks keeps nobody out
+            free = True
+        yield free
+    finally:
+        os.close(inside)
+
+
+@contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
     """Give a folder inside `folder` that no other process has, and take it away again."""
     with tempfile.TemporaryDirectory(prefix=".work.", dir=folder) as place:

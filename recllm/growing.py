@@ -1,7 +1,7 @@
 """Add items to a bundle without training: their text is read once, and the next call can recommend them."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
 from recllm.runtime import VECTORS, Recommender, TableScorer, load
 
+Say = Callable[[str], None]
 SEALED = ("format", "recllm", "made", "files")
 """Keys of a manifest that the sealing of the new bundle writes anew."""
 
@@ -31,6 +32,7 @@ def add_items(
     columns: Mapping[str, str] | None = None,
     provider: str = "cpu",
     overwrite: bool = False,
+    say: Say = lambda _: None,
 ) -> int:
     """Write the bundle `target`: `source` with the items of a file, known by their text alone.
 
@@ -40,10 +42,11 @@ def add_items(
         source: a bundle.
         items: a file of items, of any kind that a data set's items may be.
         target: the new bundle; it may be `source` itself, which is replaced when the new one is whole.
-        columns: our column to the file's, where the guess is wrong; by default what the run that made the bundle was
-            told of its own items (`data.item_columns`), as far as the file has such columns.
+        columns: our column to the file's, where the guess is wrong; over what the run that made the bundle was told of
+            its own items (`data.item_columns`), as far as the file has such columns.
         provider: what reads the text.
         overwrite: replace another bundle that is there.
+        say: gets a line for everything that is doubtful in the file or passed over.
 
     Returns:
         How many items were added.
@@ -61,17 +64,17 @@ def add_items(
             raise RecllmError(f"'{target}' is another bundle. Replace it by --overwrite, or name another folder.")
     # One after the other: of two that add to the same bundle at once, the second would take away the first one's items.
     with alone(target):
-        return _add(source, items, target, columns, provider)
+        return _add(source, items, target, columns, provider, say)
 
 
-def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | None, provider: str) -> int:
+def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | None, provider: str, say: Say) -> int:
     recommender = load(source, provider=provider)
     known, manifest = recommender.catalog, read_manifest(source, verify=False)
     ours = ["item_id", *known.frame.columns]
     for column in columns or {}:
         if column not in ours:
             raise unknown(f"column of '{source}'", column, ours, "Write --item-column OURS=THEIRS.")
-    found = read_items(items, columns=columns or told_columns(items, manifest, "item_columns"))
+    found = read_items(items, columns={**told_columns(items, manifest, "item_columns"), **(columns or {})}, say=say)
     records = [_fitting(found, item, known) for item in found.ids if item not in known]
     if not records:
         raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
@@ -81,6 +84,12 @@ def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | N
             f"{', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Say which is which by "
             "--item-column OURS=THEIRS; nothing was written."
         )
+    if there := len(found.ids) - len(records):
+        say(f"{there:,} items are in the bundle already, and are left as they are there")
+    if left := [name for name in found.frame.columns if name not in ours]:
+        say(f"Columns that the bundle has not, left out: {', '.join(left)}")
+    if untold := sum(len(record) < 2 for record in records):
+        say(f"{untold:,} items have no text, and cannot be recommended")
     grown = recommender.with_items(records)
     facts = {key: value for key, value in manifest.items() if key not in SEALED}
     with new_bundle(target, facts | {"items_added": facts.get("items_added", 0) + len(records)}) as part:

@@ -34,6 +34,7 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
     middle_user = int(np.median([len(example.query.history) for example in task.split.valid]))
     middle_item = int(np.median(task.item_counts[task.warm]))
     by_user, by_item = fusion.weights(user_counts, middle_item), fusion.weights(middle_user, item_counts)
+    weighed = () if fusion.levels else fusion.names  # where scorers speak one after the other, no weight tells who does
     key, name = FIGURES[run.model.task]
     metrics = [metric for metric in table.metrics if not metric.startswith(LEFT_OUT)]
     return Report(
@@ -45,7 +46,7 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
             "Measured on": MEASURED[part],
             "Language model": _language(run),
             "Item text by": run.model.item_encoder or run.model.name,
-            "Fusion": f"{fusion.chosen} (chosen on validation)",
+            "Fusion": f"{fusion.chosen} (chosen on validation){_order(fusion)}",
             "Seed": str(run.seed),
         },
         learning_curve=[
@@ -57,9 +58,21 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
         table=[
             TableRow(scorer, {metric: table.interval(scorer, metric) for metric in metrics}) for scorer in table.scorers
         ],
-        weights_by_user=[WeightCurve(own, user_counts.tolist(), by_user[own].tolist()) for own in fusion.names],
-        weights_by_item=[WeightCurve(own, item_counts.tolist(), by_item[own].tolist()) for own in fusion.names],
+        weights_by_user=[WeightCurve(own, user_counts.tolist(), by_user[own].tolist()) for own in weighed],
+        weights_by_item=[WeightCurve(own, item_counts.tolist(), by_item[own].tolist()) for own in weighed],
     )
+
+
+def _order(fusion: Fusion) -> str:
+    """Of a fusion in levels who speaks before whom."""
+    if not fusion.levels:
+        return ""
+    levels = [
+        [name for name, own in zip(fusion.names, fusion.levels, strict=True) if own == level]
+        for level in sorted(set(fusion.levels))
+    ]
+    told = "; then ".join(", ".join(names) for names in levels if names)
+    return f": each scorer only where those before it are silent, {told}"
 
 
 def _language(run: Run) -> str:

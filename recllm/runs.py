@@ -305,7 +305,7 @@ class Run(Settings):
             raise ValueError("a run's name is the name of its folder: not empty, not . or .., without slashes")
         return name
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """The one seed; everything random is drawn from it."""
     start_from: str | None = None
     """Folder of a finished run of the same models; light scorer and language model start from what it learnt."""
@@ -332,6 +332,8 @@ class Run(Settings):
                 own = getattr(self, part)
                 if self.model.task != task and getattr(own, name) != type(own).model_fields[name].default:
                     raise ValueError(f"{key} is for model.task = '{task}'; with '{self.model.task}' it does nothing")
+        if self.model.name == "none" and self.model.item_encoder is None:
+            raise ValueError("model.name is none: name what reads the items' text, as model.item_encoder = minilm-l6")
         reads_words = self.model.name != "none" and (self.model.task == "relevance" or self.model.history == "text")
         if self.control.text != "own" and (reads_words or self.model.likelihood is not None):
             raise ValueError("control.text takes away items' vectors, and this run's language model reads their words")

@@ -15,7 +15,7 @@ from recllm.cards import write_adapter_card
 from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError
-from recllm.files import read_json
+from recllm.files import only_one, read_json
 from recllm.judging import train_light_judge, train_relevance
 from recllm.loop import COMPILING, check_trainer_keys
 from recllm.nextitem import train_language, train_light
@@ -78,12 +78,21 @@ def train_run(
         watch: is told of every validation; an exception of its ends the training.
 
     Raises:
-        RecllmError: a mistake in the run file or in the data, or a folder that is not empty without `resume`.
+        RecllmError: a mistake in the run file or in the data, a folder that is not empty without `resume`, or one in
+            which another process trains.
     """
     clock = clock or Clock()
+    say = say if process_state().is_main_process else _silent
+    task = _begun(run, clock, say, resume=resume, overwrite=overwrite)
+    with _held(run):
+        _train_stages(run, task, clock, say, resume=resume, watch=watch)
+    return task
+
+
+def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -> Task:
+    """Check everything that can be a user's mistake, read the data and begin the folder."""
     check_trainer_keys(run.train.trainer_keys())
     state = process_state()
-    say = say if state.is_main_process else _silent
     _check_folder(run, resume=resume, overwrite=overwrite)
     begun = resume and (run.folder / ENVIRONMENT).is_file()
     with state.main_process_first():
@@ -106,6 +115,11 @@ def train_run(
         if state.is_main_process:
             _begin(run, task, overwrite=overwrite, processes=state.num_processes, say=say)
         _describe(task, say, judges=run.model.task == "relevance")
+    return task
+
+
+def _train_stages(run: Run, task: Task, clock: Clock, say: Say, *, resume: bool, watch: Watch | None) -> None:
+    state = process_state()
     with clock.stage("factors and vectors"), state.main_process_first():
         parts = collaborative(run, task, say)
     with clock.stage("light"):
@@ -121,7 +135,24 @@ def train_run(
             write_adapter_card(run)
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # a kill may have left some of a finished stage
     state.wait_for_everyone()
-    return task
+
+
+@contextmanager
+def _held(run: Run) -> Iterator[None]:
+    """Keep other trainings out of the run's folder, where there is one.
+
+    Raises:
+        RecllmError: there is another one already.
+    """
+    if not process_state().is_main_process or not run.folder.is_dir():
+        yield
+        return
+    with only_one(run.folder) as free:
+        if not free:
+            raise RecllmError(
+                f"Another process is training in {run.folder}. Wait for it, or stop it and go on with --resume."
+            )
+        yield
 
 
 def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
@@ -134,6 +165,9 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
             f"{run.folder} is not empty. Go on with it by --resume, start anew by --overwrite, "
             "or give the run another name (--set name=…)."
         )
+    if begun:
+        with _held(run):  # for a moment, so that nothing is deleted under a training
+            pass
     if resume and begun:
         check_resumed(run)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recllm.adapters import AdapterRecipe, attach
-from recllm.cards import ADAPTER, CARD, save_adapter, write_adapter_card
+from recllm.cards import ADAPTER, CARD, card, save_adapter, write_adapter_card
 from recllm.checkpoints import trained_values
 from recllm.files import read_json, write_json
 from recllm.lm import load_base
@@ -62,6 +62,13 @@ def test_the_adapters_card_says_what_it_is_before_and_after_it_was_measured(run)
     write_json(run.folder / "evaluation.json", {"test": {"metrics": ["NDCG@10", "MRR"], "rows": [row]}})
     write_adapter_card(run)
     assert "| cold item | 12 | fusion | 0.2500 (0.200 … 0.300) | – |" in path.read_text(encoding="utf-8")
+
+
+def test_the_card_of_a_run_without_a_language_model_names_no_adapter(run):
+    without = run.model_copy(update={"model": run.model.model_copy(update={"name": "none", "item_encoder": "minilm"})})
+    lines = card(without, "A title")
+    assert "| base model | none |" in lines
+    assert not [line for line in lines if line.startswith(("| adapter |", "| layers |", "| training |"))]
 
 
 def test_a_pinned_base_model_is_named_as_transformers_and_peft_take_it(run, tiny_lm_folder):

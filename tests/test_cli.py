@@ -94,6 +94,16 @@ def test_a_full_disk_is_told_without_a_traceback(capsys, monkeypatch, error):
     assert said.startswith(f"Error: the disk is full ({error}). What is finished is kept")
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOTDIR, errno.EROFS])
+def test_a_place_that_cannot_be_used_is_told_without_a_traceback(capsys, monkeypatch, code):
+    def closed(_):
+        raise OSError(code, "Nothing goes there", "/some/place")
+
+    monkeypatch.setattr(commands, "fetch_names", closed)
+    said = recllm_says(capsys, "fetch", "ml-100k", code=2)[1]
+    assert said.startswith("Error: '/some/place': Nothing goes there. Name another place")
+
+
 def test_a_bug_is_not_hidden(monkeypatch):
     def broken(_):
         raise ZeroDivisionError
@@ -236,6 +246,20 @@ def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, 
     assert "test" in kept
     if not before:
         (tiny_run / "evaluation.json").unlink()
+
+
+def test_a_table_that_nobody_reads_to_its_end_is_kept(tiny_run, monkeypatch, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "tiny")
+    (folder / "evaluation.json").unlink(missing_ok=True)
+
+    def closed(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(commands, "say", closed)
+    with pytest.raises(BrokenPipeError):
+        commands.evaluate_folder(folder, "test")
+    assert (folder / "evaluation.json").is_file()
+    assert (folder / "evaluation.html").is_file()
 
 
 def test_export_prints_parity_and_fails_only_when_every_recipe_does(capsys, tiny_run, monkeypatch):

@@ -167,6 +167,15 @@ def test_rows_without_ids_are_dropped_with_their_lines(tmp_path):
     assert any("interactions.csv, lines 3, 4, 5" in line for line in dataset.report.lines())
 
 
+def test_ids_that_say_missing_in_words_are_told(tmp_path):
+    folder = write(tmp_path, interactions__csv="user_id,item_id\nNULL,x\nNULL,y\na,nan\nNadine,x\n")
+    dataset = read_dataset(folder)
+    assert len(events(dataset)) == 4
+    found = [finding for finding in dataset.report.findings if finding.code == "missing_id_in_words"]
+    assert [(finding.count, finding.lines) for finding in found] == [(2, (2, 3)), (1, (4,))]
+    assert "rows with the user_id 'NULL'" in found[0].message
+
+
 def test_bad_times_and_ratings(tmp_path):
     rows = [
         "a,i0,5,1000000000",
@@ -197,6 +206,8 @@ def test_nothing_usable_says_why(tmp_path):
         ("1600000000123", 1600000000),
         ("1600000000123456", 1600000000),
         ("2020-09-13T12:26:40Z", 1600000000),
+        ("2020-09-13 12:26:40 UTC", 1600000000),  # BigQuery
+        ("2020-09-13T12:26:40 GMT", 1600000000),
         ("2020-09-13 12:26:40.5", 1600000000),
         ("2020-09-13T14:26:40+02:00", 1600000000),
         ("2020-09-13T07:56:40-0430", 1600000000),

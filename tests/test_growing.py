@@ -97,6 +97,17 @@ def test_items_of_which_nothing_is_said_are_refused(tiny_bundle, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
+def test_what_is_passed_over_of_a_file_of_items_is_said(tiny_bundle, tmp_path):
+    path, said = tmp_path / "new.csv", []
+    rows = ["item_id,title,colour", "n1,Red film 99,red", "n1,Blue film 98,blue", "n2,,", "3,known,", ",Nobody,"]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert add_items(tiny_bundle, path, tmp_path / "grown", say=said.append) == 2
+    told = "\n".join(said)
+    for part in ("1 items are in the bundle already", "left out: colour", "1 items have no text", "new.csv: warning"):
+        assert part in told, told
+    assert sum(line.startswith("new.csv: warning") for line in said) >= 2
+
+
 def test_columns_are_those_of_the_option_else_those_of_the_training(tiny_bundle, tmp_path):
     path = tmp_path / "new.csv"
     path.write_text("item_id,Film Name,words\nnew,Red film 99,Blue film 99\n", encoding="utf-8")
@@ -113,6 +124,10 @@ def test_columns_are_those_of_the_option_else_those_of_the_training(tiny_bundle,
     )
     add_items(told, path, told)
     assert recllm.load(told).catalog.record("new")["title"] == "Red film 99"
+    # One column that is named leaves the others as they were told.
+    path.write_text("sku,Film Name\nnewer,Red film 97\n", encoding="utf-8")
+    add_items(told, path, told, columns={"item_id": "sku"})
+    assert recllm.load(told).catalog.record("newer")["title"] == "Red film 97"
     assert read_manifest(told)["item_columns"] == {"title": "Film Name", "genres": "gone"}
 
 

@@ -1,13 +1,16 @@
 """The outcome of a run: every scorer and the fusions on the same rows, by figures that can be counted."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from recllm.files import read_json
+from recllm.fusion import Fusion
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
 from recllm.ranking import mask_seen
+from recllm.runreport import run_report
 from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
@@ -83,6 +86,21 @@ def test_tables_of_both_parts_are_kept_beside_each_other(outcome, tmp_path):
     found = read_json(path)
     assert set(found) == {"valid", "test"}
     assert {row["scorer"] for row in found["test"]["rows"]} == set(tables["test"].scorers)
+
+
+def test_the_page_of_a_fusion_in_levels_says_who_speaks_first(outcome, tmp_path):
+    run, task, _, tables = outcome
+    assert run_report(run, task, tables["test"]).weights_by_user
+    folder = shutil.copytree(run.folder, tmp_path / run.name)
+    fusion = Fusion.load(folder / "fusion.json")
+    first, second = fusion.names[-1], fusion.names[-2]
+    levels = tuple(reversed(range(len(fusion.names))))
+    replace(fusion, levels=levels, chosen="levels").save(folder / "fusion.json")
+    report = run_report(load_run(folder), task, tables["test"])
+    assert not report.weights_by_user
+    assert not report.weights_by_item
+    told = f"levels (chosen on validation): each scorer only where those before it are silent, {first}; then {second}"
+    assert report.facts["Fusion"].startswith(told)
 
 
 def test_learning_curves(outcome, tmp_path):

@@ -91,6 +91,8 @@ def test_the_last_override_of_a_key_wins(file):
         ("model.histori=text", r"\[model\] Unknown key 'histori'. Did you mean 'history'"),
         ("model.history=words", "key 'model.history': Input should be 'items' or 'text'"),
         ("light.dropout=1.5", r"key 'light.dropout': Input should be less than 1 \(given: 1.5\)"),
+        ("seed=-1", r"key 'seed': Input should be greater than or equal to 0"),
+        ("model.name=none", r"model\.name is none: name what reads the items' text"),
         ("train.max_steps=many", "key 'train.max_steps': .*integer"),
         ("train.max_steps=0", r"'train.max_steps': .*no steps train nothing: -1 leaves it to the epochs"),
         ("model.pairwise=0.5", r"model\.pairwise is for model\.task = 'relevance'; with 'next_item' it does nothing"),

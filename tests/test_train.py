@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from recllm import loop, nextitem, train
 from recllm.commands import profile_flags
 from recllm.errors import RecllmError
-from recllm.files import read_json, write_json
+from recllm.files import only_one, read_json, write_json
 from recllm.fusion import Fusion
 from recllm.judging import relevance_stage
 from recllm.lm import load_base, model_folder
@@ -271,6 +271,29 @@ def test_a_run_that_stops_early_says_how_far_it_came(tiny_run, tmp_path):
     train_run(run, say=silent)
     done = read_json(run.folder / "lm" / "done.json")
     assert done == {"steps": 4, "windows": 4 * run.train.per_device_train_batch_size}
+
+
+def test_figures_of_another_fusion_do_not_stay(tiny_run, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_run, folder)
+    names = ["evaluation.json", "evaluation.html", "evaluation-valid.html"]
+    for name in names:
+        (folder / name).write_text("{}", encoding="utf-8")
+    train_run(load_run(folder), resume=True, say=silent)  # nothing changes
+    assert all((folder / name).is_file() for name in names)
+    train_run(load_run(folder, ["fusion.kinds=['plain sum']"]), resume=True, say=silent)
+    assert not [name for name in names if (folder / name).is_file()]
+
+
+def test_two_trainings_in_one_folder_are_refused(tiny_run, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_run, folder)
+    with only_one(folder) as free:
+        assert free
+        for keys in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RecllmError, match=r"Another process is training in .*tiny"):
+                train_run(load_run(folder), say=silent, **keys)
+    train_run(load_run(folder), resume=True, say=silent)
 
 
 def test_a_history_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):

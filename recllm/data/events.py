@@ -17,6 +17,8 @@ Duplicates = Literal["first", "last", "keep"]
 
 WEIGHT = "weight"
 TIME = "_time"  # float64 seconds: the fraction orders events that share a second
+MISSING = ("NULL", "null", "NaN", "nan", "NA", "N/A", "None", "<NA>")
+"""How databases and pandas write a missing value as text."""
 DATED_ROWS = 1000
 """Rows by which a column is seen to hold dates."""
 EXTRA = "extra "
@@ -124,6 +126,13 @@ def _drop_bad(frame: pl.DataFrame, timed: bool, checks: Checks, table: Table) ->
         "warning", "missing_id", "rows without user or item id, dropped", len(lines), file=file, lines=lines.head(5)
     )
     frame = frame.filter(~missing)
+    for column in ("user_id", "item_id"):
+        for text in frame[column].filter(frame[column].is_in(MISSING)).unique().sort():
+            lines = frame[LINE].filter(frame[column] == text)
+            message = (
+                f"rows with the {column} '{text}', all of one; does it stand for a missing one? Leave it empty then"
+            )
+            checks.add("warning", "missing_id_in_words", message, len(lines), file=file, lines=lines.head(5))
     if timed:
         lines = frame[LINE].filter(frame[TIME].is_null())
         message = (

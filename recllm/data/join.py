@@ -117,6 +117,9 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
     events, items = [], []
     for source in join.source:
         dataset = _read(source)
+        for finding in dataset.report.findings:
+            if finding.severity == "warning":
+                say(f"{source.name}: {finding.text()}")
         frame = dataset.interactions.frame
         kinds = None if source.event is None else frame[EXTRA + source.event].cast(pl.String)
         frame = _weighted(source, _with_kinds(source, frame, kinds), say)
@@ -154,6 +157,12 @@ def _with_kinds(source: Source, frame: pl.DataFrame, kinds: pl.Series | None) ->
     given = pl.col("weight") if "weight" in frame.columns else pl.lit(1.0)  # of a set that was joined before
     if source.rating_scale is not None:
         low, high = source.rating_scale
+        outside = frame["rating"].drop_nulls().filter(~frame["rating"].drop_nulls().is_between(low, high))
+        if len(outside):
+            raise RecllmError(
+                f"Source '{source.name}': {len(outside):,} ratings lie outside of rating_scale = [{low:g}, {high:g}], "
+                f"the first is {outside[0]:g}. Give the lowest and the highest rating that the log can have."
+            )
         frame = frame.with_columns(rating=(1.0 + 4.0 * (pl.col("rating") - low) / (high - low)).cast(pl.Float32))
     if kinds is None:
         return frame.with_columns(weight=(given * source.weight).cast(pl.Float32))

@@ -85,26 +85,39 @@ def read_interactions(
     """
     checks = Checks()
     events = _read_events(path, columns, duplicates, budget, checks)
-    for finding in checks.report().findings:
-        if finding.severity == "warning":
-            say(f"{path.name}: {finding.text()}")
+    _say_warnings(path, checks, say)
     return Interactions(events.drop(LINE))
 
 
-def read_items(path: Path, *, columns: Mapping[str, str] | None = None, budget: int = BUDGET) -> Catalog:
+def read_items(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    budget: int = BUDGET,
+    say: Callable[[str], None] = lambda _: None,
+) -> Catalog:
     """Read a file of items alone.
 
     Args:
         path: any kind of file that a data set's items may be.
         columns: our column to the file's, where the guess is wrong.
         budget: most bytes that the file may take in memory.
+        say: gets a line for every kind of item that is left out or doubtful.
 
     Raises:
         RecllmError: a file that is missing, empty, broken or too large, a column that is missing, or no text at all.
     """
-    catalog = Catalog(_read_items(path, columns, budget, Checks()))
+    checks = Checks()
+    catalog = Catalog(_read_items(path, columns, budget, checks))
+    _say_warnings(path, checks, say)
     catalog.demand_text(str(path))
     return catalog
+
+
+def _say_warnings(path: Path, checks: Checks, say: Callable[[str], None]) -> None:
+    for finding in checks.report().findings:
+        if finding.severity == "warning":
+            say(f"{path.name}: {finding.text()}")
 
 
 def _read_events(

@@ -64,8 +64,8 @@ def _from_numbers(column: pl.Series, checks: Checks, file: str) -> pl.Series:
 
 def _from_iso(column: pl.Series) -> pl.Series:
     text = pl.col(column.name).str.strip_chars()
-    plain = text.str.replace(r"^(\d{4})/(\d{1,2})/", "${1}-${2}-").str.replace("T", " ", literal=True)
-    plain = plain.str.replace(r"(Z| ?UTC)$", "")
+    plain = text.str.replace(r"^(\d{4})/(\d{1,2})/", "${1}-${2}-").str.replace(r"\s*(Z|UTC|GMT)$", "")
+    plain = plain.str.replace("T", " ", literal=True)
     # "2020-01-31" ends like an offset of −00:31 would: only what follows a time is one.
     timed = plain.str.contains(r":\d{2}.*" + OFFSET)
     local = pl.when(timed).then(plain.str.replace(r"\s*" + OFFSET, "")).otherwise(plain)
