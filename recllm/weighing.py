@@ -1,9 +1,9 @@
 """Weighing: fit the fusion's weights on validation, for rankings, for labelled pairs and for items without events."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -341,10 +341,9 @@ def fit_new_items(
         return np.take_along_axis(values, columns, 1)
 
     # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
-    known, _ = replace(fusion, new=np.zeros((len(names), 2))).fuse(mixed, n_user[sample], counts)
-    cold = counts < few
-    z = np.stack([at(fusion.placed(name, mixed[name], fusion.z(name, mixed[name]), cold)) for name in names]) * at(cold)
-    base, fixed = cross_entropy(valid), np.nan_to_num(at(known)).astype(np.float64)
+    among = _NewAmongKnown.of(fusion, mixed, n_user[sample], counts)
+    z = np.stack([at(among.spread(own)) for own in among.z])
+    base, fixed = cross_entropy(valid), np.nan_to_num(at(among.total)).astype(np.float64)
 
     def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
         return base(part, own + fixed[part], intercept)
@@ -358,8 +357,7 @@ def fit_new_items(
     made = {"fitted": fitted * speaks, "plain sum": np.tile([1.0, 0.0], (len(names), 1)) * speaks}
 
     def figure(theta: NDArray[np.float64]) -> float:
-        fused, _ = replace(fusion, new=theta).fuse(mixed, n_user[sample], counts)
-        return float(ndcg(target_ranks(np.where(barred, np.nan, fused), targets[sample]), NDCG_AT).mean())
+        return float(ndcg(target_ranks(np.where(barred, np.nan, among.fused(theta)), targets[sample]), NDCG_AT).mean())
 
     figures = {name: figure(theta) for name, theta in made.items()}
     best = max(figures, key=figures.__getitem__)
@@ -373,30 +371,93 @@ def fit_new_items(
     later = {name: np.where(coming, as_new[name][real], scores[name][real]) for name in names}
     now = {name: scores[name][real] for name in names}
 
-    def known_found(
-        own: Fusion, given: Mapping[str, Scores], events: Counts, out: NDArray[np.bool_]
-    ) -> tuple[float, float]:
+    def known_found(fused: Scores, out: NDArray[np.bool_]) -> tuple[float, float]:
         """NDCG@10 of the targets, and the share of places in lists of ten that what is coming takes."""
-        fused = np.where(out, np.nan, own.fuse(given, n_user[real], events)[0])
+        fused = np.where(out, np.nan, fused)
         listed = np.take_along_axis(coming, np.maximum(top_k(fused, NDCG_AT)[0], 0), axis=1)
         return float(ndcg(target_ranks(fused, targets[real]), NDCG_AT).mean()), float(listed.mean())
 
     later_counts = np.where(coming, 0, n_item)
     least = (
-        (1.0 - settings.new_cost) * known_found(before, now, n_item, masked)[0],
-        (1.0 - settings.new_cost) * known_found(before, later, later_counts, masked | coming)[0],
+        (1.0 - settings.new_cost) * known_found(fused_rows(before, now, n_user[real], n_item), masked)[0],
+        (1.0 - settings.new_cost)
+        * known_found(fused_rows(before, later, n_user[real], later_counts), masked | coming)[0],
     )
     most = 1.0 if settings.new_cost == 1.0 else float((coming & ~masked).sum() / max((~masked).sum(), 1))
     tried = {best: made[best], **_lowered(names, best, made[best])}
     for limit in dict.fromkeys((few, 1)):
+        limited = replace(fusion, few=limit)
+        today = _NewAmongKnown.of(limited, now, n_user[real], n_item)
+        tomorrow = _NewAmongKnown.of(limited, later, n_user[real], later_counts)
         for name, theta in tried.items():
-            found = replace(fusion, few=limit, new=theta, chosen_new=name, candidates_new=figures)
-            if known_found(found, now, n_item, masked)[0] < least[0]:
+            if known_found(today.fused(theta), masked)[0] < least[0]:
                 continue
-            kept, places = known_found(found, later, later_counts, masked)
+            kept, places = known_found(tomorrow.fused(theta), masked)
             if kept >= least[1] and places <= most:
-                return found
+                return replace(limited, new=theta, chosen_new=name, candidates_new=figures)
     return before
+
+
+def fused_rows(fusion: Fusion, scores: Mapping[str, Scores], n_user: Counts, n_item: Counts) -> Scores:
+    """`Fusion.fuse`'s scores, float32[queries, candidates], a few queries at a time: their shares take much memory."""
+    parts = np.array_split(np.arange(len(n_user)), max(1, -(-len(n_user) // QUERY_BATCH)))
+    found = []
+    for part in parts:
+        events = n_item if n_item.ndim == 1 else n_item[part]
+        found.append(fusion.fuse({name: own[part] for name, own in scores.items()}, n_user[part], events)[0])
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _NewAmongKnown:
+    """Fused scores of some queries for many weights of new items: known items' do not change with these.
+
+    Attributes:
+        total: with weights of zero for new items, float32[queries, candidates].
+        at: rows and columns of the new items, int64[cells] each.
+        user: evidence of each cell's user, float64[cells].
+        z: per scorer what is weighed there, float32[cells].
+    """
+
+    total: Scores
+    at: tuple[NDArray[np.int64], NDArray[np.int64]]
+    user: NDArray[np.float64]
+    z: list[Scores]
+
+    @classmethod
+    def of(cls, fusion: Fusion, scores: Mapping[str, Scores], n_user: Counts, n_item: Counts) -> Self:
+        """Fuse what does not change.
+
+        Args:
+            fusion: has everything but the weights of new items.
+            scores: by scorer, float32[queries, candidates].
+            n_user: length of each query's known history, int[queries].
+            n_item: train events, int[candidates] or int[queries, candidates].
+        """
+        silent = replace(fusion, new=np.zeros((len(fusion.names), 2)))
+        total = fused_rows(silent, scores, n_user, n_item)
+        cold = np.broadcast_to(n_item < fusion.few, total.shape)
+        rows, columns = np.nonzero(cold)
+        z = []
+        for name in fusion.names:
+            given = scores[name]
+            z.append(fusion.placed(name, given, fusion.z(name, given), cold)[rows, columns])
+        return cls(total, (rows, columns), fusion.user(n_user)[rows], z)
+
+    def fused(self, theta: NDArray[np.float64]) -> Scores:
+        """The scores where new items have the weights `theta`, float64[scorers, 2]."""
+        added = np.zeros(len(self.user), dtype=np.float32)
+        for (bias, by_user), own in zip(theta, self.z, strict=True):
+            added += (bias + by_user * self.user).astype(np.float32) * own
+        result = self.total.copy()
+        result[self.at] += added  # NaN, where nobody knows the item, stays
+        return result
+
+    def spread(self, values: Scores) -> Scores:
+        """Values of the new items' cells, float32[cells], in the shape of the scores; 0 elsewhere."""
+        result = np.zeros_like(self.total)
+        result[self.at] = values
+        return result
 
 
 def _unseen(popularity: Scores | None) -> float | None:

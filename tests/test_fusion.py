@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
-from recllm import fitting
+from recllm import fitting, weighing
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.evaluate import KnownScores
 from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, inside_users, logistic, sample_candidates
-from recllm.fusion import BACKUP, FusedScorer, Fusion, Scaled, evidence
+from recllm.fusion import BACKUP, PLACING, FusedScorer, Fusion, Scaled, evidence
 from recllm.metrics import auc, ndcg
 from recllm.ranking import ItemIndex, target_ranks
 from recllm.weighing import FusionSettings, fit_labels, fit_new_items, fit_ranking
@@ -222,6 +222,21 @@ def test_ranks_and_points_by_hand():
     places = fitting.places_of(scores)
     assert fitting.reciprocal_ranks(scores, places)[0] == pytest.approx([1 / 61, 0.0, 1 / 63, 1 / 62])
     assert fitting.borda_points(scores, places)[0] == pytest.approx([1.0, 0.0, 0.98, 0.99])
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_new_items_among_known_ones_are_fused_as_the_fusion_does(by_row):
+    scores, _, n_user, n_item = made()
+    scores = {PLACING: np.tile(np.log1p(n_item).astype(np.float32), (len(n_user), 1)), **scores}
+    scores["a"][:, ::3] = NAN
+    rng = np.random.default_rng(0)
+    events = np.where(rng.random((len(n_user), len(n_item))) < 0.2, 0, n_item) if by_row else n_item
+    theta = rng.normal(size=(len(scores), 3))
+    fusion = replace(Fusion.plain(tuple(scores)), theta=theta, few=int(np.median(n_item)), unseen=-1.5)
+    among = weighing._NewAmongKnown.of(fusion, scores, n_user, events)
+    for new in rng.normal(size=(3, len(scores), 2)):
+        expected = replace(fusion, new=new).fuse(scores, n_user, events)[0]
+        np.testing.assert_array_equal(among.fused(new), expected)
 
 
 def test_softplus_and_its_slope_are_exact_also_far_out():
