@@ -75,12 +75,18 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
 
 def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not any(path.resolve().is_relative_to(place) for place in _places(folder)):
         raise RecllmError(f"'{folder}' names the file '{name}' outside of itself; such a bundle is not opened.")
     if not path.is_file():
         raise RecllmError(f"'{folder}' lacks the file '{name}'. Copy the bundle again, whole.")
     if path.stat().st_size != size or sha256_of(path) != sha256:
         raise RecllmError(f"'{path}' is damaged: its sha256 is not the manifest's. Copy or export the bundle again.")
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where a bundle's files may lie: in itself, and in the hub's cache, which links to them, among its blobs."""
+    whole = folder.resolve()
+    return [whole, *([whole.parents[1] / "blobs"] if whole.parent.name == "snapshots" else [])]
 
 
 def _check_nothing_else(folder: Path, files: Collection[str]) -> None:

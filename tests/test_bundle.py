@@ -1,6 +1,7 @@
 """The bundle on disk: sealed with checksums, refused when anything is missing, damaged, newer or outside."""
 
 import json
+import shutil
 
 import polars as pl
 import pytest
@@ -115,6 +116,26 @@ def test_a_link_to_the_outside_is_not_opened(folder):
     (folder / "weights.bin").symlink_to(secret)
     with pytest.raises(RecllmError, match=r"outside of itself"):
         read_manifest(folder)
+
+
+def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(folder, tmp_path):
+    blobs, snapshot = (
+        tmp_path / "models--acme--films" / "blobs",
+        tmp_path / "models--acme--films" / "snapshots" / "c0ffee",
+    )
+    blobs.mkdir(parents=True)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            link = snapshot / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(shutil.copy(path, blobs / sha256_of(path)))
+    assert read_manifest(snapshot) == read_manifest(folder)
+    secret = tmp_path / "secret.txt"
+    secret.write_bytes((folder / "weights.bin").read_bytes())
+    (snapshot / "weights.bin").unlink()
+    (snapshot / "weights.bin").symlink_to(secret)
+    with pytest.raises(RecllmError, match=r"outside of itself"):
+        read_manifest(snapshot)
 
 
 def test_what_is_no_bundle(tmp_path):
