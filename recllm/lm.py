@@ -268,9 +268,9 @@ def scoring_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def stream_width(model: PreTrainedModel) -> int:
+def stream_width(config: PretrainedConfig) -> int:
     """How wide what a model takes and gives is: some OPT models are wider inside."""
-    return int(getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size)
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
 @torch.inference_mode()
@@ -281,7 +281,7 @@ def encode_ids(
 
     Texts are read in length order in batches of about 512 padded tokens; `progress` gets the number of texts done.
     """
-    result = np.full((len(token_ids), stream_width(base.model)), np.nan, dtype=np.float32)
+    result = np.full((len(token_ids), stream_width(base.model.config)), np.nan, dtype=np.float32)
     order = sorted((row for row, ids in enumerate(token_ids) if ids), key=lambda row: len(token_ids[row] or ()))
     start = 0
     while start < len(order):
@@ -383,7 +383,7 @@ def next_item_model(
     return NextItemModel(
         LanguageBody(body),
         features,
-        width=stream_width(base.model),
+        width=stream_width(base.model.config),
         head_width=settings.head_width,
         warm=counts > 0,
         token_scale=scale,

@@ -22,7 +22,7 @@ from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, lengths_of
 from recllm.histories import HistoryFormat
 from recllm.judging import light_judge_stage, relevance_stage
-from recllm.lm import load_config, load_tokenizer, model_folder
+from recllm.lm import load_config, load_tokenizer, model_folder, stream_width
 from recllm.loop import COMPILING, Stage, check_trainer_keys, stage_trainer
 from recllm.nextitem import language_stage, light_stage
 from recllm.runs import Run
@@ -152,7 +152,7 @@ def plan_run(run: Run, say: Say) -> Plan:
 
 def random_features(run: Run, task: Task) -> ItemFeatures:
     """Item vectors and factors of a run in their right shapes, drawn by its seed."""
-    width = load_config(model_folder(encoder_name(run))).hidden_size
+    width = stream_width(load_config(model_folder(encoder_name(run))))
     random = np.random.default_rng(run.seed)
     text = random.normal(size=(len(task.index), width)).astype(np.float32)
     factors = random.normal(size=(len(task.index), run.cf.factors)).astype(np.float32)

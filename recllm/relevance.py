@@ -77,7 +77,7 @@ class RelevanceModel(nn.Module):
         super().__init__()
         self.body, self.causal = body, base.causal
         self.max_tokens = positions_of(base) or ANY_LENGTH
-        width = stream_width(base.model)
+        width = stream_width(base.model.config)
         self.difference = nn.Linear(width, 1) if output is None else AnswerDifference(output, answers)
         self.soft_from: int | None = None
         """The token of the catalogue's first item, where items have tokens of their own."""

@@ -22,6 +22,7 @@ from recllm.errors import RecllmError
 from recllm.examples import NextItemCollator
 from recllm.histories import item_token_history, text_history
 from recllm.lm import (
+    BaseModel,
     check_layers,
     encode_ids,
     is_causal,
@@ -241,6 +242,17 @@ def test_a_text_history_reads_what_the_tokenizer_writes(checkerboard, causal, ti
         expected = causal.model(input_ids=torch.tensor([tokens])).last_hidden_state
         found = model.body(torch.nn.functional.embedding(torch.tensor([ids]), model.table()))
     assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_a_model_that_is_wider_inside_reads_items_and_histories(tiny_family, tiny_tokenizer):
+    body = tiny_family("OPT", word_embed_proj_dim=16, ffn_dim=32)  # OPT-350m is 1,024 inside and 512 outside
+    base = BaseModel(body, tiny_tokenizer, True, None)
+    assert encode_ids(base, [[5, 7, 9], None]).shape == (2, 16)
+    history = item_token_history([1], 5, 1)
+    model = next_item_model(base, None, features(8), np.ones(8, dtype=int), history, ModelSettings(head_width=12))
+    given = NextItemCollator(history)([np.array([3, 5, 7])])
+    model(**given)["loss"].backward()
+    assert model.tokens.text.weight.grad.abs().sum() > 0
 
 
 def test_an_encoder_cannot_read_histories_for_the_next_item(encoder, tiny_tokenizer):
