@@ -74,12 +74,12 @@ def places_of(scores: Scores) -> Array:
 
 
 def reciprocal_ranks(scores: Scores, at: Array) -> Scores:
-    """1 / (60 + rank) of each row's known scores, by their `places`, 0 for NaN: float32, the shape of `scores`."""
+    """1 / (60 + rank) of each row's known scores, by `places_of`, 0 for NaN: float32, the shape of `scores`."""
     return np.where(np.isnan(scores), 0.0, 1.0 / (RANK_OFFSET + at)).astype(np.float32)
 
 
 def borda_points(scores: Scores, at: Array) -> Scores:
-    """The share of the first 100 `places` that a candidate leaves behind, 0 for NaN: float32, the shape of `scores`."""
+    """The share of the first 100 places that a candidate leaves behind, by `places_of`, 0 for NaN: float32, alike."""
     points = np.maximum(0.0, 1.0 - (at - 1.0) / BORDA_PLACES)
     return np.where(np.isnan(scores), 0.0, points).astype(np.float32)
 
