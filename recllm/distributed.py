@@ -18,6 +18,8 @@ from recllm.query_rows import COLUMNS, BadRow, QueryRow, identifier, parse_row
 from recllm.ranker import TwoStage, behind, load_ranker
 from recllm.runtime import Recommender, load
 
+NOTHING_LEFT = "nothing is left to recommend: the history has every item"
+
 
 class BatchRecommender:
     """The `k` best items for every row of a batch; the bundle is loaded once per worker.
@@ -94,7 +96,10 @@ class BatchRecommender:
         return {name: whole[name].to_numpy() for name in whole.columns}
 
     def _answers(self, rows: Sequence[QueryRow]) -> pl.DataFrame:
-        return best_items(self.recommender, rows, self.k, exclude_seen=self.exclude_seen, new_items=self.new_items)
+        found = best_items(self.recommender, rows, self.k, exclude_seen=self.exclude_seen, new_items=self.new_items)
+        answered = set(found["user_id"].to_list())
+        left = [_refused(BadRow(row.line, NOTHING_LEFT, row.fields)) for row in rows if row.user_id not in answered]
+        return pl.concat([found, *left], how="diagonal")
 
 
 def _row(line: int, fields: dict[str, Any], *, ratings: bool) -> QueryRow | BadRow:

@@ -18,7 +18,10 @@ from recllm.errors import RecllmError
 from recllm.fetch import cache_folder
 from recllm.sessions import PROVIDERS, open_session
 
-RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+RUNTIMES = tuple(
+    f"onnxruntime{kind}"
+    for kind in ("", "-gpu", "-directml", "-migraphx", "-openvino", "-qnn", "-rocm", "-training", "-training-cpu")
+)
 """Two packages over the same files; others, as onnxruntime-directml, are found by their name's beginning."""
 IDENTITY = "CAgSADo3ChAKAXgSAXkiCElkZW50aXR5EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ=="
 """A graph of one Identity, opset 13, to try a provider with."""
@@ -76,7 +79,7 @@ def _installed() -> dict[str, str]:
 
 
 def _runtime() -> Finding:
-    found = {name: version for name, version in _installed().items() if name.startswith("onnxruntime")}
+    found = {name: version for name, version in _installed().items() if name in RUNTIMES}
     there = " and ".join(f"{name} {version}" for name, version in found.items())
     if not found:
         return Finding("wrong", "no ONNX Runtime, which runs bundles", 'pip install "recllm[gpu]", or "recllm[cpu]"')

@@ -201,7 +201,8 @@ class TwoStage:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.top < 1 or self.weight < 0 or (self.seconds is not None and self.seconds <= 0):
+        # Asked so that NaN fails too.
+        if not (self.top >= 1 and self.weight >= 0 and (self.seconds is None or self.seconds > 0)):
             raise RecllmError(
                 f"top={self.top}, weight={self.weight} and seconds={self.seconds}: the first must be at least 1, the "
                 "second not negative, the third positive."
@@ -261,11 +262,12 @@ class TwoStage:
                 another length than their history.
         """
         self.recommender.check_k(k, new_items)
+        queries = _queries(histories, ratings)
         depth = min(max(self.top, k), len(self.recommender.index))
         first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen, new_items=new_items)
         if self.top < depth:
             first = self._led(first, min(new_items, self.top))
-        judged = self._judged(_queries(histories, ratings), [ids[: self.top] for ids in first.ids])
+        judged = self._judged(queries, [ids[: self.top] for ids in first.ids])
         ids: list[list[str]] = []
         scores = np.full((len(judged), k), np.nan, dtype=np.float32)
         shares = {name: np.full((len(judged), k), np.nan, dtype=np.float32) for name in (*first.shares, RANKER_SHARE)}
@@ -341,6 +343,8 @@ class TwoStage:
 def _queries(
     histories: Sequence[Sequence[str]], ratings: Sequence[Sequence[float | None] | None] | None
 ) -> list[Query]:
+    if ratings is not None and len(ratings) != len(histories):
+        raise RecllmError(f"{len(ratings)} lists of ratings for {len(histories)} histories; each needs one, or None.")
     given = [None] * len(histories) if ratings is None else [None if own is None else _rated(own) for own in ratings]
     for row, (history, own) in enumerate(zip(histories, given, strict=True)):
         if own is not None and len(own) != len(history):

@@ -274,7 +274,7 @@ class Recommender:
             RecllmError: k is not between 1 and the number of items, or a history is no list of ids.
         """
         self.check_k(k)
-        check_histories(histories or [])
+        check_histories([] if histories is None else histories)
         queries = self._sample(SAMPLED) if histories is None else [Query(tuple(history)) for history in histories]
         if self._shortlist is None or not queries:
             return 1.0
@@ -424,7 +424,8 @@ def _grown(scorer: VectorScorer, catalog: Catalog, text: NDArray[np.float32], gr
     """A scorer that knows the new items at the catalogue's end by their text; one that reads none stays as it is."""
     index = ItemIndex(catalog.ids)
     if isinstance(scorer, Popularity):
-        return scorer.grown(index, np.zeros(len(text), dtype=np.float32))
+        # Nobody has chosen them; of what has no text nothing at all is known, and it is never recommended.
+        return scorer.grown(index, np.where(np.isnan(text[:, 0]), np.float32(np.nan), np.float32(0.0)))
     if isinstance(scorer, TextSimilarity):
         return TextSimilarity(index, np.concatenate([scorer.vectors, text]), scorer.half_life)
     if not isinstance(scorer, TableScorer):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from recllm.devices import process_state
@@ -20,8 +20,9 @@ ANY = ("none", "all")
 
 
 def trackers(report_to: Any) -> list[str]:  # noqa: ANN401  a name or several, as Trainer takes them
-    """The names in `train.report_to`."""
-    return [report_to] if isinstance(report_to, str) else list(report_to)
+    """The names in `train.report_to`; of `all` those that are installed."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    return get_available_reporting_integrations() if "all" in names else names
 
 
 def check_trackers(report_to: Any) -> None:  # noqa: ANN401
@@ -58,7 +59,7 @@ def own_wandb_run(report_to: Any) -> Iterator[None]:  # noqa: ANN401
 
     A run that somebody had begun before is left open.
     """
-    if not {"wandb", "all"} & set(trackers(report_to)) or find_spec("wandb") is None:
+    if "wandb" not in trackers(report_to) or find_spec("wandb") is None:
         yield
         return
     wandb = importlib.import_module("wandb")

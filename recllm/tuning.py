@@ -102,6 +102,12 @@ DECIDING, HARMLESS = ("data", "seed", "start_from", "control", "model.task"), ("
 """Tables and keys that decide what a run is measured on, and those among them that do not."""
 
 
+OWN = ("name", "output")
+"""Keys that the search sets for every trial."""
+BEHIND_LIGHT, BESIDE_LIGHT = ("train.", "adapter.", "fusion.", "export."), ("train.precision",)
+"""Beginnings of the keys of what comes behind the light scorer, and the one among them that is its own too."""
+
+
 class Search(Settings):
     """One tune file."""
 
@@ -131,6 +137,13 @@ def load_search(path: Path) -> tuple[Search, Run]:
     file = path.parent / search.run
     run = load_run(file)
     for key, values in search.search.items():
+        if key in OWN:
+            raise RecllmError(f'{path}: [search."{key}"] is where a trial lies, which the search sets itself.')
+        if search.scorer == "light" and key.startswith(BEHIND_LIGHT) and key not in BESIDE_LIGHT:
+            raise RecllmError(
+                f"{path}: [search.\"{key}\"] changes nothing of scorer = 'light', which is trained before it. Search "
+                "over it with scorer = 'fusion' or that of the language model."
+            )
         if not {key, key.partition(".")[0]}.isdisjoint(DECIDING) and key not in HARMLESS:
             raise RecllmError(
                 f'{path}: [search."{key}"] would decide which rows a trial is measured on, so that trials could not '
@@ -220,10 +233,11 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
     say(f"Trial {trial.number}: " + ", ".join(f"{key} = {value}" for key, value in values.items()))
     _share_fitted(search, folder, tried)
     seen: dict[int, int] = {}
+    metric = _metric(search, run)
 
     def watch(stage: str, step: int, metrics: Mapping[str, float]) -> None:
         # By what is searched for, and nothing else: another scorer's metric would cut the wrong ones.
-        figure = next((value for name, value in metrics.items() if name in ("eval_ndcg@10", "eval_auc")), None)
+        figure = metrics.get(f"eval_{metric.lower().replace('hitrate', 'hit_rate')}")
         if stage != search.scorer or figure is None or step in seen:
             return
         seen[step] = len(seen)
@@ -235,7 +249,6 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
     parts = load_collaborative(tried, task)
     scores = known_scores(tried, task, parts, _silent)["valid"]
     table = evaluate_run(tried, task, scores, part="valid")
-    metric = _metric(search, run)
     _check(table, search.scorer, metric)
     value = table.interval(search.scorer, metric)[0]
     for name, cost in _costs(search, tried, task).items():

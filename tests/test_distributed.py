@@ -88,6 +88,16 @@ def test_a_ranker_reads_the_ratings(tiny_bundle, monkeypatch):
     assert f"share_{RANKER_SHARE}" in found
 
 
+def test_a_user_for_whom_nothing_is_left_is_told(tiny_bundle):
+    items = [str(item) for item in range(24)]
+    rows = {"user_id": ["a", "b"], "history": [["0"], items]}
+    found = BatchRecommender(tiny_bundle, k=2)(rows)
+    assert found["user_id"].tolist() == ["a", "a", "b"]
+    assert found["rank"].tolist() == [1, 2, 0]
+    assert [error is None for error in found["error"]] == [True, True, False]
+    assert "every item" in found["error"][2]
+
+
 @pytest.mark.filterwarnings("default")  # ray's own
 def test_on_ray_data(tiny_bundle):
     ray = pytest.importorskip("ray", reason="the extra 'distributed' is not installed")

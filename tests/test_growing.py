@@ -97,6 +97,23 @@ def test_items_of_which_nothing_is_said_are_refused(tiny_bundle, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
+def test_an_item_without_text_is_never_recommended(tiny_bundle):
+    grown = recllm.load(tiny_bundle).with_items([{"item_id": "bare"}, {"item_id": "told", "title": "Red film 99"}])
+    every = [str(item) for item in range(24)]
+    for history in (["0", "2"], every, []):
+        found = grown.recommend([history], k=3, new_items=1).ids[0]
+        assert "bare" not in found
+        assert "told" in found
+    assert np.isnan(grown.score([["0", "2"]], ["bare"])[0]).all()
+
+
+def test_lists_in_a_new_items_record_are_joined_as_in_a_file(tiny_bundle):
+    grown = recllm.load(tiny_bundle).with_items(
+        [{"item_id": "new", "title": "Red film 99", "genres": ["Drama", "War"]}]
+    )
+    assert grown.catalog.record("new")["genres"] == "Drama, War"
+
+
 def test_what_is_passed_over_of_a_file_of_items_is_said(tiny_bundle, tmp_path):
     path, said = tmp_path / "new.csv", []
     rows = ["item_id,title,colour", "n1,Red film 99,red", "n1,Blue film 98,blue", "n2,,", "3,known,", ",Nobody,"]

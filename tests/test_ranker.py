@@ -70,6 +70,8 @@ def test_ratings_that_are_no_numbers_are_none(recommender):
 def test_ratings_of_another_length_are_refused(recommender):
     with pytest.raises(RecllmError, match=r"Row 1: 1 ratings for 2 items of the history"):
         TwoStage(recommender, Opinionated()).recommend([["0"], ["0", "2"]], 2, ratings=[None, [4.0]])
+    with pytest.raises(RecllmError, match=r"1 lists of ratings for 2 histories"):
+        TwoStage(recommender, Opinionated()).recommend([["0"], ["2"]], 2, ratings=[[4.0]])
 
 
 @pytest.mark.parametrize("top", [6, 12])
@@ -141,7 +143,9 @@ def test_more_than_there_is(recommender):
         TwoStage(recommender, Opinionated()).recommend([["0"]], 0)
 
 
-@pytest.mark.parametrize("given", [{"top": 0}, {"weight": -1.0}, {"seconds": 0.0}])
+@pytest.mark.parametrize(
+    "given", [{"top": 0}, {"weight": -1.0}, {"seconds": 0.0}, {"weight": np.nan}, {"seconds": np.nan}]
+)
 def test_settings_are_checked(recommender, given):
     with pytest.raises(RecllmError, match="the first must be at least 1"):
         TwoStage(recommender, Opinionated(), **given)

@@ -158,6 +158,22 @@ def test_what_decides_the_rows_is_not_searched(place, key):
         load_search(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("name", "which the search sets itself"),
+        ("fusion.l2", "changes nothing of scorer = 'light'"),
+        ("train.learning_rate", "changes nothing of scorer = 'light'"),
+    ],
+)
+def test_keys_that_change_nothing_of_what_is_measured_are_refused(place, key, message):
+    path = _renamed(written(place), '"light.layers"', f'"{key}"')
+    with pytest.raises(RecllmError, match=message):
+        load_search(path)
+    if key != "name":
+        load_search(_renamed(path, 'scorer = "light"', 'scorer = "fusion"'))
+
+
 def test_a_key_that_the_run_has_not_is_refused(place):
     path = written(place)
     path.write_text(path.read_text(encoding="utf-8").replace("light.layers", "light.leyers"), encoding="utf-8")

@@ -168,11 +168,16 @@ def _hash_texts(digest: "hashlib._Hash", name: str, column: pl.Series) -> None:
     digest.update("".join(column.drop_nulls().to_list()).encode())
 
 
+def _text(value: object) -> str:
+    """A field as text; lists are joined as they are when reading."""
+    return ", ".join(str(each) for each in value if each is not None) if isinstance(value, list | tuple) else str(value)
+
+
 def _checked(record: Mapping[str, str], columns: list[str], known: set[str]) -> dict[str, str | None]:
     for name in record:
         if name not in columns:
             raise unknown("item field", name, columns)
-    fields = {name: " ".join(str(value).split()) or None for name, value in record.items() if value is not None}
+    fields = {name: " ".join(_text(value).split()) or None for name, value in record.items() if value is not None}
     given = record.get("item_id")
     item_id = "" if given is None else str(given).strip()  # white space inside an id is a part of it
     if not item_id:
