@@ -20,6 +20,7 @@ from recllm.vectors import ItemFeatures, Standard
 
 TEXT = np.array([[1, 2], [3, -1], [np.nan, np.nan], [-4, 0], [0, -1], [5, 5]], dtype=np.float32)
 FACTORS = np.array([[1], [2], [3], [4], [np.nan], [5]], dtype=np.float32)
+NONE = ("model.name=none", "model.item_encoder=minilm-l6")
 FEATURES = ItemFeatures(ItemIndex("abcdef"), Standard.fit(TEXT)(TEXT), Standard.fit(FACTORS)(FACTORS))
 
 
@@ -119,14 +120,14 @@ def test_a_control_is_not_shipped(control):
 
 def test_a_control_of_a_model_that_is_not_there_is_refused(tiny_run):
     with pytest.raises((RecllmError, ValidationError), match="there is nothing to draw"):
-        load_run(tiny_run / "run.toml", ["control.language_model=random", "model.name=none"])
+        load_run(tiny_run / "run.toml", ["control.language_model=random", *NONE])
 
 
 @pytest.mark.parametrize("key", ["model.history=text", "model.task=relevance"])
 def test_text_vectors_are_no_control_of_who_reads_the_words(key, tiny_run):
     with pytest.raises((RecllmError, ValidationError), match="this run's language model reads their words"):
         load_run(tiny_run / "run.toml", ["control.text=shuffled", key])
-    load_run(tiny_run / "run.toml", ["control.text=shuffled", "model.task=relevance", "model.name=none"])
+    load_run(tiny_run / "run.toml", ["control.text=shuffled", "model.task=relevance", *NONE])
 
 
 def test_drawn_weights_are_not_quantised(tiny_run, tmp_path):

@@ -19,7 +19,7 @@ from recllm.data import Catalog, Query
 from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.files import read_json
-from recllm.judging import AskedAbout, load_relevance, rating_scorers
+from recllm.judging import AskedAbout, load_relevance, rating_scorers, relevance_stage
 from recllm.outcome import FUSION, evaluate_run
 from recllm.ranker import behind, load_ranker
 from recllm.ranking import ItemIndex
@@ -336,7 +336,10 @@ def test_without_ratings_negatives_are_sampled(checkerboard, tiny_lm_folder, tin
     assert table.counts["all"] == (80, 40)
     assert set(table.scorers) == {"popularity", "mf", "ease", "text", "relevance", WITHOUT, FUSION}
     assert table.interval("mf", "AUC")[0] > 0.85  # the halves of the board
-    assert read_json(run.folder / "lm" / "done.json")["rows"] == 3 * 2 * (40 * 7)
+    stage = relevance_stage(run, task, load_collaborative(run, task).features, lambda _: None)
+    assert stage.train.rows_of_data == 3 * 2 * (40 * 7)
+    read = 2 * run.train.per_device_train_batch_size
+    assert read_json(run.folder / "lm" / "done.json")["rows"] == read
 
 
 class HistoryLength:

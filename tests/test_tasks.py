@@ -128,7 +128,7 @@ def test_rows_that_ask_for_what_is_no_candidate_are_left_out_before_anything_tra
     assert [row.item_id for row in task.split.test] == ["3", "4"]
     assert len(task.split.valid) == 3
     assert said[-1].startswith("1 of 3 test rows ask for an item that is not in the catalogue")
-    judged = prepare(Run.model_validate(values | {"model": {"task": "relevance", "name": "none"}}))
+    judged = prepare(Run.model_validate(values | {"model": {"task": "relevance", "name": "none", "item_encoder": "x"}}))
     assert len(judged.split.test) == 3  # a pair can be judged by what is known of the user
 
 
