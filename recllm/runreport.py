@@ -71,7 +71,7 @@ def _order(fusion: Fusion) -> str:
         [name for name, own in zip(fusion.names, fusion.levels, strict=True) if own == level]
         for level in sorted(set(fusion.levels))
     ]
-    told = "; then ".join(", ".join(names) for names in levels if names)
+    told = "; then ".join(", ".join(names) for names in levels)
     return f": each scorer only where those before it are silent, {told}"
 
 

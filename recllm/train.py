@@ -14,7 +14,7 @@ from recllm.adapters import load_adapter
 from recllm.cards import write_adapter_card
 from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
-from recllm.errors import RecllmError
+from recllm.errors import RecllmError, place_error
 from recllm.files import only_one, read_json
 from recllm.judging import train_light_judge, train_relevance
 from recllm.loop import COMPILING, check_trainer_keys
@@ -269,8 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_up()
     try:
         train_run(load_run(given.run, given.set), resume=given.resume, overwrite=given.overwrite, say=_print)
-    except RecllmError as error:
-        sys.stderr.write(f"Error: {error}\n")
+    except Exception as error:
+        message = str(error) if isinstance(error, RecllmError) else place_error(error)
+        if not message:
+            raise
+        sys.stderr.write(f"Error: {message}\n")
         raise SystemExit(2) from None
 
 

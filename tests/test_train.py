@@ -1,5 +1,6 @@
 """Training a whole run: what is in its folder, resuming, refusing, and two processes that learn the same."""
 
+import errno
 import json
 import os
 import shutil
@@ -283,6 +284,20 @@ def test_figures_of_another_fusion_do_not_stay(tiny_run, tmp_path):
     assert all((folder / name).is_file() for name in names)
     train_run(load_run(folder, ["fusion.kinds=['plain sum']"]), resume=True, say=silent)
     assert not [name for name in names if (folder / name).is_file()]
+
+
+def test_a_training_that_was_launched_tells_a_full_disk_without_a_traceback(tiny_run, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(train, "train_run", full)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(tiny_run), "--resume"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("Error: the disk is full")
+    monkeypatch.setattr(train, "train_run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug is not hidden
+        train.main([str(tiny_run), "--resume"])
 
 
 def test_two_trainings_in_one_folder_are_refused(tiny_run, tmp_path):
