@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recllm.adapters import LOFTQ
 from recllm.assets import ASSETS
-from recllm.fetch import pinned
+from recllm.fetch import on_hub, pinned
 from recllm.files import read_json, whole_folder, written
 from recllm.revisions import known_revision
 from recllm.runs import ENVIRONMENT, Run
@@ -67,7 +67,7 @@ def write_adapter_card(run: Run) -> None:
     if not folder.is_dir():
         return
     repository, commit = pinned(run.model.name)
-    head = ["---", f"base_model: {repository}", "library_name: peft", "tags: [recommendation, recllm]", "---"]
+    head = _front(run, "peft")
     # A name of recllm's own means nothing to transformers.
     base = "FOLDER" if run.model.name in ASSETS else repository
     where = f"  # FOLDER: where {run.model.name} lies, as a model that transformers loads" if base == "FOLDER" else ""
@@ -97,7 +97,19 @@ def write_bundle_card(run: Run, folder: Path, recipe: str, kind: str) -> None:
     if kind != "recommends":
         loading[3:5] = ["import recllm.ranker", ""]
     loading.append('The graphs are plain ONNX: `onnxruntime.InferenceSession("….onnx")` opens them without recllm.')
-    _write(folder / CARD, [*card(run, f"{run.name}: a bundle that {kind} ({recipe})"), "", *loading])
+    _write(
+        folder / CARD,
+        [*_front(run, "onnx"), "", *card(run, f"{run.name}: a bundle that {kind} ({recipe})"), "", *loading],
+    )
+
+
+def _front(run: Run, library: str) -> list[str]:
+    """What the hub reads of a card. It knows its own names alone: of a folder's model, which is nobody else's, none."""
+    name, known = run.model.name, ASSETS.get(run.model.name)
+    hub = known.hub if known is not None else None
+    base = hub.model if hub is not None else pinned(name)[0] if on_hub(name) else None
+    named = [] if base is None else [f"base_model: {base}"]
+    return ["---", *named, f"library_name: {library}", "tags: [recommendation, recllm]", "---"]
 
 
 def card(run: Run, title: str) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recllm.adapters import AdapterRecipe, attach
-from recllm.cards import ADAPTER, CARD, card, save_adapter, write_adapter_card
+from recllm.cards import ADAPTER, CARD, card, save_adapter, write_adapter_card, write_bundle_card
 from recllm.checkpoints import trained_values
 from recllm.files import read_json, write_json
 from recllm.lm import load_base
@@ -45,7 +45,9 @@ def test_the_adapters_card_says_what_it_is_before_and_after_it_was_measured(run)
     (run.folder / "evaluation.json").unlink(missing_ok=True)
     write_adapter_card(run)
     text = path.read_text(encoding="utf-8")
-    assert text.startswith("---\nbase_model: ")
+    assert text.startswith(
+        "---\nlibrary_name: peft\n"
+    )  # its base model lies in a folder, of which the hub knows nothing
     assert "Not evaluated yet: `recllm evaluate tiny`" in text
     assert f"| adapter | {run.adapter.recipe} |" in text
     fingerprint = next(iter(read_json(run.folder / "environment.json")["data"].values()))
@@ -87,9 +89,22 @@ def test_a_pinned_base_model_is_named_as_transformers_and_peft_take_it(run, tiny
     assert f"| base model | owner/model@0a1b, weights sha256 {'f' * 16} |" in text
 
 
+def test_the_hub_is_told_base_models_by_its_own_names_alone(run):
+    from huggingface_hub import ModelCard
+
+    for name, base in (("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("none", None)):
+        named = run.model_copy(
+            update={"model": run.model.model_copy(update={"name": name, "item_encoder": "minilm-l6"})}
+        )
+        write_json(run.folder / ENVIRONMENT, read_json(run.folder / ENVIRONMENT) | {"models": {name: "f" * 16}})
+        write_bundle_card(named, run.folder, "fp32", "recommends")
+        told = ModelCard.load(run.folder / CARD).data
+        assert (told.base_model, told.library_name, told.tags) == (base, "onnx", ["recommendation", "recllm"])
+
+
 def test_a_bundle_has_its_card(tiny_bundle):
     text = (tiny_bundle / CARD).read_text(encoding="utf-8")
-    assert text.startswith("# tiny: a bundle that recommends (fp32)")
+    assert "\n# tiny: a bundle that recommends (fp32)\n" in text
     assert 'model = recllm.load("bundle-fp32")' in text
     assert CARD in read_json(tiny_bundle / "manifest.json")["files"]
 
