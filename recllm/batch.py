@@ -33,6 +33,7 @@ CHUNK = 512
 NO_HISTORY = "no item of the history is known by its text; name the file that has it: --history-items FILE"
 NO_EVENT = "the history is empty, and a language model says nothing of a user without one"
 NO_KNOWN = "no item of the history is known by its text, and a language model says nothing of a user without one"
+NOTHING_LEFT = "nothing is left to recommend: the history has every item"
 PAIRS = ["user_id", "item_id", "score"]
 """Columns of scores of named items."""
 EVERY = 5.0
@@ -328,7 +329,9 @@ def _run(
         checked = (_checked_chunk(chunk, index, unknown) for chunk in _chunks(here, job.chunk))
         for good, rejects, counts in () if kept.complete else ahead(checked):
             frame = _answered(answer, good) if good else None
-            counts.answered, counts.rejected = len(good), len(rejects)
+            left = () if frame is None else unanswered(good, frame)
+            rejects = sorted([*rejects, *(_set_aside(row) for row in left)], key=lambda reject: reject["line"])
+            counts.answered, counts.rejected = len(good) - len(left), len(rejects)
             counts.written = 0 if frame is None else frame.height
             kept.add(frame, rejects, counts)
             done = counts.answered + counts.rejected
@@ -349,6 +352,12 @@ def _run(
     summary.add(kept.counts)
     summary.seconds = progress.seconds
     return summary
+
+
+def unanswered(rows: Sequence[QueryRow], answers: pl.DataFrame) -> list[BadRow]:
+    """The rows of users that the answers do not have, because their history has all that there is."""
+    answered = set(answers["user_id"].unique())
+    return [BadRow(row.line, NOTHING_LEFT, row.fields) for row in rows if row.user_id not in answered]
 
 
 def rejects_of(target: Path) -> Path:
@@ -415,10 +424,10 @@ def _checked(
     """Count unknown items; set aside what cannot be answered."""
 
     def refuse(reason: str) -> None:
-        rejects.append({"line": row.line, "reason": reason, "row": row.fields})
+        rejects.append(_set_aside(BadRow(row.line, reason, row.fields)))
 
     if isinstance(row, BadRow):
-        refuse(row.reason)
+        rejects.append(_set_aside(row))
         return None
     known = [item in index for item in row.candidates or ()]
     if known and not any(known):
@@ -432,6 +441,11 @@ def _checked(
     counts.strangers += stranger
     counts.unknown += strange + known.count(False)
     return row
+
+
+def _set_aside(row: BadRow) -> dict[str, Any]:
+    """A line of the rejects."""
+    return {"line": row.line, "reason": row.reason, "row": row.fields}
 
 
 def _chunks(rows: Iterable[QueryRow | BadRow], size: int) -> Iterator[list[QueryRow | BadRow]]:

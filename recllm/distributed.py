@@ -12,13 +12,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recllm.batch import best_items
+from recllm.batch import best_items, unanswered
 from recllm.errors import RecllmError
 from recllm.query_rows import COLUMNS, BadRow, QueryRow, identifier, parse_row
 from recllm.ranker import TwoStage, behind, load_ranker
 from recllm.runtime import Recommender, load
-
-NOTHING_LEFT = "nothing is left to recommend: the history has every item"
 
 
 class BatchRecommender:
@@ -97,9 +95,7 @@ class BatchRecommender:
 
     def _answers(self, rows: Sequence[QueryRow]) -> pl.DataFrame:
         found = best_items(self.recommender, rows, self.k, exclude_seen=self.exclude_seen, new_items=self.new_items)
-        answered = set(found["user_id"].to_list())
-        left = [_refused(BadRow(row.line, NOTHING_LEFT, row.fields)) for row in rows if row.user_id not in answered]
-        return pl.concat([found, *left], how="diagonal")
+        return pl.concat([found, *map(_refused, unanswered(rows, found))], how="diagonal")
 
 
 def _row(line: int, fields: dict[str, Any], *, ratings: bool) -> QueryRow | BadRow:

@@ -11,7 +11,7 @@ from polars.testing import assert_frame_equal
 
 import recllm
 from recllm import batch, parts
-from recllm.batch import Job, ahead, rank_file, recommend_file, score_file, score_items_file
+from recllm.batch import NOTHING_LEFT, Job, ahead, rank_file, recommend_file, score_file, score_items_file
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.parts import Parts, folder_of
@@ -106,6 +106,20 @@ def test_a_list_shorter_than_k_has_no_empty_lines(tmp_path, recommender):
     assert found.filter(user_id="a").height == 4
     assert found.filter(user_id="b").height == 23
     assert found["score"].null_count() == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 10])
+def test_whoever_has_everything_is_set_aside_and_not_passed_over(chunk, tmp_path, recommender):
+    every = [str(item) for item in range(24)]
+    source = write(tmp_path / "in.jsonl", {"none": ["0", 7, None], "all": every, "one": ["0"]})
+    summary = recommend_file(recommender, Job(source, tmp_path / "out.csv", chunk=chunk), k=3)
+    rejects = [json.loads(line) for line in summary.rejects.read_text(encoding="utf-8").splitlines()]
+    assert [(row["line"], row["reason"]) for row in rejects][1:] == [(2, NOTHING_LEFT)]
+    assert rejects[1]["row"]["user_id"] == "all"
+    assert (summary.answered, summary.rejected, summary.written) == (1, 2, 3)
+    assert read(tmp_path / "out.csv")["user_id"].to_list() == ["one"] * 3
+    shown = Job(source, tmp_path / "seen.csv", chunk=chunk)
+    assert recommend_file(recommender, shown, k=3, exclude_seen=False).answered == 2
 
 
 BAD = [
