@@ -12,13 +12,14 @@ from recllm.data import Interactions
 from recllm.evaluate import KnownPairs, KnownScores, evaluate_labels, evaluate_ranking, user_codes
 from recllm.fusion import Fusion, evidence
 from recllm.neighbours import few_events
+from recllm.newitems import fit_new_items
 from recllm.pairs import labelled_rows
 from recllm.ranking import Scorer, Scores, batches, score_pairs
 from recllm.results import Table
 from recllm.runs import Run
 from recllm.splits import Example, liked_events
 from recllm.tasks import Task
-from recllm.weighing import fit_labels, fit_new_items, fit_ranking
+from recllm.weighing import fit_labels, fit_ranking
 
 
 class EvaluationProtocol(Protocol):

@@ -1,9 +1,9 @@
-"""Weighing: fit the fusion's weights on validation, for rankings, for labelled pairs and for items without events."""
+"""Weighing: fit the fusion's weights on validation, for rankings and for labelled pairs."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,14 +20,12 @@ from recllm.fitting import (
     moments,
     sample_candidates,
 )
-from recllm.fusion import BACKUP, PLACING, Counts, Fusion, Scaled
+from recllm.fusion import BACKUP, Counts, Fusion, Scaled
 from recllm.metrics import auc, ndcg
-from recllm.ranking import QUERY_BATCH, Scores, target_ranks, top_k
+from recllm.ranking import QUERY_BATCH, Scores, target_ranks
 from recllm.recipes import Settings
 
 NDCG_AT = 10
-NEW_AT_ONCE = 0.05
-"""The share of the catalogue that is taken for new while it is measured what new items cost known ones."""
 FOLDS = 5
 """Parts of the validation rows on which what was fitted on the others is measured in turn."""
 
@@ -284,199 +282,3 @@ def alone(base: Fusion, name: str) -> Fusion:
         gates=tuple(1.0 if own == name else BACKUP for own in base.names),
         levels=tuple(int(own != name) for own in base.names),
     )
-
-
-def fit_new_items(
-    fusion: Fusion,
-    scores: Mapping[str, Scores],
-    as_new: Mapping[str, Scores],
-    targets: NDArray[np.int64],
-    n_user: Counts,
-    n_item: Counts,
-    seen: NDArray[np.bool_],
-    *,
-    few: int = 1,
-    settings: FusionSettings | None = None,
-    seed: int = 0,
-) -> Fusion:
-    """The same fusion with weights for new items, fitted by taking a part of the known ones for new.
-
-    In every row `settings.new_share` of the known items, drawn anew, lose what is known from their events, the target
-    as likely as any other. Known items keep their weights; those of new ones are fitted by softmax cross-entropy, and
-    kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
-
-    Items that have few events because nobody wants them look as new as those of tomorrow, and a shop without any such
-    item has new ones tomorrow. So what was fitted is tried on the real validation rows, as they are and with a few
-    known items taken for new, none of them the target: new items are placed lower, then only those without any event
-    are new, then they are left without weights of their own, until neither NDCG@10 is lower by more than
-    `settings.new_cost` than without them, and lists of ten show a new item no more often than any other.
-
-    Args:
-        fusion: for items with events.
-        scores: by scorer, float32[queries, candidates].
-        as_new: the same, as if no candidate had events.
-        targets: column of each query's target, int64[queries].
-        n_user: length of each query's known history, int[queries].
-        n_item: train events per candidate, int[candidates].
-        seen: candidates that are not ranked, bool[queries, candidates].
-        few: events from which an item is known.
-        settings: how to fit.
-        seed: of the draws.
-    """
-    settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
-    warm, names = n_item >= few, fusion.names
-    rows = np.flatnonzero((targets >= 0) & warm[targets])
-    sample = np.sort(rng.permutation(rows)[: settings.queries])
-    if not len(sample) or settings.new_share == 0.0:
-        return fusion
-    new = warm & (rng.random((len(sample), len(n_item))) < settings.new_share)
-    counts = np.where(new, 0, n_item)
-    mixed = {name: np.where(new, as_new[name][sample], scores[name][sample]) for name in names}
-    before, fusion = fusion, replace(fusion, few=few, unseen=_unseen(mixed.get(PLACING)))
-    barred = seen[sample]
-    barred[np.arange(len(sample)), targets[sample]] = False
-    columns, valid = sample_candidates(targets[sample], barred, settings.negatives, rng)
-
-    def at(values: NDArray[Any]) -> NDArray[Any]:
-        return np.take_along_axis(values, columns, 1)
-
-    # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
-    among = _NewAmongKnown.of(fusion, mixed, n_user[sample], counts)
-    z = np.stack([at(among.spread(own)) for own in among.z])
-    base, fixed = cross_entropy(valid), np.nan_to_num(at(among.total)).astype(np.float64)
-
-    def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
-        return base(part, own + fixed[part], intercept)
-
-    problem = Problem(
-        drop_scorers(z, settings.drop, rng), fusion.user(n_user[sample])[:, None], np.zeros(columns.shape), loss
-    )
-    fitted = minimise(problem, counts=True, signed=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
-    # What lives on events has no say of a new item, also where it has seen its first few.
-    speaks = np.array([[not np.isnan(as_new[name][sample]).all()] for name in names])
-    made = {"fitted": fitted * speaks, "plain sum": np.tile([1.0, 0.0], (len(names), 1)) * speaks}
-
-    def figure(theta: NDArray[np.float64]) -> float:
-        return float(ndcg(target_ranks(np.where(barred, np.nan, among.fused(theta)), targets[sample]), NDCG_AT).mean())
-
-    figures = {name: figure(theta) for name, theta in made.items()}
-    best = max(figures, key=figures.__getitem__)
-    real = np.sort(rng.permutation(np.flatnonzero(targets >= 0))[: settings.queries])
-    masked = seen[real]
-    masked[np.arange(len(real)), targets[real]] = False
-
-    # What comes tomorrow: a few of the known items as new ones beside the target, which is none of them.
-    coming = warm & (rng.random((len(real), len(n_item))) < NEW_AT_ONCE)
-    coming[np.arange(len(real)), targets[real]] = False
-    later = {name: np.where(coming, as_new[name][real], scores[name][real]) for name in names}
-    now = {name: scores[name][real] for name in names}
-
-    def known_found(fused: Scores, out: NDArray[np.bool_]) -> tuple[float, float]:
-        """NDCG@10 of the targets, and the share of places in lists of ten that what is coming takes."""
-        fused = np.where(out, np.nan, fused)
-        listed = np.take_along_axis(coming, np.maximum(top_k(fused, NDCG_AT)[0], 0), axis=1)
-        return float(ndcg(target_ranks(fused, targets[real]), NDCG_AT).mean()), float(listed.mean())
-
-    later_counts = np.where(coming, 0, n_item)
-    least = (
-        (1.0 - settings.new_cost) * known_found(fused_rows(before, now, n_user[real], n_item), masked)[0],
-        (1.0 - settings.new_cost)
-        * known_found(fused_rows(before, later, n_user[real], later_counts), masked | coming)[0],
-    )
-    most = 1.0 if settings.new_cost == 1.0 else float((coming & ~masked).sum() / max((~masked).sum(), 1))
-    tried = {best: made[best], **_lowered(names, best, made[best])}
-    for limit in dict.fromkeys((few, 1)):
-        limited = replace(fusion, few=limit)
-        today = _NewAmongKnown.of(limited, now, n_user[real], n_item)
-        tomorrow = _NewAmongKnown.of(limited, later, n_user[real], later_counts)
-        for name, theta in tried.items():
-            if known_found(today.fused(theta), masked)[0] < least[0]:
-                continue
-            kept, places = known_found(tomorrow.fused(theta), masked)
-            if kept >= least[1] and places <= most:
-                return replace(limited, new=theta, chosen_new=name, candidates_new=figures)
-    return before
-
-
-def fused_rows(fusion: Fusion, scores: Mapping[str, Scores], n_user: Counts, n_item: Counts) -> Scores:
-    """`Fusion.fuse`'s scores, float32[queries, candidates], a few queries at a time: their shares take much memory."""
-    parts = np.array_split(np.arange(len(n_user)), max(1, -(-len(n_user) // QUERY_BATCH)))
-    found = []
-    for part in parts:
-        events = n_item if n_item.ndim == 1 else n_item[part]
-        found.append(fusion.fuse({name: own[part] for name, own in scores.items()}, n_user[part], events)[0])
-    return np.concatenate(found)
-
-
-@dataclass(frozen=True, eq=False)
-class _NewAmongKnown:
-    """Fused scores of some queries for many weights of new items: known items' do not change with these.
-
-    Attributes:
-        total: with weights of zero for new items, float32[queries, candidates].
-        at: rows and columns of the new items, int64[cells] each.
-        user: evidence of each cell's user, float64[cells].
-        z: per scorer what is weighed there, float32[cells].
-    """
-
-    total: Scores
-    at: tuple[NDArray[np.int64], NDArray[np.int64]]
-    user: NDArray[np.float64]
-    z: list[Scores]
-
-    @classmethod
-    def of(cls, fusion: Fusion, scores: Mapping[str, Scores], n_user: Counts, n_item: Counts) -> Self:
-        """Fuse what does not change.
-
-        Args:
-            fusion: has everything but the weights of new items.
-            scores: by scorer, float32[queries, candidates].
-            n_user: length of each query's known history, int[queries].
-            n_item: train events, int[candidates] or int[queries, candidates].
-        """
-        silent = replace(fusion, new=np.zeros((len(fusion.names), 2)))
-        total = fused_rows(silent, scores, n_user, n_item)
-        cold = np.broadcast_to(n_item < fusion.few, total.shape)
-        rows, columns = np.nonzero(cold)
-        z = []
-        for name in fusion.names:
-            given = scores[name]
-            z.append(fusion.placed(name, given, fusion.z(name, given), cold)[rows, columns])
-        return cls(total, (rows, columns), fusion.user(n_user)[rows], z)
-
-    def fused(self, theta: NDArray[np.float64]) -> Scores:
-        """The scores where new items have the weights `theta`, float64[scorers, 2]."""
-        added = np.zeros(len(self.user), dtype=np.float32)
-        for (bias, by_user), own in zip(theta, self.z, strict=True):
-            added += (bias + by_user * self.user).astype(np.float32) * own
-        result = self.total.copy()
-        result[self.at] += added  # NaN, where nobody knows the item, stays
-        return result
-
-    def spread(self, values: Scores) -> Scores:
-        """Values of the new items' cells, float32[cells], in the shape of the scores; 0 elsewhere."""
-        result = np.zeros_like(self.total)
-        result[self.at] = values
-        return result
-
-
-def _unseen(popularity: Scores | None) -> float | None:
-    """Popularity's z of an item without events, the mean over rows of its scores, float32[queries, candidates]."""
-    if popularity is None:
-        return None
-    mean, deviation = moments(popularity)
-    rows = (deviation > 0) & (mean > 0)
-    return -float((mean[rows] / deviation[rows]).mean()) if rows.any() else None
-
-
-def _lowered(names: Sequence[str], chosen: str, theta: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """The same weights with new items placed lower and lower among known ones, by popularity's weight."""
-    result: dict[str, NDArray[np.float64]] = {}
-    if PLACING not in names:
-        return result
-    place = names.index(PLACING)
-    first = min(float(theta[place, 0]), 0.0)  # negative: its z is low for new items, so that it lifts them
-    for weight in (0.75 * first, 0.5 * first, 0.25 * first, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0):
-        result[f"{chosen}, popularity {weight:.2f}"] = lowered = theta.copy()
-        lowered[place] = weight, 0.0
-    return result

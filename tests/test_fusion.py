@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
-from recllm import fitting, weighing
+from recllm import fitting
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.evaluate import KnownScores
 from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, inside_users, logistic, sample_candidates
-from recllm.fusion import BACKUP, PLACING, FusedScorer, Fusion, Scaled, evidence
+from recllm.fusion import BACKUP, FusedScorer, Fusion, Scaled, evidence
 from recllm.metrics import auc, ndcg
 from recllm.ranking import ItemIndex, target_ranks
-from recllm.weighing import FusionSettings, fit_labels, fit_new_items, fit_ranking
+from recllm.weighing import FusionSettings, fit_labels, fit_ranking
 
 NAN = np.float32(np.nan)
 QUERIES, ITEMS = 200, 60
@@ -224,21 +224,6 @@ def test_ranks_and_points_by_hand():
     assert fitting.borda_points(scores, places)[0] == pytest.approx([1.0, 0.0, 0.98, 0.99])
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_new_items_among_known_ones_are_fused_as_the_fusion_does(by_row):
-    scores, _, n_user, n_item = made()
-    scores = {PLACING: np.tile(np.log1p(n_item).astype(np.float32), (len(n_user), 1)), **scores}
-    scores["a"][:, ::3] = NAN
-    rng = np.random.default_rng(0)
-    events = np.where(rng.random((len(n_user), len(n_item))) < 0.2, 0, n_item) if by_row else n_item
-    theta = rng.normal(size=(len(scores), 3))
-    fusion = replace(Fusion.plain(tuple(scores)), theta=theta, few=int(np.median(n_item)), unseen=-1.5)
-    among = weighing._NewAmongKnown.of(fusion, scores, n_user, events)
-    for new in rng.normal(size=(3, len(scores), 2)):
-        expected = replace(fusion, new=new).fuse(scores, n_user, events)[0]
-        np.testing.assert_array_equal(among.fused(new), expected)
-
-
 def test_softplus_and_its_slope_are_exact_also_far_out():
     x = np.array([-800.0, -40.0, -1.0, 0.0, 1e-9, 2.5, 40.0, 800.0])
     value, slope = fitting.softplus_and_slope(x)
@@ -283,120 +268,6 @@ def test_pairs_have_no_ranks():
     several = FusionSettings(kinds=("borda", "stacker", "levels"))
     fusion = fit_labels(scores, [0, 1, 1], np.ones(3, int), np.ones(3, int), settings=several)
     assert set(fusion.candidates) == {"stacker", "levels"}
-
-
-def cold_start(seed=0):
-    """Scores of `a` that know events only, of `b` that knows text; the target stands out in both."""
-    rng = np.random.default_rng(seed)
-    targets, n_item = rng.integers(ITEMS, size=QUERIES), rng.integers(1, 200, size=ITEMS)
-    scores = {name: rng.normal(size=(QUERIES, ITEMS)).astype(np.float32) for name in "ab"}
-    scores["popularity"] = np.tile(np.log1p(n_item).astype(np.float32), (QUERIES, 1))
-    scores["a"][np.arange(QUERIES), targets] += 4.0
-    scores["b"][np.arange(QUERIES), targets] += 2.0
-    as_new = {
-        "a": np.full_like(scores["a"], NAN),
-        "b": scores["b"],
-        "popularity": np.zeros_like(scores["popularity"]),
-    }
-    return scores, as_new, targets, rng.integers(3, 50, size=QUERIES), n_item, np.zeros((QUERIES, ITEMS), dtype=bool)
-
-
-def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
-    scores, as_new, targets, n_user, n_item, seen = cold_start()
-    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
-    by_the_fit = QUICK.model_copy(update={"new_cost": 1.0})
-    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=by_the_fit)
-    assert set(after.candidates_new) == {"fitted", "plain sum"}
-    assert after.candidates_new[after.chosen_new] == max(after.candidates_new.values())
-    assert np.array_equal(before.fuse(scores, n_user, n_item)[0], after.fuse(scores, n_user, n_item)[0])
-    # Now a fifth of the items is new, and only their targets are asked for.
-    given, _, wanted, users, counts, _ = cold_start(seed=1)
-    new = np.arange(ITEMS) % 5 == 0
-    counts = np.where(new, 0, counts)
-    mixed = {
-        name: np.where(new, (as_new[name] * 0 if name == "popularity" else given[name]), given[name]) for name in given
-    }
-    mixed["a"][:, new] = np.nan
-    rows = new[wanted]
-    old, fused = (fusion.fuse(mixed, users, counts)[0] for fusion in (before, after))
-    assert figure(fused[rows], wanted[rows]) > figure(old[rows], wanted[rows]) + 0.1
-    assert figure(fused[~rows], wanted[~rows]) > figure(old[~rows], wanted[~rows]) - 0.1
-    shares = after.fuse(mixed, users, counts)[1]
-    assert np.allclose(sum(shares.values()), fused)
-
-
-def test_idle_items_are_not_lifted_above_known_ones():
-    scores, as_new, targets, n_user, n_item, seen = cold_start()
-    idle = np.arange(ITEMS) % 2 == 0
-    targets = np.where(idle[targets], targets + 1, targets)  # half of the items has no events, and nobody wants them
-    scores = {name: own.copy() for name, own in scores.items()}
-    scores["a"][np.arange(QUERIES), targets] += 1.0
-    n_item = np.where(idle, 0, n_item)
-    scores["a"][:, idle], scores["popularity"][:, idle] = np.nan, 0.0
-    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
-    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
-    without, found = (figure(fusion.fuse(scores, n_user, n_item)[0], targets) for fusion in (before, after))
-    assert found >= 0.998 * without
-
-
-@pytest.mark.parametrize("coming", [1, 10])
-def test_what_comes_tomorrow_is_not_lifted_above_known_items(coming):
-    """A shop in which all items are known: nobody has asked for what is added, and it says nothing."""
-    scores, as_new, targets, n_user, n_item, seen = cold_start()
-    n_item = 30 + n_item % 5  # so much alike that an item without events lies far off
-    scores["popularity"] = np.tile(np.log1p(n_item).astype(np.float32), (QUERIES, 1))
-    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
-    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=QUICK)
-    assert after.new is not None
-    added = {
-        "a": np.full((QUERIES, coming), NAN, dtype=np.float32),
-        "b": np.random.default_rng(5).normal(size=(QUERIES, coming)).astype(np.float32),
-        "popularity": np.zeros((QUERIES, coming), dtype=np.float32),
-    }
-    grown = {name: np.concatenate([scores[name], added[name]], axis=1) for name in scores}
-    fused, shares = after.fuse(grown, n_user, np.append(n_item, np.zeros(coming, dtype=np.int64)))
-    alone = before.fuse(scores, n_user, n_item)[0]
-    assert figure(fused, targets) >= 0.99 * figure(alone, targets)
-    listed = np.argsort(-fused, axis=1)[:, :10] >= ITEMS
-    assert listed.sum() < 2 * 10 / ITEMS * QUERIES * coming  # as often as any item, more or less
-    place = after.names.index("popularity")
-    expected = (after.new[place, 0] + after.new[place, 1] * after.user(n_user)) * after.unseen
-    assert shares["popularity"][:, ITEMS:] == pytest.approx(np.tile(expected[:, None], (1, coming)), rel=1e-3)
-
-
-def test_an_items_first_few_events_leave_it_new():
-    scores, as_new, targets, n_user, n_item, seen = cold_start()
-    n_item = np.maximum(n_item, 5)
-    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
-    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, few=5, settings=QUICK)
-    assert after.few == 5
-    counts = np.array([0, 4, 5, 100])
-    weights = after.weights(np.array([[9]]), counts)
-    assert weights["a"][0, 0] == weights["a"][0, 1] == 0.0  # it lives on events
-    assert weights["b"][0, 0] == weights["b"][0, 1]
-    assert weights["a"][0, 2] == before.weights(np.array([[9]]), counts)["a"][0, 2]
-
-
-def test_where_few_events_say_much_only_items_without_any_are_new():
-    scores, as_new, targets, n_user, n_item, seen = cold_start()
-    n_item = np.where(np.arange(ITEMS) % 2 == 0, 3, n_item + 10)  # half of them has few, and is in demand
-    settings = QUICK.model_copy(update={"kinds": ("best single",)})
-    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=settings)
-    assert before.chosen == "only a"
-    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, few=5, settings=settings)
-    assert after.few == 1
-    assert after.chosen_new
-    known = (fusion.fuse(scores, n_user, n_item)[0] for fusion in (before, after))
-    assert np.array_equal(*known)
-    weights = after.weights(np.array([[9]]), np.array([0, 1]))
-    assert weights["b"][0, 0] > 0.1 > weights["b"][0, 1]
-
-
-def test_without_a_share_of_new_items_nothing_changes():
-    scores, as_new, targets, n_user, n_item, seen = cold_start()
-    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
-    settings = QUICK.model_copy(update={"new_share": 0.0})
-    assert fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=settings) is before
 
 
 def test_weights_of_new_items_are_saved_and_leave_with_their_scorer(tmp_path):
