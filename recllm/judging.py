@@ -217,7 +217,7 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures, say: Say = l
         valid_collator=PairCollator(),
         arguments=arguments,
         compute_metrics=auc_metric,
-        metric="eval_auc",
+        measures=("auc",),
     )
 
 
@@ -357,7 +357,7 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
         valid_collator=collator,
         arguments=arguments,
         compute_metrics=auc_metric,
-        metric="eval_auc",
+        measures=("auc",),
         adapter_learning_rate=settings.learning_rate,
         patience=settings.early_stopping_patience,
     )

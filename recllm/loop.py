@@ -41,7 +41,7 @@ from recllm.softtokens import SoftTokens
 from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
 from recllm.watching import MetricsFile, NonFiniteLossError, Patience, StepLines, Watch, Watched
 
-METRIC = "eval_ndcg@10"
+MEASURES = "ndcg@10", "hit_rate@10"
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 """Trainer's keys that ask for compiled layers."""
 EVALUATIONS = 10
@@ -289,7 +289,7 @@ class Stage:
         valid_collator: makes a batch of validation examples.
         arguments: Trainer's own keys.
         compute_metrics: turns Trainer's predictions into validation metrics.
-        metric: the checkpoint with the highest value is kept.
+        measures: what `compute_metrics` gives; the checkpoint with the highest first one is kept.
         adapter_learning_rate: peak rate of the body's parameters.
         patience: stop after so many validations without a better one.
     """
@@ -302,9 +302,14 @@ class Stage:
     valid_collator: Callable[[Any], dict[str, Tensor]]
     arguments: dict[str, Any]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
-    metric: str = METRIC
+    measures: tuple[str, ...] = MEASURES
     adapter_learning_rate: float | None = None
     patience: int | None = None
+
+    @property
+    def metric(self) -> str:
+        """The first of the measures, as Trainer calls it."""
+        return f"eval_{self.measures[0]}"
 
     @property
     def trained(self) -> int:
@@ -320,8 +325,10 @@ class Stage:
         """Trainer's keys, ours and the run file's; checkpoints go into `folder`.
 
         Raises:
-            RecllmError: validations that are no checkpoints: the best one could not be gone back to.
+            RecllmError: validations that are no checkpoints: the best one could not be gone back to; or the best by
+                what is not measured.
         """
+        self._check_best()
         every = self.arguments.get("save_steps") or max(1, math.ceil(self.steps / EVALUATIONS))
         options: dict[str, Any] = {
             "output_dir": str(folder),
@@ -350,6 +357,24 @@ class Stage:
         if options["save_steps"] != options["eval_steps"]:
             raise RecllmError(APART.format(options["eval_steps"], options["save_steps"]))
         return options
+
+    def _check_best(self) -> None:
+        """Refuse keys by which there is no best step to end with."""
+        best = str(self.arguments.get("metric_for_best_model", self.metric)).removeprefix("eval_")
+        if best not in (known := [*self.measures, "loss"]):
+            raise unknown("train.metric_for_best_model", best, known)
+        keys = {key: str(self.arguments.get(key, "steps")) for key in ("eval_strategy", "save_strategy")}
+        for key in (key for key, value in keys.items() if value == "epoch"):
+            raise RecllmError(
+                f"train.{key} = 'epoch' is not supported: the passes are one sequence here, which ends once. Give "
+                "train.eval_steps, below 1 as a share of all steps."
+            )
+        never = [key for key, value in keys.items() if value == "no"]
+        if never and (self.patience or self.arguments.get("load_best_model_at_end", True)):
+            raise RecllmError(
+                f"train.{never[0]} = 'no' leaves no validation and checkpoint to end with the best of. Leave it out, "
+                "or take the last step: train.load_best_model_at_end = false, and no train.early_stopping_patience."
+            )
 
 
 def rows_read(stage: Stage, steps: int) -> int:

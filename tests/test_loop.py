@@ -201,9 +201,9 @@ def test_the_metrics_file_has_every_step_and_every_validation(tmp_path):
     train(light(), tmp_path, max_steps=8, scorer="mine")
     found = lines(tmp_path)
     assert [line["step"] for line in found if "loss" in line] == list(range(1, 9))
-    assert [line["step"] for line in found if loop.METRIC in line] == [4, 8]
+    assert [line["step"] for line in found if "eval_ndcg@10" in line] == [4, 8]
     assert {line["scorer"] for line in found} == {"mine"}
-    assert all(0 <= line["eval_hit_rate@10"] <= 1 for line in found if loop.METRIC in line)
+    assert all(0 <= line["eval_hit_rate@10"] <= 1 for line in found if "eval_ndcg@10" in line)
 
 
 def test_the_best_weights_stay(tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_a_stage_is_validated_several_times_where_nothing_is_said(tmp_path):
         compute_metrics=loop.ranking_metrics,
     )
     fit(stage, folder=tmp_path, say=lambda _: None)
-    assert 8 <= len([line for line in lines(tmp_path) if loop.METRIC in line]) <= 11
+    assert 8 <= len([line for line in lines(tmp_path) if "eval_ndcg@10" in line]) <= 11
     assert list((tmp_path / "tensorboard" / "light").glob("events.out.tfevents.*"))
     assert not list((tmp_path / "checkpoints").rglob("events.out.tfevents.*"))
 
@@ -582,6 +582,28 @@ def test_nothing_to_train_or_to_validate_on_is_said(windows, valid, words):
 def test_what_trainer_refuses_is_one_message(tmp_path):
     with pytest.raises(RecllmError, match=r"Trainer refuses the keys in \[train\]: never is not a valid"):
         train(light(), tmp_path, eval_strategy="never")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"eval_strategy": "no"}, r"train\.eval_strategy = 'no' leaves no validation and checkpoint"),
+        ({"eval_strategy": "epoch"}, r"train\.eval_strategy = 'epoch' is not supported.*below 1 as a share"),
+        ({"save_strategy": "no"}, r"train\.save_strategy = 'no' leaves no validation and checkpoint"),
+        ({"eval_strategy": "no", "load_best_model_at_end": False, "patience": 2}, "no train.early_stopping_patience"),
+        ({"metric_for_best_model": "ndgc@10"}, r"Unknown train\.metric_for_best_model 'ndgc@10'.*ndcg@10"),
+    ],
+    ids=str,
+)
+def test_a_best_step_that_cannot_be_told_is_refused(keys, words, tmp_path):
+    with pytest.raises(RecllmError, match=words):
+        train(light(), tmp_path, **keys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_step_may_be_taken(tmp_path):
+    train(light(), tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    assert not [line for line in lines(tmp_path) if any(key.startswith("eval") for key in line)]
 
 
 def test_weights_of_another_run_are_refused(tmp_path):

@@ -254,7 +254,7 @@ def test_training_tells_the_halves_apart(which, sides, request, checkerboard, tm
         valid_collator=RelevanceCollator(),
         arguments={"learning_rate": 3e-3, "per_device_train_batch_size": 16, "eval_steps": 40, "warmup_steps": 5},
         compute_metrics=lambda found: {"auc": auc(found.label_ids[:, 0], found.predictions.reshape(-1))},
-        metric="eval_auc",
+        measures=("auc",),
     )
     fit(stage, folder=tmp_path, say=lambda _: None)
     after = dict(model.named_parameters())
