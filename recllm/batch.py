@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,7 @@ from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import sha256_of
 from recllm.parts import Counts, Parts, is_ours, sweep
+from recllm.process import FORKS
 from recllm.progress import Progress
 from recllm.query_rows import BadRow, QueryRow, read_rows
 from recllm.ranker import RanksLists, TwoStage
@@ -27,7 +28,7 @@ from recllm.sheets import check_target
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-Answer = Callable[[Sequence[QueryRow]], pl.DataFrame]
+
 CHUNK = 512
 """Rows that are answered and written together; in memory are these, their answers and the rows behind them."""
 NO_HISTORY = "no item of the history is known by its text; name the file that has it: --history-items FILE"
@@ -38,6 +39,26 @@ PAIRS = ["user_id", "item_id", "score"]
 """Columns of scores of named items."""
 EVERY = 5.0
 """Seconds between two lines of progress."""
+
+
+class Answers(NamedTuple):
+    """What some rows are answered with: the lines of the output, one row's after the other's, and how many of each."""
+
+    frame: pl.DataFrame
+    lines: Sequence[int]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Answers"]) -> "Answers":
+        """The answers of one part of the rows after the other."""
+        return cls(pl.concat([part.frame for part in parts]), [count for part in parts for count in part.lines])
+
+    def unanswered(self, rows: Sequence[QueryRow]) -> list[BadRow]:
+        """The rows without a line, because the history has all that there is."""
+        counted = zip(rows, self.lines, strict=True)
+        return [BadRow(row.line, NOTHING_LEFT, row.fields) for row, count in counted if not count]
+
+
+Answer = Callable[[Sequence[QueryRow]], Answers]
 
 
 @dataclass
@@ -86,6 +107,7 @@ class Job:
         chunk: rows that are answered together, and kept when the process is killed.
         shard: (i, n): only the i-th of n parts of the rows, from 1; the parts one after the other are all rows.
         facts: what else the answers depend on, as a bundle's files; an unfinished job goes on only with the same.
+        others: files that are read beside `source`, as a log; no answers are written over them.
     """
 
     source: Path
@@ -96,6 +118,7 @@ class Job:
     chunk: int = CHUNK
     shard: tuple[int, int] = (1, 1)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    others: Sequence[Path] = ()
 
     def by(self, chunk: int) -> "Job":
         """The same job in chunks of so many rows."""
@@ -140,8 +163,9 @@ class Job:
             raise RecllmError(
                 f"'{self.source}' is where the rows of '{self.target}' go that cannot be answered. Rename one of them."
             )
-        if self.target.exists() and self.target.samefile(self.source):
-            raise RecllmError(f"'{self.target}' is the input itself; name another file for the answers.")
+        for read in (self.source, *self.others):
+            if self.target.exists() and read.exists() and self.target.samefile(read):
+                raise RecllmError(f"'{self.target}' is itself read here; name another file for the answers.")
 
 
 def recommend_file(
@@ -157,7 +181,7 @@ def recommend_file(
     recommender.check_k(k, new_items)
     exclude_seen = recommender.exclude_seen if exclude_seen is None else exclude_seen
 
-    def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
+    def answer(rows: Sequence[QueryRow]) -> Answers:
         return best_items(recommender, rows, k, exclude_seen=exclude_seen, new_items=new_items)
 
     job = job.knowing(work="recommend", k=k, exclude_seen=exclude_seen)
@@ -175,8 +199,9 @@ def best_items(
     *,
     exclude_seen: bool | None,
     new_items: int = 0,
-) -> pl.DataFrame:
+) -> Answers:
     """The `k` best items of some rows: `user_id, rank, item_id, score, share_<scorer>…`, best first."""
+    FORKS.check()
     histories = [row.history for row in rows]
     if isinstance(recommender, TwoStage):
         ratings = [row.ratings for row in rows]
@@ -191,7 +216,9 @@ def best_items(
         "item_id": [item for ids in found.ids for item in ids],
         "score": found.scores[kept],
     }
-    return _frame(columns | {f"share_{name}": share[kept] for name, share in found.shares.items()})
+    return Answers(
+        _frame(columns | {f"share_{name}": share[kept] for name, share in found.shares.items()}), lengths.tolist()
+    )
 
 
 def score_file(recommender: Recommender, job: Job) -> Summary:
@@ -202,12 +229,12 @@ def score_file(recommender: Recommender, job: Job) -> Summary:
     """
     index = recommender.index
 
-    def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
+    def answer(rows: Sequence[QueryRow]) -> Answers:
         # All candidates of the rows stand beside each row: few rows at once, for they may be all of a large catalogue.
         parts = [rows[start : start + USERS_IN_BATCH] for start in range(0, len(rows), USERS_IN_BATCH)]
-        return pl.concat([scored(part) for part in parts])
+        return Answers.joined([scored(part) for part in parts])
 
-    def scored(rows: Sequence[QueryRow]) -> pl.DataFrame:
+    def scored(rows: Sequence[QueryRow]) -> Answers:
         items = ItemIndex(dict.fromkeys(item for row in rows for item in row.candidates if item in index))
         scores, shares = recommender.score([row.history for row in rows], items.ids)
         columns = [items.known(row.candidates) for row in rows]
@@ -230,7 +257,7 @@ def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
         RecllmError: as `recommend_file`.
     """
 
-    def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
+    def answer(rows: Sequence[QueryRow]) -> Answers:
         asked = [[item for item in row.candidates if item in known] for row in rows]
         scores = ranker.score_lists([row.query for row in rows], asked)
         columns = {
@@ -238,7 +265,7 @@ def rank_file(ranker: RanksLists, known: ItemIndex, job: Job) -> Summary:
             "item_id": [item for own in asked for item in own],
             "score": np.concatenate(scores),
         }
-        return _frame(columns)
+        return Answers(_frame(columns), [len(own) for own in asked])
 
     work, need = job.knowing(work="rank candidates"), ("candidates",)
     return _run(work, known, answer, PAIRS, need=need, unknown=NO_KNOWN, ratings=True)
@@ -265,7 +292,7 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
             if isinstance(row, QueryRow) and row.query.has_ratings:
                 raise RecllmError(f"Line {row.line} of {job.source}: {unread}")
 
-    def answer(rows: Sequence[QueryRow]) -> pl.DataFrame:
+    def answer(rows: Sequence[QueryRow]) -> Answers:
         scores = scorer.score([row.query for row in rows], items)
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 
@@ -275,7 +302,7 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
 
 def _pairs(
     rows: Sequence[QueryRow], items: ItemIndex, columns: Sequence[NDArray[np.int64]], scores: Mapping[str, Scores]
-) -> pl.DataFrame:
+) -> Answers:
     """A line per row and one of its columns."""
     lengths = [len(each) for each in columns]
     across, down = np.concatenate(columns), np.repeat(np.arange(len(rows)), lengths)
@@ -283,7 +310,7 @@ def _pairs(
         "user_id": [rows[row].user_id for row in down.tolist()],
         "item_id": [items.ids[column] for column in across.tolist()],
     }
-    return _frame(named | {name: values[down, across] for name, values in scores.items()})
+    return Answers(_frame(named | {name: values[down, across] for name, values in scores.items()}), lengths)
 
 
 def _frame(columns: Mapping[str, Any]) -> pl.DataFrame:
@@ -313,6 +340,7 @@ def _run(
     `ratings` are read only where something reads them.
     A job that was killed goes on behind its last part, and ends with the same bytes.
     """
+    FORKS.check()
     job.check()
     total = count_rows(job.source)
     part, parts = job.shard
@@ -328,12 +356,12 @@ def _run(
         summary = Summary(example=index.ids[0] if len(index) else "")
         checked = (_checked_chunk(chunk, index, unknown) for chunk in _chunks(here, job.chunk))
         for good, rejects, counts in () if kept.complete else ahead(checked):
-            frame = _answered(answer, good) if good else None
-            left = () if frame is None else unanswered(good, frame)
+            answers = _answered(answer, good) if good else None
+            left = () if answers is None else answers.unanswered(good)
             rejects = sorted([*rejects, *(_set_aside(row) for row in left)], key=lambda reject: reject["line"])
             counts.answered, counts.rejected = len(good) - len(left), len(rejects)
-            counts.written = 0 if frame is None else frame.height
-            kept.add(frame, rejects, counts)
+            counts.written = 0 if answers is None else answers.frame.height
+            kept.add(None if answers is None else answers.frame, rejects, counts)
             done = counts.answered + counts.rejected
             summary.here += done
             gone = kept.counts.rejected
@@ -354,18 +382,12 @@ def _run(
     return summary
 
 
-def unanswered(rows: Sequence[QueryRow], answers: pl.DataFrame) -> list[BadRow]:
-    """The rows of users that the answers do not have, because their history has all that there is."""
-    answered = set(answers["user_id"].unique())
-    return [BadRow(row.line, NOTHING_LEFT, row.fields) for row in rows if row.user_id not in answered]
-
-
 def rejects_of(target: Path) -> Path:
     """Where the rows go that could not be answered: line, reason and row of each."""
     return target.with_name(f"{target.name}.rejects.jsonl")
 
 
-def _answered(answer: Answer, rows: Sequence[QueryRow]) -> pl.DataFrame:
+def _answered(answer: Answer, rows: Sequence[QueryRow]) -> Answers:
     """The answers; where memory does not suffice, those of either half.
 
     Raises:
@@ -379,7 +401,7 @@ def _answered(answer: Answer, rows: Sequence[QueryRow]) -> pl.DataFrame:
     if len(rows) == 1:
         raise RecllmError(f"Memory does not suffice for line {rows[0].line} alone. Free some, or shorten its history.")
     half = len(rows) // 2
-    return pl.concat([_answered(answer, rows[:half]), _answered(answer, rows[half:])])
+    return Answers.joined([_answered(answer, rows[:half]), _answered(answer, rows[half:])])
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from recllm import __version__
 from recllm.data import Catalog
 from recllm.errors import RecllmError
 from recllm.files import read_json, sha256_of, whole_folder, write_json
+from recllm.process import FORKS
 
 T = TypeVar("T")
 
@@ -110,19 +111,19 @@ def read_steadily(folder: Path, read: Callable[[], T]) -> T:
         RecllmError: as `read` does, or it is replaced again and again.
     """
     for _ in range(TRIES):
-        before = _state(folder)
+        before = state(folder)
         try:
             found = read()
         except Exception:
-            if _state(folder) == before:
+            if state(folder) == before:
                 raise
             continue
-        if _state(folder) == before:
+        if state(folder) == before:
             return found
     raise RecllmError(f"'{folder}' is replaced again and again while it is read. Wait until that is done.")
 
 
-def _state(folder: Path) -> tuple[int, int, int] | None:
+def state(folder: Path) -> tuple[int, int, int] | None:
     """Alike as long as the same bundle lies there."""
     try:
         place, manifest = folder.stat(), (folder / MANIFEST).stat()
@@ -138,4 +139,5 @@ def write_catalog(folder: Path, catalog: Catalog) -> None:
 
 def read_catalog(folder: Path) -> Catalog:
     """Read a bundle's catalogue."""
+    FORKS.check()
     return Catalog(pl.read_parquet(folder / CATALOG, glob=False))

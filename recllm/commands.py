@@ -317,8 +317,11 @@ def batch_job(
     *,
     bundle: Path | None,
     overwrite: bool,
+    others: Sequence[Path | None] = (),
 ) -> Job:
     """The files of a batch job; histories are read where a log is given, as the bundle's run read its own.
+
+    `others` are read besides, and not written over.
 
     Raises:
         RecllmError: a log that cannot be read, or a shard that is not I/N.
@@ -328,11 +331,12 @@ def batch_job(
     if not (slash and part.isdecimal() and parts.isdecimal()):
         raise RecllmError(f"--shard {shard}: give I/N with I between 1 and N, as --shard 1/4.")
     histories = None
+    read = tuple(file for file in (interactions, *others) if file is not None)
     if interactions is not None:
         manifest = {} if bundle is None else read_manifest(bundle, verify=False)
         columns_of_run = told_columns(interactions, manifest, "columns")
         histories = log_histories(interactions, columns_of_run | given, _duplicates(manifest))
-    return Job(source, target, histories, overwrite, tell, shard=(int(part), int(parts)))
+    return Job(source, target, histories, overwrite, tell, shard=(int(part), int(parts)), others=read)
 
 
 def _duplicates(manifest: Mapping[str, Any]) -> Duplicates:
@@ -379,19 +383,28 @@ class Stages:
         ranker = behind(recommender, ranker, self.ranker, tell)
         return TwoStage(recommender, ranker, self.top, self.weight, self.seconds)
 
+    def known(self) -> tuple[list[str], Recommender | TwoStage]:
+        """The digests of the bundles that are open then, whatever takes their place meanwhile, and what answers."""
+        bundles = [self.bundle] if self.ranker is None else [self.bundle, self.ranker]
+
+        def read(left: Sequence[Path]) -> tuple[list[str], Recommender | TwoStage]:
+            if left:
+                return read_steadily(left[0], lambda: read(left[1:]))
+            return [_bundle_digest(bundle) for bundle in bundles], self.open()
+
+        return read(bundles)
+
 
 def recommend_rows(stages: Stages, job: Job, k: int, *, exclude_seen: bool | None, new_items: int) -> None:
     """Recommend for every row of a file."""
     job.check()
     # The job must know the very bundle that answers, whatever takes its place meanwhile.
-    digest, recommender = read_steadily(stages.bundle, lambda: (_bundle_digest(stages.bundle), stages.open()))
-    job = job.knowing(bundle=digest, provider=stages.provider, threads=stages.threads, recllm=__version__)
+    digests, recommender = stages.known()
+    job = job.knowing(bundle=digests[0], provider=stages.provider, threads=stages.threads, recllm=__version__)
     if stages.index != EXACT:
         job = job.knowing(index=stages.index)
     if stages.ranker is not None:
-        job = job.knowing(
-            ranker=_bundle_digest(stages.ranker), top=stages.top, weight=stages.weight, seconds=stages.seconds
-        )
+        job = job.knowing(ranker=digests[1], top=stages.top, weight=stages.weight, seconds=stages.seconds)
         job = job.by(RANKED_TOGETHER)
     _report(recommend_file(recommender, job, k=k, exclude_seen=exclude_seen, new_items=new_items), job)
 

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recllm.batch import best_items, unanswered
+from recllm.batch import best_items
 from recllm.errors import RecllmError
 from recllm.query_rows import COLUMNS, BadRow, QueryRow, identifier, parse_row
 from recllm.ranker import TwoStage, behind, load_ranker
@@ -95,7 +95,7 @@ class BatchRecommender:
 
     def _answers(self, rows: Sequence[QueryRow]) -> pl.DataFrame:
         found = best_items(self.recommender, rows, self.k, exclude_seen=self.exclude_seen, new_items=self.new_items)
-        return pl.concat([found, *map(_refused, unanswered(rows, found))], how="diagonal")
+        return pl.concat([found.frame, *map(_refused, found.unanswered(rows))], how="diagonal")
 
 
 def _row(line: int, fields: dict[str, Any], *, ratings: bool) -> QueryRow | BadRow:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from recllm.bundle import read_manifest, write_catalog
+from recllm.bundle import MANIFEST, read_manifest, write_catalog
 from recllm.cards import write_bundle_card
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
-from recllm.files import own_folder, write_json
+from recllm.files import alone, own_folder, write_json
 from recllm.fusion import Fusion
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_recipe
 from recllm.graphs import catalogue_graph
@@ -122,9 +122,16 @@ def export_run(
             f"{run.folder} is a control ({run.control.lacking}): it shows what that is worth and is not for shipping. "
             "Train a run without it."
         )
-    if not overwrite:
-        for stem in stems:
-            _check_not_grown(run.folder / f"bundle-{stem}")
+    # Items are added to none of the bundles from the check to the end: they would be lost.
+    with alone(run.folder / MANIFEST, say):
+        if not overwrite:
+            for stem in stems:
+                _check_not_grown(run.folder / f"bundle-{stem}")
+        return _all(run, task, loaded, say)
+
+
+def _all(run: Run, task: Task, loaded: dict[str, ExportRecipe], say: Say) -> list[Exported]:
+    """A bundle per recipe."""
     if run.model.task == "relevance":
         return export_ranker(run, task, loaded, say)
     parts = load_collaborative(run, task)

@@ -1,12 +1,14 @@
 """Files that are whole or not there: written to a temporary name in the same folder, then renamed."""
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ except ImportError:  # Windows: a second process is not kept out there
     fcntl = None  # type: ignore[assignment]
 
 BLOCK = 1 << 20
+YOUNG = 60.0
+"""Seconds for which a temporary folder that nobody holds is left alone."""
 HERE, EXCHANGE = -100, 2
 """Linux's AT_FDCWD and RENAME_EXCHANGE."""
 
@@ -57,14 +61,17 @@ def sha256_of(path: Path) -> str:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder`; it takes `folder`'s place when the block ends well, else it goes.
 
-    Where `folder` is a link, what it points to is replaced, and the link stays.
+    Where `folder` is a link, what it points to is replaced, and the link stays. What a process left here that was
+    killed in such a block goes as well.
     """
     folder = folder.resolve() if folder.is_symlink() else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     temporary.chmod(0o755)  # mkdtemp gives 0o700, and others may read what is written here
     try:
-        yield temporary
+        with only_one(temporary):
+            yield temporary
         if not folder.is_dir():
             temporary.replace(folder)
         elif not _exchanged(temporary, folder):
@@ -77,6 +84,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _sweep(folder: Path) -> None:
+    """Remove temporary folders of `folder` that nobody holds; none where the file system cannot say so."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.part"):
+        # A young one may be about to be locked.
+        if fcntl is None or not left.is_dir() or time.time() - left.stat().st_mtime < YOUNG:
+            continue
+        opened = os.open(left, os.O_RDONLY)
+        try:
+            if locked(opened):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(opened)
+
+
 def _exchanged(one: Path, other: Path) -> bool:
     """Let two folders change their names in one step, where the system can: at no moment is there none of a name."""
     try:
@@ -87,37 +108,45 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for a folder beside `folder`."""
+def alone(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """Wait until no other process is in such a block for a folder beside `folder`; `say` is told where that is so."""
     folder = folder.resolve()
-    if fcntl is None:
-        yield
-        return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield  # Windows opens no folders
+        return
     beside = os.open(folder.parent, os.O_RDONLY)
     try:
-        fcntl.flock(beside, fcntl.LOCK_EX)
+        if locked(beside) is False:
+            say(f"Another process writes beside '{folder}'; waiting for it")
+            fcntl.flock(beside, fcntl.LOCK_EX)
         yield
     finally:
         os.close(beside)
+
+
+def locked(opened: int) -> bool | None:
+    """Lock an open file or folder: whether it is this process's now; None where the system has no such locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[bool]:
     """Hold `folder` while the block runs; gives False where another process holds it, which this one then does not."""
     if fcntl is None:
-        yield True
+        yield True  # Windows opens no folders
         return
     inside = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(inside, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        except OSError:  # a file system without locks keeps nobody out
-            free = True
-        yield free
+        yield locked(inside) is not False  # where there are no locks, nobody is kept out
     finally:
         os.close(inside)
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from recllm.data import Interactions, Query
-from recllm.data.tables import open_table
+from recllm.data.tables import POLARS_FAILS, open_table
 from recllm.data.texts import as_id_lists, as_ids
 from recllm.errors import RecllmError
 from recllm.files import sha256_of
@@ -125,7 +125,7 @@ def _frame(path: Path) -> pl.DataFrame:
             pl.col("ratings").cast(pl.List(pl.Float64)).list.eval(pl.element().fill_nan(None)),
             pl.col("timestamp").cast(pl.Int64),
         )
-    except pl.exceptions.PolarsError as error:
+    except POLARS_FAILS as error:
         reason = str(error).splitlines()[0]
         raise RecllmError(f"{path}: a column has the wrong kind ({reason}); history must be a list of ids.") from None
     _check(frame, path, "history_ratings" if found["ratings"] == "history_ratings" else "history_label")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, write_catalog
+from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, state, write_catalog
 from recllm.data import Catalog, read_items
 from recllm.data.tables import open_table
 from recllm.errors import RecllmError, unknown
@@ -63,13 +63,40 @@ def add_items(
         if not overwrite:
             raise RecllmError(f"'{target}' is another bundle. Replace it by --overwrite, or name another folder.")
     # One after the other: of two that add to the same bundle at once, the second would take away the first one's items.
-    with alone(target):
+    with alone(target, say):
         return _add(source, items, target, columns, provider, say)
 
 
 def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | None, provider: str, say: Say) -> int:
+    before = state(source)
     recommender = load(source, provider=provider)
-    known, manifest = recommender.catalog, read_manifest(source, verify=False)
+    manifest = read_manifest(source, verify=False)
+    records = _new_records(source, items, recommender.catalog, manifest, columns, say)
+    grown = recommender.with_items(records)
+    facts = {key: value for key, value in manifest.items() if key not in SEALED}
+    with new_bundle(target, facts | {"items_added": facts.get("items_added", 0) + len(records)}) as part:
+        for path in sorted(source.rglob("*")):
+            name = path.relative_to(source)
+            if name.as_posix() in manifest["files"] and name.as_posix() not in (CATALOG, VECTORS, MANIFEST):
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, part / name)
+        _write_grown(grown, load_file(source / VECTORS), part)
+        if state(source) != before:
+            raise RecllmError(
+                f"'{source}' was replaced while items were added to it. Nothing was written; add them again."
+            )
+    return len(records)
+
+
+def _new_records(
+    source: Path,
+    items: Path,
+    known: Catalog,
+    manifest: Mapping[str, Any],
+    columns: Mapping[str, str] | None,
+    say: Say,
+) -> list[dict[str, str]]:
+    """What a file says of the items that a bundle does not have, in the columns that it has."""
     ours = ["item_id", *known.frame.columns]
     for column in columns or {}:
         if column not in ours:
@@ -90,16 +117,7 @@ def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | N
         say(f"Columns that the bundle has not, left out: {', '.join(left)}")
     if untold := sum(len(record) < 2 for record in records):
         say(f"{untold:,} items have no text, and cannot be recommended")
-    grown = recommender.with_items(records)
-    facts = {key: value for key, value in manifest.items() if key not in SEALED}
-    with new_bundle(target, facts | {"items_added": facts.get("items_added", 0) + len(records)}) as part:
-        for path in sorted(source.rglob("*")):
-            name = path.relative_to(source)
-            if name.as_posix() in manifest["files"] and name.as_posix() not in (CATALOG, VECTORS, MANIFEST):
-                (part / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, part / name)
-        _write_grown(grown, load_file(source / VECTORS), part)
-    return len(records)
+    return records
 
 
 def told_columns(file: Path, manifest: Mapping[str, Any], key: str) -> dict[str, str]:

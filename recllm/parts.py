@@ -1,6 +1,7 @@
 """Answers of a batch job, part by part beside the target, until all are there: killed at any moment, it goes on."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,8 @@ from typing import IO, Any
 import polars as pl
 
 from recllm.errors import RecllmError
-from recllm.files import written
+from recllm.files import locked, written
 from recllm.sheets import join_frames, write_frame
-
-try:
-    import fcntl
-except ImportError:  # Windows; there two processes on one target are not told apart
-    fcntl = None  # type: ignore[assignment]
 
 JOURNAL = "journal.jsonl"
 COMPLETE = {"complete": True}
@@ -97,7 +93,7 @@ class Parts:
     def add(self, frame: pl.DataFrame | None, rejects: Sequence[Mapping[str, Any]], counts: Counts) -> None:
         """Keep the next part: its answers (None for none), rejected rows, and what became of its rows."""
         if rejects:
-            text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rejects)
+            text = "".join(json.dumps(_json(row), ensure_ascii=False, default=str) + "\n" for row in rejects)
             # Half of a surrogate pair, as a cut emoji is, stays an escape, which is what JSON has for it.
             data = text.encode("utf-8", "backslashreplace")
             _keep(self._rejects(self.done), lambda path: path.write_bytes(data))
@@ -186,12 +182,9 @@ class Parts:
     def _locked(self) -> IO[str]:
         """The journal, held by this process alone; the system lets go of it however the process ends."""
         journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
-        try:
-            if fcntl is not None:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if locked(journal.fileno()) is False:
             journal.close()
-            raise RecllmError(f"Another process is writing '{self.target}' at this moment. Wait for it.") from None
+            raise RecllmError(f"Another process is writing '{self.target}' at this moment. Wait for it.")
         return journal
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -204,6 +197,15 @@ class Parts:
         self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
+
+
+def _json(value: Any) -> Any:  # noqa: ANN401  anything that a row holds
+    """The same with null for numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def folder_of(target: Path) -> Path:

@@ -6,6 +6,37 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
+from recllm.errors import RecllmError
+
+
+class Forks:
+    """Polars' threads do not come along when a process forks, and the child would wait for them for ever.
+
+    `check` is called before Polars works in what a service may do in its workers.
+    """
+
+    def __init__(self) -> None:
+        self.began: int | None = None
+
+    def check(self) -> None:
+        """Remember the process, or refuse one that was forked from it.
+
+        Raises:
+            RecllmError: the process was forked from one in which this was called.
+        """
+        if self.began is None:
+            self.began = os.getpid()
+        if self.began != os.getpid():
+            raise RecllmError(
+                "This process was forked from one that had loaded a bundle, and Polars' threads stayed there: loading, "
+                "adding items and answering files would wait for ever. Load the first bundle behind the fork (gunicorn "
+                "without --preload), or start workers by spawn or forkserver."
+            )
+
+
+FORKS = Forks()
+"""Of this process."""
+
 
 def set_up() -> None:
     """Keep libraries from telling users what concerns only us; called by the commands, never at import."""

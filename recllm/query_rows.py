@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,13 @@ def _python_list(text: str) -> list[Any]:
 
 
 def identifier(value: Any) -> str:  # noqa: ANN401
-    """An id as text; a whole number that became a float, as a missing one in its column makes it, loses its `.0`."""
+    """An id as text; a whole number that became a float, as a missing one in its column makes it, loses its `.0`.
+
+    So does a decimal number, as warehouses keep ids.
+    """
     if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{_named(value)} is no id")

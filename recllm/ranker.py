@@ -19,7 +19,7 @@ from recllm.files import read_json
 from recllm.fitting import moments, standardised
 from recllm.onnxreader import OnnxReader
 from recllm.pointwise import PointwiseScorer
-from recllm.prompts import compile_prompt, load_prompt
+from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
 from recllm.reserved import with_new
 from recllm.runtime import Recommendations, Recommender, check_histories, check_items
@@ -66,14 +66,12 @@ class RankerSettings:
 class Ranker(PointwiseScorer):
     """A loaded ranker bundle, a scorer of whatever candidates it is given."""
 
-    def __init__(self, reader: OnnxReader, catalog: Catalog, folder: Path, settings: RankerSettings, keep: int) -> None:
-        prompt = load_prompt(str(folder / PROMPT), task="relevance")
-        own = {"max_history": settings.max_history, "history_stride": settings.history_stride}
-        prompt = prompt.model_copy(update=own)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        compiled = compile_prompt(prompt, tokenizer, settings.like_at)
-        super().__init__(reader, compiled, catalog, settings.calibrated, keep)
-        self._with_catalog = partial(type(self), reader, folder=folder, settings=settings, keep=keep)
+    def __init__(
+        self, reader: OnnxReader, catalog: Catalog, prompt: CompiledPrompt, *, calibrated: bool, keep: int
+    ) -> None:
+        super().__init__(reader, prompt, catalog, calibrated, keep)
+        # Nothing is read from the bundle's folder any more: another one may lie there.
+        self._with_catalog = partial(type(self), reader, prompt=prompt, calibrated=calibrated, keep=keep)
 
     def with_items(self, records: Sequence[Mapping[str, str]]) -> "Ranker":
         """The same ranker with new items, known by their text alone; nothing is trained, and no history kept.
@@ -141,7 +139,11 @@ def _load(place: Path, provider: str, threads: int, keep_bytes: int) -> Ranker:
         raise RecllmError(f"'{place}' is a bundle that recommends, not one that ranks. Load it with recllm.load.")
     settings = RankerSettings(**read_json(place / SETTINGS))
     reader = OnnxReader.open(place, settings.max_tokens, provider, threads, settings.soft_from)
-    return Ranker(reader, read_catalog(place), place, settings, keep_bytes)
+    own = {"max_history": settings.max_history, "history_stride": settings.history_stride}
+    prompt = load_prompt(str(place / PROMPT), task="relevance").model_copy(update=own)
+    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+    compiled = compile_prompt(prompt, tokenizer, settings.like_at)
+    return Ranker(reader, read_catalog(place), compiled, calibrated=settings.calibrated, keep=keep_bytes)
 
 
 def is_ranker(folder: Path) -> bool:

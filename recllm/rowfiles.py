@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import polars as pl
 
-from recllm.data.tables import delimiter_of
+from recllm.data.tables import POLARS_FAILS, delimiter_of
 from recllm.errors import RecllmError, unknown
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -87,7 +87,7 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
             for fields in batch.iter_rows(named=True):
                 line += 1
                 yield line, fields
-    except pl.exceptions.PolarsError as error:
+    except POLARS_FAILS as error:
         raise _not_parquet(path, error) from None
 
 
@@ -95,12 +95,12 @@ def _scan(path: Path) -> pl.LazyFrame:
     try:
         frame = pl.scan_parquet(path, glob=False)
         frame.collect_schema()
-    except pl.exceptions.PolarsError as error:
+    except POLARS_FAILS as error:
         raise _not_parquet(path, error) from None
     return frame
 
 
-def _not_parquet(path: Path, error: Exception) -> RecllmError:
+def _not_parquet(path: Path, error: BaseException) -> RecllmError:
     return RecllmError(f"{path} is not a Parquet file that can be read: {' '.join(str(error).split())[:200]}")
 
 

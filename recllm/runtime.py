@@ -1,7 +1,7 @@
 """Recommend from a bundle with ONNX Runtime and numpy alone: `recllm.load(folder).recommend(histories, k=10)`."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from recllm.bundle import read_catalog, read_manifest, read_steadily
+from recllm.bundle import read_catalog, read_manifest, read_steadily, state
 from recllm.catalogue import KNOWN_BARRED, prepare
 from recllm.data import Catalog, Query
 from recllm.encoding import Encode, SequenceScorer
@@ -75,8 +75,9 @@ def check_histories(histories: Sequence[Sequence[str]]) -> None:
     for place, history in enumerate(histories):
         if isinstance(histories, str) or isinstance(history, str):
             raise RecllmError(f"Histories are lists of item ids, and the one at {place} is the text {history!r:.60}.")
-        wrong = next((item for item in history if not isinstance(item, str)), None)
-        if wrong is not None:
+        if not isinstance(history, Iterable):
+            raise RecllmError(f"Histories are lists of item ids, and the one at {place} is {history!r:.60}.")
+        for wrong in (item for item in history if not isinstance(item, str)):
             raise RecllmError(f"The history at {place} has {wrong!r:.60}, and item ids are text: str({wrong!r:.60}).")
 
 
@@ -88,8 +89,7 @@ def check_items(items: Sequence[str]) -> None:
     """
     if isinstance(items, str):
         raise RecllmError(f"Items are a list of ids, and these are the text {items!r:.60}.")
-    wrong = next((item for item in items if not isinstance(item, str)), None)
-    if wrong is not None:
+    for wrong in (item for item in items if not isinstance(item, str)):
         raise RecllmError(f"Items have {wrong!r:.60} among them, and ids are text: str({wrong!r:.60}).")
 
 
@@ -492,7 +492,7 @@ def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
     names = None
     if (place / NAME_GRAPH).is_file():
         prompt = _read_prompt(place / NAME_PROMPT, place / NAME_TOKENIZER, manifest.get("name_positions"), ended=False)
-        names = NameReader(partial(session, NAME_GRAPH), prompt)
+        names = NameReader(_while_there(place, partial(session, NAME_GRAPH)), prompt)
     return Recommender(
         catalog=catalog,
         scorers=scorers,
@@ -508,6 +508,21 @@ def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
         kind=index,
         threads=threads,
     )
+
+
+def _while_there(place: Path, opened: Callable[[], Any]) -> Callable[[], Any]:
+    """What opens a graph of a bundle late; refused where another bundle lies there by then."""
+    loaded = state(place)
+
+    def late() -> Any:  # noqa: ANN401  onnxruntime is untyped
+        session = opened() if state(place) == loaded else None
+        if session is None or state(place) != loaded:
+            raise RecllmError(
+                f"'{place}' was replaced after it was loaded, and names are read by a graph in it. Load it again."
+            )
+        return session
+
+    return late
 
 
 def _read_prompt(prompt: Path, tokenizer: Path, positions: int | None, *, ended: bool = True) -> CompiledPrompt:

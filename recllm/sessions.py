@@ -94,9 +94,11 @@ def compute(session: Any, feeds: Mapping[str, Any], *, stay: bool = False) -> li
         The outputs in order: arrays, or ONNX Runtime's own values with `stay`, whose `numpy()` copies them back.
     """
     binding = session.io_binding()
-    for name, value in feeds.items():
-        # As a value: its binding of arrays does not know inputs that may be left out.
-        binding.bind_ortvalue_input(name, _value(value, "cpu") if isinstance(value, np.ndarray) else value)
+    # As values: its binding of arrays does not know inputs that may be left out. They are held until the graph has run:
+    # before onnxruntime 1.30 a binding did not, and the graph read what had been freed.
+    held = {name: _value(own, "cpu") if isinstance(own, np.ndarray) else own for name, own in feeds.items()}
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
     for output in session.get_outputs():
         binding.bind_output(output.name, _device(session) if stay else "cpu")
     session.run_with_iobinding(binding)

@@ -150,7 +150,8 @@ def _held(run: Run) -> Iterator[None]:
     with only_one(run.folder) as free:
         if not free:
             raise RecllmError(
-                f"Another process is training in {run.folder}. Wait for it, or stop it and go on with --resume."
+                f"Another process is training in {run.folder}, or exports from it. Wait for it, or stop it and go on "
+                "with --resume."
             )
         yield
 

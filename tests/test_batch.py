@@ -122,6 +122,33 @@ def test_whoever_has_everything_is_set_aside_and_not_passed_over(chunk, tmp_path
     assert recommend_file(recommender, shown, k=3, exclude_seen=False).answered == 2
 
 
+def test_of_two_rows_of_one_user_the_one_without_anything_left_is_named(tmp_path, recommender):
+    every = [str(item) for item in range(24)]
+    source = tmp_path / "in.jsonl"
+    rows = [{"user_id": "a", "history": history} for history in (every, ["0"], every)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    summary = recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=2)
+    rejects = [json.loads(line) for line in summary.rejects.read_text(encoding="utf-8").splitlines()]
+    assert [(row["line"], row["reason"]) for row in rejects] == [(1, NOTHING_LEFT), (3, NOTHING_LEFT)]
+    assert (summary.answered, summary.rejected, summary.written) == (1, 2, 2)
+
+
+def test_rejects_are_json_whatever_the_rows_hold(tmp_path, recommender):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"user_id": NaN, "x": [1, {"y": Infinity}]}\n{"history": ["0"]}\n', encoding="utf-8")
+    summary = recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=2)
+    row = json.loads(summary.rejects.read_text(encoding="utf-8"), parse_constant=pytest.fail)["row"]
+    assert row == {"user_id": None, "x": [1, {"y": None}]}
+
+
+def test_what_is_read_beside_the_rows_is_not_written_over(tmp_path, recommender):
+    source, log = write(tmp_path / "in.jsonl", {"a": ["0"]}), tmp_path / "log.csv"
+    log.write_text("user_id,item_id\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"log\.csv' is itself read here"):
+        recommend_file(recommender, Job(source, log, overwrite=True, others=(log, tmp_path / "none.csv")), k=1)
+    assert log.read_text(encoding="utf-8") == "user_id,item_id\n"
+
+
 BAD = [
     ("not json", "not JSON"),
     ("[1, 2]", "not a JSON object"),
@@ -514,7 +541,7 @@ def test_progress_says_how_many_how_fast_and_how_long(tmp_path, recommender, mon
 def test_the_input_is_not_written_over(recommender, tmp_path):
     source = write(tmp_path / "in.jsonl", {"a": ["0", "1"]})
     before = source.read_bytes()
-    with pytest.raises(RecllmError, match=r"in\.jsonl' is the input itself; name another file"):
+    with pytest.raises(RecllmError, match=r"in\.jsonl' is itself read here; name another file"):
         recommend_file(recommender, Job(source, source, overwrite=True), k=2)
     assert source.read_bytes() == before
 

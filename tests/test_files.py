@@ -1,12 +1,13 @@
 """Files and folders are whole or not there, whatever an earlier process left behind."""
 
+import errno
 import os
 import threading
 import time
 
 import pytest
 
-from recllm.files import alone, own_folder, whole_folder, write_json, written
+from recllm.files import alone, only_one, own_folder, whole_folder, write_json, written
 
 
 def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path):
@@ -62,6 +63,52 @@ def test_one_process_after_the_other_changes_what_lies_in_a_folder(tmp_path):
     for thread in threads:
         thread.join()
     assert order[::2] == order[1::2]
+
+
+def test_whoever_waits_says_so(tmp_path):
+    said, inside = [], threading.Event()
+
+    def wait():
+        with alone(tmp_path / "other", said.append):
+            inside.set()
+
+    with alone(tmp_path / "one", said.append):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not said:
+            time.sleep(0.01)
+        assert not inside.is_set()
+    waiting.join()
+    assert said == [f"Another process writes beside '{tmp_path / 'other'}'; waiting for it"]
+    assert inside.is_set()
+
+
+@pytest.mark.parametrize("kind", [errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_keeps_nobody_out(kind, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(kind, "no locks")
+
+    monkeypatch.setattr("recllm.files.fcntl.flock", none)
+    with alone(tmp_path / "one"), only_one(tmp_path) as free:
+        assert free
+    left = tmp_path / ".one.12345678.part"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    with whole_folder(tmp_path / "one") as part:
+        (part / "file").touch()
+    assert left.is_dir()  # it may be another process's
+
+
+def test_what_a_killed_process_left_goes_and_what_another_holds_stays(tmp_path):
+    names = [".one.deadbeef.part", ".one.nowyoung.part", ".one.heldhere.part", ".two.deadbeef.part", ".one.x.part"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "large").touch()
+        if "young" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    with only_one(tmp_path / names[2]), whole_folder(tmp_path / "one") as part:
+        (part / "file").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "one"])
 
 
 def test_a_folder_of_ones_own_goes_with_its_work(tmp_path):

@@ -1,6 +1,7 @@
 """Items added to a bundle on disk: the same answers as `with_items` gives in memory, and nothing else changes."""
 
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,7 @@ import recllm
 from recllm.bundle import read_manifest, seal
 from recllm.errors import RecllmError
 from recllm.export import export_run
-from recllm.files import read_json, write_json
+from recllm.files import alone, read_json, write_json
 from recllm.growing import SEALED, add_items
 from recllm.runs import load_run
 from recllm.tasks import prepare
@@ -68,6 +69,42 @@ def test_an_export_takes_no_added_items_away(tiny_run, tiny_bundle, new_items, t
     assert "new-red" in recllm.load(folder / "bundle-fp32").index
     (exported,) = export_run(run, prepare(run), ["fp32"], say=lambda _: None, overwrite=True)
     assert "new-red" not in recllm.load(exported.folder).index
+
+
+def test_a_bundle_that_is_replaced_meanwhile_is_not_mixed_with_the_new_one(
+    tiny_bundle, new_items, tmp_path, monkeypatch
+):
+    place, other = tmp_path / "bundle", tmp_path / "other"
+    shutil.copytree(tiny_bundle, place)
+    shutil.copytree(tiny_bundle, other)
+    seal(other, {key: value for key, value in read_manifest(other).items() if key not in SEALED} | {"name": "other"})
+    real = recllm.runtime.Recommender.with_items
+
+    def meanwhile(self, records):
+        place.rename(tmp_path / "gone")
+        other.rename(place)
+        return real(self, records)
+
+    monkeypatch.setattr(recllm.runtime.Recommender, "with_items", meanwhile)
+    with pytest.raises(RecllmError, match=r"bundle' was replaced while items were added to it\. Nothing was written"):
+        add_items(place, new_items, place)
+    assert read_manifest(place)["name"] == "other"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "gone", "new.csv"]
+
+
+def test_an_export_waits_for_who_adds_items(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    run, said = load_run(tmp_path / "tiny"), []
+    task = prepare(run, lambda _: None)
+    shutil.rmtree(run.folder / "bundle-fp32", ignore_errors=True)
+    with ThreadPoolExecutor(1) as pool:
+        with alone(run.folder / "bundle-fp32"):
+            exported = pool.submit(export_run, run, task, ["fp32"], said.append)
+            while not said and not exported.done():
+                time.sleep(0.01)
+            assert said[0].endswith("waiting for it")
+            assert not (run.folder / "bundle-fp32").exists()
+        assert exported.result()[0].folder == run.folder / "bundle-fp32"
 
 
 @pytest.mark.slow

@@ -445,7 +445,9 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     assert scores == pytest.approx(ranker.rank([histories[0]], task.index.ids[:3])[0], abs=1e-4)
     with pytest.raises(RecllmError, match=r"Unknown item .nothing."):
         ranker.rank([("1",)], ["nothing"])
-    # An item that was added to the bundle before it is judged by its text, as one that reads alike is.
+    # An item that was added to the bundle before it is judged by its text, as one that reads alike is, also where
+    # another bundle has taken the ranker's place by then.
+    result.folder.rename(tmp_path / "gone")
     record, said = ranker.catalog.record(task.index.ids[0]), []
     catalog = Catalog(task.dataset.catalog.frame).with_items([record | {"item_id": "new"}])
     before = SimpleNamespace(index=ItemIndex(catalog.ids), catalog=catalog)

@@ -1,5 +1,7 @@
 """Likelihood: the same for every user, known of new items too, in a run, in its bundle and in what is added to it."""
 
+import shutil
+
 import numpy as np
 import polars as pl
 import pytest
@@ -126,6 +128,12 @@ def test_what_is_added_to_a_bundle_is_as_likely_as_it_would_have_been(trained, t
     assert np.array_equal(found[2:], kept)
     out = grown.recommend([["0", "2"], []], k=5)
     assert np.isfinite(out.shares["likelihood"]).all()
+    # Names are read by a graph that is opened late: not by that of a bundle that lies there by then.
+    late = recllm.load(tmp_path / "grown")
+    (tmp_path / "grown").rename(tmp_path / "gone")
+    shutil.copytree(exported.folder, tmp_path / "grown")
+    with pytest.raises(RecllmError, match=r"grown' was replaced after it was loaded.*Load it again"):
+        late.with_items([{"item_id": "newer", "title": "Red film 98"}])
 
 
 def test_an_encoder_says_no_likelihood(checkerboard_folder, tiny_encoder_folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Rows of a job: counted before they are read, in order, and a file of another kind is named."""
 
 import json
+from decimal import Decimal
 
 import polars as pl
 import pytest
@@ -8,6 +9,16 @@ import pytest
 from recllm.errors import RecllmError
 from recllm.query_rows import BadRow, history_items, read_rows
 from recllm.rowfiles import count_rows
+
+
+def test_decimal_ids_are_whole_numbers(tmp_path):
+    path = tmp_path / "in.parquet"
+    ids = pl.Series("user_id", [Decimal(12), None, Decimal("1.5")], dtype=pl.Decimal(10, 1))
+    history = pl.Series("history", [[Decimal(3), Decimal(40)]] * 3, dtype=pl.List(pl.Decimal(38, 0)))
+    pl.DataFrame([ids, history]).write_parquet(path)
+    rows = list(read_rows(path))
+    assert [(row.user_id, row.history) for row in rows[:2]] == [("12", ("3", "40")), ("line 2", ("3", "40"))]
+    assert "Decimal('1.5') is no id" in rows[2].reason
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])

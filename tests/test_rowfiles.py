@@ -89,3 +89,15 @@ def test_what_is_damaged_inside_a_parquet_file_is_one_message(tmp_path):
     assert columns_of(path) == ["user_id"]
     with pytest.raises(RecllmError, match=r"is not a Parquet file that can be read"):
         list(raw_rows(path, WANTED))
+
+
+def test_a_column_that_polars_panics_at_is_one_message(tmp_path, monkeypatch):
+    path = tmp_path / "in.parquet"
+    pl.DataFrame({"user_id": ["a"]}).write_parquet(path)
+
+    def panic(*_, **__):
+        raise pl.exceptions.PanicException("not implemented: list view")
+
+    monkeypatch.setattr(pl, "scan_parquet", panic)
+    with pytest.raises(RecllmError, match=r"not a Parquet file that can be read: not implemented: list view"):
+        columns_of(path)

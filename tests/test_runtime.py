@@ -149,6 +149,9 @@ def test_no_histories_have_no_scores(bundle):
     [
         (["50 181"], r"the one at 0 is the text '50 181'"),
         ([["1"], [2]], r"The history at 1 has 2, and item ids are text: str\(2\)"),
+        ([[None, "1"]], r"The history at 0 has None, and item ids are text"),
+        ([["1"], None], r"the one at 1 is None"),
+        ([["1"], 5], r"the one at 1 is 5"),
     ],
 )
 def test_histories_that_are_no_lists_of_ids_are_named(bundle, histories, words):
@@ -164,7 +167,14 @@ def test_scores_and_recall_take_lists_of_ids_only(bundle, histories):
         bundle.recall(histories)
 
 
-@pytest.mark.parametrize(("items", "words"), [("02", "these are the text '02'"), ([0], r"Items have 0 among them")])
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ("02", "these are the text '02'"),
+        ([0], r"Items have 0 among them"),
+        (["1", None], r"Items have None among them"),
+    ],
+)
 def test_items_that_are_no_list_of_ids_are_named(bundle, items, words):
     with pytest.raises(RecllmError, match=words):
         bundle.score(HISTORIES, items)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from recllm.data.checks import CheckReport
 from recllm.errors import RecllmError, unknown
+from recllm.process import FORKS
 
 FINGERPRINT_LENGTH = 16
 
@@ -143,6 +144,7 @@ class Catalog:
         Raises:
             RecllmError: a record without id, an id that is there already, or a field the catalog has not.
         """
+        FORKS.check()
         known = set(self.ids)
         rows = [_checked(record, self.frame.columns, known) for record in records]
         schema = dict.fromkeys(self.frame.columns, pl.String)

@@ -12,6 +12,8 @@ import polars as pl
 
 from recllm.errors import RecllmError, unknown
 
+POLARS_FAILS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+"""What Polars raises of a file that it cannot read; for some columns of Parquet it panics."""
 LINE = "_line"
 BUDGET = 8 << 30
 """Most bytes that a file may take in memory."""
@@ -56,7 +58,7 @@ class Table:
         """
         try:
             read = self.frame.select(LINE, *columns).collect()
-        except pl.exceptions.PolarsError as error:
+        except POLARS_FAILS as error:
             raise _broken(self.path, error) from None
         if read.is_empty():
             raise RecllmError(f"{self.path} has a header ({', '.join(self.columns)}) and no rows.")
@@ -81,7 +83,7 @@ def open_table(path: Path, budget: int = BUDGET) -> Table:
     _fits(path, size, budget)
     try:
         return _open(path, kind, budget)
-    except pl.exceptions.PolarsError as error:
+    except POLARS_FAILS as error:
         raise _broken(path, error) from None
 
 
@@ -231,7 +233,7 @@ def _csv_starts(path: Path) -> list[int]:
     return starts
 
 
-def _broken(path: Path, error: Exception) -> RecllmError:
+def _broken(path: Path, error: BaseException) -> RecllmError:
     """Say which line is wrong; polars itself names no line."""
     finder = {".csv": _wide_row, ".tsv": _wide_row, ".jsonl": _bad_json, ".ndjson": _bad_json}.get(path.suffix.lower())
     found = finder(path) if finder else None
