@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ from recllm.runs import ENVIRONMENT, Run
 
 ADAPTER, CARD = "adapter", "README.md"
 """In the folder of the language model's stage: the adapter as PEFT saves it; in that and in a bundle: the card."""
+NOT_YET = "Not evaluated yet"
 OWN_START = ("pissa", "olora", "orthogonal", LOFTQ)
 """Starts of LoRA that change the base model's weights or make up for its 4 bits: not for PEFT to put on the base."""
 
@@ -85,22 +87,27 @@ def write_adapter_card(run: Run) -> None:
         "```",
         "",
         "This is the adapter alone. What it is read with, and the projections beside it, are in the run's folder "
-        f"(`lm/model.safetensors`, `recipes/`); `recllm export {run.folder.name}` makes one bundle of all of it.",
+        f"(`lm/model.safetensors`, `recipes/`); `recllm export {_called(run)}` makes one bundle of all of it.",
     ]
     _write(folder / CARD, [*head, "", *card(run, f"{run.name}: the adapter"), "", *loading])
 
 
 def write_bundle_card(run: Run, folder: Path, recipe: str, kind: str) -> None:
-    """Write the card of a bundle; `kind` says what it does, in words."""
-    load = "recllm.load" if kind == "recommends" else "recllm.ranker.load_ranker"
+    """Write the card of a bundle; `kind` says what it does, in words. One that ranks has its model's figures alone."""
+    recommends = kind == "recommends"
+    load = "recllm.load" if recommends else "recllm.ranker.load_ranker"
     loading = ["## How to load", "", "```python", "import recllm", "", f'model = {load}("bundle-{recipe}")', "```", ""]
-    if kind != "recommends":
+    if not recommends:
         loading[3:5] = ["import recllm.ranker", ""]
     loading.append('The graphs are plain ONNX: `onnxruntime.InferenceSession("….onnx")` opens them without recllm.')
-    _write(
-        folder / CARD,
-        [*_front(run, "onnx"), "", *card(run, f"{run.name}: a bundle that {kind} ({recipe})"), "", *loading],
-    )
+    told = card(run, f"{run.name}: a bundle that {kind} ({recipe})", None if recommends else "relevance")
+    _write(folder / CARD, [*_front(run, "onnx"), "", *told, "", *loading])
+
+
+def without_figures(run: Run) -> list[Path]:
+    """The run's bundles that were exported before it was evaluated: their cards have no figures."""
+    cards = sorted(run.folder.glob(f"bundle-*/{CARD}"))
+    return [path.parent for path in cards if NOT_YET in path.read_text(encoding="utf-8")]
 
 
 def _front(run: Run, library: str) -> list[str]:
@@ -112,8 +119,8 @@ def _front(run: Run, library: str) -> list[str]:
     return ["---", *named, f"library_name: {library}", "tags: [recommendation, recllm]", "---"]
 
 
-def card(run: Run, title: str) -> list[str]:
-    """What was trained, on what, and how good it is."""
+def card(run: Run, title: str, only: str | None = None) -> list[str]:
+    """What was trained, on what, and how good it is; of all scorers, or of one alone."""
     facts = read_json(run.folder / ENVIRONMENT)
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     rows = {
@@ -136,8 +143,8 @@ def card(run: Run, title: str) -> list[str]:
         "device": facts["device"],
         "versions": ", ".join(f"{key} {value}" for key, value in facts["versions"].items()),
     }
-    lines += [f"| {name} | {value} |" for name, value in rows.items()]
-    return [*lines, "", *_figures(run)]
+    lines += [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return [*lines, "", *_figures(run, only)]
 
 
 def _language(run: Run) -> dict[str, str]:
@@ -148,15 +155,22 @@ def _language(run: Run) -> dict[str, str]:
     return {"layers": layers, "adapter": run.adapter.recipe, "training": told}
 
 
-def _figures(run: Run) -> list[str]:
+def _called(run: Run) -> str:
+    """The run's folder as it is typed where it was trained; of a whole path, which is nobody's business, the name."""
+    return quote(run.folder.name if run.folder.is_absolute() else str(run.folder))
+
+
+def _figures(run: Run, only: str | None = None) -> list[str]:
     path = run.folder / "evaluation.json"
     tables: dict[str, Any] = read_json(path) if path.is_file() else {}
     if "test" not in tables:
-        return [f"Not evaluated yet: `recllm evaluate {run.folder.name}` measures it on the test rows."]
+        return [f"{NOT_YET}: `recllm evaluate {_called(run)}` measures it on the test rows."]
     metrics = tables["test"]["metrics"]
     lines = ["## Test rows", "", "95 % intervals by paired bootstrap over users.", ""]
     lines += ["| slice | rows | scorer | " + " | ".join(metrics) + " |", "|---" * (3 + len(metrics)) + "|"]
     for row in tables["test"]["rows"]:
+        if only is not None and row["scorer"] != only:
+            continue
         cells = [row["slice"], f"{row['rows']:,}", row["scorer"], *(_interval(row[name]) for name in metrics)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

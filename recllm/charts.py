@@ -14,6 +14,36 @@ CHARACTER = 7.0
 NAME_LENGTH = 22
 TICKS = 5
 
+LIGHT: tuple[str, ...] = ("#6b7280", "#3b6fb6", "#16877f", "#8e4ec6", "#d9622b", "#cf4a83", "#a17a00", "#8a5a3c")
+LIGHT += ("#4d7c0f", "#b91c1c", "#1e3a8a", "#0284c7", "#701a75", "#0f5132")
+"""Colours of the scorers on a white page."""
+DARK: tuple[str, ...] = ("#a3abb8", "#7aa8e6", "#4fc0b5", "#bf93ea", "#f0915f", "#ee88b1", "#d8b547", "#c79a7a")
+DARK += ("#a3d65c", "#f87171", "#9db4ff", "#56c7f5", "#e9a8f2", "#5fd38d")
+"""The same ones on a dark page."""
+INK = "--page: #fff; --ink: #1d2430; --muted: #5b6472; --rule: #e1e5ea;"
+DARK_INK = "--page: #14181f; --ink: #e6e9ee; --muted: #9aa4b2; --rule: #2b323d;"
+
+
+def colours_of(scorers: Sequence[str], ink: str) -> str:
+    """The CSS properties that charts name: of text and lines, and of each scorer."""
+    return ink + "".join(f" --scorer-{place}: {own};" for place, own in enumerate(scorers))
+
+
+STYLE = """
+svg text { font-size: 12px; fill: var(--ink); font-variant-numeric: tabular-nums; }
+svg .muted { fill: var(--muted); font-size: 11px; }
+svg .grid { stroke: var(--rule); }
+svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .halo { stroke: var(--page); stroke-width: 4; fill: none; }
+svg .whisker { stroke: var(--ink); stroke-width: 1.25; fill: none; }
+svg .zero { stroke: var(--ink); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+svg .share { stroke: var(--page); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+"""
+"""How charts look, on a page or alone."""
+ALONE = f"svg {{ {colours_of(LIGHT, INK)} background: #fff; font-family: system-ui, sans-serif; }}{STYLE}"
+MARGIN = 16
+"""Around a chart that is a file of its own."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -162,8 +192,20 @@ def share_bar(title: str, shares: Mapping[str, float], low: float, high: float, 
 
 
 def colour(index: int) -> str:
-    """The page's colour for scorer `index`; the page has eight, in a light and a dark set."""
-    return f"var(--scorer-{index % 8})"
+    """The colour of scorer `index`; behind the last one they begin anew."""
+    return f"var(--scorer-{index % len(LIGHT)})"
+
+
+def picture(chart: str) -> str:
+    """A chart as a file of its own, with its colours, on white."""
+    height = int(chart.split(f'viewBox="0 0 {WIDTH} ', 1)[1].split('"', 1)[0])
+    wide, high = WIDTH + 3 * MARGIN, height + 2 * MARGIN
+    place = f'x="{MARGIN}" y="{MARGIN}" width="{WIDTH}" height="{height}" overflow="visible"'
+    inner = chart.replace("<svg ", f"<svg {place} ", 1)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{2 * wide}" height="{2 * high}">'
+        f'<style>{ALONE}</style><rect width="{wide}" height="{high}" fill="#fff"/>{inner}</svg>\n'
+    )
 
 
 def _svg(height: int, title: str, description: str, body: str, attributes: str = "") -> str:
@@ -208,7 +250,7 @@ def _end_labels(labels: Sequence[tuple[Line, float]], x: float) -> str:
     text, free = [], 8.0
     for rank, (line, y) in enumerate(sorted(labels, key=lambda label: label[1])):
         below = len(labels) - 1 - rank
-        place = max(free, min(y + 4, 190 - 14 * below))
+        place = max(free, min(y + 4, 176 - 14 * below))  # above the ticks
         free = place + 14
         text.append(f'<rect x="{x:.1f}" y="{place - 8:.1f}" width="4" height="8" fill="{colour(line.colour)}"/>')
         text.append(_text(x + 7, place, _shortened(line.name)))
@@ -227,5 +269,6 @@ def _bar(bar: Bar, axis: Axis, top: float) -> str:
         start, end = axis.place(bar.low), axis.place(bar.high)
         reach = max(right, end)
         ticks = "".join(f"M{x:.1f} {middle - 4}v8" for x in (start, end))
-        whisker = f'<path class="whisker" d="M{start:.1f} {middle}H{end:.1f}{ticks}"/>'
+        drawn = f'd="M{start:.1f} {middle}H{end:.1f}{ticks}"/>'
+        whisker = f'<path class="halo" {drawn}<path class="whisker" {drawn}'  # seen inside the bar, too
     return name + box + whisker + _text(reach + 6, middle + 4, number(bar.value))

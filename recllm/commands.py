@@ -226,7 +226,7 @@ def evaluate_folder(folder: Path, part: str) -> None:
         raise unknown("part", part, PARTS)
     run = load_run(folder)
     needs("Evaluating a run", TRAINING)
-    from recllm.cards import write_adapter_card
+    from recllm.cards import without_figures, write_adapter_card
     from recllm.outcome import evaluate_run, save_evaluation
     from recllm.report import write_report
     from recllm.runreport import MEASURED, run_report
@@ -248,6 +248,8 @@ def evaluate_folder(folder: Path, part: str) -> None:
         say(line)
     say(f"Kept in {kept}")
     say(f"Open {page}")
+    for bundle in without_figures(run):
+        say(f"The card of {bundle} has no figures, for it was exported before: recllm export {run.folder}")
 
 
 def trained(folder: Path) -> None:

@@ -218,9 +218,8 @@ def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:
         RecllmError: test rows have dislikes and validation rows none, so that the two would mean different things.
     """
     examples = task.split.valid if part == "valid" else task.split.test
-    disliked = {name: any(row.label == 0 for row in rows) for name, rows in _parts(task).items()}
-    if any(disliked.values()):
-        if not disliked["valid"]:
+    if not samples_negatives(task):
+        if not any(row.label == 0 for row in task.split.valid):
             raise RecllmError(
                 "No validation row is a dislike, and some test rows are: nothing can be chosen by likes alone. Take "
                 "another data.split or data.like_at, or give validation rows of both kinds."
@@ -231,8 +230,9 @@ def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:
     return [row for place, example in rows for row in negatives.pair(example, (seed, place))]
 
 
-def _parts(task: Task) -> dict[str, list[Example]]:
-    return {"valid": task.split.valid, "test": task.split.test}
+def samples_negatives(task: Task) -> bool:
+    """Whether no row that is measured is a dislike, so that negatives are sampled."""
+    return not any(row.label == 0 for row in (*task.split.valid, *task.split.test))
 
 
 class Negatives:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,7 @@ def quickstart(
     started, clock = time.monotonic(), Clock()
     run = quickstart_run(output, steps, seed)
     _check_own(run.folder)
+    resumed = resume and (run.folder / FILE).is_file()
     say(f"1/5  Training on ml-100k: {steps} steps of {run.model.name} with LoRA, and the scorers beside it")
     task = train_run(run, resume=resume, overwrite=not resume, say=lambda line: say(f"     {line}"), clock=clock)
     say("2/5  Evaluating on the last event of every user, whole catalogue")
@@ -116,7 +118,8 @@ def quickstart(
     with clock.stage("report"):
         report = run_report(run, task, tables["test"])
         lists = {"users": [*users], "cold_items": [newcomer], "seconds": clock.seconds, "next_commands": commands}
-        write_report(page, replace(report, **lists))  # type: ignore[arg-type]
+        note = "Of the last call, which went on with what was there." if resumed else ""
+        write_report(page, replace(report, seconds_note=note, **lists))  # type: ignore[arg-type]
     seconds = clock.seconds | {"total": round(time.monotonic() - started, 1)}
     say(f"Done in {seconds['total']:.0f} s. Open {page}, or type next:")
     for command in commands:
@@ -228,7 +231,7 @@ def recommend_new_item(recommender: Recommender, task: Task) -> Recommendations:
     text = f"{NEW_ITEM['title']} ({NEW_ITEM['genres']})"
     return Recommendations(
         f"New item: {text}",
-        f"Nobody has rated it; its rank among {len(grown.index):,} films for {len(users)} users, the best first",
+        f"Nobody has rated it; its rank among the films that each of {len(users)} users has not rated, the best first",
         lines,
         column="User",
     )
@@ -257,7 +260,7 @@ def _list_lines(part: Recommendations) -> list[str]:
 
 def _next_commands(run: Run, bundle: Path) -> list[str]:
     return [
-        f'recllm recommend {bundle} --history "50 181 172"',
-        f"recllm train {run.folder}/run.toml --set name=longer --set train.max_steps=400",
-        f"recllm export {run.folder} --recipe fp32 --recipe fp16",
+        f"recllm recommend {quote(str(bundle))} --history '50 181 172'",
+        f"recllm train {quote(str(run.folder / FILE))} --set name=longer --set train.max_steps=400",
+        f"recllm export {quote(str(run.folder))} --recipe fp32 --recipe fp16",
     ]

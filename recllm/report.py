@@ -64,18 +64,24 @@ class Recommendations:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows, as plain data; an empty part is left out of the page."""
+    """All that the page shows, as plain data; an empty part is left out of the page.
+
+    `table` is of all rows and `slices` of some, by what they are; `unknown` says of a metric why no scorer has it.
+    """
 
     title: str
     facts: Mapping[str, str]
     learning_curve: Sequence[CurvePoint] = ()
     valid_metric: str = "NDCG@10"
     table: Sequence[TableRow] = ()
+    slices: Mapping[str, Sequence[TableRow]] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
     weights_by_user: Sequence[WeightCurve] = ()
     weights_by_item: Sequence[WeightCurve] = ()
     users: Sequence[Recommendations] = ()
     cold_items: Sequence[Recommendations] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds_note: str = ""
     next_commands: Sequence[str] = ()
 
 
@@ -88,15 +94,16 @@ def write_report(path: Path, report: Report) -> None:
 def render(report: Report) -> str:
     """The page as text; everything that comes from data is escaped."""
     colours = scorer_colours(report)
+    seconds = {name: f"{value:,.1f} s" for name, value in report.seconds.items()}
     scale = share_scale(row for part in (*report.users, *report.cold_items) for row in part.rows)
     sections = [
-        _section("Metrics", METRICS_NOTE, _metric_charts(report.table, colours) + _metric_table(report.table)),
+        _section("Metrics", METRICS_NOTE, _metrics(report, colours)),
         _section("Learning curves", CURVES_NOTE, _curves(report, colours)),
         _section("Fusion weights", WEIGHTS_NOTE, _weights(report, colours)),
         _section("Recommendations", SHARES_NOTE, _lists(report.users, scale, colours)),
         _section("Items that nobody has rated", COLD_NOTE, _lists(report.cold_items, scale, colours)),
         _section("Next", "", "".join(f"<pre><code>{escape(line)}</code></pre>" for line in report.next_commands)),
-        _section("Time", "", _pairs({name: f"{value:,.1f} s" for name, value in report.seconds.items()})),
+        _section("Time", report.seconds_note, _pairs(seconds)),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -125,8 +132,11 @@ def share_scale(rows: Iterable[Recommended]) -> tuple[float, float]:
     return (low, high) if high > low else (0.0, 1.0)
 
 
-METRICS_NOTE = "Bars begin at zero; whiskers are 95% intervals over users. The best value of a column is bold."
-CURVES_NOTE = "Training loss, and the metric on validation that chose the checkpoint."
+METRICS_NOTE = (
+    "Bars begin at zero; whiskers are 95% intervals over users. The best value of a column is bold. Where items are "
+    "ranked, a row of which a scorer knows nothing counts as a miss."
+)
+CURVES_NOTE = "Training loss, and the metric on validation."
 WEIGHTS_NOTE = "How much a scorer counts, by how many events are known. Fitted on validation."
 SHARES_NOTE = (
     "Each score is exactly the sum of its shares: to the right of the line they raise it, to the left they lower it."
@@ -155,9 +165,19 @@ def _metric_names(table: Sequence[TableRow]) -> list[str]:
     return list(dict.fromkeys(name for row in table for name in row.metrics))
 
 
+def _metrics(report: Report, colours: Mapping[str, int]) -> str:
+    parts = [_metric_charts(report.table, colours), _metric_table(report.table)]
+    parts += [f'<p class="note">{escape(f"{metric}: {why}.")}</p>' for metric, why in report.unknown.items()]
+    for name, rows in report.slices.items():
+        parts.append(f"<h3>{escape(name)}</h3>{_metric_table(rows, name)}")
+    return "".join(parts)
+
+
 def _metric_charts(table: Sequence[TableRow], colours: Mapping[str, int]) -> str:
     pictures = {}
     for metric in _metric_names(table):
+        if not any(math.isfinite(row.metrics[metric][0]) for row in table if metric in row.metrics):
+            continue
         found = [(row.scorer, row.metrics[metric]) for row in table if metric in row.metrics]
         pictures[metric] = charts.interval_bars(
             f"{metric} by scorer", [charts.Bar(name, *values, colours[name]) for name, values in found]
@@ -165,7 +185,7 @@ def _metric_charts(table: Sequence[TableRow], colours: Mapping[str, int]) -> str
     return _figures(pictures)
 
 
-def _metric_table(table: Sequence[TableRow]) -> str:
+def _metric_table(table: Sequence[TableRow], part: str = "all rows") -> str:
     metrics = _metric_names(table)
     if not metrics:
         return ""
@@ -175,7 +195,7 @@ def _metric_table(table: Sequence[TableRow]) -> str:
     for row in table:
         cells = "".join(_metric_cell(row.metrics.get(name), best[name]) for name in metrics)
         rows.append(f'<tr><th scope="row">{escape(row.scorer)}</th>{cells}</tr>')
-    return _table(f'<th scope="col">Scorer</th>{head}', rows, "Metrics with their intervals")
+    return _table(f'<th scope="col">Scorer</th>{head}', rows, f"Metrics with their intervals, {part}")
 
 
 def _metric_cell(interval: Interval | None, best: float) -> str:
@@ -248,14 +268,14 @@ def _list(part: Recommendations, scale: tuple[float, float], colours: Mapping[st
     return f"<h3>{escape(part.name)}</h3>{context}" + _table(head, rows, f"Recommendations: {part.name}")
 
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1d2430; --muted: #5b6472; --rule: #e1e5ea; --box: #f5f7f9;
-  --scorer-0: #6b7280; --scorer-1: #3b6fb6; --scorer-2: #16877f; --scorer-3: #8e4ec6;
-  --scorer-4: #d9622b; --scorer-5: #cf4a83; --scorer-6: #a17a00; --scorer-7: #8a5a3c; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14181f; --ink: #e6e9ee; --muted: #9aa4b2; --rule: #2b323d; --box: #1c222b;
-  --scorer-0: #a3abb8; --scorer-1: #7aa8e6; --scorer-2: #4fc0b5; --scorer-3: #bf93ea;
-  --scorer-4: #f0915f; --scorer-5: #ee88b1; --scorer-6: #d8b547; --scorer-7: #c79a7a; } }
+STYLE = f"""
+:root {{ color-scheme: light dark; --box: #f5f7f9; {charts.colours_of(charts.LIGHT, charts.INK)} }}
+@media screen and (prefers-color-scheme: dark) {{
+  :root {{ --box: #1c222b; {charts.colours_of(charts.DARK, charts.DARK_INK)} }} }}
+@media print {{ * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
+  figure, tr {{ break-inside: avoid; }} h2, h3, .note {{ break-after: avoid; }} }}
+{charts.STYLE}"""
+STYLE += """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 64rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
@@ -271,13 +291,6 @@ dt { font-size: .8rem; } dd { margin: 0; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.25rem 2rem; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .25rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font-size: 12px; fill: var(--ink); font-variant-numeric: tabular-nums; }
-svg .muted { fill: var(--muted); font-size: 11px; }
-svg .grid { stroke: var(--rule); }
-svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .whisker { stroke: var(--ink); stroke-width: 1.25; fill: none; }
-svg .zero { stroke: var(--ink); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-svg .share { stroke: var(--page); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 svg.shares { height: 16px; }
 td:not(.bar) small { white-space: nowrap; }
 .scroll { overflow-x: auto; margin-top: 1rem; }

@@ -83,9 +83,13 @@ class Table:
                 cells = [_cell(self.interval(scorer, metric, part)).ljust(CELL) for metric in self.metrics]
                 lines.append("  ".join([scorer.ljust(width), *cells]).rstrip())
             for metric in self.metrics:
-                if metric in UNKNOWN and all(np.isnan(self.values[name, metric, part]) for name in self.scorers):
+                if metric in UNKNOWN and self.lacks(metric, part):
                     lines.append(f"{metric}: {UNKNOWN[metric]}")
         return lines
+
+    def lacks(self, metric: str, part: str = "all") -> bool:
+        """Whether no scorer has a metric in a slice."""
+        return all(np.isnan(self.values[name, metric, part]) for name in self.scorers)
 
     def _key(self, scorer: str, metric: str, part: str) -> Key:
         if scorer not in self.scorers:

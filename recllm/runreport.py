@@ -7,8 +7,9 @@ import numpy as np
 from recllm.files import read_json
 from recllm.fusion import Fusion
 from recllm.outcome import learning_curves
+from recllm.pairs import samples_negatives
 from recllm.report import CurvePoint, Report, TableRow, WeightCurve
-from recllm.results import Table
+from recllm.results import UNKNOWN, Table
 from recllm.runs import Run
 from recllm.tasks import Task
 
@@ -37,14 +38,23 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
     weighed = () if fusion.levels else fusion.names  # where scorers speak one after the other, no weight tells who does
     key, name = FIGURES[run.model.task]
     metrics = [metric for metric in table.metrics if not metric.startswith(LEFT_OUT)]
+
+    def rows(part: str) -> list[TableRow]:
+        return [
+            TableRow(scorer, {metric: table.interval(scorer, metric, part) for metric in metrics})
+            for scorer in table.scorers
+        ]
+
     return Report(
         title=f"recllm: {task.dataset.name}",
         facts={
             "Data": f"{task.dataset.name}, {len(task.dataset.interactions):,} events, {len(task.index):,} items",
             "Licence of the data": task.dataset.licence,
             "Split": f"{task.split.name}: {len(task.split.valid):,} validation and {len(task.split.test):,} test rows",
-            "Measured on": MEASURED[part],
+            "Measured on": f"{_counted(table)}: {MEASURED[part]}{_sampled(run, task)}",
+            **({"Control": f"{run.control.lacking}: not for use"} if run.control.lacking else {}),
             "Language model": _language(run),
+            **({"Likelihood by": run.model.likelihood} if run.model.likelihood is not None else {}),
             "Item text by": run.model.item_encoder or run.model.name,
             "Fusion": f"{fusion.chosen} (chosen on validation){_order(fusion)}",
             "Seed": str(run.seed),
@@ -55,12 +65,23 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
             if "loss" in line or key in line
         ],
         valid_metric=name,
-        table=[
-            TableRow(scorer, {metric: table.interval(scorer, metric) for metric in metrics}) for scorer in table.scorers
-        ],
+        table=rows("all"),
+        slices={f"{own}: {_counted(table, own)}": rows(own) for own in table.counts if own != "all"},
+        unknown={metric: UNKNOWN[metric] for metric in metrics if metric in UNKNOWN and table.lacks(metric)},
         weights_by_user=[WeightCurve(own, user_counts.tolist(), by_user[own].tolist()) for own in weighed],
         weights_by_item=[WeightCurve(own, item_counts.tolist(), by_item[own].tolist()) for own in weighed],
     )
+
+
+def _counted(table: Table, part: str = "all") -> str:
+    rows, users = table.counts[part]
+    return f"{rows:,} rows of {users:,} users"
+
+
+def _sampled(run: Run, task: Task) -> str:
+    """Of labelled pairs whether the disliked ones are sampled."""
+    judges = run.model.task == "relevance"
+    return ", half of them sampled items that the user has no event with" if judges and samples_negatives(task) else ""
 
 
 def _order(fusion: Fusion) -> str:

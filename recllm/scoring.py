@@ -114,7 +114,8 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     if (run.folder / "fusion.json").is_file() and settings.is_file() and read_json(settings) == wanted:
         return
     scores = known_scores(run, task, parts, say)["valid"]
-    for old in run.folder.glob("evaluation*"):  # what it tells is of another fusion than the one that comes
+    # What they tell is of another fusion than the one that comes.
+    for old in (*run.folder.glob("evaluation*"), *run.folder.glob("report.html")):
         old.unlink()
     say("Fitting the fusion on validation")
     protocol = evaluation_protocol(run, task)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from recllm.charts import Line, line_chart
+from recllm.charts import Line, line_chart, picture
 from recllm.errors import RecllmError, require, unknown
 from recllm.files import write_json, written
 from recllm.lm import model_folder
@@ -369,9 +369,9 @@ def _write(study: Any, search: Search, run: Run, folder: Path) -> Run | None:  #
         numbers, values = [row["trial"] for row in complete], [row["value"] for row in complete]
         leading = [max(values[: place + 1]) for place in range(len(values))]
         lines = [Line("trial", numbers, values, 0), Line("best so far", numbers, leading, 1)]
-        picture = line_chart(f"Trials of {run.name}", lines, "trial", _metric(search, run))
+        chart = line_chart(f"Trials of {run.name}", lines, "trial", _metric(search, run))
         with written(folder / PICTURE) as temporary:
-            temporary.write_text(picture, encoding="utf-8")
+            temporary.write_text(picture(chart), encoding="utf-8")
     best = _best(study)
     if best is None:
         return None

@@ -61,8 +61,10 @@ class MetricsFile(TrainerCallback):
         if logs is None:
             return
         if state.is_world_process_zero:
+            # Trainer counts the passes as one epoch: its share of that would mislead.
+            own = {key: value for key, value in logs.items() if key != "epoch"}
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"scorer": self.scorer, "step": state.global_step} | logs) + "\n")
+                stream.write(json.dumps({"scorer": self.scorer, "step": state.global_step} | own) + "\n")
         # On every process, which all know the same figures: one that stopped alone would leave the others waiting.
         for key in ("loss", "eval_loss"):
             if key in logs and not math.isfinite(float(logs[key])):

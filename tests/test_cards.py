@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recllm.adapters import AdapterRecipe, attach
-from recllm.cards import ADAPTER, CARD, card, save_adapter, write_adapter_card, write_bundle_card
+from recllm.cards import ADAPTER, CARD, card, save_adapter, without_figures, write_adapter_card, write_bundle_card
 from recllm.checkpoints import trained_values
 from recllm.files import read_json, write_json
 from recllm.lm import load_base
@@ -100,6 +100,42 @@ def test_the_hub_is_told_base_models_by_its_own_names_alone(run):
         write_bundle_card(named, run.folder, "fp32", "recommends")
         told = ModelCard.load(run.folder / CARD).data
         assert (told.base_model, told.library_name, told.tags) == (base, "onnx", ["recommendation", "recllm"])
+
+
+def test_a_card_leaks_no_path_and_no_cell(run, tmp_path, monkeypatch):
+    named = run.model_copy(update={"data": run.data.model_copy(update={"name": "/data/a|b"})})
+    assert "| data | /data/a\\|b |" in card(named, "A title")
+    (run.folder / "evaluation.json").unlink(missing_ok=True)
+    assert run.folder.is_absolute()
+    assert card(run, "A title")[-1].startswith("Not evaluated yet: `recllm evaluate tiny`")
+    shutil.copytree(run.folder, tmp_path / "my runs" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    here = run.model_copy(update={"output": "my runs"})
+    assert card(here, "A title")[-1].startswith("Not evaluated yet: `recllm evaluate 'my runs/tiny'`")
+
+
+def test_the_card_of_a_ranker_has_its_models_figures_alone(run):
+    rows = [
+        {"slice": "all", "rows": 80, "users": 40, "scorer": scorer, "AUC": [figure, None, None]}
+        for scorer, figure in (("relevance", 0.7), ("fusion", 0.9))
+    ]
+    write_json(run.folder / "evaluation.json", {"test": {"metrics": ["AUC"], "rows": rows}})
+    write_bundle_card(run, run.folder, "fp32", "ranks candidates")
+    text = (run.folder / CARD).read_text(encoding="utf-8")
+    assert "| all | 80 | relevance | 0.7000 |" in text
+    assert "fusion" not in text
+    assert "recllm.ranker.load_ranker" in text
+
+
+def test_bundles_that_were_exported_before_are_known(run, tiny_bundle):
+    (run.folder / "evaluation.json").unlink(missing_ok=True)
+    for name in ("bundle-new", "bundle-old"):
+        (run.folder / name).mkdir()
+    write_bundle_card(run, run.folder / "bundle-old", "fp32", "recommends")
+    write_json(run.folder / "evaluation.json", {"test": {"metrics": ["MRR"], "rows": []}})
+    write_bundle_card(run, run.folder / "bundle-new", "fp32", "recommends")
+    assert run.folder / "bundle-old" in without_figures(run)
+    assert run.folder / "bundle-new" not in without_figures(run)
 
 
 def test_a_bundle_has_its_card(tiny_bundle):

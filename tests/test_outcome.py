@@ -10,6 +10,7 @@ from recllm.files import read_json
 from recllm.fusion import Fusion
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
 from recllm.ranking import mask_seen
+from recllm.results import Table
 from recllm.runreport import run_report
 from recllm.runs import load_run
 from recllm.scoring import known_scores
@@ -101,6 +102,39 @@ def test_the_page_of_a_fusion_in_levels_says_who_speaks_first(outcome, tmp_path)
     assert not report.weights_by_item
     told = f"levels (chosen on validation): each scorer only where those before it are silent, {first}; then {second}"
     assert report.facts["Fusion"].startswith(told)
+
+
+def test_the_page_says_of_what_its_figures_are(outcome):
+    run, task, _, tables = outcome
+    report = run_report(run, task, tables["test"])
+    assert report.facts["Measured on"] == "40 rows of 40 users: the test rows"
+    assert not {"Control", "Likelihood by"} & set(report.facts)
+    assert not report.slices
+    told = {
+        "control": run.control.model_copy(update={"language_model": "random"}),
+        "model": run.model.model_copy(update={"likelihood": "some-model"}),
+    }
+    cold = replace(tables["test"], counts=tables["test"].counts | {"cold item": (12, 7)})
+    whole = cold.values | {(name, metric, "cold item"): 0.5 for name, metric, _ in cold.values}
+    report = run_report(run.model_copy(update=told), task, replace(cold, values=whole, draws={}))
+    assert report.facts["Control"] == "control.language_model = random: not for use"
+    assert report.facts["Likelihood by"] == "some-model"
+    assert list(report.slices) == ["cold item: 12 rows of 7 users"]
+    assert {row.scorer for row in report.slices["cold item: 12 rows of 7 users"]} == set(cold.scorers)
+
+
+def test_a_judge_is_said_to_be_measured_against_sampled_items(outcome):
+    run, task, _, _ = outcome
+    judging = run.model_copy(update={"model": run.model.model_copy(update={"task": "relevance"})})
+    nan = {(name, "AUC", "all"): np.nan for name in ("light", "fusion")}
+    table = Table(("light", "fusion"), ("AUC",), {"all": (80, 40)}, nan, {})
+    report = run_report(judging, task, table)
+    told = "80 rows of 40 users: the test rows, half of them sampled items that the user has no event with"
+    assert report.facts["Measured on"] == told
+    assert report.unknown == {"AUC": "not known, for all these rows have one label"}
+    rated = [replace(row, label=float(place % 2)) for place, row in enumerate(task.split.test)]
+    labelled = replace(task, split=replace(task.split, valid=rated, test=rated))
+    assert run_report(judging, labelled, table).facts["Measured on"] == "80 rows of 40 users: the test rows"
 
 
 def test_learning_curves(outcome, tmp_path):

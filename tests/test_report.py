@@ -109,6 +109,48 @@ def test_titles_with_markup_stay_text():
     assert len(svgs(page)) == 8  # each of them parses as XML
 
 
+def test_a_chart_alone_is_a_picture_with_all_its_colours():
+    lines = [charts.Line(f"scorer {place}", [0, 10], [0.0, place], place) for place in range(14)]
+    text = charts.picture(charts.line_chart("Trials", lines, "trial", "AUC"))
+    root = ET.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
+    for kind in ("line", "grid", "muted"):
+        assert f"svg .{kind} " in text
+    strokes = re.findall(r'class="line" stroke="([^"]+)"', text)
+    assert len(set(strokes)) == len(strokes) == 14
+
+
+@pytest.mark.parametrize("palette", [charts.LIGHT, charts.DARK])
+def test_every_colour_is_another_one(palette):
+    assert len(set(palette)) == len(palette) == 14
+
+
+def test_names_of_lines_stay_above_the_ticks():
+    lines = [charts.Line(f"scorer {place}", [0, 10], [0.0, 1.0], place) for place in range(11)]
+    chart = ET.fromstring(charts.line_chart("Weights", lines, "events", "weight"))
+    names = [float(text.get("y")) for text in chart.iter("text") if text.text.startswith("scorer")]
+    ticks = [float(text.get("y")) for text in chart.iter("text") if text.text == "10"]
+    assert len(names) == 11
+    assert max(names) <= min(ticks) - 12
+
+
+def test_a_metric_that_nobody_has_is_explained_and_has_no_chart():
+    nobody = {"AUC": (math.nan, math.nan, math.nan)}
+    page = render(Report("Run", {}, table=[TableRow("mf", nobody)], unknown={"AUC": "not known, for one <label>"}))
+    assert not svgs(page)
+    assert "AUC: not known, for one &lt;label&gt;." in page
+    assert "<td>–</td>" in page
+
+
+def test_slices_have_their_tables():
+    row = TableRow("mf", {"AUC": (0.5, 0.4, 0.6)})
+    page = render(Report("Run", {}, table=[row], slices={"cold <item>: 7 rows of 5 users": [row]}))
+    tags = parsed(page)
+    assert "cold <item>: 7 rows of 5 users" in tags.text
+    assert tags.seen.count("table") == 2
+
+
 def test_the_page_asks_nothing_of_the_network_and_runs_no_script():
     page = render(full_report())
     tags = parsed(page)
@@ -226,7 +268,8 @@ def test_bars_begin_at_zero_and_carry_their_interval():
     bars = [charts.Bar("mf", 0.5, 0.4, 0.6, 0), charts.Bar("none", math.nan, math.nan, math.nan, 1)]
     chart = ET.fromstring(charts.interval_bars("t", bars))
     (box,) = chart.iter("rect")
-    (whisker,) = chart.iter("path")
+    halo, whisker = chart.iter("path")
+    assert halo.get("d") == whisker.get("d")
     zero = float(next(line for line in chart.iter("line")).get("x1"))
     assert float(box.get("x")) == zero
     ends = [float(end) for end in re.findall(r"[MH]([\d.]+)", whisker.get("d"))[:2]]

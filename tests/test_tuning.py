@@ -48,7 +48,7 @@ def test_the_better_setting_is_found_and_the_search_goes_on(place):
     folder = place / "runs" / "base-tune"
     assert load_run(folder / tuning.BEST).light.learning_rate == 5e-3
     assert load_run(folder / tuning.BEST).name == "base-best"
-    assert (folder / tuning.PICTURE).read_text(encoding="utf-8").startswith("<svg")
+    assert (folder / tuning.PICTURE).read_text(encoding="utf-8").startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     first = found(place)["trials"]
     assert len(first) == 5
     assert {trial["values"]["light.layers"] for trial in first} <= {1, 2}
