@@ -25,6 +25,7 @@ from recllm.judging import light_judge_stage, relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder, stream_width
 from recllm.loop import COMPILING, Stage, check_trainer_keys, stage_trainer
 from recllm.nextitem import language_stage, light_stage
+from recllm.protocols import evaluation_protocol
 from recllm.runs import Run
 from recllm.tasks import Task, prepare
 from recllm.trained import Say, check_names, encoder_name
@@ -79,7 +80,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it is trained: its data, the cost of its language model, and examples of what is read."""
+    """A run before it is trained: its data, the cost of its stages, what comes beside them, and examples."""
 
     users: int
     events: int
@@ -87,6 +88,7 @@ class Plan:
     items: int
     costs: tuple[Cost, ...]
     examples: tuple[str, ...] = field(default=())
+    beside: tuple[str, ...] = field(default=())
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -104,6 +106,8 @@ class Plan:
                 f"{cost.scorer}: about {cost.memory / 2**30:.2f} GiB and {_duration(cost.seconds)} on {where}, "
                 "from a few steps",
             ]
+        if self.beside:
+            lines.append(f"Beside that, in none of these times: {', '.join(self.beside)}")
         for place, example in enumerate(self.examples, start=1):
             lines += ["", f"Example {place}", example]
         return lines
@@ -147,7 +151,20 @@ def plan_run(run: Run, say: Say) -> Plan:
         examples = shown(run, task, stage)
     split = task.split
     users = split.train.frame["user_id"].n_unique()
-    return Plan(users, len(split.train), len(split.valid), len(task.index), tuple(costs), tuple(examples))
+    counts = users, len(split.train), len(split.valid), len(task.index)
+    return Plan(*counts, tuple(costs), tuple(examples), _beside(run, task))
+
+
+def _beside(run: Run, task: Task) -> tuple[str, ...]:
+    """What a training does that is not measured."""
+    protocol, items = evaluation_protocol(run, task), f"{len(task.index):,} items"
+    rows = len(protocol.examples("valid")) + len(protocol.examples("test"))
+    return (
+        f"vectors of {items} by {encoder_name(run)}",
+        *([f"likelihoods of {items} by {run.model.likelihood}"] if run.model.likelihood is not None else []),
+        f"scores of {rows:,} validation and test rows by every scorer",
+        "the fusion",
+    )
 
 
 def random_features(run: Run, task: Task) -> ItemFeatures:

@@ -1,7 +1,7 @@
 """Recommend from a bundle with ONNX Runtime and numpy alone: `recllm.load(folder).recommend(histories, k=10)`."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,10 +72,12 @@ def check_histories(histories: Sequence[Sequence[str]]) -> None:
     Raises:
         RecllmError: one is not.
     """
+    if not isinstance(histories, Sized):
+        raise RecllmError(f"Histories are a list of lists of item ids, and these are {histories!r:.60}.")
     for place, history in enumerate(histories):
         if isinstance(histories, str) or isinstance(history, str):
             raise RecllmError(f"Histories are lists of item ids, and the one at {place} is the text {history!r:.60}.")
-        if not isinstance(history, Iterable):
+        if not isinstance(history, Sized):  # nor what can be read once only
             raise RecllmError(f"Histories are lists of item ids, and the one at {place} is {history!r:.60}.")
         for wrong in (item for item in history if not isinstance(item, str)):
             raise RecllmError(f"The history at {place} has {wrong!r:.60}, and item ids are text: str({wrong!r:.60}).")
@@ -89,6 +91,8 @@ def check_items(items: Sequence[str]) -> None:
     """
     if isinstance(items, str):
         raise RecllmError(f"Items are a list of ids, and these are the text {items!r:.60}.")
+    if not isinstance(items, Sized):
+        raise RecllmError(f"Items are a list of ids, and these are {items!r:.60}.")
     for wrong in (item for item in items if not isinstance(item, str)):
         raise RecllmError(f"Items have {wrong!r:.60} among them, and ids are text: str({wrong!r:.60}).")
 

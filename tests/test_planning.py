@@ -71,6 +71,8 @@ def test_a_plan_shows_what_is_read_and_writes_nothing(tiny_run, tmp_path):
     text = "\n".join(plan.lines())
     assert "lm: " in text
     assert " steps, " in text
+    rest = f"vectors of 24 items by {run.model.name}, scores of 80 validation and test rows by every scorer, the fusion"
+    assert f"Beside that, in none of these times: {rest}" in text
     assert "tokens" in text
 
 
@@ -139,3 +141,4 @@ def test_durations_and_sizes_are_written_for_people():
     for figure in ("3.00 GiB and 12 s on", "and 10 min on", "and 10.0 h on"):
         assert any(figure in line for line in lines)
     assert peak_memory() > 2**20
+    assert not any(line.startswith("Beside that") for line in lines)

@@ -152,6 +152,8 @@ def test_no_histories_have_no_scores(bundle):
         ([[None, "1"]], r"The history at 0 has None, and item ids are text"),
         ([["1"], None], r"the one at 1 is None"),
         ([["1"], 5], r"the one at 1 is 5"),
+        ([iter(["1"])], r"the one at 0 is <list_iterator"),
+        (iter([["1"]]), r"Histories are a list of lists of item ids, and these are <list_iterator"),
     ],
 )
 def test_histories_that_are_no_lists_of_ids_are_named(bundle, histories, words):
@@ -173,6 +175,7 @@ def test_scores_and_recall_take_lists_of_ids_only(bundle, histories):
         ("02", "these are the text '02'"),
         ([0], r"Items have 0 among them"),
         (["1", None], r"Items have None among them"),
+        (iter(["1"]), r"Items are a list of ids, and these are <list_iterator"),
     ],
 )
 def test_items_that_are_no_list_of_ids_are_named(bundle, items, words):
