@@ -35,13 +35,15 @@ from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer,
 from recllm.runs import Run
 from recllm.sequence import IGNORED
 from recllm.softtokens import add_soft_tokens, bake_soft_tokens
-from recllm.splits import Example, like_threshold
+from recllm.splits import Example, like_threshold, liked_part
 from recllm.tasks import Task
 from recllm.trained import (
     Collaborative,
     Say,
     adapter_recipe,
+    fade,
     in_full_precision,
+    judges,
     load_collaborative,
     own_base,
     save_stage,
@@ -78,15 +80,7 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     What was fitted on liked events is asked about the liked part of a history; explicit factors and rated neighbours
     read the query's own ratings, and for a query without any the user's training ratings.
     """
-    threshold = like_threshold(task.split.train, run.data.like_at)
-
-    def liked(query: Query) -> Query:
-        if query.ratings is None:
-            return query
-        places = [place for place, rating in enumerate(query.ratings) if rating is None or rating >= threshold]
-        ratings = tuple(query.ratings[place] for place in places)
-        return Query(tuple(query.history[place] for place in places), query.user_id, ratings)
-
+    liked = partial(liked_part, threshold=like_threshold(task.split.train, run.data.like_at))
     scorers: dict[str, Scorer] = {
         name: scorer if name in ("popularity", "likelihood") else AskedAbout(scorer, liked)
         for name, scorer in parts.scorers().items()
@@ -94,10 +88,6 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     if not task.split.train.frame["rating"].count():
         return scorers
     folder, train = run.folder / "cf", task.split.train
-    if not (folder / "explicit_mf.json").is_file():
-        ItemMean.fit(train).save(folder)
-        _fading_user_mean(run, task).save(folder)
-        ExplicitMF.fit(train, seed=run.seed).save(folder)
     known = train.histories()
 
     def early(query: Query) -> Query:
@@ -109,6 +99,13 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
         query = early(query)
         return query if query.has_ratings else known.get(query.user_id or "", query)
 
+    if not (folder / "explicit_mf.json").is_file():
+        rows = [row for row in labelled_rows(task, "valid", run.seed) if row.query.has_ratings]
+        ItemMean.fit(train).save(folder)
+        users, explicit = UserMean.fit(train), ExplicitMF.fit(train, seed=run.seed)  # its file is the sign: last
+        for fading in (users, explicit):
+            fade(run, fading, judges(run, rows, rated))
+            fading.save(folder)
     means = ItemMean.load(folder)
     scorers |= {"item_mean": means, "user_mean": AskedAbout(UserMean.load(folder), early)}
     scorers["explicit"] = AskedAbout(ExplicitMF.load(folder), rated)
@@ -116,22 +113,6 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
         neighbours = RatedNeighbours(task.dataset.catalog, parts.text.vectors, means)
         scorers["rated_neighbours"] = AskedAbout(neighbours, rated)
     return scorers
-
-
-def _fading_user_mean(run: Run, task: Task) -> UserMean:
-    """Users' means whose half-life tells validation's labels apart best, by AUC; on a tie nothing fades."""
-    scorer = UserMean.fit(task.split.train)
-    rows = [row for row in labelled_rows(task, "valid", run.seed) if row.query.has_ratings]
-    labels = np.array([row.label for row in rows])
-    if len(np.unique(labels)) < 2:
-        return scorer
-    index = ItemIndex([rows[0].item_id])  # whichever: the scorer judges users
-    figures: dict[float | None, float] = {}
-    for half_life in (None, *run.recency.half_lives):
-        scorer.half_life = half_life
-        figures[half_life] = auc(labels, scorer.score([row.query for row in rows], index)[:, 0])
-    scorer.half_life = max(figures, key=figures.__getitem__)
-    return scorer
 
 
 def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudge, PairFormat]:

@@ -184,15 +184,21 @@ def _groups(codes: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]
 class ExplicitMF:
     """Matrix factorization for ratings: rating ≈ μ + b_user + b_item + p·q (Koren, Bell, Volinsky 2009), fitted by ALS.
 
-    Factors and bias of a user are folded in from the query's ratings. NaN without ratings of a known item, and for an
-    item without train ratings.
+    Factors and bias of a user are folded in from the query's ratings, the later ones counting more where they fade. NaN
+    without ratings of a known item, and for an item without train ratings.
     """
 
     def __init__(
-        self, items: ItemIndex, item_factors: NDArray[np.float32], mean: float, settings: ExplicitSettings
+        self,
+        items: ItemIndex,
+        item_factors: NDArray[np.float32],
+        mean: float,
+        settings: ExplicitSettings,
+        half_life: float | None = None,
     ) -> None:
-        """Keep `item_factors`, float32[items, factors + 1], the last column is b_item; and μ."""
+        """Keep `item_factors`, float32[items, factors + 1], the last column is b_item; μ; the half-life, in ratings."""
         self.items, self.item_factors, self.mean, self.settings = items, item_factors, mean, settings
+        self.half_life = half_life
 
     @classmethod
     def fit(cls, interactions: Interactions, settings: ExplicitSettings | None = None, *, seed: int = 0) -> Self:
@@ -230,10 +236,12 @@ class ExplicitMF:
             if query.ratings is None:
                 continue
             ratings = np.array(query.ratings, dtype=np.float64)  # NaN: not rated
-            known = (rows >= 0) & ~np.isnan(ratings)
+            rows, ratings = rows[~np.isnan(ratings)], ratings[~np.isnan(ratings)]
+            known = rows >= 0
             if known.any():
                 target = ratings[known] - self.mean
-                result[row] = _side(self.item_factors[rows[known]].astype(np.float64), target, penalty)
+                weights = recency_weights(len(rows), self.half_life)[known].astype(np.float64)
+                result[row] = _side(self.item_factors[rows[known]].astype(np.float64), target, penalty, weights)
         return result
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
@@ -243,8 +251,13 @@ class ExplicitMF:
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write `explicit_mf.safetensors` (item_factors) and `explicit_mf.json` (ids, mean, settings)."""
-        facts = {"ids": self.items.ids, "mean": self.mean, "settings": self.settings.model_dump()}
+        """Write `explicit_mf.safetensors` (item_factors) and `explicit_mf.json` (ids, mean, settings, half-life)."""
+        facts = {
+            "ids": self.items.ids,
+            "mean": self.mean,
+            "settings": self.settings.model_dump(),
+            "half_life": self.half_life,
+        }
         write_arrays(folder, "explicit_mf", {"item_factors": self.item_factors}, facts)
 
     @classmethod
@@ -252,14 +265,23 @@ class ExplicitMF:
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, "explicit_mf")
         settings = ExplicitSettings(**facts["settings"])
-        return cls(ItemIndex(facts["ids"]), arrays["item_factors"], facts["mean"], settings)
+        return cls(ItemIndex(facts["ids"]), arrays["item_factors"], facts["mean"], settings, facts.get("half_life"))
 
 
 def _penalty(settings: ExplicitSettings) -> NDArray[np.float64]:
     return np.array([settings.regularization] * settings.factors + [settings.bias_regularization])
 
 
-def _side(other: NDArray[np.float64], target: NDArray[np.float64], penalty: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One row's factors and bias, given the other side's (last column: its biases): float64[factors + 1]."""
+def _side(
+    other: NDArray[np.float64],
+    target: NDArray[np.float64],
+    penalty: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """One row's factors and bias, given the other side's (last column: its biases): float64[factors + 1].
+
+    `weights` are of the squared errors, float64[events]; 1 where left out.
+    """
     design = np.concatenate([other[:, :-1], np.ones((len(other), 1))], axis=1)
-    return _ridge(design, target - other[:, -1], penalty)
+    scale = 1.0 if weights is None else np.sqrt(weights)[:, None]
+    return _ridge(design * scale, (target - other[:, -1]) * np.ravel(scale), penalty)

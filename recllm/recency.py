@@ -1,6 +1,6 @@
 """Recency: how much an event of a history counts by how many events ago it was, and the choice on validation."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 
 from recllm.data import Query
-from recllm.metrics import ndcg
-from recllm.ranking import ItemIndex, Scores, batches, mask_seen, target_ranks
+from recllm.metrics import auc, ndcg
+from recllm.ranking import ItemIndex, Scores, batches, mask_seen, score_pairs, target_ranks
 from recllm.recipes import Settings
 
 NDCG_AT = 10
@@ -19,8 +19,8 @@ class RecencySettings(Settings):
     """`[recency]`: how fast the past of a history fades, for the scorers that sum over its events."""
 
     half_lives: tuple[PositiveFloat, ...] = (1.0, 3.0, 10.0, 30.0)
-    """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation; empty
-    leaves all events of a history equal."""
+    """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation, by AUC
+    where pairs are judged; empty leaves all events of a history equal."""
     queries: int = Field(5000, ge=1)
     """The most validation rows that choose."""
 
@@ -63,24 +63,22 @@ def ranking_figure(
     return float(np.concatenate(found).mean())
 
 
+def pair_figure(scorer: Fading, queries: Sequence[Query], items: Sequence[str], labels: NDArray[np.float64]) -> float:
+    """AUC of the pairs of which the scorer knows something; −1 where these have one label."""
+    scores = score_pairs(scorer, queries, items)
+    known = ~np.isnan(scores)
+    return float(np.nan_to_num(auc(labels[known], scores[known]), nan=-1.0))
+
+
 def choose_half_life(
-    scorer: Fading,
-    half_lives: Iterable[float],
-    queries: Sequence[Query],
-    targets: NDArray[np.int64],
-    index: ItemIndex,
-    *,
-    exclude_seen: bool = True,
+    scorer: Fading, half_lives: Iterable[float], figure: Callable[[Fading], float]
 ) -> dict[float | None, float]:
-    """Set the scorer's `half_life` to the best of None and `half_lives` by NDCG@10; on a tie the earlier.
+    """Set the scorer's `half_life` to the best of None and `half_lives` by `figure`; on a tie the earlier.
 
     Args:
         scorer: its `half_life` is changed.
         half_lives: in events.
-        queries: validation queries.
-        targets: column of each one's target, int64[queries].
-        index: the catalogue.
-        exclude_seen: as for `ranking_figure`.
+        figure: how good the scorer is on validation, as `ranking_figure` and `pair_figure` say it.
 
     Returns:
         The figure of every choice.
@@ -88,6 +86,6 @@ def choose_half_life(
     figures: dict[float | None, float] = {}
     for half_life in (None, *half_lives):
         scorer.half_life = half_life
-        figures[half_life] = ranking_figure(scorer, queries, targets, index, exclude_seen=exclude_seen)
+        figures[half_life] = figure(scorer)
     scorer.half_life = max(figures, key=figures.__getitem__)
     return figures

@@ -239,6 +239,15 @@ def like_threshold(interactions: Interactions, like_at: float = LIKE_AT) -> floa
     return 1.0 if rating.is_in([0.0, 1.0]).all() else like_at
 
 
+def liked_part(query: Query, threshold: float) -> Query:
+    """The query with what its history has no rating of, or one from `threshold` on."""
+    if query.ratings is None:
+        return query
+    places = [place for place, rating in enumerate(query.ratings) if rating is None or rating >= threshold]
+    ratings = tuple(query.ratings[place] for place in places)
+    return Query(tuple(query.history[place] for place in places), query.user_id, ratings)
+
+
 def liked_events(interactions: Interactions, like_at: float = LIKE_AT) -> Interactions:
     """The events that are liked or have no rating."""
     rating = pl.col("rating")

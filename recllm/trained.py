@@ -1,7 +1,8 @@
 """The scorers of a run: fitted or trained once, kept in the run's folder, loaded again for the next stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -40,15 +41,17 @@ from recllm.lm import (
 from recllm.mf import ImplicitMF
 from recllm.names import NameModel, read_names
 from recllm.neighbours import Neighbours, few_events
+from recllm.pairs import labelled_rows
 from recllm.priors import Popularity, TextSimilarity
 from recllm.progress import Progress
 from recllm.prompts import CompiledPrompt, Prompt, compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
-from recllm.recency import Fading, choose_half_life, ranking_figure
+from recllm.recency import Fading, choose_half_life, pair_figure, ranking_figure
 from recllm.recipes import find_recipe
 from recllm.runs import PROMPTS, ModelSettings, Run
 from recllm.sequence import LightBody, NextItemModel
+from recllm.splits import Example, like_threshold, liked_part
 from recllm.tasks import Task
 from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_features
 from recllm.warmstart import turned
@@ -57,7 +60,7 @@ Say = Callable[[str], None]
 ITEM_STRIDE = 10
 """The longest stride of a next-item model's histories where none is given; of short ones it is half of what is read."""
 HALF_LIVES = "half_lives.json"
-"""In `cf/`: NDCG@10 on validation of every half-life that was tried, by scorer."""
+"""In `cf/`: NDCG@10, or AUC, on validation of every half-life that was tried, by scorer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,12 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     if len(task.index) <= run.ease.max_items:
         fading["ease"] = EASE.fit(positives, regularization=run.ease.regularization)
     fading["text"] = _text_similarity(task, vectors, None)
-    figures = {name: _fade(run, task, scorer) for name, scorer in fading.items()}
+    if run.model.task == "next_item":
+        figure = _ranks(run, task)
+    else:
+        asked = partial(liked_part, threshold=like_threshold(task.split.train, run.data.like_at))
+        figure = judges(run, labelled_rows(task, "valid", run.seed), asked)
+    figures = {name: fade(run, scorer, figure) for name, scorer in fading.items()}
     if run.model.task == "next_item" and len(task.index) <= run.transitions.max_items:
         fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
     for scorer in fading.values():
@@ -140,27 +148,49 @@ def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
             say(f"Left out: '{name}', for {len(task.index):,} items are more than {name}.max_items = {most:,}")
 
 
-def _rows_that_choose(run: Run, task: Task) -> tuple[list[Query], NDArray[np.int64]]:
-    """Queries and target columns of the validation rows that choose half-lives; those of a run that judges: none."""
-    rows = task.split.valid if run.model.task == "next_item" else []
-    if len(rows) > run.recency.queries:
-        order = np.random.default_rng(run.seed).permutation(len(rows))
-        rows = [rows[place] for place in np.sort(order[: run.recency.queries])]
-    rows = [row for row in rows if row.item_id in task.index]
-    return [row.query for row in rows], task.index.rows(row.item_id for row in rows)
+def _rows_that_choose(run: Run, rows: Sequence[Example]) -> list[Example]:
+    """The validation rows that choose half-lives."""
+    if len(rows) <= run.recency.queries:
+        return list(rows)
+    order = np.random.default_rng(run.seed).permutation(len(rows))
+    return [rows[place] for place in np.sort(order[: run.recency.queries])]
 
 
-def _fade(run: Run, task: Task, scorer: Fading) -> dict[float | None, float]:
-    queries, targets = _rows_that_choose(run, task)
-    if not queries or not run.recency.half_lives:
+def _ranks(run: Run, task: Task) -> Callable[[Fading], float] | None:
+    """How well a scorer ranks the validation rows that choose; None where there are none."""
+    rows = [row for row in _rows_that_choose(run, task.split.valid) if row.item_id in task.index]
+    queries, targets = [row.query for row in rows], task.index.rows(row.item_id for row in rows)
+    found = partial(ranking_figure, queries=queries, targets=targets, index=task.index, exclude_seen=not task.repeats)
+    return found if rows else None
+
+
+def judges(run: Run, rows: Sequence[Example], asked: Callable[[Query], Query]) -> Callable[[Fading], float] | None:
+    """How well a scorer tells the labels of validation rows apart, by AUC; None where they have one label.
+
+    Args:
+        run: says how many rows choose.
+        rows: with labels.
+        asked: the query that the scorer is asked about in place of a row's own.
+    """
+    rows = _rows_that_choose(run, rows)
+    labels = np.array([row.label for row in rows], dtype=np.float64)
+    if len(np.unique(labels)) < 2:
+        return None
+    queries, items = [asked(row.query) for row in rows], [row.item_id for row in rows]
+    return partial(pair_figure, queries=queries, items=items, labels=labels)
+
+
+def fade(run: Run, scorer: Fading, figure: Callable[[Fading], float] | None) -> dict[float | None, float]:
+    """Choose how fast histories fade for a scorer: what every choice was worth; nothing where there is no choice."""
+    if figure is None or not run.recency.half_lives:
         return {}
-    return choose_half_life(scorer, run.recency.half_lives, queries, targets, task.index, exclude_seen=not task.repeats)
+    return choose_half_life(scorer, run.recency.half_lives, figure)
 
 
 def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transitions, dict[float | None, float]]:
     """The transition model whose half-life ranks best; it is fitted with it, so each is a model of its own."""
-    settings = run.transitions
-    queries, targets = _rows_that_choose(run, task)
+    settings, figure = run.transitions, _ranks(run, task)
+    assert figure is not None
     models = {
         half_life: Transitions.fit(
             positives,
@@ -170,10 +200,7 @@ def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transit
         )
         for half_life in settings.half_lives
     }
-    figures: dict[float | None, float] = {
-        half_life: ranking_figure(model, queries, targets, task.index, exclude_seen=not task.repeats)
-        for half_life, model in models.items()
-    }
+    figures: dict[float | None, float] = {half_life: figure(model) for half_life, model in models.items()}
     return models[max(models, key=figures.__getitem__)], figures
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ from recllm.files import read_json
 from recllm.judging import AskedAbout, load_relevance, rating_scorers, relevance_stage
 from recllm.outcome import FUSION, evaluate_run
 from recllm.ranker import behind, load_ranker
-from recllm.ranking import ItemIndex
+from recllm.ranking import ItemIndex, score_pairs
+from recllm.recency import choose_half_life
 from recllm.recipes import find_recipe
 from recllm.runs import Run, load_run
 from recllm.scoring import known_scores
@@ -352,7 +354,7 @@ def test_a_scorer_can_be_asked_about_another_query():
     assert scorer.score([Query(("a", "b")), Query(())], ItemIndex(["x"])).tolist() == [[1.0], [0.0]]
 
 
-def test_the_half_life_of_user_means_is_chosen_on_rows_with_ratings(trained, monkeypatch):
+def test_half_lives_of_ratings_are_chosen_on_rows_with_ratings(trained, monkeypatch, tmp_path):
     """Rows whose user has rated nothing have no mean, and NaN has no place in an AUC."""
     run, task = trained
     unknown = [
@@ -360,11 +362,21 @@ def test_the_half_life_of_user_means_is_chosen_on_rows_with_ratings(trained, mon
         for row in task.split.valid[::2]
     ]
     both = replace(task, split=replace(task.split, valid=[*unknown, *task.split.valid[1::2]]))
-    asked = []
-    monkeypatch.setattr(judging, "auc", lambda labels, scores: asked.append(scores) or 0.5)
-    judging._fading_user_mean(run, both)
-    assert asked
-    assert all(len(scores) == len(task.split.valid[1::2]) and np.isfinite(scores).all() for scores in asked)
+    chosen = []
+
+    def choose(scorer, half_lives, figure):
+        scores = score_pairs(scorer, figure.keywords["queries"], figure.keywords["items"])
+        chosen.append((type(scorer).__name__, len(scores), np.isfinite(scores).all()))
+        return choose_half_life(scorer, half_lives, figure)
+
+    monkeypatch.setattr("recllm.trained.choose_half_life", choose)
+    parts = load_collaborative(run, task)
+    shutil.copytree(run.folder, tmp_path / run.name)
+    (tmp_path / run.name / "cf" / "explicit_mf.json").unlink()
+    again = run.model_copy(update={"output": str(tmp_path)})
+    rating_scorers(again, both, parts)
+    rows = len(task.split.valid[1::2])
+    assert chosen == [("UserMean", rows, True), ("ExplicitMF", rows, True)]
     # Who is known to have rated nothing in the history is known by the training ratings, as who says nothing of it.
     scorers, index = rating_scorers(run, task, load_collaborative(run, task)), ItemIndex(task.index.ids)
     silent = Query(unknown[0].query.history, unknown[0].query.user_id)

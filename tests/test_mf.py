@@ -118,6 +118,21 @@ def test_explicit_fold_in_is_a_ridge_regression(explicit_mf):
     assert explicit_mf.score([query], ItemIndex(["0"]))[0, 0] == pytest.approx(predicted, abs=1e-5)
 
 
+def test_later_ratings_count_more_where_they_fade(explicit_mf):
+    facts = explicit_mf.items, explicit_mf.item_factors, explicit_mf.mean, explicit_mf.settings
+    fading = ExplicitMF(*facts, half_life=1.0)
+    known = explicit_mf.item_factors[explicit_mf.items.rows(["0", "1"])].astype(np.float64)
+    design = np.concatenate([known[:, :-1], np.ones((2, 1))], axis=1)
+    target = np.array([5.0, 1.0]) - explicit_mf.mean - known[:, -1]
+    penalty = np.diag([1.0] * 4 + [explicit_mf.settings.bias_regularization])
+    weights = np.diag([0.25, 1.0])  # the rating between them is of an item that is not known, and has its place
+    expected = np.linalg.solve(design.T @ weights @ design + penalty, design.T @ weights @ target)
+    query = Query(("0", "strange", "x", "1"), ratings=(5.0, 3.0, None, 1.0))
+    assert fading.user_factors([query])[0] == pytest.approx(expected, abs=1e-5)
+    one = Query(("0",), ratings=(5.0,))
+    assert np.array_equal(fading.user_factors([one]), explicit_mf.user_factors([one]))
+
+
 def test_explicit_ratings_have_a_sign(explicit_mf):
     liked, disliked = Query(("0", "2"), ratings=(5.0, 5.0)), Query(("0", "2"), ratings=(1.0, 1.0))
     scores = explicit_mf.score([liked, disliked], ItemIndex(["4", "5"]))
