@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -77,6 +78,8 @@ def arguments() -> argparse.Namespace:
     if given.set and given.result is None:
         parser.error("--set measures something else than the kept result of that name: name this one by --result.")
     given.data = given.data or settings.PROTOCOLS[given.protocol].data[0]
+    if missing := lost(given):
+        parser.error(f"{place_of(given).name} is kept with {missing}, which this would not have: name it by --result.")
     return given
 
 
@@ -184,6 +187,7 @@ def main() -> None:
         "seeds": given.seeds,
         "language_model": given.lm,
         "control": given.control,
+        "commit": commit(),
         "versions": found[0][2]["environment"]["versions"],
         "device": found[0][2]["environment"]["device"],
         "tables": {part: table.to_dict() for part, table in tables.items()},
@@ -235,9 +239,41 @@ def name_parts(given: argparse.Namespace) -> list[str]:
     return [*parts, "quick"] if given.quick else parts
 
 
+def place_of(given: argparse.Namespace) -> Path:
+    """Where the result is kept."""
+    return RESULTS / f"{given.result or '-'.join(name_parts(given))}.json"
+
+
+def lost(given: argparse.Namespace) -> str:
+    """What a kept result has that this one would not have; empty where nothing would be lost."""
+    if not place_of(given).is_file():
+        return ""
+    kept = read_json(place_of(given))
+    references = kept["references"][0] if isinstance(kept["references"], list) else kept["references"]
+    gone = [f"seed {seed}" for seed in kept["seeds"] if seed not in given.seeds]
+    gone += [name for name in references if name not in given.references]
+    gone += ["a language model"] if kept["language_model"] != "none" and given.lm == "none" else []
+    return ", ".join(gone)
+
+
+def commit() -> str | None:
+    """The commit that is measured, with a sign where files differ from it; None where that is not known."""
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
+
+
 def keep(result: dict[str, Any], given: argparse.Namespace) -> None:
     """Write the result under benchmarks/results/, in place of an older one of the same kind."""
-    path = RESULTS / f"{given.result or '-'.join(name_parts(given))}.json"
+    path = place_of(given)
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
     say(f"Kept in {path.name}")

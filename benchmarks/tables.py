@@ -162,7 +162,7 @@ def controls(found: dict[str, Result]) -> Iterator[str]:
             part = "among cold items" if "among cold items" in result["tables"] else "all"
             rows, metric = rows_of(result, part), "AUC" if "AUC" in result["tables"][part]["metrics"] else "NDCG@10"
             cells = [figure([rows[scorer][metric][0], None, None]) if scorer in rows else "–" for scorer in shown]
-            adds = result["differences"]["all"].get("fusion without lm")
+            adds = result["differences"][part].get("fusion without lm")
             cells.append("–" if adds is None else "{:+.4f} ({:+.4f} … {:+.4f})".format(*adds))
             yield f"| {whole} | {len(result['seeds'])} | {result.get('control') or 'nothing'} | {' | '.join(cells)} |"
 

@@ -223,3 +223,12 @@ def test_only_the_adapter_trains(tiny_lm_folder):
         "lora_A",
         "lora_B",
     }
+
+
+@pytest.mark.parametrize("after", [float("nan"), 1.002])
+def test_a_merge_that_changes_the_model_is_refused(after, tiny_lm_folder, monkeypatch):
+    model = attach(load_base(tiny_lm_folder).model, recipe(r=2, target_modules=["q_proj"]))
+    probes = iter([torch.ones(1), torch.full((1,), after)])
+    monkeypatch.setattr("recllm.adapters._probe", lambda _: next(probes))
+    with pytest.raises(RecllmError, match="Merging the adapter changes"):
+        merge(model)

@@ -14,7 +14,7 @@ from recllm import batch, parts
 from recllm.batch import NOTHING_LEFT, Job, ahead, rank_file, recommend_file, score_file, score_items_file
 from recllm.data import Query
 from recllm.errors import RecllmError
-from recllm.parts import Parts, folder_of
+from recllm.parts import Counts, Parts, folder_of
 from recllm.query_rows import read_rows
 from recllm.ranking import ItemIndex
 
@@ -595,3 +595,33 @@ def test_a_part_that_cannot_be_used_leaves_no_thread():
     assert next(parts) == 0
     parts.close()
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+
+
+def test_a_job_of_other_parts_or_ratings_is_another_job(tmp_path):
+    write(tmp_path / "in.jsonl", {"u": ["1"]})
+
+    def identity(rating, **keys):
+        histories = {"u": Query(("1",), "u", (rating,))}
+        return Job(tmp_path / "in.jsonl", tmp_path / "out.csv", histories, **keys).identity()
+
+    assert identity(5.0) == identity(5.0)
+    assert identity(5.0) != identity(1.0)
+    assert identity(5.0, chunk=2) != identity(5.0, chunk=3)
+
+
+def test_a_job_with_seen_items_does_not_go_on_without_them(tmp_path, recommender, monkeypatch):
+    job = Job(many(tmp_path / "in.jsonl"), tmp_path / "out.csv", chunk=4)
+    monkeypatch.setattr(recommender, "recommend", once_only(recommender.recommend))
+    with pytest.raises(RuntimeError):
+        recommend_file(recommender, job, k=2, exclude_seen=True)
+    with pytest.raises(RecllmError, match="what differs: exclude_seen"):
+        recommend_file(recommender, job, k=2, exclude_seen=False)
+
+
+def test_the_first_reason_is_known_to_who_goes_on(tmp_path):
+    begun = Parts(tmp_path / "out.csv", {"a": 1}, overwrite=False)
+    begun.add(None, [{"line": 7, "reason": "bad", "row": {}}], Counts(rejected=1))
+    begun.close()
+    again = Parts(tmp_path / "out.csv", {"a": 1}, overwrite=False)
+    assert again.first == "line 7: bad"
+    again.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recllm.files import write_json
 from recllm.outcome import FUSION, WITHOUT_LM
 from recllm.results import Table
 
@@ -62,6 +63,55 @@ def test_other_settings_do_not_take_a_kept_results_name(monkeypatch, capsys):
     assert "name this one by --result" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*sys.argv, "--result", "mine"])
     assert load("quality").arguments().result == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["--seeds", "0", "--lm", "x"], "seed 1"),
+        (["--seeds", "0", "1", "--lm", "x", "--references", "ref ALS"], "ref EASE"),
+        (["--seeds", "0", "1"], "a language model"),
+        (["--seeds", "0", "1", "2", "--lm", "y"], None),
+        (["--seeds", "0", "--result", "mine"], None),
+    ],
+    ids=str,
+)
+def test_a_kept_result_is_not_replaced_by_a_lesser_one(words, missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    quality = load("quality")
+    kept = {"seeds": [0, 1], "language_model": "x", "references": [{"ref ALS": {}, "ref EASE": {}}, {}]}
+    write_json(tmp_path / "topk-ml-100k.json", kept)
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["quality", "--data", "ml-100k", *words])
+    if missing is None:
+        assert quality.arguments().data == "ml-100k"
+        return
+    with pytest.raises(SystemExit):
+        quality.arguments()
+    assert f"topk-ml-100k.json is kept with {missing}, which this would not have" in capsys.readouterr().err
+
+
+def test_a_result_knows_its_commit(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    commit = load("quality").commit()
+    assert commit is None or commit.removesuffix("-dirty").isalnum()
+
+
+def test_what_a_language_model_adds_is_of_the_slice_that_is_shown():
+    tables = load("tables")
+    rows = [{"slice": "all", "scorer": scorer, "NDCG@10": [0.5, 0.4, 0.6]} for scorer in ("lm", "fusion")]
+    part = {"metrics": ["NDCG@10"], "rows": rows}
+    result = {
+        "seeds": [0],
+        "tables": {"all": part, "among cold items": part},
+        "differences": {
+            "all": {"fusion without lm": [0.111, 0.1, 0.12]},
+            "among cold items": {"fusion without lm": [0.01, 0.0, 0.02]},
+        },
+    }
+    lines = list(tables.controls({"cold": result, "cold-no-text": result | {"control": "no-text"}}))
+    assert len(lines) == 4
+    assert all("+0.0100 (+0.0000 … +0.0200)" in line for line in lines[2:])
 
 
 def test_kept_commands_make_their_own_result():

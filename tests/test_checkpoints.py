@@ -55,3 +55,11 @@ def test_trainer_deletes_none_itself(tiny_run, tmp_path):
     trainer = loop.stage_trainer(stage, stage.options(tmp_path / "checkpoints"), [], tmp_path / "kept")
     assert trainer.args.save_total_limit is None
     assert [own.most for own in trainer.callback_handler.callbacks if isinstance(own, Seal)] == [2]
+
+
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for step in (10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("x", encoding="utf-8")
+        seal(tmp_path / f"checkpoint-{step}")
+    assert str(last_checkpoint(tmp_path)).endswith("checkpoint-10")

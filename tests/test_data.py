@@ -611,3 +611,9 @@ def test_a_log_and_items_that_have_nothing_in_common_are_refused(tmp_path):
     items.write_text("item_id,title\n50,Heat\n51,Casino\n", encoding="utf-8")
     with pytest.raises(RecllmError, match=r"no event is of an item .*'50.0', the item file such as '50'"):
         read_dataset("", interactions=str(log), items=str(items))
+
+
+def test_rows_without_a_place_stand_last(tmp_path):
+    (tmp_path / "interactions.csv").write_text("user_id,item_id,seq\nu,a,\nu,b,1\nu,c,2\n", encoding="utf-8")
+    (tmp_path / "items.csv").write_text("item_id,title\na,A\nb,B\nc,C\n", encoding="utf-8")
+    assert read_dataset(str(tmp_path)).interactions.frame["item_id"].to_list() == ["b", "c", "a"]

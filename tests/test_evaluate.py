@@ -8,9 +8,10 @@ from sklearn.metrics import roc_auc_score
 
 from recllm.data import Query
 from recllm.errors import RecllmError
-from recllm.evaluate import KnownScores, evaluate_labels, evaluate_ranking, warm_and_cold
+from recllm.evaluate import KnownScores, evaluate_labels, evaluate_ranking, user_codes, warm_and_cold
+from recllm.metrics import user_aucs
 from recllm.ranking import ItemIndex
-from recllm.results import averaged
+from recllm.results import averaged, resampled
 from recllm.splits import Example
 
 ITEMS = ItemIndex(f"i{n}" for n in range(30))
@@ -231,3 +232,34 @@ def test_a_figure_that_these_rows_cannot_give_is_a_dash_with_its_reason(labelled
 def roc_of(examples):
     scores = Hinted(examples).means
     return roc_auc_score([e.label for e in examples], np.float32([scores[e.item_id] for e in examples]))
+
+
+class ByItem:
+    """The same order in any unit."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def score(self, queries, candidates):
+        row = self.scale * np.array([int(item[1:]) ** 2 % 11 for item in candidates.ids], np.float32)
+        return np.tile(row, (len(queries), 1))
+
+
+def test_the_same_order_in_other_units_differs_in_no_draw(labelled):
+    table = evaluate_labels({"a": ByItem(1.0), "b": ByItem(3.0)}, labelled, resamples=100)
+    assert table.difference("a", "b", "AUC") == table.difference("a", "b", "UAUC") == (0.0, 0.0, 0.0)
+
+
+def test_draws_of_the_auc_inside_users_by_hand(labelled):
+    rows = labelled[:120]
+    table = evaluate_labels({"a": ByItem(1.0)}, rows, resamples=50)
+    codes, labels = user_codes(rows), np.array([row.label for row in rows])
+    first, each = user_aucs(codes, labels, table.per_row["a"]["score"])
+    known = ~np.isnan(each)
+    weights = np.concatenate(list(resampled(codes.max() + 1, 50, 0)))[:, codes[first[known]]]
+    assert table.draws["a", "UAUC", "all"] == pytest.approx(weights @ each[known] / weights.sum(1))
+
+
+def test_rows_without_a_user_are_users_of_their_own():
+    rows = [Example(Query(("i0",), user), "i1") for user in (None, None, "u", "u")]
+    assert user_codes(rows).tolist() == [0, 1, 2, 2]

@@ -15,7 +15,7 @@ from recllm.fitting import Evidence, Problem, cross_entropy, drop_scorers, insid
 from recllm.fusion import BACKUP, FusedScorer, Fusion, Scaled, evidence
 from recllm.metrics import auc, ndcg
 from recllm.ranking import ItemIndex, target_ranks
-from recllm.weighing import FusionSettings, fit_labels, fit_ranking
+from recllm.weighing import FusionSettings, alone, fit_labels, fit_ranking
 
 NAN = np.float32(np.nan)
 QUERIES, ITEMS = 200, 60
@@ -468,3 +468,37 @@ def test_evidence_is_standardised_and_clipped():
     assert known([0, 10, 100]).mean() == pytest.approx(0, abs=1e-9)
     assert known([0, 10, 100]).std() == pytest.approx(1)
     assert known(10**9) == known(100)
+
+
+def test_a_backup_is_hardly_heard():
+    one = np.array([[3.0, 2.99, 0.0, -3.0]], np.float32)
+    other = np.array([[-9.0, 9.0, 0.0, 0.0]], np.float32)
+    fusion = alone(Fusion.plain(("one", "other")), "one")
+    assert fusion.fuse({"one": one, "other": other}, np.array([1]), np.ones(4, int))[0].argmax() == 0
+    silent = np.array([[3.0, -3.0, 1.0, -1.0, NAN]], np.float32)
+    known = np.array([[0.0, 0.0, 0.0, 0.0, 9.0]], np.float32)
+    fused = fusion.fuse({"one": silent, "other": known}, np.array([1]), np.ones(5, int))[0]
+    assert abs(fused[0, 4]) < 1e-4
+
+
+def test_an_item_of_just_enough_events_is_known():
+    fusion = replace(Fusion.plain(("popularity",)), new=np.array([[1.0, 0.0]]), few=2, unseen=-5.0)
+    scores, counts = {"popularity": np.array([[0.5, 1.0, 2.0]], np.float32)}, np.array([1, 2, 9])
+    found, plain = (own.fuse(scores, np.array([3]), counts)[0][0] for own in (fusion, Fusion.plain(("popularity",))))
+    assert found[1:] == pytest.approx(plain[1:])
+    assert found[0] != pytest.approx(plain[0])
+
+
+def test_evidence_of_a_user_counts_events_and_not_items():
+    query = Query(("a", "a", "b", "strange"))
+    assert evidence([query], ItemIndex(["a"]), {"a": 1, "b": 2})[0].tolist() == [3]
+
+
+def test_a_fusion_of_pairs_keeps_the_scale_of_those_that_stay():
+    rng, ones = np.random.default_rng(0), np.ones(50, int)
+    scores = {name: (scale * rng.normal(size=50)).astype(np.float32) for name, scale in (("a", 1.0), ("b", 100.0))}
+    settings = FusionSettings(kinds=("plain sum",))
+    fusion = fit_labels(scores, np.arange(50) % 2, ones, ones, settings=settings)
+    both = {name: own[:, None] for name, own in scores.items()}
+    share = fusion.fuse(both, ones, ones[:, None])[1]["b"]
+    assert fusion.without("a").fuse({"b": both["b"]}, ones, ones[:, None])[0] == pytest.approx(share)

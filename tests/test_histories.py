@@ -74,3 +74,8 @@ def test_a_text_history_loses_its_oldest_items_where_the_model_reads_no_more():
 def test_padding_fills_on_the_right():
     assert padded([[1, 2], [], [3]], fill=-1).tolist() == [[1, 2], [-1, -1], [3, -1]]
     assert padded([]).shape == (0, 0)
+
+
+def test_a_text_history_that_just_fits_stays_whole():
+    history = HistoryFormat((1, 2), (0,), 9, 1, texts=((0, 1), (0, 1)), positions=5)
+    assert history.fitting(np.array([0, 1])).tolist() == [0, 1]

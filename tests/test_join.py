@@ -207,3 +207,32 @@ def test_the_command_says_how_to_go_on(joined, tmp_path, capsys):
         cli.main(["data", "join", str(tmp_path / "join.toml"), str(tmp_path / "joined")])
     assert stopped.value.code == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def joined_one(tmp_path, log, keys):
+    """The frame of one source that is joined by itself."""
+    (tmp_path / "log.csv").write_text(log, encoding="utf-8")
+    (tmp_path / "items.csv").write_text("item_id,title\n1,A\n2,B\n", encoding="utf-8")
+    folder = tmp_path.as_posix()
+    source = (
+        f'name = "a"\nusers = ""\nitems_namespace = ""\ninteractions = "{folder}/log.csv"\nitems = "{folder}/items.csv"'
+    )
+    (tmp_path / "join.toml").write_text(f"[[source]]\n{source}\n{keys}\n", encoding="utf-8")
+    join_sources(tmp_path / "join.toml", tmp_path / "out", lambda _: None)
+    return pl.read_parquet(tmp_path / "out" / "interactions.parquet")
+
+
+def test_a_scale_that_begins_at_one_ends_at_one(tmp_path):
+    frame = joined_one(tmp_path, "user_id,item_id,rating,timestamp\nu,1,1,1\nu,2,7,2\n", "rating_scale = [1, 7]")
+    assert frame["rating"].to_list() == [1.0, 5.0]
+
+
+def test_an_events_own_rating_goes_before_that_of_its_kind(tmp_path):
+    log = "user_id,item_id,rating,kind,timestamp\nu,1,2,like,1\nu,2,,like,2\n"
+    frame = joined_one(tmp_path, log, 'event = "kind"\nevents = { like = { rating = 5 } }')
+    assert frame["rating"].to_list() == [2.0, 5.0]
+
+
+def test_the_weights_of_a_set_that_was_joined_before_are_kept(tmp_path):
+    log = "user_id,item_id,event_weight,timestamp\nu,1,0.5,1\nu,2,4,2\n"
+    assert joined_one(tmp_path, log, "weight = 2.0")["event_weight"].to_list() == [1.0, 8.0]

@@ -64,3 +64,8 @@ def test_gradients_raise_what_is_liked_and_lower_what_is_not(loss):
     assert logits.grad[0] < 0  # the other liked row has more than its share of the list already
     assert (logits.grad[[1, 3]] > 0).all()
     assert torch.isfinite(logits.grad).all()
+
+
+def test_rows_without_a_user_are_not_of_one():
+    given = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([-1, -1])
+    assert pairwise_loss(*given).item() == listwise_loss(*given).item() == 0.0

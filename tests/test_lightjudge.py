@@ -150,3 +150,10 @@ def test_it_learns_a_taste_that_only_the_marks_show():
     batch = collate(rows[300:])
     found = model.eval()(**batch)["logits"] > 0
     assert (found == (batch["labels"][:, 0] > 0.5)).float().mean() > 0.9
+
+
+def test_a_rows_own_label_is_left_out_of_its_facts_in_training_only():
+    pairs, query = form(), Query(("1",), "u")
+    assert pairs.pair(query, "2", 1.0).facts == pairs.shares.facts(query, "2", None, training=True)
+    assert pairs.pair(query, "2").facts == pairs.shares.facts(query, "2", None)
+    assert pairs.pair(query, "2", 1.0).facts != pairs.pair(query, "2").facts

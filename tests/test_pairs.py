@@ -210,3 +210,20 @@ def test_the_last_free_item_is_found(rated):
     negatives = Negatives(rated, {"most": Query(rated.index.ids[1:])}, rated.index)
     found = {negatives.pair(Example(Query(("1",), "most"), "2"), (0, key))[1].item_id for key in range(5)}
     assert found == {rated.index.ids[0]}
+
+
+def test_a_measured_negative_is_nowhere_in_the_users_data(rated):
+    split, whole = rated.split, rated.dataset.interactions.histories()
+    liked = {part: [replace(row, label=1.0) for row in getattr(split, part)] for part in ("valid", "test")}
+    task = replace(rated, split=replace(split, **liked))
+    for seed in range(5):
+        rows = labelled_rows(task, "valid", seed)
+        assert [row.label for row in rows] == [1.0, 0.0] * (len(rows) // 2)
+        assert not [row for row in rows[1::2] if row.item_id in whole[row.query.user_id].history]
+
+
+def test_training_negatives_know_nothing_of_what_is_measured(bare):
+    """Else the items that are never negatives would be the ones asked for."""
+    held = {(row.query.user_id, row.item_id) for row in (*bare.split.valid, *bare.split.test)}
+    drawn = {(row.query.user_id, row.item_id) for row in rows_of(bare, epochs=40, limit=100_000)[1::2]}
+    assert drawn & held

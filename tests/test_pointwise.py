@@ -170,3 +170,32 @@ def test_blocks_cost_the_least_of_all_ways_to_cut():
 def test_no_block_is_larger_than_a_pass():
     assert [len(block) for block in pointwise._blocks([10] * 25, 100)] == [10, 10, 5]
     assert [len(block) for block in pointwise._blocks([10] * 3, 4)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("tokens", [1, 8, 1000])
+def test_answers_come_back_in_the_order_asked(make, shares, tokens):
+    scorer = make(tokens_at_once=tokens)
+    scorer.reader.shares = shares
+    prefixes, suffixes = [[5, 6], [9], [4, 4, 4]], [[1, 2, 3], [4], [7, 8], [2]]  # in no order of length
+    expected = [[own_number(prefix + suffix) for suffix in suffixes] for prefix in prefixes]
+    assert scorer.answers(prefixes, suffixes) == pytest.approx(np.array(expected), abs=1e-4)
+
+
+def test_ratings_stay_with_their_items_where_one_is_passed_over(tiny_tokenizer, checkerboard):
+    marked = load_prompt("relevance").model_copy(update={"liked": " A", "disliked": " B"})
+    prompt = compile_prompt(marked, tiny_tokenizer, like_at=4.0)
+    stem = PointwiseScorer(CountingReader(), prompt, checkerboard.catalog, False).prompts.stem
+    plain = stem(Query(("1", "2"), "u", (5.0, 1.0)))
+    assert stem(Query(("1", "2", "nowhere"), "u", (5.0, 1.0, 5.0))) == plain
+    assert stem(Query(("nowhere", "1", "2"), "u", (1.0, 5.0, 1.0))) == plain
+    assert stem(Query(("1", "2"), "u", (1.0, 5.0))) != plain
+
+
+def test_a_pair_is_calibrated_as_in_a_list(tiny_tokenizer, checkerboard):
+    prompt = compile_prompt(load_prompt("relevance"), tiny_tokenizer)
+    scorer = PointwiseScorer(CountingReader(), prompt, checkerboard.catalog, True)
+    query = Query(("1", "2"), "u")
+    assert scorer.score_pairs([query], ["5"])[0] == pytest.approx(
+        scorer.score([query], ItemIndex(["5"]))[0, 0], abs=1e-4
+    )

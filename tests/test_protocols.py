@@ -83,3 +83,16 @@ def test_seen_items_do_not_count_when_the_catalogue_is_ranked(task):
     again = made(replace(task, repeats=True), "next_item").table({"made": scores}, rows, (10,))
     assert again.per_row["made"]["rank"].tolist() == [1 + len(row.query.history) for row in rows]
     assert protocol.fit({"made": scores}, rows).candidates["only made"] == 1.0
+
+
+def test_a_target_that_the_history_has_is_not_fitted_on(task):
+    protocol = made(task, "next_item")
+    rows = [Example(Query(("1", "3"), "u"), "3"), Example(Query(("1",), "u"), "3")]
+    assert protocol._targets(rows, protocol._seen(rows)).tolist() == [-1, task.index.rows(["3"])[0]]
+
+
+def test_cold_users_are_those_that_training_has_not_seen(task):
+    users = [*task.split.train.frame["user_id"].unique(maintain_order=True)[:2], "new"]
+    rows = [Example(Query(("1",), user), item, label) for user in users for item, label in (("3", 1.0), ("4", 0.0))]
+    table = made(task, "relevance").table({"flat": np.zeros(6, np.float32)}, rows, (10,))
+    assert table.counts == {"all": (6, 3), "warm": (4, 2), "cold user": (2, 1)}

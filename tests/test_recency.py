@@ -55,3 +55,11 @@ def test_pairs_choose_by_auc_of_those_that_are_known():
     assert choose_half_life(scorer, (0.5,), figure) == {None: 0.0, 0.5: 1.0}
     assert scorer.half_life == 0.5
     assert pair_figure(scorer, **given, labels=np.array([1.0, 1.0, 0.0, 0.0])) == -1.0
+
+
+def test_what_is_bought_again_is_found_where_it_may_be():
+    index = ItemIndex(["a", "b"])
+    scorer, query = TextSimilarity(index, np.eye(2, dtype=np.float32)), Query(("a",))
+    given = {"queries": [query], "targets": np.array([0]), "index": index}
+    assert ranking_figure(scorer, **given, exclude_seen=False) == 1.0
+    assert ranking_figure(scorer, **given) == 0.0

@@ -199,3 +199,19 @@ def test_the_light_model_learns_what_comes_next(checkerboard, negatives):
     ]
     ranks = model.eval()(**NextItemCollator(history, last_only=True)([np.array(row) for row in valid]))["ranks"]
     assert (ranks == 1).float().mean() >= 0.95
+
+
+def test_what_is_rarely_drawn_stands_for_many(monkeypatch):
+    model, losses = light(negatives=3).train(), []
+    for chance in (1.0, 0.01):
+        drawn = torch.tensor([7, 9]), torch.full((2,), chance)
+        monkeypatch.setattr("recllm.sequence.draw_negatives", lambda *_, drawn=drawn: drawn)
+        losses.append(model(**batch([1, 2, 3]))["loss"].item())
+    assert losses[1] > losses[0] + 1.0
+
+
+def test_factors_that_are_dropped_are_gone_from_the_history_too():
+    factors = np.random.default_rng(3).normal(size=(ITEMS, 4)).astype(np.float32)
+    models = [light(factor_dropout=1.0, factors=own).train() for own in (factors, 5 * factors)]
+    one, other = (model(**batch([1, 2, 3]))["loss"].item() for model in models)
+    assert one == pytest.approx(other)

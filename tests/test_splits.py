@@ -3,9 +3,9 @@ from dataclasses import replace
 import polars as pl
 import pytest
 
-from recllm.data import Interactions
+from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
-from recllm.splits import Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
+from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
 
 
 def made(events):
@@ -226,3 +226,32 @@ def test_cold_item_in_train_or_history_is_found():
     )
     with pytest.raises(RecllmError, match=f"cold item '{seen}' is in a history"):
         check_no_leak(dirty)
+
+
+def test_the_shares_of_a_temporal_split_are_those_asked_for():
+    split = temporal(made([("a", f"i{n}", None, n) for n in range(100)]), (0.5, 0.4, 0.1))
+    assert split.cuts == (50, 90)
+
+
+def by_user(rows):
+    return made(sorted(rows, key=lambda row: (row[0], row[3])))
+
+
+def test_users_who_come_back_to_an_item_do_not_leak():
+    rows = [(f"u{u}", f"i{i}", None, 10 * u + i + later) for later in (0, 1000) for u in range(6) for i in range(6)]
+    split = cold_items(by_user(rows), share=0.3, seed=0, given_back=2)
+    assert split.cold_items
+    check_no_leak(split)
+
+
+def test_the_least_number_of_events_is_enough():
+    rows = [(f"u{u}", f"i{i}", None, 10 * u + i) for u in range(6) for i in range(5)]
+    split = cold_items(by_user(rows), share=0.2, seed=0, min_events=4)  # one of five items is cold: four are left
+    assert len(split.cold_items) == 1
+    assert len(split.valid) == 6
+
+
+def test_a_cold_item_in_a_validation_history_is_a_leak():
+    valid = [Example(Query(("c",), "a"), "y")]
+    with pytest.raises(RecllmError, match="is in a history"):
+        check_no_leak(Split("cold-items", made([("a", "x", None, 1)]), valid, [], frozenset({"c"})))
