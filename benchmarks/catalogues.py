@@ -76,7 +76,7 @@ def seconds(sizes: tuple[int, ...], threads: int) -> Iterator[dict[str, Any]]:
             def call(name: str) -> Any:  # noqa: ANN401
                 if name != SHORTLISTED:
                     return sessions[name].run(None, feeds[name])  # noqa: B023
-                listed = shortlist.find(own, facts["n_user"], LISTED + SEEN)  # noqa: B023
+                listed = shortlist.find(own, facts["n_user"], np.full(users, LISTED + SEEN))  # noqa: B023
                 places = shortlist.together(listed)  # noqa: B023
                 seen = {"seen": np.full((users, 1), -1)}  # noqa: B023
                 return sessions["even weights"].run(None, shortlist.feeds(places) | queries | facts | seen), listed  # noqa: B023

@@ -141,7 +141,9 @@ def test_controls_stand_under_what_they_are_controls_of():
         "topk-c": ranked(fusion=0.2),
         "cold-d-no-text": ranked("no-text", fusion=0.1),
     }
-    found["cold-d-no-text"]["tables"]["among cold items"] = ranked(likelihood=0.5, fusion=0.6)["tables"]["all"]
+    among = ranked(likelihood=0.5, fusion=0.6)
+    for key in ("tables", "differences"):
+        found["cold-d-no-text"][key]["among cold items"] = among[key]["all"]
     assert load("tables").table("controls", found)[2:] == [
         "| topk-a | 1 | nothing | .3000 | .2000 | – | .3000 | .4000 | +0.0100 (-0.0020 … +0.0300) |",
         "| topk-a | 1 | no-text | .1000 | – | – | – | .2000 | – |",
@@ -303,3 +305,14 @@ def test_a_killed_sasrec_goes_on_to_the_same_scores(checkerboard_folder, monkeyp
     monkeypatch.setattr(type(task), "fingerprints", lambda self: {"interactions": "others"})
     _, lines = trained(tmp_path)
     assert len(lines) == 4  # other data: not these weights
+
+
+def test_the_catalogue_benchmark_calls_what_there_is(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    catalogues = load("catalogues")
+    monkeypatch.setattr(catalogues, "ROUNDS", 1)
+    monkeypatch.setattr(catalogues, "USERS", (1, 3))
+    found = catalogues.growth((300, 400), threads=1)
+    assert [(row["items"], row["users"]) for row in found["calls"]] == [(300, 1), (300, 3), (400, 1), (400, 3)]
+    assert found["recall"] > 0.9  # all that is listed is nearly all that there is
+    assert set(catalogues.search_alone(300, 16, threads=1)) == {"1 users", "3 users"}
