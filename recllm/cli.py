@@ -374,7 +374,10 @@ def score(
         refuse(context, ("history_items", "item_column"), "is for --items; a bundle knows the text of its items.")
     if interactions is None:
         refuse(context, ("column",), "is for the log with the histories: name it by --interactions FILE.")
-    job = commands.batch_job(users, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite)
+    others = (items, history_items)
+    job = commands.batch_job(
+        users, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite, others=others
+    )
     if bundle is not None:
         commands.score_candidates(bundle, job, provider)
     elif items is not None:

@@ -70,16 +70,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     temporary.chmod(0o755)  # mkdtemp gives 0o700, and others may read what is written here
     try:
-        with only_one(temporary):
+        with only_one(temporary):  # to the end: so that no other process takes it for what was left
             yield temporary
-        if not folder.is_dir():
-            temporary.replace(folder)
-        elif not _exchanged(temporary, folder):
-            # Out of the way first: at no moment is the old one half gone under its own name.
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-            folder.replace(old)
-            temporary.replace(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            if not folder.is_dir():
+                temporary.replace(folder)
+            elif not _exchanged(temporary, folder):
+                # Out of the way first: at no moment is the old one half gone under its own name.
+                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+                folder.replace(old)
+                temporary.replace(folder)
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -118,7 +118,7 @@ def alone(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator
     beside = os.open(folder.parent, os.O_RDONLY)
     try:
         if locked(beside) is False:
-            say(f"Another process writes beside '{folder}'; waiting for it")
+            say(f"Another process writes in '{folder.parent}'; waiting for it")
             fcntl.flock(beside, fcntl.LOCK_EX)
         yield
     finally:

@@ -79,7 +79,7 @@ def test_whoever_waits_says_so(tmp_path):
             time.sleep(0.01)
         assert not inside.is_set()
     waiting.join()
-    assert said == [f"Another process writes beside '{tmp_path / 'other'}'; waiting for it"]
+    assert said == [f"Another process writes in '{tmp_path}'; waiting for it"]
     assert inside.is_set()
 
 

@@ -280,6 +280,20 @@ MISTAKES = {
         lambda s: ["score", "--users", s.rows(), "--out", s.out()],
         r"Give either --items FILE \(zero-shot, by text alone\) or --bundle BUNDLE",
     ),
+    "the output is the items": (
+        lambda s: [
+            *("score", "--users", s.rows(), "--items", s.write("i.csv", "item_id,title\nn1,New\n")),
+            *("--out", s.out("i.csv"), "--overwrite", "--model", str(s.model)),
+        ],
+        r"i\.csv' is itself read here; name another file for the answers",
+    ),
+    "the output is the log": (
+        lambda s: [
+            *("recommend", str(s.bundle), s.write("u.csv", "user_id\n0\n"), "--overwrite"),
+            *("--interactions", str(s.data / "interactions.csv"), "--out", str(s.data / "interactions.csv")),
+        ],
+        r"interactions\.csv' is itself read here; name another file for the answers",
+    ),
     "the items to score have no text": (
         lambda s: ["score", "--users", s.rows(), "--out", s.out(), "--items", s.write("i.csv", "item_id\nn1\n")],
         r"i\.csv has no items with text",
