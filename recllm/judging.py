@@ -18,6 +18,7 @@ from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.examples import Examples
+from recllm.fading import fade, judges
 from recllm.files import read_json
 from recllm.judgedloss import InsideUsers
 from recllm.lightjudge import LightJudge, LightJudgeScorer, LikeShares, Pair, PairCollator, PairFormat
@@ -41,9 +42,7 @@ from recllm.trained import (
     Collaborative,
     Say,
     adapter_recipe,
-    fade,
     in_full_precision,
-    judges,
     load_collaborative,
     own_base,
     save_stage,

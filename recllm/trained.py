@@ -1,6 +1,6 @@
 """The scorers of a run: fitted or trained once, kept in the run's folder, loaded again for the next stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from recllm.adapters import AdapterRecipe, check_places, load_adapter, merge
 from recllm.checkpoints import load_trained
 from recllm.control import controlled
-from recllm.data import Interactions, Query
+from recllm.data import Interactions
 from recllm.devices import fast_bf16
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError
+from recllm.fading import fade, judges, ranks
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
@@ -47,11 +48,10 @@ from recllm.progress import Progress
 from recllm.prompts import CompiledPrompt, Prompt, compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
-from recllm.recency import Fading, choose_half_life, pair_figure, ranking_figure
 from recllm.recipes import find_recipe
 from recllm.runs import PROMPTS, ModelSettings, Run
 from recllm.sequence import LightBody, NextItemModel
-from recllm.splits import Example, like_threshold, liked_part
+from recllm.splits import like_threshold, liked_part
 from recllm.tasks import Task
 from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_features
 from recllm.warmstart import turned
@@ -118,7 +118,7 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
         fading["ease"] = EASE.fit(positives, regularization=run.ease.regularization)
     fading["text"] = _text_similarity(task, vectors, None)
     if run.model.task == "next_item":
-        figure = _ranks(run, task)
+        figure = ranks(run, task)
     else:
         asked = partial(liked_part, threshold=like_threshold(task.split.train, run.data.like_at))
         figure = judges(run, labelled_rows(task, "valid", run.seed), asked)
@@ -148,48 +148,9 @@ def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
             say(f"Left out: '{name}', for {len(task.index):,} items are more than {name}.max_items = {most:,}")
 
 
-def _rows_that_choose(run: Run, rows: Sequence[Example]) -> list[Example]:
-    """The validation rows that choose half-lives."""
-    if len(rows) <= run.recency.queries:
-        return list(rows)
-    order = np.random.default_rng(run.seed).permutation(len(rows))
-    return [rows[place] for place in np.sort(order[: run.recency.queries])]
-
-
-def _ranks(run: Run, task: Task) -> Callable[[Fading], float] | None:
-    """How well a scorer ranks the validation rows that choose; None where there are none."""
-    rows = [row for row in _rows_that_choose(run, task.split.valid) if row.item_id in task.index]
-    queries, targets = [row.query for row in rows], task.index.rows(row.item_id for row in rows)
-    found = partial(ranking_figure, queries=queries, targets=targets, index=task.index, exclude_seen=not task.repeats)
-    return found if rows else None
-
-
-def judges(run: Run, rows: Sequence[Example], asked: Callable[[Query], Query]) -> Callable[[Fading], float] | None:
-    """How well a scorer tells the labels of validation rows apart, by AUC; None where they have one label.
-
-    Args:
-        run: says how many rows choose.
-        rows: with labels.
-        asked: the query that the scorer is asked about in place of a row's own.
-    """
-    rows = _rows_that_choose(run, rows)
-    labels = np.array([row.label for row in rows], dtype=np.float64)
-    if len(np.unique(labels)) < 2:
-        return None
-    queries, items = [asked(row.query) for row in rows], [row.item_id for row in rows]
-    return partial(pair_figure, queries=queries, items=items, labels=labels)
-
-
-def fade(run: Run, scorer: Fading, figure: Callable[[Fading], float] | None) -> dict[float | None, float]:
-    """Choose how fast histories fade for a scorer: what every choice was worth; nothing where there is no choice."""
-    if figure is None or not run.recency.half_lives:
-        return {}
-    return choose_half_life(scorer, run.recency.half_lives, figure)
-
-
 def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transitions, dict[float | None, float]]:
     """The transition model whose half-life ranks best; it is fitted with it, so each is a model of its own."""
-    settings, figure = run.transitions, _ranks(run, task)
+    settings, figure = run.transitions, ranks(run, task)
     assert figure is not None
     models = {
         half_life: Transitions.fit(

@@ -369,7 +369,7 @@ def test_half_lives_of_ratings_are_chosen_on_rows_with_ratings(trained, monkeypa
         chosen.append((type(scorer).__name__, len(scores), np.isfinite(scores).all()))
         return choose_half_life(scorer, half_lives, figure)
 
-    monkeypatch.setattr("recllm.trained.choose_half_life", choose)
+    monkeypatch.setattr("recllm.fading.choose_half_life", choose)
     parts = load_collaborative(run, task)
     shutil.copytree(run.folder, tmp_path / run.name)
     (tmp_path / run.name / "cf" / "explicit_mf.json").unlink()

@@ -1,0 +1,51 @@
+"""Fading: how fast histories fade for a scorer of a run, as its validation rows say."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from recllm.data import Query
+from recllm.recency import Fading, choose_half_life, pair_figure, ranking_figure
+from recllm.runs import Run
+from recllm.splits import Example
+from recllm.tasks import Task
+
+
+def _rows_that_choose(run: Run, rows: Sequence[Example]) -> list[Example]:
+    """The validation rows that choose half-lives."""
+    if len(rows) <= run.recency.queries:
+        return list(rows)
+    order = np.random.default_rng(run.seed).permutation(len(rows))
+    return [rows[place] for place in np.sort(order[: run.recency.queries])]
+
+
+def ranks(run: Run, task: Task) -> Callable[[Fading], float] | None:
+    """How well a scorer ranks the validation rows that choose; None where there are none."""
+    rows = [row for row in _rows_that_choose(run, task.split.valid) if row.item_id in task.index]
+    queries, targets = [row.query for row in rows], task.index.rows(row.item_id for row in rows)
+    found = partial(ranking_figure, queries=queries, targets=targets, index=task.index, exclude_seen=not task.repeats)
+    return found if rows else None
+
+
+def judges(run: Run, rows: Sequence[Example], asked: Callable[[Query], Query]) -> Callable[[Fading], float] | None:
+    """How well a scorer tells the labels of validation rows apart, by AUC; None where they have one label.
+
+    Args:
+        run: says how many rows choose.
+        rows: with labels.
+        asked: the query that the scorer is asked about in place of a row's own.
+    """
+    rows = _rows_that_choose(run, rows)
+    labels = np.array([row.label for row in rows], dtype=np.float64)
+    if len(np.unique(labels)) < 2:
+        return None
+    queries, items = [asked(row.query) for row in rows], [row.item_id for row in rows]
+    return partial(pair_figure, queries=queries, items=items, labels=labels)
+
+
+def fade(run: Run, scorer: Fading, figure: Callable[[Fading], float] | None) -> dict[float | None, float]:
+    """Choose how fast histories fade for a scorer: what every choice was worth; nothing where there is no choice."""
+    if figure is None or not run.recency.half_lives:
+        return {}
+    return choose_half_life(scorer, run.recency.half_lives, figure)
