@@ -17,8 +17,8 @@ TORCH_FREE = [
     "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking", "results",
     "evaluate", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "ratedneighbours", "windows",
     "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "newitems", "runs", "tasks",
-    "fading", "pairs", "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "shortlist", "reserved", "runtime",
-    "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed", "doctor",
+    "fading", "pairs", "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "shortlist", "reserved",
+    "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed", "doctor",
     "charts", "report",
 ]
 TORCH = [
