@@ -18,8 +18,8 @@ TORCH_FREE = [
     "evaluate", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "ratedneighbours", "windows",
     "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "newitems", "runs", "tasks",
     "fading", "pairs", "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "shortlist", "reserved",
-    "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed", "doctor",
-    "charts", "report",
+    "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed",
+    "doctor", "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",
