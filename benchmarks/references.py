@@ -57,7 +57,7 @@ class Reference:
         chosen: its settings.
         trials: by settings, NDCG@10 on validation.
         epochs: by settings, of what is trained in epochs: the best one, and how many there were.
-        seconds: what tuning took; of an epoch that an earlier call has done, nothing.
+        seconds: what tuning took, the epochs of earlier calls with it.
     """
 
     scorer: Scorer
@@ -157,18 +157,22 @@ def _tuned(
     say: Say,
     folder: Path | None,
 ) -> Reference:
-    start, best, trials, epochs = time.monotonic(), None, {}, {}
+    best, trials, epochs, seconds = None, {}, {}, 0.0
     for settings in _combinations(grid):
+        start = time.monotonic()
         scorer = _fit(name, task, vectors, figure, seed, say, settings, folder)
         found, key = figure(scorer), " ".join(f"{key}={value}" for key, value in settings.items())
         trials[key] = round(found, 5)
         if isinstance(scorer, SASRecScorer):
             epochs[key] = scorer.progress.best_epoch, scorer.progress.epochs
+            seconds += scorer.progress.seconds
+        else:
+            seconds += time.monotonic() - start
         say(f"{name} {settings}: validation NDCG@10 {found:.4f}")
         if best is None or found > best[0]:
             best = found, scorer, settings
     assert best is not None
-    return Reference(best[1], best[2], trials, epochs, round(time.monotonic() - start, 1))
+    return Reference(best[1], best[2], trials, epochs, round(seconds, 1))
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

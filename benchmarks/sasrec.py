@@ -1,8 +1,9 @@
 """SASRec as a reference: trained until validation no longer gains, and resumable, because that takes hours on a CPU."""
 
 import copy
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ class Progress:
         epochs: passes that are done.
         best: the highest NDCG@10 on validation.
         best_epoch: the pass behind which it was measured, from 1.
+        seconds: what its epochs took, those of earlier calls with them.
     """
 
     epochs: int = 0
     best: float = -1.0
     best_epoch: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def ended(self) -> bool:
@@ -185,12 +188,14 @@ def train_sasrec(
     if trial.load():
         say(f"ref SASRec: goes on behind epoch {trial.progress.epochs}")
     while not trial.progress.ended:
+        start = time.monotonic()
         trial.epoch()
         found = figure(trial.scorer(trial.model))
         trial.progress.epochs += 1
         if found > trial.progress.best:
             trial.progress.best, trial.progress.best_epoch = found, trial.progress.epochs
             trial.best = copy.deepcopy(trial.model)
+        trial.progress.seconds += time.monotonic() - start
         trial.save()
         say(f"ref SASRec: epoch {trial.progress.epochs} of at most {EPOCHS}, validation NDCG@10 {found:.4f}")
     return trial.scorer(trial.best)

@@ -300,8 +300,9 @@ def test_a_killed_sasrec_goes_on_to_the_same_scores(checkerboard_folder, monkeyp
     assert again.progress == whole.progress == sasrec.Progress(4, 0.3, 2)
     expected = whole.score(queries, task.index)
     assert np.array_equal(again.score(queries, task.index), expected, equal_nan=True)
-    _, lines = trained(tmp_path)
+    whole, lines = trained(tmp_path)
     assert lines == ["ref SASRec: goes on behind epoch 4"]  # nothing is left to train
+    assert whole.progress.seconds == again.progress.seconds > 0  # and what it took is still known
     monkeypatch.setattr(type(task), "fingerprints", lambda self: {"interactions": "others"})
     _, lines = trained(tmp_path)
     assert len(lines) == 4  # other data: not these weights
