@@ -20,6 +20,9 @@ PROVIDERS = {
 DEVICES = {"CPUExecutionProvider": "cpu"}
 """Where a provider's memory is, as ONNX Runtime names it; `ACCELERATOR` for all others."""
 ACCELERATOR = "cuda"
+SLOW_ON_CPU = ("SkipLayerNormFusion",)
+"""Fusions that a CPU is better off without: its kernel for a sum and its layer norm adds up one number at a time, and
+takes as long as ten of the two kernels that it replaces (LOG.md)."""
 
 
 def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) -> Any:  # noqa: ANN401  onnxruntime is untyped
@@ -50,7 +53,13 @@ def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) ->
     try:
         # Its Python wrapper would else go on with the CPU by itself, now and in later runs.
         given = path if isinstance(path, bytes) else str(path)
-        session = ort.InferenceSession(given, options, providers=[wanted], enable_fallback=0)
+        session = ort.InferenceSession(
+            given,
+            options,
+            providers=[wanted],
+            enable_fallback=0,
+            disabled_optimizers=SLOW_ON_CPU if provider == "cpu" else (),
+        )
     except Exception as error:  # its exceptions share no class but this
         reason = " ".join(str(error).split())[:300]
         place = "a graph in memory" if isinstance(path, bytes) else str(path)

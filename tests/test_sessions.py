@@ -1,7 +1,9 @@
 """Sessions: feeds that stay where a graph computes give the same answers, and nothing that was handed out changes."""
 
 import gc
+import json
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,40 @@ def test_arrays_placed_values_and_inputs_that_are_left_out_go_together(product):
     assert compute(product, {"x": x})[0].tolist() == [0, 2, 4, 6, 8]
     assert compute(product, {"x": x} | there)[0].tolist() == [0, 3, 6, 9, 12]
     assert compute(product, {"x": x[::2], "y": np.full(1, 3, dtype=np.float32)})[0].tolist() == [0, 6, 12]
+
+
+def test_a_sum_and_its_layer_norm_stay_two_kernels_on_a_cpu(monkeypatch, tmp_path):
+    import onnxruntime as ort
+
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    x, y, z = (helper.make_tensor_value_info(name, kind, ["rows", "length", 8]) for name in "xyz")
+    ones = helper.make_tensor("ones", kind, [8], [1.0] * 8)
+    nodes = [
+        helper.make_node("Add", ["x", "y"], ["sum"]),
+        helper.make_node("LayerNormalization", ["sum", "ones", "ones"], ["z"], axis=-1),
+    ]
+    graph = helper.make_graph(nodes, "residual", [x, y], [z], [ones])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+    plain = ort.SessionOptions
+
+    def profiled():
+        options = plain()
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+        return options
+
+    def kernels(session):
+        rows = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+        found = session.run(None, {"x": rows, "y": rows})[0]
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return found, {event["args"]["op_name"] for event in events if event.get("cat") == "Node"}
+
+    fused, names = kernels(ort.InferenceSession(model, profiled(), providers=["CPUExecutionProvider"]))
+    assert names == {"SkipLayerNormalization"}  # as it is left to itself
+    monkeypatch.setattr(ort, "SessionOptions", profiled)
+    apart, names = kernels(open_session(model))
+    assert names == {"Add", "LayerNormalization"}
+    assert np.abs(fused - apart).max() < 1e-5
 
 
 class Forgetful:
