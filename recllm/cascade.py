@@ -21,6 +21,8 @@ from recllm.errors import RecllmError
 from recllm.lm import given_positions
 
 NAME = "recllm_cascade"
+BARRED = -1e4
+"""Added to the logit of a place that is not there, by a product, which wants a number that half precision holds."""
 SAME = 1e-3
 """Largest difference of hidden states, as a share of the largest one, that rounding explains."""
 
@@ -235,16 +237,21 @@ def cascade_attention(
     query = (query * (width**-0.5 if scaling is None else scaling)).contiguous()
     # (users, kinds, continuations · groups · length, width): every query of a user against one copy of the keys.
     spread = query.view(users, -1, kinds, groups, length, width).transpose(1, 2)
-    far = (spread.reshape(users, kinds, -1, width) @ before.transpose(-1, -2)).view(*spread.shape[:-1], reach)
+    asked, padded = spread.reshape(users, kinds, -1, width), recllm_prefix.padded
+    if padded and softcap is None and torch.compiler.is_exporting():
+        asked, before, padded = *_barred_by_keys(asked, before, recllm_prefix.lengths), False
+    far = (asked @ before.transpose(-1, -2)).view(*spread.shape[:-1], reach)
     near = query.view(rows, kinds, groups * length, width) @ key.transpose(-1, -2)
     near = near.view(users, -1, kinds, groups, length, length).transpose(1, 2)
     far, near = far.float(), near.float()  # as everywhere, the softmax is taken in float32
     if softcap is not None:
         far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
-    far, near = _masked(far, near, recllm_prefix, sliding_window)
+    far, near = _masked(far, near, recllm_prefix.lengths, sliding_window, padded=padded)
     far, near, total = _odds(far, near)
     far, near = far.to(behind.dtype), near.to(behind.dtype)
-    read = (far.reshape(users, kinds, -1, reach) @ behind).view(spread.shape)
+    if far.shape[-1] > reach:
+        behind = functional.pad(behind, (0, 0, 0, length))
+    read = (far.reshape(users, kinds, -1, far.shape[-1]) @ behind).view(spread.shape)
     own = near.transpose(1, 2).reshape(rows, kinds, groups * length, length) @ value
     own = own.view(users, -1, kinds, groups, length, width).transpose(1, 2)
     mixed = read + own  # (users, kinds, continuations, groups, length, width)
@@ -253,23 +260,32 @@ def cascade_attention(
     return mixed.permute(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, width), None
 
 
-def _masked(far: Tensor, near: Tensor, prefix: Prefix, window: int | None) -> tuple[Tensor, Tensor]:
+def _masked(far: Tensor, near: Tensor, lengths: Tensor, window: int | None, *, padded: bool) -> tuple[Tensor, Tensor]:
     """−∞ where a query must not look: padding, what comes after it, and what lies before its window."""
     length, reach = far.shape[-2:]
     place, step = torch.arange(reach, device=far.device), torch.arange(length, device=far.device)
     near = _barred(near, step > step[:, None])
-    if prefix.padded:
-        hidden = place >= prefix.lengths[:, None]  # (users, reach)
+    if padded:
+        hidden = place >= lengths[:, None]  # (users, reach)
         far = _barred(far, hidden[:, None, None, None, None, :])
     if window is not None:
-        at = prefix.lengths[:, None] + step  # (users, length), the position of each query
+        at = lengths[:, None] + step  # (users, length), the position of each query
         far = _barred(far, (at[:, :, None] - place >= window)[:, None, None, None])
         near = _barred(near, step[:, None] - step >= window)
     return far, near
 
 
 # In place, for the logits are the largest tensors here, and on a CPU every new one costs more than its arithmetic. The
-# exporter takes no such operators: there an addition takes the place of a mask, and one softmax that of six passes.
+# exporter takes no such operators: there an addition takes the place of a mask, one softmax that of six passes, and
+# what can ride on a product does: padding, as one more number of every key, and the near part's shares, which stay
+# behind those of the far part and meet zeros behind its values.
+
+
+def _barred_by_keys(asked: Tensor, before: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries float[users, kinds, rows, width] and keys with one number more, whose product bars what is padding."""
+    hidden = torch.arange(before.shape[2], device=before.device) >= lengths[:, None]
+    bars = torch.where(hidden, BARRED, 0.0).to(before.dtype)[:, None, :, None].expand(*before.shape[:-1], 1)
+    return functional.pad(asked, (0, 1), value=1.0), torch.cat([before, bars], -1)
 
 
 def _barred(logits: Tensor, where: Tensor) -> Tensor:
@@ -279,10 +295,13 @@ def _barred(logits: Tensor, where: Tensor) -> Tensor:
 
 
 def _odds(far: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Shares of both parts under one softmax, and what they still have to be divided by."""
+    """Shares of both parts under one softmax, and what they still have to be divided by.
+
+    In an export the far part's have the near part's behind them, and nothing divides them any more.
+    """
     if torch.compiler.is_exporting():
-        far, near = torch.split(torch.cat([far, near], -1).softmax(-1), [far.shape[-1], near.shape[-1]], -1)
-        return far, near, None
+        odds = torch.cat([far, near], -1).softmax(-1)
+        return odds, odds[..., far.shape[-1] :], None
     # Without joining them: they share the largest logit and the sum.
     top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
     far, near = far.sub_(top).exp_(), near.sub_(top).exp_()
