@@ -21,8 +21,8 @@ DEVICES = {"CPUExecutionProvider": "cpu"}
 """Where a provider's memory is, as ONNX Runtime names it; `ACCELERATOR` for all others."""
 ACCELERATOR = "cuda"
 SLOW_ON_CPU = ("SkipLayerNormFusion",)
-"""Fusions that a CPU is better off without: its kernel for a sum and its layer norm adds up one number at a time, and
-takes as long as ten of the two kernels that it replaces (LOG.md)."""
+"""Fusions that a CPU is better off without: the kernel for a sum and its layer norm takes about ten times as long as
+the two kernels that it replaces (LOG.md)."""
 
 
 def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) -> Any:  # noqa: ANN401  onnxruntime is untyped

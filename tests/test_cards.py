@@ -99,8 +99,8 @@ def test_the_hub_is_told_base_models_by_its_own_names_alone(run):
         write_json(run.folder / ENVIRONMENT, read_json(run.folder / ENVIRONMENT) | {"models": {name: "f" * 16}})
         write_bundle_card(named, run.folder, "fp32", "recommends")
         told = ModelCard.load(run.folder / CARD).data.to_dict()
-        named = {} if base is None else {"base_model": base}
-        assert told == named | {"library_name": "onnx", "tags": ["recommendation", "recllm"]}
+        expected = {} if base is None else {"base_model": base}
+        assert told == expected | {"library_name": "onnx", "tags": ["recommendation", "recllm"]}
 
 
 def test_a_card_leaks_no_path_and_no_cell(run, tmp_path, monkeypatch):
