@@ -235,14 +235,17 @@ def cascade_attention(
     rows, heads, length = query.shape[:3]
     groups = heads // kinds
     query = (query * (width**-0.5 if scaling is None else scaling)).contiguous()
+    exporting = torch.compiler.is_exporting()
     # (users, kinds, continuations · groups · length, width): every query of a user against one copy of the keys.
-    spread = query.view(users, -1, kinds, groups, length, width).transpose(1, 2)
+    # ONNX Runtime shares out whole products among its threads, so that there it is one for each head.
+    order = (0, 2, 3, 1, 4, 5) if exporting else (0, 2, 1, 3, 4, 5)
+    spread = query.view(users, -1, kinds, groups, length, width).permute(order)
     asked, padded = spread.reshape(users, kinds, -1, width), recllm_prefix.padded
-    if padded and softcap is None and torch.compiler.is_exporting():
+    if padded and softcap is None and exporting:
         asked, before, padded = *_barred_by_keys(asked, before, recllm_prefix.lengths), False
-    far = (asked @ before.transpose(-1, -2)).view(*spread.shape[:-1], reach)
+    far = _by_head(asked, before.transpose(-1, -2), groups).view(*spread.shape[:-1], reach)
     near = query.view(rows, kinds, groups * length, width) @ key.transpose(-1, -2)
-    near = near.view(users, -1, kinds, groups, length, length).transpose(1, 2)
+    near = near.view(users, -1, kinds, groups, length, length).permute(order)
     far, near = far.float(), near.float()  # as everywhere, the softmax is taken in float32
     if softcap is not None:
         far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
@@ -251,13 +254,22 @@ def cascade_attention(
     far, near = far.to(behind.dtype), near.to(behind.dtype)
     if far.shape[-1] > reach:
         behind = functional.pad(behind, (0, 0, 0, length))
-    read = (far.reshape(users, kinds, -1, far.shape[-1]) @ behind).view(spread.shape)
-    own = near.transpose(1, 2).reshape(rows, kinds, groups * length, length) @ value
-    own = own.view(users, -1, kinds, groups, length, width).transpose(1, 2)
-    mixed = read + own  # (users, kinds, continuations, groups, length, width)
+    read = _by_head(far.reshape(users, kinds, -1, far.shape[-1]), behind, groups).view(spread.shape)
+    back = (0, 3, 1, 2, 4, 5) if exporting else (0, 2, 1, 3, 4, 5)
+    own = near.permute(back).reshape(rows, kinds, groups * length, length) @ value
+    own = own.view(users, -1, kinds, groups, length, width).permute(order)
+    mixed = read + own  # as `spread`
     if total is not None:
         mixed = mixed / total
-    return mixed.permute(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, width), None
+    return mixed.permute(back).permute(0, 1, 4, 2, 3, 5).reshape(rows, length, heads, width), None
+
+
+def _by_head(rows: Tensor, own: Tensor, groups: int) -> Tensor:
+    """float[users, kinds, rows, inner] times float[users, kinds, inner, outer]; in an export one for each head."""
+    if not torch.compiler.is_exporting():
+        return rows @ own
+    users, kinds, _, inner = rows.shape
+    return rows.reshape(users, kinds, groups, -1, inner) @ own[:, :, None]
 
 
 def _masked(far: Tensor, near: Tensor, lengths: Tensor, window: int | None, *, padded: bool) -> tuple[Tensor, Tensor]:
