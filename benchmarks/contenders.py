@@ -155,6 +155,7 @@ CONTENDERS: dict[str, Callable[[Path, str], Rank]] = {
     "onnx fp32 recllm": recllm_onnx,
     "onnx fp32 recllm kept": lambda folder, name: recllm_onnx(folder, name, keep=True),
     "onnx int8 recllm": lambda folder, name: recllm_onnx(folder, name, recipe="int8"),
+    "onnx w8a8 recllm": lambda folder, name: recllm_onnx(folder, name, recipe="w8a8"),
 }
 
 

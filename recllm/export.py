@@ -134,6 +134,11 @@ def _all(run: Run, task: Task, loaded: dict[str, ExportRecipe], say: Say) -> lis
     """A bundle per recipe."""
     if run.model.task == "relevance":
         return export_ranker(run, task, loaded, say)
+    if rounding := [name for name, recipe in loaded.items() if recipe.causal.activations != "float"]:
+        raise RecllmError(
+            f"Recipe {', '.join(rounding)} is for runs that judge pairs: what reads a history for the next item keeps "
+            "float activations. Take int8 or int4, or leave causal.activations out of the recipe."
+        )
     parts = load_collaborative(run, task)
     models = {"light": load_light(run, task, parts.features), "lm": load_language(run, task, parts.features)}
     sequences = {name: found for name, found in models.items() if found is not None}

@@ -23,6 +23,7 @@ from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scores
 from recllm.reserved import with_new
 from recllm.runtime import Recommendations, Recommender, check_histories, check_items
+from recllm.sessions import check_integer_products
 
 Say = Callable[[str], None]
 SETTINGS, PROMPT = "ranker.json", "relevance.toml"
@@ -138,6 +139,7 @@ def _load(place: Path, provider: str, threads: int, keep_bytes: int) -> Ranker:
     if not is_ranker(place):
         raise RecllmError(f"'{place}' is a bundle that recommends, not one that ranks. Load it with recllm.load.")
     settings = RankerSettings(**read_json(place / SETTINGS))
+    check_integer_products(place, provider)
     reader = OnnxReader.open(place, settings.max_tokens, provider, threads, settings.soft_from)
     own = {"max_history": settings.max_history, "history_stride": settings.history_stride}
     prompt = load_prompt(str(place / PROMPT), task="relevance").model_copy(update=own)

@@ -4,16 +4,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recllm.bundle import write_catalog
 from recllm.cards import write_bundle_card
+from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import own_folder, write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
 from recllm.graphfiles import share_weights
+from recllm.integer import quantise_products
 from recllm.judging import load_relevance
 from recllm.lm import model_folder
 from recllm.onnxreader import PREFIX, SUFFIX, WEIGHTS, OnnxReader, ReadPrefix
@@ -23,17 +26,22 @@ from recllm.pointwise import Ids, PointwiseScorer
 from recllm.quantise import quantise, write_quantisation
 from recllm.ranker import KIND, PROMPT, SETTINGS, RankerSettings, load_ranker
 from recllm.rankgraphs import write_rank_graphs
-from recllm.ranking import ItemIndex
+from recllm.ranking import ItemIndex, Scores
 from recllm.recipes import find_recipe
-from recllm.relevance import RelevanceScorer
+from recllm.relevance import RelevanceModel, RelevanceScorer
 from recllm.runs import Run
 from recllm.splits import like_threshold
 from recllm.tasks import Task
+from recllm.turning import turned
 from recllm.weightonly import Feeds
 
 Say = Callable[[str], None]
 SAMPLES, SAMPLED_CANDIDATES = 2, 16
 """Training histories and candidates on which the quantisation is judged."""
+ROUNDED_SAMPLES = 6
+"""Training histories by which weights are rounded for integer products."""
+TURNED = "turned"
+"""The folder of graphs whose model is turned."""
 GATE_CANDIDATES = 50
 """Candidates on which each history of the gate is compared."""
 
@@ -54,16 +62,50 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
     scorer.model.cpu()
     results = []
     with own_folder(run.folder) as graphs:
-        for opset in sorted({recipe.opset for recipe in recipes.values()}):
-            say(f"Writing the ONNX graphs in fp32, opset {opset}")
-            (graphs / str(opset)).mkdir(parents=True, exist_ok=True)
-            write_rank_graphs(scorer.model, graphs / str(opset), opset)
+        for folder in dict.fromkeys(_graphs(recipe) for recipe in recipes.values()):
+            say(f"Writing the ONNX graphs in fp32, opset {folder.name}{', turned' if len(folder.parts) > 1 else ''}")
+            (graphs / folder).mkdir(parents=True, exist_ok=True)
+            write_rank_graphs(_as_written(scorer.model, folder, say), graphs / folder, int(folder.name))
         for name, recipe in recipes.items():
             say(f"Bundle '{name}': quantising and comparing with torch")
-            folder = graphs / str(recipe.opset)
-            samples = _samples(run, task, scorer, folder) if recipe.causal.max_damage is not None else {}
-            results.append(_export(run, task, scorer, name, recipe, samples, folder))
+            folder = graphs / _graphs(recipe)
+            samples = _samples(run, task, scorer, folder, recipe) if recipe.causal.max_damage is not None else None
+            results.append(_export(run, task, scorer, name, recipe, samples, folder, say))
     return results
+
+
+def _graphs(recipe: ExportRecipe) -> Path:
+    """Where the float32 graphs of a recipe are written, by their opset and whether the model is turned."""
+    return Path(TURNED if recipe.causal.activations == "int8" else "", str(recipe.opset))
+
+
+def _as_written(model: RelevanceModel, folder: Path, say: Say) -> RelevanceModel:
+    """The model of the graphs in such a folder."""
+    if folder.parts[0] != TURNED:
+        return model
+    made = turned(model)
+    if made is None:
+        say("This model's family is not known to turn: its activations are rounded as they are")
+    return made or model
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """Training histories and candidates, what the graphs are given for them, by graph, and what they answer."""
+
+    scorer: RelevanceScorer
+    queries: list[Query]
+    asked: ItemIndex
+    feeds: dict[str, list[Feeds]]
+    answers: Scores
+
+    def lost(self, graphs: Path) -> float:
+        """The share of the spread of a history's answers, squared, that other graphs lose."""
+        reader = OnnxReader.open(graphs, self.scorer.model.max_tokens, soft_from=self.scorer.model.soft_from)
+        found = PointwiseScorer(reader, self.scorer.prompt, self.scorer.catalog, False).score(self.queries, self.asked)
+        centred = [own - own.mean(1, keepdims=True) for own in (self.answers, found)]
+        spread = float((centred[0] ** 2).sum())
+        return float(((centred[1] - centred[0]) ** 2).sum()) / spread if spread else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +127,24 @@ class _Recorder(OnnxReader):
         return super().answers(prefixes, ids, lengths)
 
 
-def _samples(run: Run, task: Task, scorer: RelevanceScorer, graphs: Path) -> dict[str, list[Feeds]]:
-    """What both graphs are given for a few training histories and candidates, drawn by the run's seed, by graph."""
+def _samples(run: Run, task: Task, scorer: RelevanceScorer, graphs: Path, recipe: ExportRecipe) -> _Samples:
+    """A few training histories and candidates, drawn by the run's seed, read by the float32 graphs."""
+    count = ROUNDED_SAMPLES if recipe.causal.activations == "int8" else SAMPLES
     random = np.random.default_rng(run.seed)
     known = [query for query in task.split.train.histories().values() if scorer.prompts.knows(query)]
-    queries = [known[place] for place in random.permutation(len(known))[:SAMPLES]]
+    if not known:
+        raise RecllmError(
+            f"causal.max_damage is measured on training histories, and {run.name} has none. Leave it out of the export "
+            "recipe."
+        )
+    queries = [known[place] for place in random.permutation(len(known))[:count]]
     items = list(scorer.prompts.candidates)
     asked = ItemIndex([items[place] for place in random.permutation(len(items))[:SAMPLED_CANDIDATES]])
     opened = OnnxReader.open(graphs, scorer.model.max_tokens, soft_from=scorer.model.soft_from)
     reader = _Recorder(opened.prefix, opened.suffix, opened.max_tokens, soft_from=opened.soft_from)
     reading = PointwiseScorer(reader, scorer.prompt, scorer.catalog, False)
-    for query in queries:
-        reading.score([query], asked)
-    return reader.feeds
+    answers = [reading.score([query], asked) for query in queries]
+    return _Samples(scorer, queries, asked, reader.feeds, np.concatenate(answers))
 
 
 def _export(
@@ -106,8 +153,9 @@ def _export(
     scorer: RelevanceScorer,
     name: str,
     recipe: ExportRecipe,
-    samples: dict[str, list[Feeds]],
+    samples: _Samples | None,
     graphs: Path,
+    say: Say,
 ) -> Exported:
     settings = RankerSettings(
         scorer.model.max_tokens,
@@ -129,10 +177,15 @@ def _export(
     }
 
     def fill(part: Path) -> None:
-        said = {}
-        for path in sorted(graphs.glob("*.onnx")):
-            known = samples.get(path.stem, [])
-            said[path.stem] = quantise(path, part / path.name, recipe.precision, recipe.causal, known)
+        said: dict[str, dict[str, Any] | None] = {}
+        paths = sorted(graphs.glob("*.onnx"))
+        if recipe.causal.activations == "int8" and samples is not None:
+            said["ranker"] = told = quantise_products(paths, part, recipe.causal, samples.feeds, samples.lost)
+            say(f"{len(told['higher'])} of {len(told['layers'])} layers of both graphs keep float activations")
+        else:
+            for path in paths:
+                known = samples.feeds.get(path.stem, []) if samples is not None else []
+                said[path.stem] = quantise(path, part / path.name, recipe.precision, recipe.causal, known)
         # The model is in both graphs; the first one lacks what stands behind the last keys and values only.
         share_weights([part / SUFFIX, part / PREFIX], part / WEIGHTS)
         write_quantisation(part, said)

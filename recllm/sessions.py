@@ -23,6 +23,10 @@ ACCELERATOR = "cuda"
 SLOW_ON_CPU = ("SkipLayerNormFusion",)
 """Fusions that a CPU is better off without: the kernel for a sum and its layer norm takes about ten times as long as
 the two kernels that it replaces (LOG.md)."""
+INTEGERS = "integers.onnx"
+"""One integer product, in bundles whose graphs have some: `check_integer_products` tries it."""
+INTEGER_ROWS = 64
+"""The width of its rows: whole registers of every processor."""
 
 
 def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) -> Any:  # noqa: ANN401  onnxruntime is untyped
@@ -81,6 +85,36 @@ def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) ->
             "Install CUDA and cuDNN (and TensorRT, for tensorrt) for this onnxruntime-gpu, or ask for the provider cpu."
         )
     return session
+
+
+def check_integer_products(folder: Path, provider: str) -> None:
+    """Try the largest integer product, where a bundle has any.
+
+    Processors without VNNI add pairs of 8-bit products in 16 bits, which overflow: a graph would answer wrongly there,
+    and say nothing.
+
+    Args:
+        folder: the bundle.
+        provider: that is to run it.
+
+    Raises:
+        RecllmError: another provider than cpu, or a processor that adds them wrongly.
+    """
+    if not (folder / INTEGERS).exists():
+        return
+    way_out = "Export the run with another recipe as well (int8, fp16 or fp32), and load that bundle here."
+    if provider != "cpu":
+        raise RecllmError(
+            f"'{folder}' has integer products, which ONNX Runtime has for a CPU only, not for '{provider}'. {way_out}"
+        )
+    rows = np.full((1, INTEGER_ROWS), 255, dtype=np.uint8)
+    (found,) = open_session(folder / INTEGERS, threads=1).run(None, {"rows": rows})
+    # 255 stands for 127, times 127, in every place.
+    if not np.array_equal(found, np.full_like(found, 127.0 * 127.0 * INTEGER_ROWS)):
+        raise RecllmError(
+            f"'{folder}' has integer products, and this processor's overflow (it has no VNNI instructions): answers "
+            f"would be wrong. {way_out}"
+        )
 
 
 def placed(session: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:  # noqa: ANN401  onnxruntime is untyped

@@ -40,16 +40,21 @@ class WeightSettings(Settings):
     """Weights that share a scale."""
     accuracy_level: int = Field(default=0, ge=0, le=4)
     """0: float32 products; 4 would round activations too."""
+    activations: Literal["float", "int8"] = "float"
+    """int8 rounds each row of them, for integer products; rankers only, with bits = 8 and max_damage."""
     algorithm: Literal["rtn", "hqq"] = "rtn"
     """Round to the nearest, or half-quadratic quantisation (Badri & Shaji 2023) of 4 bits, which fits zero points."""
     max_damage: float | None = Field(default=None, gt=0)
     """The share of what a graph says that may be lost on sample prompts, squared; the layers that lose most get 8 bits
-    until it holds. None leaves all layers alike."""
+    until it holds. With int8 activations the share of the spread of a history's scores, and those layers keep float
+    activations. None leaves all layers alike."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "WeightSettings":
         if self.algorithm == "hqq" and (self.bits != 4 or self.accuracy_level != 0):
             raise ValueError("algorithm 'hqq' is for bits = 4 with accuracy_level = 0")
+        if self.activations == "int8" and (self.bits != 8 or self.max_damage is None):
+            raise ValueError("activations = 'int8' goes with bits = 8 and max_damage")
         return self
 
 
@@ -71,7 +76,6 @@ def quantise_weights(
     Raises:
         RecllmError: damage is to be measured, and there is no sample.
     """
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
     model = onnx.load(source)
     if settings.max_damage is None:
         save_graph(_quantised(model, settings, frozenset()), target)
@@ -81,7 +85,7 @@ def quantise_weights(
             f"causal.max_damage is measured on training histories, and there is none for {source.name}. Leave it out "
             "of the export recipe."
         )
-    _name_layers(model)
+    name_layers(model)
     layers = layer_damages(model, samples, lambda part: _quantised(part, settings, frozenset()))
     worst = sorted(layers, key=layers.__getitem__, reverse=True)
     # A weight of several layers is kept once, in the bits that the worst of them needs.
@@ -105,7 +109,7 @@ def quantise_weights(
     return {"layers": layers, "graph": tried, "higher": higher}
 
 
-def _name_layers(model: onnx.ModelProto) -> None:
+def name_layers(model: onnx.ModelProto) -> None:
     """Give every product with a weight a name of its own, for layers are told apart by it."""
     seen: set[str] = set()
     for place, node in enumerate(model.graph.node):
@@ -119,7 +123,7 @@ def layer_damages(
 ) -> dict[str, float]:
     """The share of each layer's output that quantising it alone loses on the samples, squared, by the node's name."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = [node for node in model.graph.node if node.op_type == "MatMul" and _is_layer(node, weights)]
+    nodes = weight_layers(model)
     names = list(dict.fromkeys(node.input[0] for node in nodes))
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
@@ -139,8 +143,10 @@ def layer_damages(
     return result
 
 
-def _is_layer(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> bool:
-    return node.input[1] in weights and len(weights[node.input[1]].dims) == 2
+def weight_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The products of a graph with a matrix of weights."""
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
 
 
 def _alone(weight: onnx.TensorProto, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -155,20 +161,10 @@ def _alone(weight: onnx.TensorProto, model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _quantised(model: onnx.ModelProto, settings: WeightSettings, higher: frozenset[str]) -> onnx.ModelProto:
     """The model with quantised weights, those of the layers named `higher` in 8 bits."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig
 
     def pass_over(given: onnx.ModelProto, names: list[str], **keys: Any) -> onnx.ModelProto:  # noqa: ANN401
-        quantizer = MatMulNBitsQuantizer(
-            given,
-            block_size=settings.block_size,
-            accuracy_level=settings.accuracy_level,
-            nodes_to_exclude=names,
-            **keys,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch dislikes arrays that cannot be written to, which nobody does
-            quantizer.process()
-        return quantizer.model.model
+        return _with_few_bits(given, settings, names, **keys)
 
     if settings.algorithm == "hqq" and settings.bits == 4:
         config = HQQWeightOnlyQuantConfig(block_size=settings.block_size, bits=settings.bits)
@@ -176,6 +172,35 @@ def _quantised(model: onnx.ModelProto, settings: WeightSettings, higher: frozens
     else:
         model = pass_over(model, sorted(higher), bits=settings.bits, is_symmetric=True)
     return _with_small_tables(pass_over(model, [], bits=HIGHER_BITS, is_symmetric=True) if higher else model)
+
+
+def with_float_products(model: onnx.ModelProto, apart: str) -> onnx.ModelProto:
+    """A model whose products are float products, of weights in 8 bits but for those that have `apart` in their name."""
+    names = [node.name for node in weight_layers(model) if apart in node.input[1]]
+    return _with_small_tables(_with_few_bits(model, WeightSettings(), names, bits=HIGHER_BITS, is_symmetric=True))
+
+
+def _with_few_bits(
+    model: onnx.ModelProto,
+    settings: WeightSettings,
+    names: list[str],
+    **keys: Any,  # noqa: ANN401
+) -> onnx.ModelProto:
+    """The model by ONNX Runtime's quantizer, but for the named layers."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
+    quantizer = MatMulNBitsQuantizer(
+        model,
+        block_size=settings.block_size,
+        accuracy_level=settings.accuracy_level,
+        nodes_to_exclude=names,
+        **keys,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch dislikes arrays that cannot be written to, which nobody does
+        quantizer.process()
+    return quantizer.model.model
 
 
 def _with_small_tables(model: onnx.ModelProto) -> onnx.ModelProto:

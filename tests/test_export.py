@@ -235,6 +235,12 @@ def test_an_untrained_run_says_how_to_train_it(loaded, tmp_path):
         export_run(run, loaded[1], say=lambda _: None)
 
 
+def test_activations_of_what_reads_histories_are_not_rounded(exported):
+    run, *_ = exported
+    with pytest.raises(RecllmError, match=r"Recipe w8a8 is for runs that judge pairs: .* Take int8 or int4"):
+        export_run(run, prepare(run), ["fp32", "w8a8"], say=lambda _: None)
+
+
 def test_two_recipes_do_not_take_one_bundles_name(loaded, tmp_path):
     own = tmp_path / "fp32.toml"
     own.write_text(find_recipe("export", "fp16").read_text(encoding="utf-8"), encoding="utf-8")

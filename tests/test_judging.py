@@ -423,10 +423,17 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
         with pytest.raises(RecllmError, match=r"Only causal models .* are exported for ranking"):
             export_run(run, task, ["fp32"], say=lambda _: None)
         return
-    few = tmp_path / "few.toml"
-    shipped = find_recipe("export", "int4").read_text(encoding="utf-8")
-    few.write_text(re.sub("(rank_correlation|top10_overlap) = .*", r"\1 = 0.1", shipped), encoding="utf-8")
-    result, small = export_run(run, task, ["fp32", str(few)], say=lambda _: None)
+    few, integer = tmp_path / "few.toml", tmp_path / "integer.toml"
+    for path, name in ((few, "int4"), (integer, "w8a8")):
+        shipped = find_recipe("export", name).read_text(encoding="utf-8")
+        path.write_text(re.sub("(rank_correlation|top10_overlap) = .*", r"\1 = 0.1", shipped), encoding="utf-8")
+    result, small, products = export_run(run, task, ["fp32", str(few), str(integer)], say=lambda _: None)
+    said = read_json(products.folder / "quantisation.json")["ranker"]
+    assert said["layers"].keys() > set(said["higher"])
+    assert min(said["graph"].values()) == list(said["graph"].values())[-1] < 0.02
+    kinds = [node.op_type for node in onnx.load(products.folder / "suffix.onnx", load_external_data=False).graph.node]
+    assert kinds.count("MatMulIntegerToFloat") >= 7
+    assert products.parity["ranker"]["rank_correlation"] > 0.95
     said = read_json(small.folder / "quantisation.json")
     assert set(said) == {"prefix", "suffix"}
     assert all(own["layers"] and min(own["graph"].values()) > 0 for own in said.values())

@@ -1,0 +1,330 @@
+"""Integer products for causal graphs: activations rounded row by row, weights column by column, answers' rows twice.
+
+A row of activations is divided by its largest value and rounded to 8 bits when it is there, so that no calibration can
+be out of date; a model is to be turned before (recllm/turning.py), else few places of a row take all the steps. Weights
+are rounded by GPTQ (Frantar et al. 2023): what rounding a row of them loses on sample prompts is made up for by the
+rows that are still to be rounded. Most of what is lost is lost at the rows that answers are read at, a few of all: in
+the last layers what rounding has lost of these is rounded once more, in finer steps, and what it gives is added.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from recllm.graphfiles import open_model, save_graph
+from recllm.sessions import INTEGER_ROWS, INTEGERS
+from recllm.turning import TURN
+from recllm.weightonly import SHARES, Feeds, WeightSettings, name_layers, weight_layers, with_float_products
+
+STEPS, MIDDLE = 127, 128
+"""Steps on either side of zero, and the byte that stands for zero."""
+DAMPING = 0.01
+"""Of the mean square of the inputs, added to each of them: GPTQ's own."""
+BLOCK = 128
+"""Rows of weights that GPTQ rounds before it passes on what they have lost."""
+SMALLEST = 1e-12
+"""Stands in for the largest value of a row of zeros."""
+ENDS, PLACES = "ends", "product_places"
+"""A graph that answers is given where; and the row and place of each answer."""
+TWICE = (1 / 3, 0.5, 1.0)
+"""Shares of the layers, the last ones, in which the rows of answers are rounded twice, tried in turn: on a
+tuned model of 30 layers the last third makes up for most of the loss, and the first third for nothing (LOG.md)."""
+
+
+@dataclass
+class _Layer:
+    """A weight of one or several graphs, and what it is given on the samples.
+
+    Attributes:
+        weight: float32[in, out].
+        products: float64[in, in], the sum of the inputs' products with one another.
+        peaks: the sum of the squares of the rows' largest values.
+        steps: int8[in, out].
+        scales: float32[out].
+        damage: the share of its output, squared, that rounding both sides loses on these inputs.
+    """
+
+    weight: NDArray[np.float32]
+    products: NDArray[np.float64]
+    peaks: float = 0.0
+    steps: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))
+    scales: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    damage: float = 0.0
+
+
+def quantise_products(
+    sources: Sequence[Path],
+    target: Path,
+    settings: WeightSettings,
+    samples: Mapping[str, Sequence[Feeds]],
+    lost: Callable[[Path], float],
+) -> dict[str, Any]:
+    """Write the graphs of one model with integer products, as many as what they say together bears.
+
+    Args:
+        sources: graphs in float32, of which some may hold the same weights.
+        target: the folder that they are written to.
+        settings: `max_damage` is what `lost` may be.
+        samples: inputs of each graph by its name without ending, of real prompts.
+        lost: opens the graphs in a folder and says how far their answers are from the float32 ones.
+
+    Returns:
+        The damage of every layer, what was lost by what was tried, and the layers that kept floats.
+    """
+    models = {path: onnx.load(path) for path in sources}
+    layers: dict[str, _Layer] = {}
+    names: dict[Path, dict[str, str]] = {}
+    for path, model in models.items():
+        name_layers(model)
+        names[path] = _watch(model, samples[path.stem], layers)
+    for layer in layers.values():
+        _round(layer)
+    worst = sorted(layers, key=lambda key: layers[key].damage, reverse=True)
+    answering = any(map(_answers, models.values()))
+    tried: dict[str, float] = {}
+    kept: set[str] = set()
+    for twice, share in _tries(answering=answering):
+        before, kept = kept, set(worst[: round(share * len(worst))])
+        if share and kept == before:
+            continue
+        for path, model in models.items():
+            given = onnx.ModelProto()
+            given.CopyFrom(model)
+            integer = {name: layers[key] for name, key in names[path].items() if key not in kept}
+            made = _with_integer_products(given, integer, list(names[path]), twice)
+            save_graph(with_float_products(made, TURN), target / path.name)
+        name = f"answers twice {twice:.2g}, floats {share:g}" if answering else f"floats {share:g}"
+        tried[name] = lost(target)
+        if settings.max_damage is None or tried[name] <= settings.max_damage:
+            break
+    if len(kept) < len(layers):
+        _write_probe(target / INTEGERS)
+    own = {f"{path.stem}: {name}": key for path in sources for name, key in names[path].items()}
+    return {
+        "layers": {name: layers[key].damage for name, key in own.items()},
+        "graph": tried,
+        "higher": [name for name, key in own.items() if key in kept],
+    }
+
+
+def _tries(*, answering: bool) -> list[tuple[float, float]]:
+    """The share of the last layers whose answers' rows are rounded twice, and that of the layers in floats, in turn."""
+    first = [(twice, 0.0) for twice in TWICE] if answering else [(0.0, 0.0)]
+    return [*first, *((first[-1][0], share) for share in SHARES if share)]
+
+
+def _answers(model: onnx.ModelProto) -> bool:
+    """Whether a graph gives answers, and is told where they are read."""
+    return any(own.name == ENDS for own in model.graph.input)
+
+
+def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: dict[str, _Layer]) -> dict[str, str]:
+    """Run a graph and add up what its layers are given; the key of each layer by its node's name.
+
+    Layers of several graphs with one weight are one: else the weights would differ, and lie there twice.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = [node for node in weight_layers(model) if TURN not in node.input[1]]
+    inputs = list(dict.fromkeys(node.input[0] for node in nodes))
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in inputs)
+    session, sums, peaks = open_model(probe), dict.fromkeys(inputs, np.zeros(())), dict.fromkeys(inputs, 0.0)
+    for feeds in samples:
+        for name, value in zip(inputs, session.run(None, dict(feeds)), strict=True):
+            rows = value.reshape(-1, value.shape[-1]).astype(np.float32)
+            sums[name] = sums[name] + (rows.T @ rows).astype(np.float64)
+            peaks[name] += float((np.abs(rows).max(1) ** 2).sum())
+    keys = {}
+    for node in nodes:
+        weight = numpy_helper.to_array(weights[node.input[1]])
+        keys[node.name] = key = hashlib.sha256(weight.tobytes()).hexdigest()
+        layer = layers.setdefault(key, _Layer(weight, np.zeros((len(weight), len(weight)))))
+        layer.products = layer.products + sums[node.input[0]]
+        layer.peaks += peaks[node.input[0]]
+    return keys
+
+
+def _round(layer: _Layer) -> None:
+    """Round the weight of a layer by GPTQ, with one scale for each column."""
+    count = len(layer.weight)
+    products = layer.products + np.eye(count) * max(DAMPING * float(np.trace(layer.products)) / count, SMALLEST)
+    # The upper Cholesky factor of the inverse: row i says what the rows behind i make up for.
+    share = np.linalg.cholesky(np.linalg.inv(products)).T
+    scales = np.maximum(np.abs(layer.weight).max(0), SMALLEST) / STEPS
+    left = layer.weight.astype(np.float64)
+    steps = np.zeros(left.shape, np.int8)
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        errors = np.zeros((stop - start, left.shape[1]))
+        for row in range(start, stop):
+            steps[row] = np.clip(np.rint(left[row] / scales), -STEPS, STEPS)
+            errors[row - start] = (left[row] - steps[row] * scales) / share[row, row]
+            left[row:stop] -= np.outer(share[row, row:stop], errors[row - start])
+        left[stop:] -= share[start:stop, stop:].T @ errors
+    layer.steps, layer.scales = steps, scales.astype(np.float32)
+    layer.damage = _damage(layer)
+
+
+def _damage(layer: _Layer) -> float:
+    """What rounding weights and rows loses of the layer's output, squared.
+
+    A number of a row is off by a twelfth of a squared step on average, and a step is the row's largest value over 127.
+    """
+    weight, made = layer.weight.astype(np.float64), layer.steps * layer.scales.astype(np.float64)
+    whole = float(np.einsum("io,io->", weight, layer.products @ weight))
+    off = weight - made
+    by_weights = float(np.einsum("io,io->", off, layer.products @ off))
+    by_rows = layer.peaks / STEPS**2 / 12 * float((made**2).sum())
+    return (by_weights + by_rows) / whole if whole else 0.0
+
+
+def _with_integer_products(
+    model: onnx.ModelProto, layers: Mapping[str, _Layer], order: Sequence[str], share: float
+) -> onnx.ModelProto:
+    """The model with the named layers as integer products, in place.
+
+    Args:
+        model: of a graph.
+        layers: by the name of their node.
+        order: all layers of the graph, the first ones first.
+        share: that of the last ones in which the rows of answers are rounded twice.
+    """
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    constants = {
+        "product_step": np.array(1 / STEPS, np.float32),
+        "product_fine_step": np.array(0.5 / STEPS**2, np.float32),  # over half a step, which is all that rounding loses
+        "product_middle": np.array(MIDDLE, np.uint8),
+        "product_last": np.array([-1], np.int64),
+        "product_smallest": np.array(SMALLEST, np.float32),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    answering = _answers(model)
+    nodes = _answer_places(graph) if answering else []
+    again = set(order[round((1.0 - share) * len(order)) :]) if answering else set()
+    rounded: set[str] = set()
+    refined: set[str] = set()
+    for node in graph.node:
+        if node.name not in layers:
+            nodes.append(node)
+            continue
+        rows, weight = node.input
+        if rows not in rounded:
+            nodes += _round_rows(rows, len(layers[node.name].weight))
+            rounded.add(rows)
+        if weight in weights:
+            layer = layers[node.name]
+            graph.initializer.append(numpy_helper.from_array(layer.steps, f"{weight}_steps"))
+            graph.initializer.append(numpy_helper.from_array(layer.scales, f"{weight}_scales"))
+            graph.initializer.remove(weights.pop(weight))
+        (found,) = node.output
+        if node.name not in again:
+            nodes += _product(rows, weight, "product_step", f"{rows}_largest", found)
+            continue
+        if rows not in refined:
+            nodes += _round_answers_again(rows)
+            refined.add(rows)
+        nodes += _product(rows, weight, "product_step", f"{rows}_largest", f"{found}_coarse")
+        nodes += _product(
+            f"{rows}_answers_lost", weight, "product_fine_step", f"{rows}_answers_largest", f"{found}_fine"
+        )
+        added = [f"{found}_coarse", PLACES, f"{found}_fine"]
+        nodes.append(helper.make_node("ScatterND", added, [found], reduction="add"))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    if all(own.domain != "com.microsoft" for own in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def _product(rows: str, weight: str, step: str, largest: str, found: str) -> list[onnx.NodeProto]:
+    """Nodes that multiply rounded rows with a rounded weight."""
+    given = [f"{rows}_steps", f"{weight}_steps", step, f"{weight}_scales", "product_middle"]
+    return [
+        helper.make_node("MatMulIntegerToFloat", given, [f"{found}_unit"], domain="com.microsoft"),
+        helper.make_node("Mul", [f"{found}_unit", largest], [found]),
+    ]
+
+
+def _write_probe(path: Path) -> None:
+    """The largest integer product there can be, for `check_integer_products`."""
+    given = {
+        "step": np.array(1, np.float32),
+        "scales": np.ones(INTEGER_ROWS, np.float32),
+        "middle": np.array(MIDDLE, np.uint8),
+        "steps": np.full((INTEGER_ROWS, INTEGER_ROWS), STEPS, np.int8),
+    }
+    held = [numpy_helper.from_array(value, name) for name, value in given.items()]
+    inputs = ["rows", "steps", "step", "scales", "middle"]
+    node = helper.make_node("MatMulIntegerToFloat", inputs, ["found"], domain="com.microsoft")
+    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.UINT8, [1, INTEGER_ROWS])
+    found = helper.make_tensor_value_info("found", onnx.TensorProto.FLOAT, [1, INTEGER_ROWS])
+    graph = helper.make_graph([node], "integers", [rows], [found], held)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def _round_rows(rows: str, width: int) -> list[onnx.NodeProto]:
+    """Nodes that bring rows of such a width to 8 bits, once for all layers that read them.
+
+    The largest value by both ends and a step for each row take half of the time of absolute values and a division.
+    """
+    wide = helper.make_node("Constant", [], [f"{rows}_wide"], value_ints=[-1, width])
+    return [
+        helper.make_node("ReduceMax", [rows, "product_last"], [f"{rows}_top"], keepdims=1),
+        helper.make_node("ReduceMin", [rows, "product_last"], [f"{rows}_bottom"], keepdims=1),
+        helper.make_node("Neg", [f"{rows}_bottom"], [f"{rows}_depth"]),
+        helper.make_node("Max", [f"{rows}_top", f"{rows}_depth", "product_smallest"], [f"{rows}_largest"]),
+        helper.make_node("Mul", [f"{rows}_largest", "product_step"], [f"{rows}_step"]),
+        helper.make_node("Reshape", [f"{rows}_step", "product_last"], [f"{rows}_flat_step"]),
+        helper.make_node("Shape", [f"{rows}_flat_step"], [f"{rows}_count"]),
+        helper.make_node("Expand", ["product_middle", f"{rows}_count"], [f"{rows}_middle"]),
+        wide,
+        helper.make_node("Reshape", [rows, f"{rows}_wide"], [f"{rows}_flat"]),
+        helper.make_node(
+            "QuantizeLinear", [f"{rows}_flat", f"{rows}_flat_step", f"{rows}_middle"], [f"{rows}_flat_steps"], axis=0
+        ),
+        helper.make_node("Shape", [rows], [f"{rows}_shape"]),
+        helper.make_node("Reshape", [f"{rows}_flat_steps", f"{rows}_shape"], [f"{rows}_steps"]),
+    ]
+
+
+def _answer_places(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Nodes that say where answers are read: int64[continuations, 2], of all users one after the other."""
+    constants = {"product_zero": np.array(0), "product_one": np.array(1)}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    return [
+        helper.make_node("Reshape", [ENDS, "product_last"], ["product_ends"]),
+        helper.make_node("Size", ["product_ends"], ["product_count"]),
+        helper.make_node("Range", ["product_zero", "product_count", "product_one"], ["product_rows"]),
+        helper.make_node("Unsqueeze", ["product_rows", "product_last"], ["product_rows_column"]),
+        helper.make_node("Unsqueeze", ["product_ends", "product_last"], ["product_ends_column"]),
+        helper.make_node("Concat", ["product_rows_column", "product_ends_column"], [PLACES], axis=1),
+    ]
+
+
+def _round_answers_again(rows: str) -> list[onnx.NodeProto]:
+    """Nodes that round what rounding has lost of the rows that answers are read at, once for all layers."""
+    coarse = ["product_step", "product_middle"]
+    return [
+        helper.make_node("GatherND", [rows, PLACES], [f"{rows}_answers_alone"]),
+        helper.make_node("GatherND", [f"{rows}_largest", PLACES], [f"{rows}_answers_largest"]),
+        helper.make_node("Div", [f"{rows}_answers_alone", f"{rows}_answers_largest"], [f"{rows}_answers"]),
+        helper.make_node("QuantizeLinear", [f"{rows}_answers", *coarse], [f"{rows}_answers_steps"]),
+        helper.make_node("DequantizeLinear", [f"{rows}_answers_steps", *coarse], [f"{rows}_answers_rounded"]),
+        helper.make_node("Sub", [f"{rows}_answers", f"{rows}_answers_rounded"], [f"{rows}_answers_lost"]),
+        helper.make_node(
+            "QuantizeLinear",
+            [f"{rows}_answers_lost", "product_fine_step", "product_middle"],
+            [f"{rows}_answers_lost_steps"],
+        ),
+    ]

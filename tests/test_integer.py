@@ -1,0 +1,180 @@
+"""Integer products: near the float ones, one weight for several graphs, and floats where too much is lost."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from recllm.errors import RecllmError
+from recllm.graphfiles import open_model
+from recllm.integer import _Layer, _round, quantise_products
+from recllm.sessions import INTEGERS, check_integer_products
+from recllm.turning import TURN
+from recllm.weightonly import WeightSettings
+
+SETTINGS = WeightSettings(activations="int8", max_damage=0.01)
+WIDTH = 64
+
+
+def weight(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32) / shape[0] ** 0.5
+
+
+def write(path, layers):
+    """A chain of products with weights, by their names."""
+    names = ["x", *(f"h{place}" for place in range(len(layers)))]
+    nodes = [helper.make_node("MatMul", [names[at], name], [names[at + 1]]) for at, name in enumerate(layers)]
+    given = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", "rows", WIDTH])
+    found = helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, None)
+    held = [numpy_helper.from_array(value, name) for name, value in layers.items()]
+    graph = helper.make_graph(nodes, "chain", [given], [found], held)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+
+
+@pytest.fixture
+def graphs(tmp_path):
+    """Two graphs that share their first weight; the second one has a layer that turns as well."""
+    (tmp_path / "fp32").mkdir()
+    (tmp_path / "out").mkdir()
+    first, turn = weight(0, WIDTH, WIDTH), np.linalg.qr(weight(9, WIDTH, WIDTH))[0]
+    write(tmp_path / "fp32" / "a.onnx", {"one": first, "two": weight(1, WIDTH, 32)})
+    write(tmp_path / "fp32" / "b.onnx", {"uno": first, f"{TURN}.weight": turn, "tre": weight(2, WIDTH, 16)})
+    return sorted((tmp_path / "fp32").glob("*.onnx")), tmp_path / "out"
+
+
+def samples():
+    rng = np.random.default_rng(3)
+    mixed = rng.normal(size=(8, WIDTH)).astype(
+        np.float32
+    )  # eight directions: what one place loses another makes up for
+    draw = [rng.normal(size=(2, 50, 8)).astype(np.float32) @ mixed for _ in range(3)]
+    return {"a": [{"x": rows} for rows in draw], "b": [{"x": rows} for rows in draw]}
+
+
+def answers(path, rows):
+    return open_model(onnx.load(path)).run(None, {"x": rows})[0]
+
+
+def kinds(path):
+    return [node.op_type for node in onnx.load(path).graph.node if "MatMul" in node.op_type]
+
+
+def test_products_of_integers_are_near_those_of_floats(graphs):
+    sources, out = graphs
+    report = quantise_products(sources, out, SETTINGS, samples(), lambda folder: 0.001)
+    assert report["graph"] == {"floats 0": 0.001}
+    assert report["higher"] == []
+    assert len(report["layers"]) == 4  # both graphs' but for the one that turns
+    assert all(0 < damage < 1e-3 for damage in report["layers"].values())
+    assert kinds(out / "a.onnx") == ["MatMulIntegerToFloat"] * 2
+    assert kinds(out / "b.onnx") == ["MatMulIntegerToFloat", "MatMul", "MatMulIntegerToFloat"]
+    rows = samples()["a"][0]["x"][:, :7].copy()
+    rows[0, 0] *= 1e4  # a row's own scale: the others lose nothing by it
+    rows[1, 0] = 0.0
+    for path in sources:
+        expected, found = answers(path, rows), answers(out / path.name, rows)
+        off = np.linalg.norm(found - expected, axis=-1) / np.maximum(np.linalg.norm(expected, axis=-1), 1e-6)
+        assert off.max() < 0.03
+        assert not found[1, 0].any()
+
+
+def test_a_weight_of_two_graphs_is_rounded_once(graphs):
+    sources, out = graphs
+    quantise_products(sources, out, SETTINGS, samples(), lambda folder: 0.0)
+    held = [
+        {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(out / path.name).graph.initializer}
+        for path in sources
+    ]
+    for part in ("steps", "scales"):
+        assert np.array_equal(held[0][f"one_{part}"], held[1][f"uno_{part}"])
+    assert held[0]["one_steps"].dtype == np.int8
+    assert "one" not in held[0]
+
+
+def test_the_worst_layers_keep_floats_until_enough_is_kept(graphs):
+    sources, out = graphs
+    left = iter([0.5, 0.2, 0.001])
+    report = quantise_products(sources, out, SETTINGS, samples(), lambda folder: next(left))
+    # Three weights: an eighth of them is none, a quarter is one, half are two.
+    assert report["graph"] == {"floats 0": 0.5, "floats 0.25": 0.2, "floats 0.5": 0.001}
+    damages = report["layers"]
+    assert min(damages[name] for name in report["higher"]) >= max(
+        damages[name] for name in damages if name not in report["higher"]
+    )
+    made = [*kinds(out / "a.onnx"), *kinds(out / "b.onnx")]
+    assert made.count("MatMulNBits") == len(report["higher"])
+    assert made.count("MatMul") == 1  # what turns stays as it is
+
+
+def test_rounding_by_what_the_inputs_have_in_common_loses_less():
+    rows = samples()["a"][0]["x"].reshape(-1, WIDTH).astype(np.float64)
+    layer = _Layer(weight(4, WIDTH, 24), rows.T @ rows)
+    _round(layer)
+    scales = np.abs(layer.weight).max(0) / 127
+    nearest = np.rint(layer.weight / scales) * scales
+    assert layer.scales == pytest.approx(scales)
+    by_common = np.linalg.norm(rows @ (layer.weight - layer.steps * layer.scales))
+    assert by_common < 0.5 * np.linalg.norm(rows @ (layer.weight - nearest))
+
+
+def test_settings_that_do_not_fit_are_refused():
+    for keys in ({"max_damage": None}, {"bits": 4, "max_damage": 0.01}):
+        with pytest.raises(ValueError, match="activations = 'int8' goes with bits = 8 and max_damage"):
+            WeightSettings(activations="int8", **keys)
+
+
+@pytest.mark.parametrize(("losses", "twice"), [((0.0,), 1), ((0.5, 0.0), 1), ((0.5, 0.5, 0.0), 2)])
+def test_rows_that_answers_are_read_at_are_rounded_twice_in_as_many_layers_as_it_takes(tmp_path, losses, twice):
+    """Of three candidates with four, one and two tokens of five, and weights that 8 bits hold."""
+    (tmp_path / "out").mkdir()
+    rng, left = np.random.default_rng(0), iter(losses)
+    whole = [rng.integers(-127, 128, size=(WIDTH, width)).astype(np.float32) for width in (WIDTH, 32)]
+    for own in whole:
+        own[0] = 127
+    write(tmp_path / "suffix.onnx", dict(zip(("one", "two"), whole, strict=True)))
+    model = onnx.load(tmp_path / "suffix.onnx")
+    ends = helper.make_tensor_value_info("ends", onnx.TensorProto.INT64, ["users", "candidates"])
+    read = [
+        helper.make_node("Reshape", ["ends", "flat"], ["ends_flat"]),
+        helper.make_node("Identity", ["ends_flat"], ["read"]),
+    ]
+    model.graph.input.append(ends)
+    model.graph.node.extend(read)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "flat"))
+    model.graph.output.append(helper.make_tensor_value_info("read", onnx.TensorProto.INT64, None))
+    onnx.save(model, tmp_path / "suffix.onnx")
+    feeds = {"x": samples()["a"][0]["x"][0, :15].reshape(3, 5, WIDTH), "ends": np.array([[3, 0, 1]])}
+    source, out = tmp_path / "suffix.onnx", tmp_path / "out"
+    report = quantise_products([source], out, SETTINGS, {"suffix": [feeds] * 20}, lambda folder: next(left))
+    tried = {f"answers twice {share}, floats 0": loss for share, loss in zip((0.33, 0.5, 1), losses, strict=False)}
+    assert report["graph"] == tried
+    assert [node.op_type for node in onnx.load(out / "suffix.onnx").graph.node].count("ScatterND") == twice
+    expected, found = (
+        open_model(onnx.load(folder / "suffix.onnx")).run(None, feeds)[0] for folder in (tmp_path, tmp_path / "out")
+    )
+    off = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    answers = np.zeros(off.shape, dtype=bool)
+    answers[[0, 1, 2], [3, 0, 1]] = True
+    assert off[~answers].min() > 2e-3
+    assert (off[answers].max() < 5e-5) == (twice == 2)
+
+
+def test_a_bundle_with_integer_products_is_refused_where_they_overflow(graphs):
+    sources, out = graphs
+    check_integer_products(out, "cuda")  # it has none yet
+    quantise_products(sources, out, SETTINGS, samples(), lambda folder: 0.0)
+    check_integer_products(out, "cpu")
+    with pytest.raises(RecllmError, match=r"for a CPU only, not for 'cuda'. Export the run with another recipe"):
+        check_integer_products(out, "cuda")
+    probe = onnx.load(out / INTEGERS)
+    scales = next(tensor for tensor in probe.graph.initializer if tensor.name == "scales")
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales) * np.float32(0.99), "scales"))
+    onnx.save(probe, out / INTEGERS)  # as a processor whose sums fall short
+    with pytest.raises(RecllmError, match=r"this processor's overflow .* Export the run with another recipe"):
+        check_integer_products(out, "cpu")
+
+
+def test_where_all_layers_keep_floats_no_product_is_tried(graphs):
+    sources, out = graphs
+    quantise_products(sources, out, SETTINGS, samples(), lambda folder: 0.5)
+    assert not (out / INTEGERS).exists()
