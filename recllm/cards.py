@@ -15,6 +15,7 @@ from recllm.fetch import on_hub, pinned
 from recllm.files import read_json, whole_folder, written
 from recllm.revisions import known_revision
 from recllm.runs import ENVIRONMENT, Run
+from recllm.sessions import INTEGERS
 
 ADAPTER, CARD = "adapter", "README.md"
 """In the folder of the language model's stage: the adapter as PEFT saves it; in that and in a bundle: the card."""
@@ -100,6 +101,11 @@ def write_bundle_card(run: Run, folder: Path, recipe: str, kind: str) -> None:
     if not recommends:
         loading[3:5] = ["import recllm.ranker", ""]
     loading.append('The graphs are plain ONNX: `onnxruntime.InferenceSession("….onnx")` opens them without recllm.')
+    if (folder / INTEGERS).exists():
+        loading[-1] += (
+            " They have integer products, which overflow without a word on processors without VNNI instructions: "
+            f"recllm tries one, `{INTEGERS}`, before it answers."
+        )
     told = card(run, f"{run.name}: a bundle that {kind} ({recipe})", None if recommends else "relevance")
     _write(folder / CARD, [*_front(run, "onnx"), "", *told, "", *loading])
 

@@ -16,7 +16,7 @@ from recllm import __version__
 from recllm.bundle import read_manifest
 from recllm.errors import RecllmError
 from recllm.fetch import cache_folder
-from recllm.sessions import PROVIDERS, open_session
+from recllm.sessions import INTEGERS, PROVIDERS, check_integer_products, open_session
 
 RUNTIMES = tuple(
     f"onnxruntime{kind}"
@@ -159,6 +159,8 @@ def _bundle(folder: Path) -> Iterator[Finding]:
     yield Finding("ok", f"bundle {folder}: {kind}, recipe {manifest.get('recipe')}, every file is whole")
     for path in sorted(folder.rglob("*.onnx")):
         yield _tried(f"graph {path.name}", partial(open_session, path))
+    if (folder / INTEGERS).exists():
+        yield _tried("integer products", partial(check_integer_products, folder, "cpu"))
 
 
 def _tried(text: str, work: Callable[[], object]) -> Finding:

@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from recllm.errors import RecllmError
 from recllm.graphfiles import open_model, save_graph
 from recllm.sessions import INTEGER_ROWS, INTEGERS
 from recllm.turning import TURN
@@ -77,6 +78,9 @@ def quantise_products(
 
     Returns:
         The damage of every layer, what was lost by what was tried, and the layers that kept floats.
+
+    Raises:
+        RecllmError: graphs without products with weights.
     """
     models = {path: onnx.load(path) for path in sources}
     layers: dict[str, _Layer] = {}
@@ -84,6 +88,11 @@ def quantise_products(
     for path, model in models.items():
         name_layers(model)
         names[path] = _watch(model, samples[path.stem], layers)
+    if not layers:
+        raise RecllmError(
+            "Integer products are for layers that are a product with a matrix of weights, and this model has none that "
+            "is exported so (GPT-2's are not). Take the export recipe int8, fp16 or fp32."
+        )
     for layer in layers.values():
         _round(layer)
     worst = sorted(layers, key=lambda key: layers[key].damage, reverse=True)
@@ -105,7 +114,7 @@ def quantise_products(
         if settings.max_damage is None or tried[name] <= settings.max_damage:
             break
     if len(kept) < len(layers):
-        _write_probe(target / INTEGERS)
+        write_probe(target / INTEGERS)
     own = {f"{path.stem}: {name}": key for path in sources for name, key in names[path].items()}
     return {
         "layers": {name: layers[key].damage for name, key in own.items()},
@@ -133,6 +142,8 @@ def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: dict[str, _
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [node for node in weight_layers(model) if TURN not in node.input[1]]
     inputs = list(dict.fromkeys(node.input[0] for node in nodes))
+    if not inputs:
+        return {}
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
@@ -255,7 +266,7 @@ def _product(rows: str, weight: str, step: str, largest: str, found: str) -> lis
     ]
 
 
-def _write_probe(path: Path) -> None:
+def write_probe(path: Path) -> None:
     """The largest integer product there can be, for `check_integer_products`."""
     given = {
         "step": np.array(1, np.float32),

@@ -1,7 +1,7 @@
 """Export of a run that judges pairs: its language model as a ranker bundle, gated like every other."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from recllm.errors import RecllmError
 from recllm.files import own_folder, write_json
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated
 from recllm.graphfiles import share_weights
-from recllm.integer import quantise_products
+from recllm.integer import quantise_products, write_probe
 from recllm.judging import load_relevance
 from recllm.lm import model_folder
 from recllm.onnxreader import PREFIX, SUFFIX, WEIGHTS, OnnxReader, ReadPrefix
@@ -30,6 +30,7 @@ from recllm.ranking import ItemIndex, Scores
 from recllm.recipes import find_recipe
 from recllm.relevance import RelevanceModel, RelevanceScorer
 from recllm.runs import Run
+from recllm.sessions import INTEGERS, check_integer_products
 from recllm.splits import like_threshold
 from recllm.tasks import Task
 from recllm.turning import turned
@@ -62,6 +63,8 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
     scorer.model.cpu()
     results = []
     with own_folder(run.folder) as graphs:
+        if rounding := [name for name, recipe in recipes.items() if recipe.causal.activations == "int8"]:
+            _check_processor(rounding, graphs)
         for folder in dict.fromkeys(_graphs(recipe) for recipe in recipes.values()):
             say(f"Writing the ONNX graphs in fp32, opset {folder.name}{', turned' if len(folder.parts) > 1 else ''}")
             (graphs / folder).mkdir(parents=True, exist_ok=True)
@@ -79,13 +82,28 @@ def _graphs(recipe: ExportRecipe) -> Path:
     return Path(TURNED if recipe.causal.activations == "int8" else "", str(recipe.opset))
 
 
+def _check_processor(recipes: Sequence[str], folder: Path) -> None:
+    """Fail before anything is written where integer products overflow."""
+    write_probe(folder / INTEGERS)
+    try:
+        check_integer_products(folder, "cpu")
+    except RecllmError:
+        raise RecllmError(
+            f"Recipe {', '.join(recipes)} makes integer products, and this processor's overflow (it has no VNNI "
+            "instructions), so that they cannot be measured. Export with int8, fp16 or fp32, or on another machine."
+        ) from None
+
+
 def _as_written(model: RelevanceModel, folder: Path, say: Say) -> RelevanceModel:
     """The model of the graphs in such a folder."""
     if folder.parts[0] != TURNED:
         return model
     made = turned(model)
     if made is None:
-        say("This model's family is not known to turn: its activations are rounded as they are")
+        say(
+            "This model is not built as those that are known to turn (Llama and the like, without item tokens or "
+            "adapters around their layers): its activations are rounded as they are"
+        )
     return made or model
 
 
@@ -134,8 +152,8 @@ def _samples(run: Run, task: Task, scorer: RelevanceScorer, graphs: Path, recipe
     known = [query for query in task.split.train.histories().values() if scorer.prompts.knows(query)]
     if not known:
         raise RecllmError(
-            f"causal.max_damage is measured on training histories, and {run.name} has none. Leave it out of the export "
-            "recipe."
+            f"causal.max_damage is measured on training histories, and {run.name} has none. Take an export recipe "
+            "without it, such as int8, fp16 or fp32."
         )
     queries = [known[place] for place in random.permutation(len(known))[:count]]
     items = list(scorer.prompts.candidates)

@@ -67,7 +67,7 @@ def turned(model: RelevanceModel, seed: int = 0) -> RelevanceModel | None:
             answers = made.answer(expected)
             _turn(made, torch.Generator().manual_seed(seed))
             found = made.answer(pretrained(made.body)(input_ids=ids, use_cache=False).last_hidden_state)
-    except (AttributeError, RuntimeError, TypeError):  # a part that is not there, or has another shape
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # a part that is not there, or has another shape
         return None
     return made if (found - answers).abs().max() <= SAME * answers.abs().max() else None
 

@@ -178,3 +178,12 @@ def test_where_all_layers_keep_floats_no_product_is_tried(graphs):
     sources, out = graphs
     quantise_products(sources, out, SETTINGS, samples(), lambda folder: 0.5)
     assert not (out / INTEGERS).exists()
+
+
+def test_a_model_without_products_of_weights_is_told_what_to_take(tmp_path):
+    write(tmp_path / "a.onnx", {"one": weight(0, WIDTH, WIDTH)})
+    model = onnx.load(tmp_path / "a.onnx")
+    model.graph.node[0].op_type = "Gemm"  # as GPT-2's layers are exported
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(RecllmError, match=r"this model has none .* Take the export recipe int8, fp16 or fp32"):
+        quantise_products([tmp_path / "a.onnx"], tmp_path, SETTINGS, {"a": []}, lambda folder: 0.0)

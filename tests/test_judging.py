@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import recllm
-from recllm import judging
+from recllm import judging, rankexport
 from recllm.cli import main
 from recllm.commands import evaluate_folder
 from recllm.data import Catalog, Query
+from recllm.doctor import Finding, examine
 from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.files import read_json
@@ -417,6 +418,20 @@ def test_the_given_split_is_prepared(given_folder, tiny_lm_folder, tiny_encoder_
     assert (len(task.split.train), len(task.split.valid), len(task.split.test)) == (320, 80, 160)
 
 
+def test_no_integer_products_are_made_where_they_overflow(trained, monkeypatch):
+    def overflows(folder, provider):
+        raise RecllmError("as a bundle is refused")
+
+    run, task = trained
+    if "encoder" in run.model.name:
+        return
+    monkeypatch.setattr(rankexport, "check_integer_products", overflows)
+    told = []
+    with pytest.raises(RecllmError, match=r"Recipe w8a8 makes .* Export with int8, fp16 or fp32, or on another"):
+        export_run(run, task, ["fp32", "w8a8"], say=told.append)
+    assert not told  # nothing has been written
+
+
 def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     run, task = trained
     if "encoder" in run.model.name:
@@ -434,6 +449,9 @@ def test_the_language_model_is_exported_as_a_ranker(trained, tmp_path):
     kinds = [node.op_type for node in onnx.load(products.folder / "suffix.onnx", load_external_data=False).graph.node]
     assert kinds.count("MatMulIntegerToFloat") >= 7
     assert products.parity["ranker"]["rank_correlation"] > 0.95
+    assert "processors without VNNI instructions" in (products.folder / "README.md").read_text(encoding="utf-8")
+    assert "VNNI" not in (result.folder / "README.md").read_text(encoding="utf-8")
+    assert Finding("ok", "integer products") in list(examine(products.folder))
     said = read_json(small.folder / "quantisation.json")
     assert set(said) == {"prefix", "suffix"}
     assert all(own["layers"] and min(own["graph"].values()) > 0 for own in said.values())
