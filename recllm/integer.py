@@ -35,8 +35,8 @@ SMALLEST = 1e-12
 ENDS, PLACES = "ends", "product_places"
 """A graph that answers is given where; and the row and place of each answer."""
 TWICE = (1 / 3, 0.5, 1.0)
-"""Shares of the layers, the last ones, in which the rows of answers are rounded twice, tried in turn: on a
-tuned model of 30 layers the last third makes up for most of the loss, and the first third for nothing (LOG.md)."""
+"""Shares of the layers, the last ones, in which the rows of answers are rounded twice, tried in turn: on a tuned
+model of 30 layers the last third makes up for most of the loss, and the first third for nothing (LOG.md)."""
 
 
 @dataclass
@@ -289,7 +289,6 @@ def _round_rows(rows: str, width: int) -> list[onnx.NodeProto]:
 
     The largest value by both ends and a step for each row take half of the time of absolute values and a division.
     """
-    wide = helper.make_node("Constant", [], [f"{rows}_wide"], value_ints=[-1, width])
     return [
         helper.make_node("ReduceMax", [rows, "product_last"], [f"{rows}_top"], keepdims=1),
         helper.make_node("ReduceMin", [rows, "product_last"], [f"{rows}_bottom"], keepdims=1),
@@ -299,7 +298,7 @@ def _round_rows(rows: str, width: int) -> list[onnx.NodeProto]:
         helper.make_node("Reshape", [f"{rows}_step", "product_last"], [f"{rows}_flat_step"]),
         helper.make_node("Shape", [f"{rows}_flat_step"], [f"{rows}_count"]),
         helper.make_node("Expand", ["product_middle", f"{rows}_count"], [f"{rows}_middle"]),
-        wide,
+        helper.make_node("Constant", [], [f"{rows}_wide"], value_ints=[-1, width]),
         helper.make_node("Reshape", [rows, f"{rows}_wide"], [f"{rows}_flat"]),
         helper.make_node(
             "QuantizeLinear", [f"{rows}_flat", f"{rows}_flat_step", f"{rows}_middle"], [f"{rows}_flat_steps"], axis=0

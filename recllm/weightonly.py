@@ -46,8 +46,8 @@ class WeightSettings(Settings):
     """Round to the nearest, or half-quadratic quantisation (Badri & Shaji 2023) of 4 bits, which fits zero points."""
     max_damage: float | None = Field(default=None, gt=0)
     """The share of what a graph says that may be lost on sample prompts, squared; the layers that lose most get 8 bits
-    until it holds. With int8 activations the share of the spread of a history's scores, and those layers keep float
-    activations. None leaves all layers alike."""
+    until it holds. With int8 activations the share of the spread of a history's scores: answers' rows are rounded
+    twice in more layers, then those layers keep float activations. None leaves all layers alike."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "WeightSettings":
