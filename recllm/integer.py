@@ -1,8 +1,9 @@
 """Integer products for causal graphs: activations rounded row by row, weights column by column, answers' rows twice.
 
 A row of activations is divided by its largest value and rounded to 8 bits when it is there, so that no calibration can
-be out of date; a model is to be turned before (recllm/turning.py), else few places of a row take all the steps. Weights
-are rounded by GPTQ (Frantar et al. 2023): what rounding a row of them loses on sample prompts is made up for by the
+be out of date; a model is to be turned before (recllm/turning.py), else few places of a row take all the steps. Behind
+a turned model's norms all rows are alike: one step does for all, which spares a pass over every product. Weights are
+rounded by GPTQ (Frantar et al. 2023): what rounding a row of them loses on sample prompts is made up for by the
 rows that are still to be rounded. Most of what is lost is lost at the rows that answers are read at, a few of all: in
 the last layers what rounding has lost of these is rounded once more, in finer steps, and what it gives is added.
 """
@@ -32,6 +33,9 @@ BLOCK = 128
 """Rows of weights that GPTQ rounds before it passes on what they have lost."""
 SMALLEST = 1e-12
 """Stands in for the largest value of a row of zeros."""
+NORMED = 4.5
+"""The largest value behind a norm that is not cut off: there a row's mean square is one, and of numbers that are spread
+evenly one in a hundred thousand is larger. Up to 5 finer steps lose less than cutting off (LOG.md)."""
 ENDS, PLACES = "ends", "product_places"
 """A graph that answers is given where; and the row and place of each answer."""
 TWICE = (1 / 3, 0.5, 1.0)
@@ -46,7 +50,7 @@ class _Layer:
     Attributes:
         weight: float32[in, out].
         products: float64[in, in], the sum of the inputs' products with one another.
-        peaks: the sum of the squares of the rows' largest values.
+        peaks: the sum of the squares of the rows' largest values, or of those that their step is made for.
         steps: int8[in, out].
         scales: float32[out].
         damage: the share of its output, squared, that rounding both sides loses on these inputs.
@@ -139,7 +143,7 @@ def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: dict[str, _
 
     Layers of several graphs with one weight are one: else the weights would differ, and lie there twice.
     """
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights, normed = {tensor.name: tensor for tensor in model.graph.initializer}, _normed(model.graph)
     nodes = [node for node in weight_layers(model) if TURN not in node.input[1]]
     inputs = list(dict.fromkeys(node.input[0] for node in nodes))
     if not inputs:
@@ -153,7 +157,7 @@ def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: dict[str, _
         for name, value in zip(inputs, session.run(None, dict(feeds)), strict=True):
             rows = value.reshape(-1, value.shape[-1]).astype(np.float32)
             sums[name] = sums[name] + (rows.T @ rows).astype(np.float64)
-            peaks[name] += float((np.abs(rows).max(1) ** 2).sum())
+            peaks[name] += NORMED**2 * len(rows) if name in normed else float((np.abs(rows).max(1) ** 2).sum())
     keys = {}
     for node in nodes:
         weight = numpy_helper.to_array(weights[node.input[1]])
@@ -213,8 +217,8 @@ def _with_integer_products(
     weights = {tensor.name: tensor for tensor in graph.initializer}
     constants = {
         "product_step": np.array(1 / STEPS, np.float32),
-        "product_fine_step": np.array(0.5 / STEPS**2, np.float32),  # over half a step, which is all that rounding loses
         "product_middle": np.array(MIDDLE, np.uint8),
+        "product_normed_step": np.array(NORMED / STEPS, np.float32),
         "product_last": np.array([-1], np.int64),
         "product_smallest": np.array(SMALLEST, np.float32),
     }
@@ -223,33 +227,30 @@ def _with_integer_products(
     nodes = _answer_places(graph) if answering else []
     again = set(order[round((1.0 - share) * len(order)) :]) if answering else set()
     rounded: set[str] = set()
-    refined: set[str] = set()
+    normed = _normed(graph)
     for node in graph.node:
         if node.name not in layers:
             nodes.append(node)
             continue
-        rows, weight = node.input
-        if rows not in rounded:
-            nodes += _round_rows(rows, len(layers[node.name].weight))
-            rounded.add(rows)
+        (rows, weight), (found,), layer = node.input, node.output, layers[node.name]
         if weight in weights:
-            layer = layers[node.name]
             graph.initializer.append(numpy_helper.from_array(layer.steps, f"{weight}_steps"))
             graph.initializer.append(numpy_helper.from_array(layer.scales, f"{weight}_scales"))
             graph.initializer.remove(weights.pop(weight))
-        (found,) = node.output
-        if node.name not in again:
-            nodes += _product(rows, weight, "product_step", f"{rows}_largest", found)
-            continue
-        if rows not in refined:
-            nodes += _round_answers_again(rows)
-            refined.add(rows)
-        nodes += _product(rows, weight, "product_step", f"{rows}_largest", f"{found}_coarse")
-        nodes += _product(
-            f"{rows}_answers_lost", weight, "product_fine_step", f"{rows}_answers_largest", f"{found}_fine"
-        )
-        added = [f"{found}_coarse", PLACES, f"{found}_fine"]
-        nodes.append(helper.make_node("ScatterND", added, [found], reduction="add"))
+        step, largest = ("product_normed_step", "") if rows in normed else ("product_step", f"{rows}_largest")
+        if rows not in rounded:
+            nodes += _round_normed(rows) if rows in normed else _round_rows(rows, len(layer.weight))
+        if node.name in again:
+            lost, coarse, fine = f"{rows}_lost", f"{found}_coarse", f"{found}_fine"
+            if lost not in rounded:
+                nodes += [*_answers_lost(rows, step, largest), *_round_rows(lost, len(layer.weight))]
+            nodes += _product(rows, weight, step, largest, coarse)
+            nodes += _product(lost, weight, "product_step", f"{lost}_largest", fine)
+            nodes.append(helper.make_node("ScatterND", [coarse, PLACES, fine], [found], reduction="add"))
+            rounded.add(lost)
+        else:
+            nodes += _product(rows, weight, step, largest, found)
+        rounded.add(rows)
     del graph.node[:]
     graph.node.extend(nodes)
     if all(own.domain != "com.microsoft" for own in model.opset_import):
@@ -258,8 +259,10 @@ def _with_integer_products(
 
 
 def _product(rows: str, weight: str, step: str, largest: str, found: str) -> list[onnx.NodeProto]:
-    """Nodes that multiply rounded rows with a rounded weight."""
+    """Nodes that multiply rounded rows with a rounded weight; `largest` is empty where one step is all there is."""
     given = [f"{rows}_steps", f"{weight}_steps", step, f"{weight}_scales", "product_middle"]
+    if not largest:
+        return [helper.make_node("MatMulIntegerToFloat", given, [found], domain="com.microsoft")]
     return [
         helper.make_node("MatMulIntegerToFloat", given, [f"{found}_unit"], domain="com.microsoft"),
         helper.make_node("Mul", [f"{found}_unit", largest], [found]),
@@ -282,6 +285,20 @@ def write_probe(path: Path) -> None:
     graph = helper.make_graph([node], "integers", [rows], [found], held)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def _normed(graph: onnx.GraphProto) -> set[str]:
+    """Names of a turned model's rows with a mean square of one: behind norms that multiply with ones."""
+    if not any(TURN in own.name for own in graph.initializer):
+        return set()
+    ones = {own.name for own in graph.initializer if len(own.dims) == 1 and (numpy_helper.to_array(own) == 1).all()}
+    return {node.output[0] for node in graph.node if node.op_type == "RMSNormalization" and node.input[1] in ones}
+
+
+def _round_normed(rows: str) -> list[onnx.NodeProto]:
+    """Nodes that bring rows behind a norm to 8 bits."""
+    given = [rows, "product_normed_step", "product_middle"]
+    return [helper.make_node("QuantizeLinear", given, [f"{rows}_steps"])]
 
 
 def _round_rows(rows: str, width: int) -> list[onnx.NodeProto]:
@@ -322,19 +339,20 @@ def _answer_places(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     ]
 
 
-def _round_answers_again(rows: str) -> list[onnx.NodeProto]:
-    """Nodes that round what rounding has lost of the rows that answers are read at, once for all layers."""
-    coarse = ["product_step", "product_middle"]
-    return [
-        helper.make_node("GatherND", [rows, PLACES], [f"{rows}_answers_alone"]),
-        helper.make_node("GatherND", [f"{rows}_largest", PLACES], [f"{rows}_answers_largest"]),
-        helper.make_node("Div", [f"{rows}_answers_alone", f"{rows}_answers_largest"], [f"{rows}_answers"]),
-        helper.make_node("QuantizeLinear", [f"{rows}_answers", *coarse], [f"{rows}_answers_steps"]),
-        helper.make_node("DequantizeLinear", [f"{rows}_answers_steps", *coarse], [f"{rows}_answers_rounded"]),
-        helper.make_node("Sub", [f"{rows}_answers", f"{rows}_answers_rounded"], [f"{rows}_answers_lost"]),
+def _answers_lost(rows: str, step: str, largest: str) -> list[onnx.NodeProto]:
+    """Nodes that say what rounding has lost of the rows that answers are read at."""
+    nodes = [
+        helper.make_node("GatherND", [rows, PLACES], [f"{rows}_answers"]),
+        helper.make_node("GatherND", [f"{rows}_steps", PLACES], [f"{rows}_answers_steps"]),
         helper.make_node(
-            "QuantizeLinear",
-            [f"{rows}_answers_lost", "product_fine_step", "product_middle"],
-            [f"{rows}_answers_lost_steps"],
+            "DequantizeLinear", [f"{rows}_answers_steps", step, "product_middle"], [f"{rows}_answers_unit"]
         ),
     ]
+    rounded = f"{rows}_answers_unit"
+    if largest:
+        rounded = f"{rows}_answers_rounded"
+        nodes += [
+            helper.make_node("GatherND", [largest, PLACES], [f"{rows}_answers_largest"]),
+            helper.make_node("Mul", [f"{rows}_answers_unit", f"{rows}_answers_largest"], [rounded]),
+        ]
+    return [*nodes, helper.make_node("Sub", [f"{rows}_answers", rounded], [f"{rows}_lost"])]

@@ -174,6 +174,30 @@ def test_a_bundle_with_integer_products_is_refused_where_they_overflow(graphs):
         check_integer_products(out, "cpu")
 
 
+@pytest.mark.parametrize(("turned", "weights"), [(True, 1.0), (True, 2.0), (False, 1.0)])
+def test_rows_behind_the_norms_of_a_turned_model_share_one_step(graphs, turned, weights):
+    """Others have their own, for they may be of any size or have outliers."""
+    sources, out = graphs
+    path = sources[1] if turned else sources[0]
+    model = onnx.load(path)
+    name = model.graph.input[0].name
+    for node in model.graph.node:
+        node.input[:] = ["normed" if own == name else own for own in node.input]
+    model.graph.initializer.append(numpy_helper.from_array(np.full(WIDTH, weights, np.float32), "norm"))
+    model.graph.node.insert(0, helper.make_node("RMSNormalization", [name, "norm"], ["normed"], epsilon=1e-6))
+    onnx.save(model, path)
+    given = samples()[path.stem]
+    report = quantise_products([path], out, SETTINGS, {path.stem: given}, lambda folder: 0.0)
+    largest = [node.input[0] for node in onnx.load(out / path.name).graph.node if node.op_type == "ReduceMax"]
+    shared = turned and weights == 1.0
+    assert ("normed" in largest) != shared
+    rows = np.concatenate([given[0]["x"][:, :7] * 100.0, given[0]["x"][:, 7:9] * 0.01], 1)
+    expected, found = answers(path, rows), answers(out / path.name, rows)
+    off = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert off.max() < 0.03
+    assert all(0 < damage < 1e-3 for damage in report["layers"].values())
+
+
 def test_where_all_layers_keep_floats_no_product_is_tried(graphs):
     sources, out = graphs
     quantise_products(sources, out, SETTINGS, samples(), lambda folder: 0.5)
