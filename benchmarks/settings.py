@@ -71,7 +71,7 @@ DATA: dict[str, dict[str, Any]] = {
             "learning_rate": 1e-3,
             "max_history": 100,
             "per_device_train_batch_size": 32,
-            "num_train_epochs": 12,
+            "num_train_epochs": 30,
         },
         "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
     },
