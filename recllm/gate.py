@@ -16,6 +16,8 @@ from recllm.tasks import Task
 from recllm.weightonly import WeightSettings
 
 Parity = dict[str, dict[str, float]]
+ROUNDED_ROWS = 21
+"""The first opset whose operators round row by row."""
 
 
 class ExportRecipe(Settings):
@@ -30,6 +32,8 @@ class ExportRecipe(Settings):
     def _bits_are_the_precisions(self) -> "ExportRecipe":
         if self.precision in ("int8", "int4") and self.precision != f"int{self.causal.bits}":
             raise ValueError(f"precision '{self.precision}' and [causal] bits = {self.causal.bits} do not fit together")
+        if self.causal.activations == "int8" and self.opset < ROUNDED_ROWS:
+            raise ValueError(f"[causal] activations = 'int8' needs opset {ROUNDED_ROWS} or more, and not {self.opset}")
         return self
 
 

@@ -123,7 +123,7 @@ def test_settings_that_do_not_fit_are_refused():
             WeightSettings(activations="int8", **keys)
 
 
-@pytest.mark.parametrize(("losses", "twice"), [((0.0,), 1), ((0.5, 0.0), 1), ((0.5, 0.5, 0.0), 2)])
+@pytest.mark.parametrize(("losses", "twice"), [((0.0,), 1), ((0.5, 0.0), 1), ((0.5, 0.5, 0.5, 0.0), 2)])
 def test_rows_that_answers_are_read_at_are_rounded_twice_in_as_many_layers_as_it_takes(tmp_path, losses, twice):
     """Of three candidates with four, one and two tokens of five, and weights that 8 bits hold."""
     (tmp_path / "out").mkdir()
@@ -146,7 +146,9 @@ def test_rows_that_answers_are_read_at_are_rounded_twice_in_as_many_layers_as_it
     feeds = {"x": samples()["a"][0]["x"][0, :15].reshape(3, 5, WIDTH), "ends": np.array([[3, 0, 1]])}
     source, out = tmp_path / "suffix.onnx", tmp_path / "out"
     report = quantise_products([source], out, SETTINGS, {"suffix": [feeds] * 20}, lambda folder: next(left))
-    tried = {f"answers twice {share}, floats 0": loss for share, loss in zip((0.33, 0.5, 1), losses, strict=False)}
+    tried = {
+        f"answers twice {share}, floats 0": loss for share, loss in zip((0.33, 0.5, 0.67, 1), losses, strict=False)
+    }
     assert report["graph"] == tried
     assert [node.op_type for node in onnx.load(out / "suffix.onnx").graph.node].count("ScatterND") == twice
     expected, found = (

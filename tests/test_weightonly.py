@@ -140,6 +140,10 @@ def test_layers_without_a_name_and_with_one_weight_are_told_apart(graph, samples
         ({"precision": "int8", "causal": {"algorithm": "hqq"}}, "'hqq' is for bits = 4"),
         ({"precision": "int4", "causal": {"bits": 4, "algorithm": "hqq", "accuracy_level": 4}}, "accuracy_level = 0"),
         ({"precision": "int4", "causal": {"bits": 4, "block_size": 20}}, "block_size"),
+        (
+            {"precision": "int8", "opset": 20, "causal": {"activations": "int8", "max_damage": 0.01}},
+            "activations = 'int8' needs opset 21 or more, and not 20",
+        ),
     ],
 )
 def test_a_recipe_whose_keys_do_not_fit_is_refused(recipe, message):
