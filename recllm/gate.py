@@ -17,7 +17,7 @@ from recllm.weightonly import WeightSettings
 
 Parity = dict[str, dict[str, float]]
 ROUNDED_ROWS = 21
-"""The first opset whose operators round row by row."""
+"""The first opset whose operators round rows as blocks."""
 
 
 class ExportRecipe(Settings):

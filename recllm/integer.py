@@ -2,10 +2,10 @@
 
 A row of activations is divided by its largest value and rounded to 8 bits when it is there, so that no calibration can
 be out of date; a model is to be turned before (recllm/turning.py), else few places of a row take all the steps. Behind
-a turned model's norms all rows are alike: one step does for all, which spares a pass over every product. Weights are
-rounded by GPTQ (Frantar et al. 2023): what rounding a row of them loses on sample prompts is made up for by the
-rows that are still to be rounded. Most of what is lost is lost at the rows that answers are read at, a few of all: in
-the last layers what rounding has lost of these is rounded once more, in finer steps, and what it gives is added.
+a turned model's norms all rows are alike: one step does for all, which spares a pass over their products. Weights are
+rounded by GPTQ (Frantar et al. 2023): what rounding a row of them loses on sample prompts is made up for by the rows
+that are still to be rounded. Most of what is lost is lost at the rows that answers are read at, a few of all: in the
+last layers what rounding has lost of these is rounded once more, in finer steps, and what it gives is added.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ from onnx import helper, numpy_helper
 from recllm.errors import RecllmError
 from recllm.graphfiles import open_model, save_graph
 from recllm.sessions import INTEGER_ROWS, INTEGERS
-from recllm.turning import TURN
 from recllm.weightonly import SHARES, Feeds, WeightSettings, name_layers, weight_layers, with_float_products
 
 STEPS, MIDDLE = 127, 128
@@ -34,8 +33,8 @@ BLOCK = 128
 SMALLEST = 1e-12
 """Stands in for the largest value of a row of zeros."""
 NORMED = 4.0
-"""The largest value behind a norm that is not cut off: there a row's mean square is one, and of normally spread numbers
-one in sixteen thousand is larger. Finer steps that cut off more lose as much (LOG.md)."""
+"""What larger values are cut to behind a turned model's norms, where the mean square of a row is one: of normally
+spread numbers one in sixteen thousand. Less makes finer steps, and loses as much by cutting off more (LOG.md)."""
 ENDS, PLACES = "ends", "product_places"
 """A graph that answers is given where; and the row and place of each answer."""
 TWICE = (1 / 3, 1 / 2, 2 / 3, 1.0)
@@ -50,7 +49,7 @@ class _Layer:
     Attributes:
         weight: float32[in, out].
         products: float64[in, in], the sum of the inputs' products with one another.
-        peaks: the sum of the squares of the rows' largest values, or of those that their step is made for.
+        peaks: the sum of the squares of the rows' largest values; behind norms NORMED stands for these.
         steps: int8[in, out].
         scales: float32[out].
         damage: the share of its output, squared, that rounding both sides loses on these inputs.
@@ -102,17 +101,19 @@ def quantise_products(
     worst = sorted(layers, key=lambda key: layers[key].damage, reverse=True)
     answering = any(map(_answers, models.values()))
     tried: dict[str, float] = {}
-    kept: set[str] = set()
+    kept, seen = set[str](), set[tuple[int, ...]]()
     for twice, share in _tries(answering=answering):
-        before, kept = kept, set(worst[: round(share * len(worst))])
-        if share and kept == before:
+        counts = (round(share * len(worst)), *(_first_twice(twice, len(own)) for own in names.values()))
+        if counts in seen:  # of few layers
             continue
+        seen.add(counts)
+        kept = set(worst[: counts[0]])
         for path, model in models.items():
             given = onnx.ModelProto()
             given.CopyFrom(model)
             integer = {name: layers[key] for name, key in names[path].items() if key not in kept}
             made = _with_integer_products(given, integer, list(names[path]), twice)
-            save_graph(with_float_products(made, TURN), target / path.name)
+            save_graph(with_float_products(made, _turns(made.graph)), target / path.name)
         name = f"answers twice {twice:.2g}, floats {share:g}" if answering else f"floats {share:g}"
         tried[name] = lost(target)
         if settings.max_damage is None or tried[name] <= settings.max_damage:
@@ -133,6 +134,11 @@ def _tries(*, answering: bool) -> list[tuple[float, float]]:
     return [*first, *((first[-1][0], share) for share in SHARES if share)]
 
 
+def _first_twice(share: float, layers: int) -> int:
+    """The place of the first of so many layers in which the rows of answers are rounded twice."""
+    return round((1.0 - share) * layers)
+
+
 def _answers(model: onnx.ModelProto) -> bool:
     """Whether a graph gives answers, and is told where they are read."""
     return any(own.name == ENDS for own in model.graph.input)
@@ -144,7 +150,8 @@ def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: dict[str, _
     Layers of several graphs with one weight are one: else the weights would differ, and lie there twice.
     """
     weights, normed = {tensor.name: tensor for tensor in model.graph.initializer}, _normed(model.graph)
-    nodes = [node for node in weight_layers(model) if TURN not in node.input[1]]
+    turns = _turns(model.graph)
+    nodes = [node for node in weight_layers(model) if node.input[1] not in turns]
     inputs = list(dict.fromkeys(node.input[0] for node in nodes))
     if not inputs:
         return {}
@@ -192,7 +199,8 @@ def _round(layer: _Layer) -> None:
 def _damage(layer: _Layer) -> float:
     """What rounding weights and rows loses of the layer's output, squared.
 
-    A number of a row is off by a twelfth of a squared step on average, and a step is the row's largest value over 127.
+    A number of a row is off by a twelfth of a squared step on average, and a step is the row's largest value over 127,
+    or NORMED over 127, of which what is cut off is not counted.
     """
     weight, made = layer.weight.astype(np.float64), layer.steps * layer.scales.astype(np.float64)
     whole = float(np.einsum("io,io->", weight, layer.products @ weight))
@@ -225,7 +233,7 @@ def _with_integer_products(
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     answering = _answers(model)
     nodes = _answer_places(graph) if answering else []
-    again = set(order[round((1.0 - share) * len(order)) :]) if answering else set()
+    again = set(order[_first_twice(share, len(order)) :]) if answering else set()
     rounded: set[str] = set()
     normed = _normed(graph)
     for node in graph.node:
@@ -288,11 +296,18 @@ def write_probe(path: Path) -> None:
 
 
 def _normed(graph: onnx.GraphProto) -> set[str]:
-    """Names of a turned model's rows with a mean square of one: behind norms that multiply with ones."""
-    if not any(TURN in own.name for own in graph.initializer):
+    """Names of a turned model's rows with a mean square of one: behind norms that multiply with ones (opset 23)."""
+    if not _turns(graph):
         return set()
     ones = {own.name for own in graph.initializer if len(own.dims) == 1 and (numpy_helper.to_array(own) == 1).all()}
     return {node.output[0] for node in graph.node if node.op_type == "RMSNormalization" and node.input[1] in ones}
+
+
+def _turns(graph: onnx.GraphProto) -> set[str]:
+    """Names of a turned model's Hadamard matrices, of ±size^−½ throughout, as no learnt weight is."""
+    square = [own for own in graph.initializer if len(own.dims) == 2 and own.dims[0] == own.dims[1]]
+    sizes = {own.name: np.abs(numpy_helper.to_array(own)) for own in square}
+    return {name for name, size in sizes.items() if np.allclose(size, len(size) ** -0.5, rtol=1e-5, atol=0)}
 
 
 def _round_normed(rows: str) -> list[onnx.NodeProto]:

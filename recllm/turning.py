@@ -18,8 +18,6 @@ from recllm.relevance import RelevanceModel
 
 BLOCK = 32
 """Places that a Hadamard matrix in front of a down projection mixes: a twentieth of the projection's own work."""
-TURN = "hadamard"
-"""Names the layer that does, in the graph too."""
 SAME = 1e-3
 """Largest difference of hidden states, as a share of the largest one, that rounding explains."""
 

@@ -5,7 +5,7 @@ Activations stay floats: a causal model has a few that are a hundred times large
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,9 +174,9 @@ def _quantised(model: onnx.ModelProto, settings: WeightSettings, higher: frozens
     return _with_small_tables(pass_over(model, [], bits=HIGHER_BITS, is_symmetric=True) if higher else model)
 
 
-def with_float_products(model: onnx.ModelProto, apart: str) -> onnx.ModelProto:
-    """A model whose products are float products, of weights in 8 bits but for those that have `apart` in their name."""
-    names = [node.name for node in weight_layers(model) if apart in node.input[1]]
+def with_float_products(model: onnx.ModelProto, apart: Collection[str]) -> onnx.ModelProto:
+    """A model whose products are float products, of weights in 8 bits but for those whose name is in `apart`."""
+    names = [node.name for node in weight_layers(model) if node.input[1] in apart]
     return _with_small_tables(_with_few_bits(model, WeightSettings(), names, bits=HIGHER_BITS, is_symmetric=True))
 
 
