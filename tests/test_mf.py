@@ -150,6 +150,9 @@ def test_ease_equals_its_definition(checkerboard):
         expected = np.linalg.solve(left, others.T @ matrix[:, column])
         assert np.delete(scorer.weights[:, column], column) == pytest.approx(expected, abs=1e-4)
     assert not np.diag(scorer.weights).any()
+    again = checkerboard.interactions.frame.filter(pl.col("user_id") < "u2").with_columns(pl.col("seq") + 100)
+    repeated = Interactions(pl.concat([checkerboard.interactions.frame, again]))
+    assert np.array_equal(EASE.fit(repeated, regularization=2.0).weights, scorer.weights)  # that, not how often
     scores = scorer.score([Query(("0", "2", "2")), Query(("zz",))], ItemIndex(["4", "zz"]))
     place = scorer.items.rows(["0", "2", "4"])
     assert scores[0, 0] == pytest.approx(scorer.weights[place[:2], place[2]].sum())

@@ -258,6 +258,21 @@ def test_rows_that_were_learnt_are_not_measured(tiny_run, checkerboard_folder, a
     assert len(task.split.test) == 40
 
 
+def test_rows_that_the_run_learns_itself_are_measured(tiny_run, checkerboard_folder, after, tmp_path):
+    """Everybody's last event repeats the first: both runs have learnt that pair, and it is asked about all the same."""
+    folder = tmp_path / "data"
+    shutil.copytree(checkerboard_folder, folder)
+    events = pl.read_csv(folder / "interactions.csv", infer_schema=False).with_columns(pl.col("seq").cast(int))
+    again = events.filter(pl.col("seq") == pl.col("seq").min().over("user_id")).with_columns(pl.col("seq") + 100)
+    pl.concat([events, again]).write_csv(folder / "interactions.csv")
+    lines = []
+    task = prepare(after(f"data.name={folder}", "data.duplicates=keep"), lines.append)
+    learnt = set(pl.read_parquet(tiny_run / LEARNT).iter_rows())
+    assert all((row.query.user_id, row.item_id) in learnt for row in task.split.test)
+    assert (len(task.split.valid), len(task.split.test)) == (40, 40)
+    assert not [line for line in lines if "left out" in line]
+
+
 def test_what_was_learnt_is_handed_on(tiny_run, after, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "monday")
     more = pl.DataFrame({"user_id": ["elsewhere"], "item_id": ["1"]})

@@ -1,10 +1,12 @@
 """Weighing: what was fitted is measured on others, and a scorer alone is kept where it is better."""
 
 import numpy as np
+import pytest
 
+from recllm import fitting
 from recllm.fusion import Fusion
 from recllm.metrics import auc
-from recllm.weighing import FusionSettings, _best, _folds, alone, fit_labels
+from recllm.weighing import FusionSettings, _best, _folds, alone, fit_labels, fit_ranking
 
 
 def test_folds_part_users_and_not_their_rows():
@@ -32,3 +34,34 @@ def test_a_scorer_alone_is_kept_where_it_is_better_on_all_rows():
     figures = {"plain sum": 0.5, "only a": 0.4}
     assert _best(tried, figures, lambda own: 0.55 if own is base else 0.6).chosen == "only a"
     assert _best(tried, figures, lambda own: 0.6 if own is base else 0.55).chosen == "plain sum"
+
+
+def test_levels_are_ordered_by_other_queries_than_those_that_measure_them():
+    """`a` finds 11 targets and `b` the other 9; without the first fold, all of which `a` finds, `b` is the better."""
+    by_fold = {0: 4, 1: 0, 2: 3, 3: 2, 4: 2}
+    finds = np.zeros(20, dtype=bool)
+    for fold, count in by_fold.items():
+        finds[fold::5][:count] = True
+    scores = {name: np.tile(np.arange(30, dtype=np.float32), (20, 1)) for name in "ab"}
+    for row, own in enumerate(finds):
+        scores["a" if own else "b"][row, 0] = 99.0  # of the other it is the last
+    nine, targets = np.full(20, 9), np.zeros(20, dtype=np.int64)
+    settings = FusionSettings(kinds=("levels",), drop=0.0)
+    fusion = fit_ranking(scores, targets, nine, np.full(30, 9), settings=settings)
+    # `b` first where the first fold is measured: nothing is found. Without the second fold 11 to 5, without the third
+    # 8 to 8, without the others 9 to 7: `a` first, and 0, 3, 2 and 2 are found.
+    assert fusion.candidates["levels"] == pytest.approx(7 / 20)
+    assert fusion.levels == (0, 1)
+
+
+def test_rows_of_a_user_are_compared_wherever_they_stand(monkeypatch):
+    monkeypatch.setattr(fitting, "BLOCK_CELLS", 120)  # 60 rows of two scorers in a block
+    rng, users, nine = np.random.default_rng(0), np.repeat(np.arange(40), 6), np.full(240, 9)
+    labels = np.tile([1.0, 0.0, 1.0, 0.0, 0.0, 0.0], 40)
+    scores = {name: (rng.normal(size=240) + labels * by).astype(np.float32) for name, by in (("a", 1.0), ("b", 0.3))}
+    settings = FusionSettings(kinds=("without counts",), pairwise=5.0, drop=0.0)
+    found = []
+    for order in (np.arange(240), np.arange(240).reshape(40, 6).T.ravel()):
+        given = {name: own[order] for name, own in scores.items()}
+        found.append(fit_labels(given, labels[order], nine, nine, users=users[order], settings=settings).theta)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)

@@ -107,6 +107,22 @@ def test_the_worst_layers_get_8_bits_until_the_graph_keeps_its_limit(graph, samp
     assert strict["graph"]["1"] < strict["graph"]["0"] / 2
 
 
+def test_a_graph_loses_what_the_worst_of_its_outputs_does(graph, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(weightonly, "SHARES", (0.0,))
+    model = onnx.load(graph)
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", WIDTH]) for name in "ba")
+    onnx.save(model, graph)
+    report = quantise_weights(graph, tmp_path / "out.onnx", FOUR, samples)
+    found = [[open_session(path).run(None, feeds) for feeds in samples] for path in (graph, tmp_path / "out.onnx")]
+    losses = [
+        ((expected - own) ** 2).sum() / (expected**2).sum()
+        for one, other in zip(*found, strict=True)
+        for expected, own in zip(one, other, strict=True)
+    ]
+    assert report["graph"]["0"] == pytest.approx(max(losses), rel=1e-3)
+    assert max(losses) > 1.5 * min(losses)
+
+
 def test_without_samples_nothing_can_be_measured(graph, tmp_path):
     target = tmp_path / "out.onnx"
     with pytest.raises(RecllmError, match=r"measured on training histories, and there is none for graph.onnx"):
