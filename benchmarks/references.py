@@ -1,7 +1,8 @@
 """The classical references of a ranking table, each tuned on validation over a stated grid.
 
-They are what the field compares with, so none of them has what recllm adds: histories do not fade, SASRec learns its
-item vectors from ids alone. Each is fitted once per entry of its grid, and the best by NDCG@10 on validation is kept.
+They are what the field compares with, so none of them has what recllm adds: neither histories nor popularity fade,
+SASRec learns its item vectors from ids alone. Each is fitted once per entry of its grid, and the best by NDCG@10 on
+validation is kept.
 """
 
 import time
@@ -19,17 +20,18 @@ from threadpoolctl import threadpool_limits
 from recllm.data import Interactions, Query
 from recllm.itemitem import EASE
 from recllm.mf import FactorSettings, ImplicitMF, user_items_matrix
-from recllm.priors import TextSimilarity
+from recllm.priors import Popularity, TextSimilarity
 from recllm.ranking import ItemIndex, Scorer, Scores
-from recllm.recency import Fading, RecencySettings, ranking_figure
+from recllm.recency import RecencySettings, ranking_figure
 from recllm.runs import LightSettings
 from recllm.tasks import Task
 from recllm.vectors import RawVectors, Standard
 
 Say = Callable[[str], None]
-Figure = Callable[[Fading], float]
+Figure = Callable[[Scorer], float]
 """NDCG@10 on the validation rows that tune."""
 GRIDS: dict[str, dict[str, Sequence[Any]]] = {
+    "ref popularity": {"half_life_days": (None,)},
     "ref ALS": {"factors": (64, 128), "alpha": (1.0, 5.0, 20.0), "regularization": (10.0, 100.0)},
     "ref BPR": {"factors": (64, 128), "regularization": (0.01, 0.1)},
     "ref EASE": {"regularization": (50.0, 200.0, 500.0, 1000.0)},
@@ -69,8 +71,6 @@ class Reference:
 
 class BPR:
     """implicit's Bayesian personalised ranking: known users only, by their own factors."""
-
-    half_life = None
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ def tuned_references(
         rows = [rows[place] for place in chosen]
     queries, targets = [row.query for row in rows], task.index.rows(row.item_id for row in rows)
 
-    def figure(scorer: Fading) -> float:
+    def figure(scorer: Scorer) -> float:
         return ranking_figure(scorer, queries, targets, task.index, exclude_seen=not task.repeats)
 
     large = len(task.index) > LARGE_ITEMS or len(task.split.train) > LARGE_EVENTS
@@ -189,8 +189,10 @@ def _fit(
     say: Say,
     settings: dict[str, Any],
     folder: Path | None,
-) -> Fading:
+) -> Scorer:
     train = task.split.train
+    if name == "ref popularity":
+        return Popularity.fit(train, task.index.ids, **settings)
     if name == "ref ALS":
         return ImplicitMF.fit(train, FactorSettings(**settings), seed=seed)
     if name == "ref BPR":

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from recllm.data import Query
 from recllm.files import written
 from recllm.histories import padded
-from recllm.ranking import ItemIndex, Scores
-from recllm.recency import Fading
+from recllm.ranking import ItemIndex, Scorer, Scores
 from recllm.sequence import LightBody
 from recllm.softmax import Barred, Targets, catalogue_loss
 from recllm.tasks import Task
@@ -161,7 +160,7 @@ class Trial:
 
 def train_sasrec(
     task: Task,
-    figure: Callable[[Fading], float],
+    figure: Callable[[Scorer], float],
     seed: int,
     say: Say,
     folder: Path | None = None,

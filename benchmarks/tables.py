@@ -94,7 +94,7 @@ def bars(found: dict[str, Result]) -> Iterator[str]:
 
 def fading(found: dict[str, Result]) -> Iterator[str]:
     """NDCG@10 on validation without fading and with the best half-life, by set and scorer."""
-    yield "| set | scorer | nothing fades | best | half-life of the best, in events |"
+    yield "| set | scorer | nothing fades | best | half-life of the best |"
     yield "|---|---|---|---|---|"
     done = set()
     for name, result in found.items():
@@ -106,7 +106,9 @@ def fading(found: dict[str, Result]) -> Iterator[str]:
         for scorer, figures in result["half_lives"][0].items():
             best = max(figures, key=figures.__getitem__)
             plain = figure([figures["None"], None, None]) if "None" in figures else "–"
-            cells = [result["data"], scorer, plain, figure([figures[best], None, None]), best.replace("None", "–")]
+            unit = "days" if scorer == "popularity" else "events"
+            half_life = "–" if best == "None" else f"{float(best):g} {unit}"
+            cells = [result["data"], scorer, plain, figure([figures[best], None, None]), half_life]
             yield f"| {' | '.join(cells)} |"
 
 

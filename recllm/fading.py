@@ -1,4 +1,4 @@
-"""Fading: how fast histories fade for a scorer of a run, as its validation rows say."""
+"""Fading: how fast histories fade for a scorer of a run, and popularity with the days, as its validation rows say."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,6 +6,8 @@ from functools import partial
 import numpy as np
 
 from recllm.data import Query
+from recllm.priors import Popularity
+from recllm.ranking import Scorer
 from recllm.recency import Fading, choose_half_life, pair_figure, ranking_figure
 from recllm.runs import Run
 from recllm.splits import Example
@@ -20,7 +22,7 @@ def _rows_that_choose(run: Run, rows: Sequence[Example]) -> list[Example]:
     return [rows[place] for place in np.sort(order[: run.recency.queries])]
 
 
-def ranks(run: Run, task: Task) -> Callable[[Fading], float] | None:
+def ranks(run: Run, task: Task) -> Callable[[Scorer], float] | None:
     """How well a scorer ranks the validation rows that choose; None where there are none."""
     rows = [row for row in _rows_that_choose(run, task.split.valid) if row.item_id in task.index]
     queries, targets = [row.query for row in rows], task.index.rows(row.item_id for row in rows)
@@ -28,7 +30,7 @@ def ranks(run: Run, task: Task) -> Callable[[Fading], float] | None:
     return found if rows else None
 
 
-def judges(run: Run, rows: Sequence[Example], asked: Callable[[Query], Query]) -> Callable[[Fading], float] | None:
+def judges(run: Run, rows: Sequence[Example], asked: Callable[[Query], Query]) -> Callable[[Scorer], float] | None:
     """How well a scorer tells the labels of validation rows apart, by AUC; None where they have one label.
 
     Args:
@@ -44,8 +46,21 @@ def judges(run: Run, rows: Sequence[Example], asked: Callable[[Query], Query]) -
     return partial(pair_figure, queries=queries, items=items, labels=labels)
 
 
-def fade(run: Run, scorer: Fading, figure: Callable[[Fading], float] | None) -> dict[float | None, float]:
+def fade(run: Run, scorer: Fading, figure: Callable[[Scorer], float] | None) -> dict[float | None, float]:
     """Choose how fast histories fade for a scorer: what every choice was worth; nothing where there is no choice."""
     if figure is None or not run.recency.half_lives:
         return {}
     return choose_half_life(scorer, run.recency.half_lives, figure)
+
+
+def faded_popularity(
+    run: Run, task: Task, figure: Callable[[Scorer], float] | None
+) -> tuple[Popularity, dict[float | None, float]]:
+    """Popularity that fades as is best, and what every choice was worth, in days; nothing where there is no choice."""
+    train = task.split.train
+    days: tuple[float | None, ...] = (None, *run.recency.popularity_days)
+    if figure is None or len(days) == 1 or train.frame["timestamp"].null_count():
+        return Popularity.fit(train, task.index.ids), {}
+    fitted = {own: Popularity.fit(train, task.index.ids, half_life_days=own) for own in days}
+    figures = {own: figure(popularity) for own, popularity in fitted.items()}
+    return fitted[max(figures, key=figures.__getitem__)], figures  # on a tie the earlier, as for histories

@@ -96,6 +96,8 @@ class Popularity(ItemPrior):
     ) -> Self:
         """Count events per item; with a half-life, an event counts ½ for every `half_life_days` before the last one.
 
+        Events that fade are scaled to add up to as many as there are, so that the logarithm bends them as much.
+
         Raises:
             RecllmError: a half-life is asked for and events have no timestamp.
         """
@@ -108,8 +110,8 @@ class Popularity(ItemPrior):
                     f"{len(times)} have none. Leave half_life_days out, or give the timestamp column."
                 )
             seconds = times.to_numpy().astype(np.float64)
-            fresh = np.exp2((seconds - seconds.max()) / (DAY * half_life_days))
-            frame = frame.with_columns(pl.col("weight") * pl.Series(fresh))
+            fresh = frame["weight"].to_numpy() * np.exp2((seconds - seconds.max()) / (DAY * half_life_days))
+            frame = frame.with_columns(weight=pl.Series(fresh * (frame["weight"].sum() / fresh.sum())))
         counts = dict(frame.group_by("item_id", maintain_order=True).agg(pl.col("weight").sum()).iter_rows())
         items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))
         return cls(items, np.log1p(np.array([counts.get(item, 0.0) for item in items.ids], dtype=np.float32)))

@@ -9,30 +9,29 @@ from pydantic import Field, PositiveFloat
 
 from recllm.data import Query
 from recllm.metrics import auc, ndcg
-from recllm.ranking import ItemIndex, Scores, batches, mask_seen, score_pairs, target_ranks
+from recllm.ranking import ItemIndex, Scorer, batches, mask_seen, score_pairs, target_ranks
 from recllm.recipes import Settings
 
 NDCG_AT = 10
 
 
 class RecencySettings(Settings):
-    """`[recency]`: how fast the past of a history fades, for the scorers that sum over its events."""
+    """`[recency]`: how fast the past fades, that of a history for the scorers that sum over it, and popularity."""
 
     half_lives: tuple[PositiveFloat, ...] = (1.0, 3.0, 10.0, 30.0)
     """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation, by AUC
     where pairs are judged; empty leaves all events of a history equal."""
+    popularity_days: tuple[PositiveFloat, ...] = (3.0, 10.0, 30.0, 100.0, 300.0)
+    """In days before the last training event: how fast popularity fades, chosen alike; empty, or an event without a
+    timestamp, leaves all events equal."""
     queries: int = Field(5000, ge=1)
     """The most validation rows that choose."""
 
 
-class Fading(Protocol):
+class Fading(Scorer, Protocol):
     """A scorer whose histories can fade."""
 
     half_life: float | None
-
-    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
-        """Score every candidate for every query: float32[queries, candidates]."""
-        ...
 
 
 def recency_weights(events: int, half_life: float | None) -> NDArray[np.float32]:
@@ -44,7 +43,7 @@ def recency_weights(events: int, half_life: float | None) -> NDArray[np.float32]
 
 
 def ranking_figure(
-    scorer: Fading,
+    scorer: Scorer,
     queries: Sequence[Query],
     targets: NDArray[np.int64],
     index: ItemIndex,
@@ -63,7 +62,7 @@ def ranking_figure(
     return float(np.concatenate(found).mean())
 
 
-def pair_figure(scorer: Fading, queries: Sequence[Query], items: Sequence[str], labels: NDArray[np.float64]) -> float:
+def pair_figure(scorer: Scorer, queries: Sequence[Query], items: Sequence[str], labels: NDArray[np.float64]) -> float:
     """AUC of the pairs of which the scorer knows something; −1 where these have one label."""
     scores = score_pairs(scorer, queries, items)
     known = ~np.isnan(scores)

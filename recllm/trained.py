@@ -17,7 +17,7 @@ from recllm.data import Interactions
 from recllm.devices import fast_bf16
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError
-from recllm.fading import fade, judges, ranks
+from recllm.fading import fade, faded_popularity, judges, ranks
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
@@ -109,7 +109,6 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     """Fit everything that takes seconds; where a history may fade, how fast is chosen on validation."""
     folder, protocol = run.folder / "cf", evaluation_protocol(run, task)
     positives = protocol.positives()
-    Popularity.fit(task.split.train, task.index.ids).save(folder)
     fading: dict[str, ImplicitMF | ItemItem | TextSimilarity] = {
         "mf": turned(ImplicitMF.fit(positives, run.cf, seed=run.seed), run)
     }
@@ -125,7 +124,8 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     figures = {name: fade(run, scorer, figure) for name, scorer in fading.items()}
     if run.model.task == "next_item" and len(task.index) <= run.transitions.max_items:
         fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
-    for scorer in fading.values():
+    popularity, figures["popularity"] = faded_popularity(run, task, figure)
+    for scorer in (popularity, *fading.values()):
         scorer.save(folder)
     if run.model.task == "next_item" and run.neighbours.neighbours and len(task.index) <= run.neighbours.max_items:
         text, base = cast(TextSimilarity, fading["text"]), cast(EASE | ImplicitMF, fading.get("ease", fading["mf"]))

@@ -3,16 +3,19 @@
 from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
+import pytest
 
-from recllm.data import Query
-from recllm.fading import fade, judges
-from recllm.priors import TextSimilarity
+from recllm.data import Interactions, Query
+from recllm.fading import fade, faded_popularity, judges, ranks
+from recllm.priors import Popularity, TextSimilarity
 from recllm.ranking import ItemIndex
 from recllm.splits import Example
 
 
-def run_of(half_lives=(0.5,), queries=100):
-    return SimpleNamespace(seed=0, recency=SimpleNamespace(half_lives=half_lives, queries=queries))
+def run_of(half_lives=(0.5,), queries=100, days=()):
+    recency = SimpleNamespace(half_lives=half_lives, queries=queries, popularity_days=days)
+    return SimpleNamespace(seed=0, recency=recency)
 
 
 def rows(*labels):
@@ -39,3 +42,46 @@ def test_of_many_rows_a_part_chooses_the_same_one_every_time():
     one, other = (judges(run_of(queries=10), many, lambda query: query).keywords for _ in range(2))
     assert len(one["queries"]) == len(one["items"]) == len(one["labels"]) == 10
     assert one["queries"] == other["queries"]
+
+
+@pytest.fixture
+def fashion():
+    """A task whose forty items come into fashion one after the other, a day each; the latest are asked for."""
+    days = np.repeat(np.arange(40), 5)
+    columns = {
+        "user_id": [f"u{row}" for row in range(200)],
+        "item_id": [f"i{day}" for day in days],
+        "rating": None,
+        "timestamp": days * 86_400,
+        "seq": 0,
+    }
+    kinds = {"rating": pl.Float32, "timestamp": pl.Int64, "seq": pl.Int32}
+    valid = [Example(Query(()), f"i{day}") for day in range(30, 40)]
+    index = ItemIndex([f"i{day}" for day in range(40)])
+    split = SimpleNamespace(train=Interactions(pl.DataFrame(columns, schema_overrides=kinds)), valid=valid)
+    return SimpleNamespace(split=split, index=index, repeats=False)
+
+
+def test_popularity_fades_as_ranks_best_on_validation(fashion):
+    run = run_of(days=(3.0, 1000.0))
+    popularity, figures = faded_popularity(run, fashion, ranks(run, fashion))
+    assert list(figures) == [None, 3.0, 1000.0]
+    assert figures[3.0] == figures[1000.0] > 2 * figures[None]  # any fading ranks them by day; the first is taken
+    train = fashion.split.train
+    expected = Popularity.fit(train, fashion.index.ids, half_life_days=3.0)
+    assert np.array_equal(popularity.values, expected.values)
+
+
+def test_popularity_without_times_or_choices_counts_all_events_alike(fashion):
+    train = fashion.split.train
+    plain = Popularity.fit(train, fashion.index.ids).values
+    without = train.frame.with_columns(timestamp=pl.when(pl.col("user_id") != "u7").then("timestamp"))
+    untimed = SimpleNamespace(
+        split=SimpleNamespace(train=Interactions(without), valid=fashion.split.valid),
+        index=fashion.index,
+        repeats=False,
+    )
+    for run, task in ((run_of(days=(3.0,)), untimed), (run_of(), fashion)):
+        popularity, figures = faded_popularity(run, task, ranks(run, task))
+        assert (popularity.values.tolist(), figures) == (plain.tolist(), {})
+    assert faded_popularity(run_of(days=(3.0,)), fashion, None)[1] == {}

@@ -32,7 +32,8 @@ def test_popularity_counts_events_and_tells_zero_from_unknown(train):
 
 def test_popularity_halves_old_events(train):
     scores = Popularity.fit(train, half_life_days=1.0).score([NOBODY], ItemIndex(["a", "b"]))
-    assert scores[0] == pytest.approx(np.log1p([0.25 + 0.5 + 1.0, 0.5]))
+    faded = np.array([0.25 + 0.5 + 1.0, 0.5])
+    assert scores[0] == pytest.approx(np.log1p(faded * 4 / faded.sum()))  # as many in all as there are events
     with pytest.raises(
         RecllmError, match=r"half_life_days=1\.0 needs a timestamp on every event, and 1 of 1 have none"
     ):
