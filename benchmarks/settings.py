@@ -61,7 +61,7 @@ DATA: dict[str, dict[str, Any]] = {
         "model": {"layers": 8},
         "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
     },
-    "x-wines-slim": {"train": {"torch_compile": True}},
+    "x-wines-slim": {"train": {"num_train_epochs": 6, "torch_compile": True}},
     # A million events in long histories: a wider light scorer that reads further back, and the first layers of the
     # language model, which then sees as many of them as it has time for.
     "ml-1m": {
