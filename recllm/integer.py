@@ -9,7 +9,7 @@ last layers what rounding has lost of these is rounded once more, in finer steps
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from onnx import helper, numpy_helper
 from recllm.errors import RecllmError
 from recllm.graphfiles import open_model, save_graph
 from recllm.sessions import INTEGER_ROWS, INTEGERS
-from recllm.weightonly import SHARES, Feeds, WeightSettings, name_layers, weight_layers, with_float_products
+from recllm.weightonly import (
+    SHARES,
+    Feeds,
+    WeightSettings,
+    name_layers,
+    weight_layers,
+    with_float_products,
+)
 
 STEPS, MIDDLE = 127, 128
 """Steps on either side of zero, and the byte that stands for zero."""
@@ -30,6 +37,8 @@ DAMPING = 0.01
 """Of the mean square of the inputs, added to each of them: GPTQ's own."""
 BLOCK = 128
 """Rows of weights that GPTQ rounds before it passes on what they have lost."""
+PRODUCT_BYTES = 4 << 30
+"""What the inputs' products of the layers that are rounded at once may take; for more layers the samples run again."""
 SMALLEST = 1e-12
 """Stands in for the largest value of a row of zeros."""
 NORMED = 4.0
@@ -48,7 +57,7 @@ class _Layer:
 
     Attributes:
         weight: float32[in, out].
-        products: float64[in, in], the sum of the inputs' products with one another.
+        products: float64[in, in], the sum of the inputs' products with one another; None before and after rounding.
         peaks: the sum of the squares of the rows' largest values; behind norms NORMED stands for these.
         steps: int8[in, out].
         scales: float32[out].
@@ -56,7 +65,7 @@ class _Layer:
     """
 
     weight: NDArray[np.float32]
-    products: NDArray[np.float64]
+    products: NDArray[np.float64] | None = None
     peaks: float = 0.0
     steps: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))
     scales: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -86,18 +95,7 @@ def quantise_products(
         RecllmError: graphs without products with weights.
     """
     models = {path: onnx.load(path) for path in sources}
-    layers: dict[str, _Layer] = {}
-    names: dict[Path, dict[str, str]] = {}
-    for path, model in models.items():
-        name_layers(model)
-        names[path] = _watch(model, samples[path.stem], layers)
-    if not layers:
-        raise RecllmError(
-            "Integer products are for layers that are a product with a matrix of weights, and this model has none that "
-            "is exported so (GPT-2's are not). Take the export recipe int8, fp16 or fp32."
-        )
-    for layer in layers.values():
-        _round(layer)
+    layers, names = _rounded(models, samples)
     worst = sorted(layers, key=lambda key: layers[key].damage, reverse=True)
     answering = any(map(_answers, models.values()))
     tried: dict[str, float] = {}
@@ -144,17 +142,68 @@ def _answers(model: onnx.ModelProto) -> bool:
     return any(own.name == ENDS for own in model.graph.input)
 
 
-def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: dict[str, _Layer]) -> dict[str, str]:
-    """Run a graph and add up what its layers are given; the key of each layer by its node's name.
+def _rounded(
+    models: Mapping[Path, onnx.ModelProto], samples: Mapping[str, Sequence[Feeds]]
+) -> tuple[dict[str, _Layer], dict[Path, dict[str, str]]]:
+    """The rounded layers of the graphs by their keys, and each graph's keys by the names of its nodes.
+
+    Raises:
+        RecllmError: no graph has a layer.
+    """
+    layers: dict[str, _Layer] = {}
+    names: dict[Path, dict[str, str]] = {}
+    for path, model in models.items():
+        name_layers(model)
+        names[path] = _keys(model, layers)
+    if not layers:
+        raise RecllmError(
+            "Integer products are for layers that are a product with a matrix of weights, and this model has none that "
+            "is exported so (GPT-2's are not). Take the export recipe int8, fp16 or fp32."
+        )
+    for group in _groups(layers):
+        for path, model in models.items():
+            _watch(model, samples[path.stem], {name: group[key] for name, key in names[path].items() if key in group})
+        for layer in group.values():
+            _round(layer)
+    return layers, names
+
+
+def _keys(model: onnx.ModelProto, layers: dict[str, _Layer]) -> dict[str, str]:
+    """The key of each layer of a graph by its node's name; layers that are not known yet are added.
 
     Layers of several graphs with one weight are one: else the weights would differ, and lie there twice.
     """
-    weights, normed = {tensor.name: tensor for tensor in model.graph.initializer}, _normed(model.graph)
-    turns = _turns(model.graph)
-    nodes = [node for node in weight_layers(model) if node.input[1] not in turns]
+    weights, turns = {tensor.name: tensor for tensor in model.graph.initializer}, _turns(model.graph)
+    keys = {}
+    for node in weight_layers(model):
+        if node.input[1] not in turns:
+            weight = numpy_helper.to_array(weights[node.input[1]])
+            keys[node.name] = key = hashlib.sha256(weight.tobytes()).hexdigest()
+            layers.setdefault(key, _Layer(weight))
+    return keys
+
+
+def _groups(layers: Mapping[str, _Layer]) -> Iterator[dict[str, _Layer]]:
+    """The layers in turn, as many at once as `PRODUCT_BYTES` have room for the products of."""
+    group: dict[str, _Layer] = {}
+    room = PRODUCT_BYTES
+    for key, layer in layers.items():
+        needed = 8 * len(layer.weight) ** 2
+        if group and needed > room:
+            yield group
+            group, room = {}, PRODUCT_BYTES
+        group[key] = layer
+        room -= needed
+    yield group
+
+
+def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: Mapping[str, _Layer]) -> None:
+    """Run a graph and add up what its `layers`, by their nodes' names, are given."""
+    normed = _normed(model.graph)
+    nodes = [node for node in weight_layers(model) if node.name in layers]
     inputs = list(dict.fromkeys(node.input[0] for node in nodes))
     if not inputs:
-        return {}
+        return
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
@@ -165,18 +214,15 @@ def _watch(model: onnx.ModelProto, samples: Sequence[Feeds], layers: dict[str, _
             rows = value.reshape(-1, value.shape[-1]).astype(np.float32)
             sums[name] = sums[name] + (rows.T @ rows).astype(np.float64)
             peaks[name] += NORMED**2 * len(rows) if name in normed else float((np.abs(rows).max(1) ** 2).sum())
-    keys = {}
     for node in nodes:
-        weight = numpy_helper.to_array(weights[node.input[1]])
-        keys[node.name] = key = hashlib.sha256(weight.tobytes()).hexdigest()
-        layer = layers.setdefault(key, _Layer(weight, np.zeros((len(weight), len(weight)))))
-        layer.products = layer.products + sums[node.input[0]]
+        layer, own = layers[node.name], sums[node.input[0]]
+        layer.products = own if layer.products is None else layer.products + own
         layer.peaks += peaks[node.input[0]]
-    return keys
 
 
 def _round(layer: _Layer) -> None:
-    """Round the weight of a layer by GPTQ, with one scale for each column."""
+    """Round the weight of a layer by GPTQ, with one scale for each column, and forget what it was given."""
+    assert layer.products is not None
     count = len(layer.weight)
     products = layer.products + np.eye(count) * max(DAMPING * float(np.trace(layer.products)) / count, SMALLEST)
     # The upper Cholesky factor of the inverse: row i says what the rows behind i make up for.
@@ -193,19 +239,20 @@ def _round(layer: _Layer) -> None:
             left[row:stop] -= np.outer(share[row, row:stop], errors[row - start])
         left[stop:] -= share[start:stop, stop:].T @ errors
     layer.steps, layer.scales = steps, scales.astype(np.float32)
-    layer.damage = _damage(layer)
+    layer.damage = _damage(layer, layer.products)
+    layer.products = None
 
 
-def _damage(layer: _Layer) -> float:
+def _damage(layer: _Layer, products: NDArray[np.float64]) -> float:
     """What rounding weights and rows loses of the layer's output, squared.
 
     A number of a row is off by a twelfth of a squared step on average, and a step is the row's largest value over 127,
     or NORMED over 127, of which what is cut off is not counted.
     """
     weight, made = layer.weight.astype(np.float64), layer.steps * layer.scales.astype(np.float64)
-    whole = float(np.einsum("io,io->", weight, layer.products @ weight))
+    whole = float(np.einsum("io,io->", weight, products @ weight))
     off = weight - made
-    by_weights = float(np.einsum("io,io->", off, layer.products @ off))
+    by_weights = float(np.einsum("io,io->", off, products @ off))
     by_rows = layer.peaks / STEPS**2 / 12 * float((made**2).sum())
     return (by_weights + by_rows) / whole if whole else 0.0
 

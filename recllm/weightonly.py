@@ -74,9 +74,10 @@ def quantise_weights(
         layers with 8 bits, and those layers; None where nothing is measured.
 
     Raises:
-        RecllmError: damage is to be measured, and there is no sample.
+        RecllmError: damage is to be measured, and there is no sample, or no layer.
     """
     model = onnx.load(source)
+    split_products(model)
     if settings.max_damage is None:
         save_graph(_quantised(model, settings, frozenset()), target)
         return None
@@ -84,6 +85,11 @@ def quantise_weights(
         raise RecllmError(
             f"causal.max_damage is measured on training histories, and there is none for {source.name}. Leave it out "
             "of the export recipe."
+        )
+    if not weight_layers(model):
+        raise RecllmError(
+            f"Bits are chosen for layers that are a product with a matrix of weights, and {source.name} has none that "
+            "is exported so. Take the export recipe fp16 or fp32."
         )
     name_layers(model)
     layers = layer_damages(model, samples, lambda part: _quantised(part, settings, frozenset()))
@@ -107,6 +113,33 @@ def quantise_weights(
             break
     save_graph(made, target)
     return {"layers": layers, "graph": tried, "higher": higher}
+
+
+def split_products(model: onnx.ModelProto) -> None:
+    """Write a product with a matrix of weights that adds a bias as two nodes, in place: quantisers know products alone.
+
+    GPT-2's layers are exported so.
+    """
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    nodes = [own for node in model.graph.node for own in (_split(node) if _adds(node, matrices) else [node])]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _adds(node: onnx.NodeProto, matrices: Collection[str]) -> bool:
+    """Whether it is rows times a matrix as it lies there, and a bias, neither of them scaled."""
+    given = {own.name: helper.get_attribute_value(own) for own in node.attribute}
+    scaled = given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0
+    turned = given.get("transA", 0) or given.get("transB", 0)
+    return node.op_type == "Gemm" and node.input[1] in matrices and not scaled and not turned
+
+
+def _split(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    rows, weight, *bias = node.input
+    (found,) = node.output
+    product = f"{found} product" if bias and bias[0] else found
+    nodes = [helper.make_node("MatMul", [rows, weight], [product], name=node.name)]
+    return nodes if product == found else [*nodes, helper.make_node("Add", [product, bias[0]], [found])]
 
 
 def name_layers(model: onnx.ModelProto) -> None:

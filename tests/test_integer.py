@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from recllm import integer
 from recllm.errors import RecllmError
 from recllm.graphfiles import open_model
 from recllm.integer import _Layer, _round, quantise_products
@@ -89,6 +90,20 @@ def test_a_weight_of_two_graphs_is_rounded_once(graphs):
         assert np.array_equal(held[0][f"one_{part}"], held[1][f"uno_{part}"])
     assert held[0]["one_steps"].dtype == np.int8
     assert "one" not in held[0]
+
+
+def test_layers_that_are_rounded_a_few_at_a_time_are_the_same(graphs, monkeypatch):
+    """A few at a time, for what GPTQ keeps of the inputs of all layers at once is larger than the model."""
+    sources, out = graphs
+    made, runs, opened = [], [], integer.open_model
+    monkeypatch.setattr(integer, "open_model", lambda model: runs.append(len(model.graph.output)) or opened(model))
+    for room, expected in ((1 << 30, [2, 2]), (2 * 8 * WIDTH**2, [2, 1, 1]), (1, [1, 1, 1, 1])):
+        monkeypatch.setattr(integer, "PRODUCT_BYTES", room)
+        runs.clear()
+        report = quantise_products(sources, out, SETTINGS, samples(), lambda folder: 0.0)
+        assert runs == expected  # inputs that were looked at, graph by graph; both read the first layer's
+        made.append(([path.read_bytes() for path in sorted(out.glob("*.onnx"))], report))
+    assert made[0] == made[1] == made[2]
 
 
 def test_the_worst_layers_keep_floats_until_enough_is_kept(graphs):

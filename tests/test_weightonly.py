@@ -132,6 +132,36 @@ def test_without_samples_nothing_can_be_measured(graph, tmp_path):
     assert bits(target) == [8, 8, 8]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_add_a_bias_are_quantised_too(bias, graph, samples, tmp_path):
+    """As GPT-2's are exported; one that is scaled or turned is left as it is."""
+    model = onnx.load(graph)
+    first, second = model.graph.node[:2]
+    first.op_type = second.op_type = "Gemm"
+    first.input.extend(["bias"] if bias else [])
+    second.attribute.append(helper.make_attribute("alpha", 0.5))
+    model.graph.initializer.append(numpy_helper.from_array(np.arange(WIDTH, dtype=np.float32), "bias"))
+    onnx.save(model, graph)
+    target = tmp_path / "out.onnx"
+    report = quantise_weights(graph, target, FOUR.model_copy(update={"max_damage": 10.0}), samples)
+    assert bits(target) == [4, 4]
+    assert list(report["layers"]) == ["node easy", "node last"]
+    kinds = [node.op_type for node in onnx.load(target).graph.node]
+    assert (kinds.count("Gemm"), kinds.count("Add")) == (1, 1 + bias)
+    assert 0 < lost(graph, target, samples) < 0.05
+
+
+def test_a_graph_without_layers_has_no_bits_to_choose(graph, samples, tmp_path):
+    model = onnx.load(graph)
+    for node in model.graph.node:
+        node.op_type = "Gemm" if node.op_type == "MatMul" else node.op_type
+        if node.op_type == "Gemm":
+            node.attribute.append(helper.make_attribute("alpha", 0.5))
+    onnx.save(model, graph)
+    with pytest.raises(RecllmError, match=r"graph\.onnx has none that is exported so\. Take the export recipe fp16"):
+        quantise_weights(graph, tmp_path / "out.onnx", FOUR, samples)
+
+
 def test_layers_without_a_name_and_with_one_weight_are_told_apart(graph, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(weightonly, "SHARES", (0.0, 0.2))
     model = onnx.load(graph)
