@@ -104,6 +104,8 @@ def fading(found: dict[str, Result]) -> Iterator[str]:
             continue  # a further result of a set has the same half-lives
         done.add(result["data"])
         for scorer, figures in result["half_lives"][0].items():
+            if not figures:
+                continue  # popularity of events without times
             best = max(figures, key=figures.__getitem__)
             plain = figure([figures["None"], None, None]) if "None" in figures else "–"
             unit = "days" if scorer == "popularity" else "events"

@@ -53,11 +53,12 @@ def fade(run: Run, scorer: Fading, figure: Callable[[Scorer], float] | None) -> 
     return choose_half_life(scorer, run.recency.half_lives, figure)
 
 
-def faded_popularity(
-    run: Run, task: Task, figure: Callable[[Scorer], float] | None
-) -> tuple[Popularity, dict[float | None, float]]:
-    """Popularity that fades as is best, and what every choice was worth, in days; nothing where there is no choice."""
-    train = task.split.train
+def faded_popularity(run: Run, task: Task) -> tuple[Popularity, dict[float | None, float]]:
+    """Popularity that fades as ranks best, and what every choice was worth, in days; nothing where there is no choice.
+
+    Where pairs are judged nothing fades: it made no difference to their fusion (LOG.md).
+    """
+    train, figure = task.split.train, ranks(run, task) if run.model.task == "next_item" else None
     days: tuple[float | None, ...] = (None, *run.recency.popularity_days)
     if figure is None or len(days) == 1 or train.frame["timestamp"].null_count():
         return Popularity.fit(train, task.index.ids), {}

@@ -113,6 +113,7 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "fusion.new_share",
         "fusion.new_cost",
         "recency.queries",
+        "recency.popularity_days",
     ),
     "relevance": (
         "model.pairwise",

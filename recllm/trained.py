@@ -124,7 +124,7 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     figures = {name: fade(run, scorer, figure) for name, scorer in fading.items()}
     if run.model.task == "next_item" and len(task.index) <= run.transitions.max_items:
         fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
-    popularity, figures["popularity"] = faded_popularity(run, task, figure)
+    popularity, figures["popularity"] = faded_popularity(run, task)
     for scorer in (popularity, *fading.values()):
         scorer.save(folder)
     if run.model.task == "next_item" and run.neighbours.neighbours and len(task.index) <= run.neighbours.max_items:

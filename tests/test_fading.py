@@ -7,15 +7,15 @@ import polars as pl
 import pytest
 
 from recllm.data import Interactions, Query
-from recllm.fading import fade, faded_popularity, judges, ranks
+from recllm.fading import fade, faded_popularity, judges
 from recllm.priors import Popularity, TextSimilarity
 from recllm.ranking import ItemIndex
 from recllm.splits import Example
 
 
-def run_of(half_lives=(0.5,), queries=100, days=()):
+def run_of(half_lives=(0.5,), queries=100, days=(), task="next_item"):
     recency = SimpleNamespace(half_lives=half_lives, queries=queries, popularity_days=days)
-    return SimpleNamespace(seed=0, recency=recency)
+    return SimpleNamespace(seed=0, recency=recency, model=SimpleNamespace(task=task))
 
 
 def rows(*labels):
@@ -64,7 +64,7 @@ def fashion():
 
 def test_popularity_fades_as_ranks_best_on_validation(fashion):
     run = run_of(days=(3.0, 1000.0))
-    popularity, figures = faded_popularity(run, fashion, ranks(run, fashion))
+    popularity, figures = faded_popularity(run, fashion)
     assert list(figures) == [None, 3.0, 1000.0]
     assert figures[3.0] == figures[1000.0] > 2 * figures[None]  # any fading ranks them by day; the first is taken
     train = fashion.split.train
@@ -81,7 +81,7 @@ def test_popularity_without_times_or_choices_counts_all_events_alike(fashion):
         index=fashion.index,
         repeats=False,
     )
-    for run, task in ((run_of(days=(3.0,)), untimed), (run_of(), fashion)):
-        popularity, figures = faded_popularity(run, task, ranks(run, task))
+    judging = run_of(days=(3.0,), task="relevance")
+    for run, task in ((run_of(days=(3.0,)), untimed), (run_of(), fashion), (judging, fashion)):
+        popularity, figures = faded_popularity(run, task)
         assert (popularity.values.tolist(), figures) == (plain.tolist(), {})
-    assert faded_popularity(run_of(days=(3.0,)), fashion, None)[1] == {}
