@@ -257,18 +257,21 @@ def lost(given: argparse.Namespace) -> str:
 
 
 def commit() -> str | None:
-    """The commit that is measured, with a sign where files differ from it; None where that is not known."""
+    """The commit that is measured, with a sign where files differ from it; None where that is not known.
+
+    Results that were kept since are no difference.
+    """
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parents[1]
+        told = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return told.stdout.strip()
+
     try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip()
 
 
 def keep(result: dict[str, Any], given: argparse.Namespace) -> None:

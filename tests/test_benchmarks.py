@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,10 +92,30 @@ def test_a_kept_result_is_not_replaced_by_a_lesser_one(words, missing, tmp_path,
     assert f"topk-ml-100k.json is kept with {missing}, which this would not have" in capsys.readouterr().err
 
 
-def test_a_result_knows_its_commit(monkeypatch):
+def test_a_result_knows_its_commit(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
-    commit = load("quality").commit()
+    module = load("quality")
+    commit = module.commit()
     assert commit is None or commit.removesuffix("-dirty").isalnum()
+    script, kept = tmp_path / "benchmarks" / "quality.py", tmp_path / "benchmarks" / "results" / "one.json"
+    kept.parent.mkdir(parents=True)
+    monkeypatch.setattr(module, "__file__", str(script))
+    assert module.commit() is None  # in no repository
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
+
+    git("init", "-q", ".")
+    script.write_text("1")
+    kept.write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    clean = module.commit()
+    kept.write_text("2")
+    assert module.commit() == clean
+    assert clean.isalnum()
+    script.write_text("2")
+    assert module.commit() == f"{clean}-dirty"
 
 
 def test_what_a_language_model_adds_is_of_the_slice_that_is_shown():
