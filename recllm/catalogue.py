@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.fitting import moments
-from recllm.fusion import PLACING, Fusion
+from recllm.fusion import PLACING, Fusion, popularity_says
 
 WIDE = 1024
 """From this width on a deviation is taken from the scores: the root of the spread would be as large as the items."""
@@ -79,8 +79,8 @@ def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.i
             feeds[f"{name}_root"] = _root(centred)
         for side, rows in sides.items():
             part = _columns(centred, rows)
-            if side == "new_items" and name == PLACING and fusion.standardise == "query":
-                part *= fusion.stretch(*moments(own[:, 0][None])).astype(np.float32)
+            if side == "new_items" and name == PLACING:
+                part = _placed(fusion, own, part, rows)
             if name in inside:
                 blocks[side].append(part)
             else:
@@ -93,6 +93,15 @@ def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.i
     places = np.zeros(len(n_item), dtype=np.int64)
     places[order[order >= 0]] = np.flatnonzero(order >= 0)
     return Prepared(feeds, order, places)
+
+
+def _placed(fusion: Fusion, popularity: Vectors, part: Vectors, rows: NDArray[np.int64]) -> Vectors:
+    """New items' centred popularity, float32[1, rows], as `Fusion.placed` has its z."""
+    mean, deviation = moments(popularity[:, 0][None])
+    if fusion.standardise != "query" or fusion.unseen is None or not popularity_says(mean, deviation).item():
+        return part
+    known = (rows >= 0) & ~np.isnan(popularity[rows, 0])
+    return np.where(known, np.float32(fusion.unseen * deviation.item()), np.float32(0.0))[None]
 
 
 def _centred(vectors: Vectors) -> tuple[NDArray[np.float64], Vectors]:

@@ -25,6 +25,11 @@ BACKUP = 1e-6
 quietly that an item which it does not know stands where it would put an average one."""
 
 
+def popularity_says(mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether popularity's scores with these moments tell items apart, bool alike: else new ones stand anywhere."""
+    return (deviation > 0.0) & (mean > 0.0)
+
+
 RANKED = {"reciprocal rank": reciprocal_ranks, "borda": borda_points}
 """What makes scores of places, by `Fusion.standardise`."""
 
@@ -42,9 +47,10 @@ class Fusion:
 
     New items, those with fewer than `few` events, have weights of their own, θnew_s · [1, user evidence], and no gates:
     the scorers that live on events have no say there, and what the others say has to be weighed against known items.
-    These weights may be negative: popularity's, whose z is much the same low number for all of them, is what places
-    them among known ones. How low it is depends on how many of them there are (two items without events among a
-    hundred alike lie far off), so it is brought to what it was while θnew was fitted, `unseen`.
+    These weights may be negative: popularity's is what places them among known ones, for it says the same of all of
+    them. Its z of an item without events depends on how many of them there are (two among a hundred alike lie far off),
+    and first events of yesterday weigh much where popularity fades; so it is what it was while θnew was fitted, as if
+    none of them had events, `unseen`.
 
     z is 0 where a scorer has no score, so each term is exactly that scorer's share. A scorer whose scores are constant
     over a query's candidates has z = 0 there. A candidate that no scorer knows is NaN.
@@ -163,21 +169,11 @@ class Fusion:
         return standardised(scores, *((self.means[place], self.deviations[place]) if given else moments(scores)))
 
     def placed(self, name: str, scores: Scores, z: Scores, cold: NDArray[np.bool_]) -> Scores:
-        """A scorer's `z`, float32[queries, candidates], with popularity's of the `cold` ones brought to `unseen`."""
+        """A scorer's `z`, float32[queries, candidates], with popularity's of the `cold` ones being `unseen`."""
         if name != PLACING or self.standardise != "query" or self.unseen is None:
             return z
-        mean, deviation = moments(scores)
-        return np.where(cold, z * self.stretch(mean, deviation), z).astype(np.float32)
-
-    def stretch(self, mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What popularity's z of new items is multiplied by where its scores have these moments: float64, alike."""
-        spread = np.where(deviation > 0, deviation, 1.0)
-        low = np.where(deviation > 0, -mean / spread, 0.0)  # the z of log1p(0)
-        return (
-            np.ones_like(low)
-            if self.unseen is None
-            else np.divide(self.unseen, low, out=np.ones_like(low), where=low < 0)
-        )
+        cold = cold & ~np.isnan(scores) & popularity_says(*moments(scores))
+        return np.where(cold, np.float32(self.unseen), z)
 
     def plain_sum(self) -> Self:
         """The same standardising with equal weights everywhere: the floor that a fusion has to beat."""

@@ -17,6 +17,8 @@ from recllm.ranking import ItemIndex, Scores, dot_scores
 from recllm.recency import recency_weights
 
 DAY = 86_400.0
+BEFORE_THE_END = 0.999
+"""The share of a log's events that are before its end, from which popularity's events fade."""
 
 
 def write_arrays(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, object]) -> None:
@@ -88,15 +90,17 @@ class ItemPrior:
 
 
 class Popularity(ItemPrior):
-    """log1p of an item's train events. Zero events are knowledge: 0.0; an id never seen anywhere is NaN."""
+    """log1p of an item's train events, which may fade. No event is knowledge: 0.0; an id never seen anywhere is NaN."""
 
     @classmethod
     def fit(
         cls, interactions: Interactions, catalog_ids: Sequence[str] = (), *, half_life_days: float | None = None
     ) -> Self:
-        """Count events per item; with a half-life, an event counts ½ for every `half_life_days` before the last one.
+        """Count events per item; with a half-life, an event counts ½ for every `half_life_days` before the end.
 
-        Events that fade are scaled to add up to as many as there are, so that the logarithm bends them as much.
+        The end is where all but one event of a thousand are over: a clock that is a year ahead would else leave an item
+        alone with all that counts. Events that fade are scaled to add up to as much as they do without, so that the
+        logarithm bends them as much.
 
         Raises:
             RecllmError: a half-life is asked for and events have no timestamp.
@@ -110,7 +114,8 @@ class Popularity(ItemPrior):
                     f"{len(times)} have none. Leave half_life_days out, or give the timestamp column."
                 )
             seconds = times.to_numpy().astype(np.float64)
-            fresh = frame["weight"].to_numpy() * np.exp2((seconds - seconds.max()) / (DAY * half_life_days))
+            ages = np.maximum(np.quantile(seconds, BEFORE_THE_END, method="lower") - seconds, 0.0)
+            fresh = frame["weight"].to_numpy() * np.exp2(-ages / (DAY * half_life_days))
             frame = frame.with_columns(weight=pl.Series(fresh * (frame["weight"].sum() / fresh.sum())))
         counts = dict(frame.group_by("item_id", maintain_order=True).agg(pl.col("weight").sum()).iter_rows())
         items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))

@@ -486,7 +486,17 @@ def test_an_item_of_just_enough_events_is_known():
     scores, counts = {"popularity": np.array([[0.5, 1.0, 2.0]], np.float32)}, np.array([1, 2, 9])
     found, plain = (own.fuse(scores, np.array([3]), counts)[0][0] for own in (fusion, Fusion.plain(("popularity",))))
     assert found[1:] == pytest.approx(plain[1:])
-    assert found[0] != pytest.approx(plain[0])
+    assert found[0] == pytest.approx(-5.0)
+
+
+def test_first_events_of_yesterday_do_not_move_a_new_item():
+    """New items' weights were fitted as if none of them had events, and popularity may fade: late events weigh much."""
+    fusion = replace(Fusion.plain(("popularity",)), new=np.array([[-0.5, 0.0]]), few=3, unseen=-2.0)
+    scores = np.array([[0.0, 3.0, 1.0, 2.0, np.nan], [1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
+    found = fusion.fuse({"popularity": scores}, np.array([9, 9, 9]), np.array([0, 2, 9, 9, 0]))[0]
+    assert found[0, :2].tolist() == [1.0, 1.0]
+    assert np.isnan(found[0, 4])
+    assert not found[1:].any()  # popularity that tells nothing apart places nobody
 
 
 def test_evidence_of_a_user_counts_events_and_not_items():

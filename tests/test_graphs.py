@@ -163,14 +163,17 @@ def test_popularity_places_new_items_the_same_however_many_there_are(new_items, 
     for module in ("recllm.fusion", "recllm.catalogue"):
         monkeypatch.setattr(f"{module}.PLACING", "b")
     new = np.array([[0.5, 0.1], [-2.0, 0.0], [1.0, 0.0]])
-    given = replace(fusion(3, even=even), new=new, unseen=-1.5)
+    given = replace(fusion(3, even=even), new=new, unseen=-1.5, few=5)
     feeds, (n_user, n_item) = vectors(3), counts(3)
-    n_item = np.where(np.arange(ITEMS) < new_items, 0, n_item % 3 + 40)  # known ones are much alike
+    n_item = np.where(np.arange(ITEMS) < new_items, np.arange(ITEMS) % 5, n_item % 3 + 40)  # known ones are much alike
     feeds["b_queries"][:], feeds["b_items"] = 1.0, np.log1p(n_item).astype(np.float32)[:, None]
+    feeds["b_items"][new_items // 2] = 99.0  # its first events are of today, where popularity fades
+    feeds["b_items"][6:new_items] = np.nan  # of what has no text nothing is known
     wanted = expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS)
     agree(run(tmp_path, given, feeds, n_user, n_item, NONE_SEEN, ITEMS), wanted)
-    of_new = n_item[wanted[0]] == 0
-    assert wanted[2][:, 1][of_new] == pytest.approx(3.0, rel=1e-4)  # −2 times −1.5
+    of_new, unknown = n_item[wanted[0]] < 5, np.isnan(feeds["b_items"][wanted[0], 0])
+    assert wanted[2][:, 1][of_new & ~unknown] == pytest.approx(3.0, rel=1e-4)  # −2 times −1.5
+    assert not wanted[2][:, 1][unknown].any()
     assert of_new.sum() == new_items * USERS
 
 

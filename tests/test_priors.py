@@ -32,12 +32,25 @@ def test_popularity_counts_events_and_tells_zero_from_unknown(train):
 
 def test_popularity_halves_old_events(train):
     scores = Popularity.fit(train, half_life_days=1.0).score([NOBODY], ItemIndex(["a", "b"]))
-    faded = np.array([0.25 + 0.5 + 1.0, 0.5])
+    # The end is the last but one: of four events the very last is one of a thousand.
+    faded = np.array([0.5 + 1.0 + 1.0, 1.0])
     assert scores[0] == pytest.approx(np.log1p(faded * 4 / faded.sum()))  # as many in all as there are events
+    weights = pl.Series("weight", [2.0, 1.0, 1.0, 4.0], dtype=pl.Float32)
+    weighted = Interactions(train.frame.with_columns(weights))
+    scores = Popularity.fit(weighted, half_life_days=1.0).score([NOBODY], ItemIndex(["a", "b"]))
+    faded = np.array([2 * 0.5 + 1.0 + 4.0, 1.0])
+    assert scores[0] == pytest.approx(np.log1p(faded * 8 / faded.sum()))
     with pytest.raises(
         RecllmError, match=r"half_life_days=1\.0 needs a timestamp on every event, and 1 of 1 have none"
     ):
         Popularity.fit(events([("u", "a", None, None, 0)]), half_life_days=1.0)
+
+
+def test_a_clock_that_is_ahead_leaves_other_items_their_popularity():
+    rows = [(f"u{day}", "ab"[day % 2], None, day * DAY, 0) for day in range(1000)]
+    whole = Popularity.fit(events(rows), half_life_days=100.0)
+    with_one = Popularity.fit(events([*rows, ("v", "c", None, 40 * 365 * DAY, 0)]), half_life_days=100.0)
+    assert with_one.values[:2] == pytest.approx(whole.values, rel=0.01)
 
 
 def test_item_mean_is_shrunk_to_the_global_mean(train):
