@@ -112,7 +112,6 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "fusion.negatives",
         "fusion.new_share",
         "fusion.new_cost",
-        "recency.queries",
         "recency.popularity_days",
     ),
     "relevance": (

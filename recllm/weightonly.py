@@ -128,10 +128,11 @@ def split_products(model: onnx.ModelProto) -> None:
 
 def _adds(node: onnx.NodeProto, matrices: Collection[str]) -> bool:
     """Whether it is rows times a matrix as it lies there, and a bias, neither of them scaled."""
+    if node.op_type != "Gemm" or node.input[1] not in matrices:
+        return False
     given = {own.name: helper.get_attribute_value(own) for own in node.attribute}
     scaled = given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0
-    turned = given.get("transA", 0) or given.get("transB", 0)
-    return node.op_type == "Gemm" and node.input[1] in matrices and not scaled and not turned
+    return not scaled and not given.get("transA", 0) and not given.get("transB", 0)
 
 
 def _split(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -106,6 +106,25 @@ def test_layers_that_are_rounded_a_few_at_a_time_are_the_same(graphs, monkeypatc
     assert made[0] == made[1] == made[2]
 
 
+def test_a_weight_of_two_graphs_is_rounded_for_what_both_give_it(graphs):
+    sources, out = graphs
+    given = samples()
+    given["b"] = [{"x": feeds["x"][:, ::-1, ::-1] * 3.0} for feeds in given["b"]]
+    report = quantise_products(sources, out, SETTINGS, given, lambda folder: 0.0)
+    rows = [np.concatenate([feeds["x"].reshape(-1, WIDTH) for feeds in given[name]]) for name in "ab"]
+    products = sum((own.T @ own).astype(np.float64) for own in rows)
+    alone = _Layer(weight(0, WIDTH, WIDTH), products, sum(float((np.abs(own).max(1) ** 2).sum()) for own in rows))
+    _round(alone)
+    shared = [damage for name, damage in report["layers"].items() if name in ("a: layer 0", "b: layer 0")]
+    assert shared == pytest.approx([alone.damage] * 2, rel=1e-5)
+
+
+def test_as_many_layers_are_rounded_at_once_as_have_room(monkeypatch):
+    monkeypatch.setattr(integer, "PRODUCT_BYTES", 2 * 8 * WIDTH**2)
+    layers = {str(width): _Layer(np.zeros((width, 4), np.float32)) for width in (WIDTH, 63, 62, 61, 2 * WIDTH, 8)}
+    assert [list(group) for group in integer._groups(layers)] == [["64", "63"], ["62", "61"], ["128"], ["8"]]
+
+
 def test_the_worst_layers_keep_floats_until_enough_is_kept(graphs):
     sources, out = graphs
     left = iter([0.5, 0.2, 0.001])

@@ -151,6 +151,26 @@ def test_layers_that_add_a_bias_are_quantised_too(bias, graph, samples, tmp_path
     assert 0 < lost(graph, target, samples) < 0.05
 
 
+@pytest.mark.parametrize("key", [{"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}, {"transB": 1}], ids=str)
+def test_what_is_scaled_or_turned_is_no_plain_product(key):
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="plain", alpha=1.0, transB=0),
+        helper.make_node("Gemm", ["y", "w", ""], ["z"], name="without"),
+        helper.make_node("Gemm", ["z", "w", "b"], ["own"], name="own", **key),
+        helper.make_node("Gemm", ["own", "given", "b"], ["last"], name="no weight"),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [], [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")])
+    model = helper.make_model(graph)
+    weightonly.split_products(model)
+    found = [(node.op_type, list(node.input), list(node.output), node.name) for node in model.graph.node]
+    assert found[:3] == [
+        ("MatMul", ["x", "w"], ["y product"], "plain"),
+        ("Add", ["y product", "b"], ["y"], ""),
+        ("MatMul", ["y", "w"], ["z"], "without"),
+    ]
+    assert [(kind, name) for kind, _, _, name in found[3:]] == [("Gemm", "own"), ("Gemm", "no weight")]
+
+
 def test_a_graph_without_layers_has_no_bits_to_choose(graph, samples, tmp_path):
     model = onnx.load(graph)
     for node in model.graph.node:
