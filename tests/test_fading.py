@@ -8,9 +8,13 @@ import pytest
 
 from recllm.data import Interactions, Query
 from recllm.fading import fade, faded_popularity, judges
+from recllm.files import read_json
 from recllm.priors import Popularity, TextSimilarity
 from recllm.ranking import ItemIndex
+from recllm.runs import Run
 from recllm.splits import Example
+from recllm.tasks import prepare
+from recllm.trained import HALF_LIVES, collaborative
 
 
 def run_of(half_lives=(0.5,), queries=100, days=(), task="next_item"):
@@ -85,3 +89,29 @@ def test_popularity_without_times_or_choices_counts_all_events_alike(fashion):
     for run, task in ((run_of(days=(3.0,)), untimed), (run_of(), fashion), (judging, fashion)):
         popularity, figures = faded_popularity(run, task)
         assert (popularity.values.tolist(), figures) == (plain.tolist(), {})
+
+
+def test_a_run_keeps_the_popularity_that_it_has_chosen(tmp_path, tiny_encoder_folder):
+    early = [(f"e{user}", str((user + event) % 10), event) for user in range(60) for event in range(3)]
+    late = [(f"l{user}", str(20 + (user + 3 * event) % 10), 300 + event) for user in range(20) for event in range(6)]
+    frame = pl.DataFrame([*early, *late], schema=["user_id", "item_id", "timestamp"], orient="row")
+    frame.with_columns(pl.col("timestamp") * 86_400).write_csv(tmp_path / "interactions.csv")
+    pl.DataFrame({"item_id": map(str, range(30)), "title": [f"Film {item}" for item in range(30)]}).write_csv(
+        tmp_path / "items.csv"
+    )
+    values = {
+        "name": "fashion",
+        "output": str(tmp_path / "runs"),
+        "data": {"name": str(tmp_path)},
+        "model": {"name": "none", "item_encoder": str(tiny_encoder_folder)},
+        "cf": {"factors": 4, "iterations": 3},
+    }
+    run = Run.model_validate(values)
+    task = prepare(run)
+    kept = collaborative(run, task, lambda _: None).popularity
+    figures = read_json(run.folder / "cf" / HALF_LIVES)["popularity"]
+    assert list(figures) == ["None", "3.0", "10.0", "30.0", "100.0", "300.0"]
+    best = max(figures, key=figures.__getitem__)
+    assert figures[best] > 2 * figures["None"]
+    chosen = Popularity.fit(task.split.train, task.index.ids, half_life_days=float(best))
+    assert np.array_equal(kept.values, chosen.values)
