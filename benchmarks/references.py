@@ -123,7 +123,7 @@ def tuned_references(
         names: which references; keys of `GRIDS`.
         say: gets a line per trial.
         light: of recllm's own sequence scorer: SASRec is as wide and reads as far back, where that is more than usual,
-            and has as many windows in a step.
+            has as many windows in a step, and trials that are as deep beside those of two layers.
         folder: where SASRec's trials are kept, so that a later call goes on with them.
     """
     rows = [row for row in task.split.valid if row.item_id in task.index]
@@ -143,6 +143,7 @@ def tuned_references(
             "width": (max(light.width, 128),),
             "positions": (max(light.max_history, 50),),
             "batch": (light.per_device_train_batch_size,),
+            **({"layers": (2, light.layers)} if light.layers > 2 else {}),
         }
     return {name: _tuned(name, grids[name], task, vectors, seed, figure, say, folder) for name in names}
 

@@ -54,11 +54,11 @@ class Progress:
 class SASRec(nn.Module):
     """Kang & McAuley 2018 with full softmax: one learnt vector per item, the same for input and output."""
 
-    def __init__(self, items: int, width: int, positions: int, dropout: float) -> None:
+    def __init__(self, items: int, width: int, positions: int, dropout: float, layers: int = 2) -> None:
         super().__init__()
         self.items = nn.Embedding(items, width)
         nn.init.normal_(self.items.weight, std=0.02)
-        self.body = LightBody(width, layers=2, heads=2, positions=positions, dropout=dropout)
+        self.body = LightBody(width, layers=layers, heads=2, positions=positions, dropout=dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Hidden states float32[batch, length, width] of item rows, int64[batch, length]."""
@@ -97,14 +97,15 @@ class Trial:
         task: the data.
         seed: of the first weights, the windows and dropout.
         folder: where the state is kept; None keeps none.
-        settings: what the trial is of: dropout, width, positions and windows in a step.
+        settings: what the trial is of: dropout, width, positions, windows in a step, and layers where they are not two.
     """
 
     def __init__(self, task: Task, seed: int, folder: Path | None, settings: dict[str, Any]) -> None:
         torch.manual_seed(seed)
         self.task, self.settings = task, settings
         self.windows = Windows(task.sequences(), settings["positions"], EPOCHS, seed, batch=settings["batch"])
-        self.model = SASRec(len(task.index), settings["width"], settings["positions"], settings["dropout"])
+        shape = {name: own for name, own in settings.items() if name != "batch"}
+        self.model = SASRec(len(task.index), **shape)
         self.best = copy.deepcopy(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98))
         self.progress = Progress()
@@ -169,6 +170,7 @@ def train_sasrec(
     width: int = 128,
     positions: int = 50,
     batch: int = 32,
+    layers: int = 2,
 ) -> SASRecScorer:
     """Train by AdamW with the light scorer's schedule of windows; the best epoch on validation is kept.
 
@@ -182,8 +184,10 @@ def train_sasrec(
         width: of the hidden states.
         positions: items of a window.
         batch: windows in a step.
+        layers: transformer layers.
     """
-    trial = Trial(task, seed, folder, {"dropout": dropout, "width": width, "positions": positions, "batch": batch})
+    settings = {"dropout": dropout, "width": width, "positions": positions, "batch": batch}
+    trial = Trial(task, seed, folder, settings | ({} if layers == 2 else {"layers": layers}))
     if trial.load():
         say(f"ref SASRec: goes on behind epoch {trial.progress.epochs}")
     while not trial.progress.ended:

@@ -60,7 +60,7 @@ Say = Callable[[str], None]
 ITEM_STRIDE = 10
 """The longest stride of a next-item model's histories where none is given; of short ones it is half of what is read."""
 HALF_LIVES = "half_lives.json"
-"""In `cf/`: NDCG@10, or AUC, on validation of every half-life that was tried, by scorer; in events, popularity's in days."""
+"""In `cf/`: NDCG@10, or AUC, on validation of every half-life tried, by scorer; in events, popularity's in days."""
 
 
 @dataclass(frozen=True, eq=False)

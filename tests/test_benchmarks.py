@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from recllm.files import write_json
 from recllm.outcome import FUSION, WITHOUT_LM
@@ -226,13 +227,13 @@ def test_every_protocol_has_a_run():
     assert set(settings.FUSIONS) >= set(parse(Run, {"name": "x", "data": {"name": "y"}}, "test").fusion.kinds)
 
 
-def test_references_are_tuned_on_validation_and_answer_as_scorers(checkerboard_folder, monkeypatch):
+def test_references_are_tuned_on_validation_and_answer_as_scorers(checkerboard_folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     references = load("references")
     import sasrec
 
     from recllm.recipes import parse
-    from recllm.runs import Run
+    from recllm.runs import LightSettings, Run
     from recllm.tasks import prepare
     from recllm.vectors import RawVectors
 
@@ -256,6 +257,14 @@ def test_references_are_tuned_on_validation_and_answer_as_scorers(checkerboard_f
     for name, reference in again.items():
         same = found[name].scorer.score(queries, task.index)
         assert np.array_equal(reference.scorer.score(queries, task.index), same, equal_nan=True), name
+    # Beside a deep light scorer it is tried as deep; its trials of two layers are those that were kept before.
+    monkeypatch.setattr(sasrec, "EPOCHS", 1)
+    deep = references.tuned_references(task, raw, 0, ["ref SASRec"], lambda _: None, LightSettings(layers=3), tmp_path)
+    assert [key.split()[-1] for key in deep["ref SASRec"].trials] == ["layers=2", "layers=3"] * 2
+    kept = {path.stem: len(torch.load(path)["model"]) for path in tmp_path.glob("*.pt")}
+    sizes = {name: size for name, size in kept.items() if "dropout=0.5" in name}
+    assert sorted(name.split()[-1] for name in sizes) == ["batch=32", "layers=3"]
+    assert len(set(sizes.values())) == 2
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "results").glob("*.json")), ids=lambda path: path.stem)
