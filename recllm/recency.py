@@ -22,8 +22,8 @@ class RecencySettings(Settings):
     """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation, by AUC
     where pairs are judged; empty leaves all events of a history equal."""
     popularity_days: tuple[PositiveFloat, ...] = (3.0, 10.0, 30.0, 100.0, 300.0)
-    """In days before the last training event: how fast popularity fades where the next item is ranked, chosen alike;
-    empty, or an event without a timestamp, leaves all events equal."""
+    """In days before the end of the training events (where all but one of a thousand are over): how fast popularity
+    fades where the next item is ranked, chosen alike; empty, or an event without a timestamp, leaves all equal."""
     queries: int = Field(5000, ge=1)
     """The most validation rows that choose."""
 
