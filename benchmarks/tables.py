@@ -96,20 +96,21 @@ def fading(found: dict[str, Result]) -> Iterator[str]:
     """NDCG@10 on validation without fading and with the best half-life, by set and scorer."""
     yield "| set | scorer | nothing fades | best | half-life of the best |"
     yield "|---|---|---|---|---|"
-    done = set()
+    shown: dict[str, str] = {}
     for name, result in found.items():
         if result["protocol"] != "topk" or name.endswith("quick") or result.get("control"):
             continue
-        if result["data"] in done:
-            continue  # a further result of a set has the same half-lives
-        done.add(result["data"])
+        # Of several results of a set its plain one, which has the shortest name.
+        shown[result["data"]] = min(shown.get(result["data"], name), name, key=len)
+    for name in shown.values():
+        result = found[name]
         for scorer, figures in result["half_lives"][0].items():
             if not figures:
                 continue  # popularity of events without times
             best = max(figures, key=figures.__getitem__)
             plain = figure([figures["None"], None, None]) if "None" in figures else "–"
-            unit = "days" if scorer == "popularity" else "events"
-            half_life = "–" if best == "None" else f"{float(best):g} {unit}"
+            unit = "day" if scorer == "popularity" else "event"
+            half_life = "–" if best == "None" else f"{float(best):g} {unit}{'' if float(best) == 1.0 else 's'}"
             cells = [result["data"], scorer, plain, figure([figures[best], None, None]), half_life]
             yield f"| {' | '.join(cells)} |"
 

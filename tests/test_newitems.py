@@ -165,7 +165,7 @@ def test_a_target_is_taken_for_new_as_often_as_any_item_and_never_while_prices_a
 
 
 def paid(lost, *, today, weight=-20.0):
-    """Whether new items may have the weight 2 for `b` where that puts one above this share of 1,000 targets.
+    """Whether new items may have the weight 5 for `b` where that puts one above this share of 1,000 targets.
 
     Today an idle item stands above them, else one that is taken for new; without weights of its own `b` has `weight`.
     """
