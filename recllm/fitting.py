@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -115,24 +115,48 @@ class Problem:
 
 
 def sample_candidates(
-    targets: NDArray[np.int64], barred: NDArray[np.bool_], most: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The target and up to `most` other candidates of each row that are not `barred`, drawn without replacement.
+    targets: NDArray[np.int64],
+    scores: NDArray[np.floating[Any]],
+    barred: NDArray[np.bool_],
+    most: int,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], Array]:
+    """The target of each row and up to `most` other candidates that are not `barred`, and how many each stands for.
+
+    Half of the others are those with the highest `scores`, between which a list of ten is decided, each for itself; the
+    rest is drawn from all that remain, without replacement, and stands for these. So the sums of a softmax over the
+    sample are right on average (importance sampling in two strata; Bengio & Senécal 2003).
+
+    Args:
+        targets: column of each row's target, int64[rows].
+        scores: what the highest are found by, floating[rows, candidates]; NaN counts as the lowest.
+        barred: bool[rows, candidates].
+        most: the most candidates beside the target.
+        rng: draws the rest.
 
     Returns:
-        Columns int64[rows, 1 + most], the target first; and which of them are real, bool[rows, 1 + most].
+        Columns int64[rows, 1 + most], the target first; and the logarithm of how many candidates each stands for,
+        float64[rows, 1 + most], −inf where a row has no more candidates.
     """
     most = min(most, barred.shape[1] - 1)
     columns = np.tile(targets[:, None], (1, most + 1))
-    valid = np.zeros(columns.shape, dtype=bool)
-    valid[:, 0] = True
+    stands_for = np.full(columns.shape, -np.inf)
+    stands_for[:, 0] = 0.0
     for row, target in enumerate(targets):
         free = ~barred[row]
         free[target] = False
-        drawn = rng.permutation(np.flatnonzero(free))[:most]
-        columns[row, 1 : 1 + len(drawn)] = drawn
-        valid[row, 1 : 1 + len(drawn)] = True
-    return columns, valid
+        free, best = np.flatnonzero(free), -(-most // 2)
+        if len(free) > most:
+            order = np.argpartition(-np.nan_to_num(scores[row, free], nan=-np.inf), best)
+            highest, others = free[order[:best]], free[order[best:]]
+            drawn = others[rng.permutation(len(others))[: most - best]]
+        else:
+            highest, others, drawn = free, free[:0], free[:0]
+        end = 1 + len(highest)
+        columns[row, 1:end], stands_for[row, 1:end] = highest, 0.0
+        columns[row, end : end + len(drawn)] = drawn
+        stands_for[row, end : end + len(drawn)] = np.log(len(others) / max(len(drawn), 1)) if len(drawn) else 0.0
+    return columns, stands_for
 
 
 def drop_scorers(z: NDArray[np.float32], drop: float, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -142,11 +166,15 @@ def drop_scorers(z: NDArray[np.float32], drop: float, rng: np.random.Generator) 
     return z * keep[:, :, None].astype(np.float32)
 
 
-def cross_entropy(valid: NDArray[np.bool_]) -> Loss:
-    """Softmax cross-entropy of the first column over the `valid` ones, bool[rows, candidates]; no intercept."""
+def cross_entropy(stands_for: Array) -> Loss:
+    """Softmax cross-entropy of the first column; no intercept.
+
+    Args:
+        stands_for: the logarithm of how many candidates each stands for, float64[rows, candidates]; −inf: no such one.
+    """
 
     def loss(rows: slice, scores: Array, intercept: float) -> tuple[float, Array, float]:
-        scores = np.where(valid[rows], scores, -np.inf)
+        scores = scores + stands_for[rows]
         top = scores.max(axis=1, keepdims=True)
         odds = np.exp(scores - top)
         total = odds.sum(axis=1, keepdims=True)
@@ -218,7 +246,8 @@ def _spaced(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, signed: bool = False) -> Array:
     """Fit θ, float64[scorers, 3]: the weight of scorer s is softplus(θ_s · [1, user, item]), or `signed` that itself.
 
-    Minimises the mean loss over rows plus `l2` · ‖θ − plain sum‖². Without `counts` only the first column moves.
+    Minimises the loss summed over rows plus `l2` · ‖θ − plain sum‖², all divided by the number of rows: a prior that
+    weighs the less the more rows there are. Without `counts` only the first column moves.
 
     Raises:
         RecllmError: scipy is not installed.
@@ -242,9 +271,9 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, sign
             here = slice(start, min(start + size, rows))
             part, moved, shifted = _block(problem, here, theta, values[-1], signed=signed, counts=counts)
             total, gradient, slope = total + part, gradient + moved, slope + shifted
-        gradient = gradient / rows + 2.0 * l2 * (theta - plain)
+        gradient = gradient + 2.0 * l2 * (theta - plain)
         penalty = l2 * float(((theta - plain) ** 2).sum())
-        return total / rows + penalty, np.append(gradient[:, :width].ravel(), slope / rows)
+        return (total + penalty) / rows, np.append(gradient[:, :width].ravel(), slope) / rows
 
     first = np.append(plain[:, :width].ravel(), 0.0)
     found = optimise.minimize(objective, first, jac=True, method="L-BFGS-B", options={"maxiter": iterations})

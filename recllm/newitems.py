@@ -59,7 +59,7 @@ def fit_new_items(
     settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
     warm = n_item >= few
     rows = np.flatnonzero((targets >= 0) & warm[targets])
-    sample = np.sort(rng.permutation(rows)[: settings.queries])
+    sample = np.sort(rng.permutation(rows)[: settings.new_queries])
     if not len(sample) or settings.new_share == 0.0:
         return fusion
     every = _Queries(scores, targets, n_user, n_item, seen)
@@ -73,7 +73,7 @@ def fit_new_items(
     made, figures = _fitted(fusion, mixed, speaks, settings, rng)
     best = max(figures, key=figures.__getitem__)
 
-    now = every.part(np.sort(rng.permutation(np.flatnonzero(targets >= 0))[: settings.queries]))
+    now = every.part(np.sort(rng.permutation(np.flatnonzero(targets >= 0))[: settings.new_queries]))
     # What comes tomorrow: a few of the known items as new ones beside the target, which is none of them.
     coming = warm & (rng.random(now.barred.shape) < NEW_AT_ONCE)
     coming[np.arange(len(coming)), now.targets] = False
@@ -136,15 +136,16 @@ def _fitted(
     fusion: Fusion, mixed: _Queries, speaks: NDArray[np.bool_], settings: FusionSettings, rng: np.random.Generator
 ) -> tuple[dict[str, Theta], dict[str, float]]:
     """Weights of new items by what they are, and the NDCG@10 of the mixed catalogue with each."""
-    columns, valid = sample_candidates(mixed.targets, mixed.barred, settings.negatives, rng)
+    # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
+    among = AmongKnown.of(fusion, mixed.scores, mixed.n_user, mixed.n_item)
+    plain = np.tile([1.0, 0.0], (len(fusion.names), 1)) * speaks
+    columns, stands_for = sample_candidates(mixed.targets, among.fused(plain), mixed.barred, settings.negatives, rng)
 
     def at(values: NDArray[Any]) -> NDArray[Any]:
         return np.take_along_axis(values, columns, 1)
 
-    # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
-    among = AmongKnown.of(fusion, mixed.scores, mixed.n_user, mixed.n_item)
     z = np.stack([at(among.spread(own)) for own in among.z])
-    base, fixed = cross_entropy(valid), np.nan_to_num(at(among.total)).astype(np.float64)
+    base, fixed = cross_entropy(stands_for), np.nan_to_num(at(among.total)).astype(np.float64)
 
     def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
         return base(part, own + fixed[part], intercept)
@@ -153,7 +154,7 @@ def _fitted(
         drop_scorers(z, settings.drop, rng), fusion.user(mixed.n_user)[:, None], np.zeros(columns.shape), loss
     )
     fitted = minimise(problem, counts=True, signed=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
-    made = {"fitted": fitted * speaks, "plain sum": np.tile([1.0, 0.0], (len(fusion.names), 1)) * speaks}
+    made = {"fitted": fitted * speaks, "plain sum": plain}
     return made, {name: mixed.ndcg(among.fused(theta)) for name, theta in made.items()}
 
 

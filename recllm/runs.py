@@ -110,6 +110,7 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "fusion.queries",
         "fusion.choosing",
         "fusion.negatives",
+        "fusion.new_queries",
         "fusion.new_share",
         "fusion.new_cost",
         "recency.popularity_days",

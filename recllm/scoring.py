@@ -139,7 +139,7 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
 
 def _some_rows(count: int, cells: int, run: Run) -> NDArray[np.int64]:
     """The validation rows on which weights of new items are fitted, in order; `cells` scores belong to each."""
-    most = min(run.fusion.queries, max(1, NEW_ITEM_SCORES // cells))
+    most = min(run.fusion.new_queries, max(1, NEW_ITEM_SCORES // cells))
     return np.sort(np.random.default_rng(run.seed).permutation(count)[:most])
 
 

@@ -49,14 +49,17 @@ class FusionSettings(Settings):
     silent. An item on which a scorer alone is silent stands at the mean of those that it knows. What has weights is
     measured on rows that it was not fitted on; with "best single" among the kinds no scorer alone is better than the
     fusion on the rows that choose."""
-    queries: int = Field(2000, ge=1)
+    queries: int = Field(5000, ge=1)
     """The most validation queries to fit on."""
     choosing: int = Field(5000, ge=1)
     """The most validation queries to choose on."""
     negatives: int = Field(200, ge=1)
-    """The most sampled candidates beside each target."""
-    l2: float = Field(1e-3, ge=0)
-    """Pull of the weights towards the plain sum."""
+    """The most candidates beside each target: half of them those that the plain sum ranks highest, the others sampled,
+    each standing for its share of the rest."""
+    l2: float = Field(2.0, ge=0)
+    """Pull of the weights towards the plain sum beside the loss summed over rows: the more rows, the less it counts."""
+    new_queries: int = Field(2000, ge=1)
+    """The most validation queries to fit the weights of items without events on."""
     new_share: float = Field(0.3, ge=0, lt=1)
     """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out."""
     new_cost: float = Field(0.002, ge=0, le=1)
@@ -65,8 +68,8 @@ class FusionSettings(Settings):
     today's."""
     pairwise: float = Field(0.5, ge=0)
     """Weight of the loss over one user's liked and disliked rows beside that over all rows (labelled pairs)."""
-    drop: float = Field(0.1, ge=0, lt=1)
-    """Probability that a scorer is left out of a row while fitting."""
+    drop: float = Field(0.0, ge=0, lt=1)
+    """Probability that a scorer is left out of a row while fitting: hedges against its absence, at a price."""
     iterations: int = Field(100, ge=1)
     """The most steps of L-BFGS."""
 
@@ -108,8 +111,7 @@ def fit_ranking(
     base = replace(Fusion.plain(tuple(scores)), user=Evidence.of(n_user[rows]), item=Evidence.of(n_item))
     order = rng.permutation(rows)
     sample, choosing = np.sort(order[: settings.queries]), np.sort(order[: settings.choosing])
-    columns, valid = sample_candidates(targets[sample], barred[sample], settings.negatives, rng)
-    z = np.stack([np.take_along_axis(base.z(name, scores[name][sample]), columns, 1) for name in base.names])
+    z, columns, stands_for = _sampled(base, scores, sample, targets, barred, settings.negatives, rng)
     z, user, item = drop_scorers(z, settings.drop, rng), base.user(n_user[sample])[:, None], base.item(n_item)[columns]
 
     def figures(fusions: Mapping[str, Fusion], rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
@@ -129,7 +131,7 @@ def fit_ranking(
 
     def made(part: NDArray[np.bool_]) -> dict[str, Fusion]:
         """What is tried, fitted on this part of the sample, bool[queries]."""
-        problem = Problem(z[:, part], user[part], item[part], cross_entropy(valid[part]))
+        problem = Problem(z[:, part], user[part], item[part], cross_entropy(stands_for[part]))
         known = ~np.isin(choosing, sample[~part])
         return _made(base, problem, settings, lambda name: float(singles()[name][known].mean()) if known.any() else 0.0)
 
@@ -151,6 +153,28 @@ def fit_ranking(
             measured[name].append(found)
     outside = {name: float(np.concatenate(found).mean()) for name, found in measured.items()}
     return _best(every, outside, lambda fusion: float(figures({"": fusion}, choosing)[""].mean()))
+
+
+def _sampled(
+    base: Fusion,
+    scores: Mapping[str, Scores],
+    sample: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    barred: NDArray[np.bool_],
+    most: int,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
+    """What weights are fitted on: z of each scorer, float32[scorers, queries, columns], and `sample_candidates`."""
+    found = []
+    for part in np.array_split(sample, -(-len(sample) // QUERY_BATCH)):
+        z = np.stack([base.z(name, scores[name][part]) for name in base.names])
+        columns, stands_for = sample_candidates(targets[part], z.sum(axis=0), barred[part], most, rng)
+        found.append((np.take_along_axis(z, columns[None], 2), columns, stands_for))
+    return (
+        np.concatenate([z for z, _, _ in found], axis=1),
+        np.concatenate([columns for _, columns, _ in found]),
+        np.concatenate([stands_for for _, _, stands_for in found]),
+    )
 
 
 def fit_labels(

@@ -120,7 +120,7 @@ def test_useless_company_leaves_one_scorer_alone_with_backup():
     perfect[np.arange(QUERIES), targets] = 9.0
     wrong = rng.normal(size=(QUERIES, ITEMS)).astype(np.float32)
     wrong[np.arange(QUERIES), targets] = -40.0
-    settings = FusionSettings(l2=100.0)  # held at the plain sum, which the wrong one spoils
+    settings = FusionSettings(l2=20_000.0)  # held at the plain sum, which the wrong one spoils
     counts = np.ones(QUERIES, dtype=np.int64), np.ones(ITEMS, dtype=np.int64)
     fusion = fit_ranking({"wrong": wrong, "perfect": perfect}, targets, *counts, settings=settings)
     assert fusion.chosen == "only perfect"
@@ -294,9 +294,9 @@ def test_seen_candidates_are_not_ranked_while_fitting():
     masked = np.where(seen, np.nan, scores["b"])
     masked[np.arange(QUERIES), targets] = scores["b"][np.arange(QUERIES), targets]
     assert fusion.candidates["only b"] == pytest.approx(figure(masked, targets))
-    columns, valid = sample_candidates(targets, seen, 50, np.random.default_rng(0))
+    columns, stands_for = sample_candidates(targets, scores["a"], seen, 50, np.random.default_rng(0))
     assert np.array_equal(columns[:, 0], targets)
-    others = np.where(valid, columns, ITEMS)[:, 1:]
+    others = np.where(np.isfinite(stands_for), columns, ITEMS)[:, 1:]
     assert (others >= 20).all()
     for row, target in zip(others, targets, strict=True):
         drawn = row[row < ITEMS].tolist()
@@ -330,7 +330,8 @@ def test_gradient_equals_finite_differences(kind, monkeypatch):
     valid[:, 0] = True
     labels = rng.integers(2, size=20).astype(np.float64)
     pairs = inside_users(labels, np.sort(rng.integers(4, size=20)), 0.7) if kind == "inside users" else logistic(labels)
-    loss = cross_entropy(valid) if kind == "ranking" else pairs
+    stands_for = np.where(valid, rng.random(valid.shape), -np.inf)
+    loss = cross_entropy(stands_for) if kind == "ranking" else pairs
     z = rng.normal(size=(3, 20, columns)).astype(np.float32)
     problem = Problem(z, rng.normal(size=(20, 1)), rng.normal(size=(20, columns)), loss)
     monkeypatch.setattr(fitting, "BLOCK_CELLS", 30)  # several blocks
