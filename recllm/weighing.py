@@ -68,8 +68,8 @@ class FusionSettings(Settings):
     today's."""
     pairwise: float = Field(0.5, ge=0)
     """Weight of the loss over one user's liked and disliked rows beside that over all rows (labelled pairs)."""
-    drop: float = Field(0.0, ge=0, lt=1)
-    """Probability that a scorer is left out of a row while fitting: hedges against its absence, at a price."""
+    drop: float = Field(0.03, ge=0, lt=1)
+    """Probability that a scorer is left out of a row while fitting, so that the others do for it where it is absent."""
     iterations: int = Field(100, ge=1)
     """The most steps of L-BFGS."""
 
