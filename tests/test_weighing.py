@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recllm import fitting
+from recllm import fitting, weighing
 from recllm.fusion import Fusion
 from recllm.metrics import auc
 from recllm.weighing import FusionSettings, _best, _folds, alone, fit_labels, fit_ranking
@@ -34,6 +34,24 @@ def test_a_scorer_alone_is_kept_where_it_is_better_on_all_rows():
     figures = {"plain sum": 0.5, "only a": 0.4}
     assert _best(tried, figures, lambda own: 0.55 if own is base else 0.6).chosen == "only a"
     assert _best(tried, figures, lambda own: 0.6 if own is base else 0.55).chosen == "plain sum"
+
+
+def test_weights_are_fitted_beside_what_the_plain_sum_ranks_highest(monkeypatch):
+    monkeypatch.setattr(weighing, "QUERY_BATCH", 7)  # several blocks
+    rng = np.random.default_rng(0)
+    scores = {name: rng.normal(size=(40, 30)).astype(np.float32) for name in "ab"}
+    targets, barred, base = rng.integers(30, size=40), np.zeros((40, 30), dtype=bool), Fusion.plain(("a", "b"))
+    sample = np.arange(3, 40, 2)
+    z, columns, stands_for = weighing._sampled(base, scores, sample, targets, barred, 8, rng)
+    assert z.shape == (2, len(sample), 9)
+    assert np.array_equal(columns[:, 0], targets[sample])
+    total = sum(base.z(name, scores[name][sample]) for name in "ab")
+    total[np.arange(len(sample)), targets[sample]] = -np.inf
+    for row, own in enumerate(total):
+        assert set(columns[row, 1:5]) == set(np.argsort(-own)[:4])
+    assert np.exp(stands_for[:, 5:]) == pytest.approx(25 / 4)
+    for place, name in enumerate("ab"):
+        assert np.array_equal(z[place], np.take_along_axis(base.z(name, scores[name][sample]), columns, 1))
 
 
 def test_levels_are_ordered_by_other_queries_than_those_that_measure_them():
