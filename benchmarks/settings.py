@@ -73,7 +73,7 @@ DATA: dict[str, dict[str, Any]] = {
             "per_device_train_batch_size": 32,
             "num_train_epochs": 30,
         },
-        "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
+        "train": {"num_train_epochs": 12, "per_device_train_batch_size": 16, "torch_compile": True},
     },
     # The longer a history with likes and dislikes, the more the judge knows of its user (LOG.md).
     # Its language model reads the rows of a user's films together, half its layers in one pass.

@@ -16,6 +16,8 @@ Loss = Callable[[slice, Array, float], tuple[float, Array, float]]
 
 PLAIN = float(np.log(np.e - 1.0))
 """The θ whose softplus is 1: the plain sum."""
+PRIOR = 2.0
+"""Pull of the weights towards the plain sum, beside the loss summed over rows."""
 FLAT = 1e-6
 """Scores whose deviation is below this share of their size are constant: they say nothing, so z is 0."""
 BLOCK_CELLS = 1_000_000
@@ -123,9 +125,9 @@ def sample_candidates(
 ) -> tuple[NDArray[np.int64], Array]:
     """The target of each row and up to `most` other candidates that are not `barred`, and how many each stands for.
 
-    Half of the others are those with the highest `scores`, between which a list of ten is decided, each for itself; the
-    rest is drawn from all that remain, without replacement, and stands for these. So the sums of a softmax over the
-    sample are right on average (importance sampling in two strata; Bengio & Senécal 2003).
+    Half of the others, rounded down, are those with the highest `scores`, between which a list of ten is decided, each
+    for itself; the rest is drawn from all that remain, without replacement, and stands for these. So the sums of a
+    softmax over the sample are right on average (importance sampling in two strata; Bengio & Senécal 2003).
 
     Args:
         targets: column of each row's target, int64[rows].
@@ -145,7 +147,7 @@ def sample_candidates(
     for row, target in enumerate(targets):
         free = ~barred[row]
         free[target] = False
-        free, best = np.flatnonzero(free), -(-most // 2)
+        free, best = np.flatnonzero(free), most // 2
         if len(free) > most:
             order = np.argpartition(-np.nan_to_num(scores[row, free], nan=-np.inf), best)
             highest, others = free[order[:best]], free[order[best:]]
@@ -243,11 +245,12 @@ def _spaced(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return rows[np.linspace(0, len(rows) - 1, ROWS_OF_A_USER).astype(np.int64)]
 
 
-def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, signed: bool = False) -> Array:
+def minimise(problem: Problem, *, counts: bool, l2: float | None, iterations: int, signed: bool = False) -> Array:
     """Fit θ, float64[scorers, 3]: the weight of scorer s is softplus(θ_s · [1, user, item]), or `signed` that itself.
 
-    Minimises the loss summed over rows plus `l2` · ‖θ − plain sum‖², all divided by the number of rows: a prior that
-    weighs the less the more rows there are. Without `counts` only the first column moves.
+    Minimises the mean loss over rows plus l2 · ‖θ − plain sum‖². An `l2` of None is `PRIOR` over the number of rows:
+    beside the sum over rows always the same, and so the weaker the more rows there are. Without `counts` only the first
+    column moves.
 
     Raises:
         RecllmError: scipy is not installed.
@@ -258,6 +261,7 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, sign
     plain[:, 0] = 1.0 if signed else PLAIN
     width = 3 if counts else 1
     size = max(1, BLOCK_CELLS // (scorers * candidates))
+    pull = PRIOR / rows if l2 is None else l2
 
     def theta_of(values: Array) -> Array:
         theta = plain.copy()
@@ -271,9 +275,9 @@ def minimise(problem: Problem, *, counts: bool, l2: float, iterations: int, sign
             here = slice(start, min(start + size, rows))
             part, moved, shifted = _block(problem, here, theta, values[-1], signed=signed, counts=counts)
             total, gradient, slope = total + part, gradient + moved, slope + shifted
-        gradient = gradient + 2.0 * l2 * (theta - plain)
-        penalty = l2 * float(((theta - plain) ** 2).sum())
-        return (total + penalty) / rows, np.append(gradient[:, :width].ravel(), slope) / rows
+        gradient = gradient / rows + 2.0 * pull * (theta - plain)
+        penalty = pull * float(((theta - plain) ** 2).sum())
+        return total / rows + penalty, np.append(gradient[:, :width].ravel(), slope / rows)
 
     first = np.append(plain[:, :width].ravel(), 0.0)
     found = optimise.minimize(objective, first, jac=True, method="L-BFGS-B", options={"maxiter": iterations})

@@ -57,9 +57,9 @@ def fit_new_items(
         seed: of the draws.
     """
     settings, rng = settings or FusionSettings(), np.random.default_rng(seed)
-    warm = n_item >= few
+    warm, most = n_item >= few, min(settings.queries, settings.new_queries)
     rows = np.flatnonzero((targets >= 0) & warm[targets])
-    sample = np.sort(rng.permutation(rows)[: settings.new_queries])
+    sample = np.sort(rng.permutation(rows)[:most])
     if not len(sample) or settings.new_share == 0.0:
         return fusion
     every = _Queries(scores, targets, n_user, n_item, seen)
@@ -73,7 +73,7 @@ def fit_new_items(
     made, figures = _fitted(fusion, mixed, speaks, settings, rng)
     best = max(figures, key=figures.__getitem__)
 
-    now = every.part(np.sort(rng.permutation(np.flatnonzero(targets >= 0))[: settings.new_queries]))
+    now = every.part(np.sort(rng.permutation(np.flatnonzero(targets >= 0))[:most]))
     # What comes tomorrow: a few of the known items as new ones beside the target, which is none of them.
     coming = warm & (rng.random(now.barred.shape) < NEW_AT_ONCE)
     coming[np.arange(len(coming)), now.targets] = False
@@ -139,7 +139,9 @@ def _fitted(
     # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
     among = AmongKnown.of(fusion, mixed.scores, mixed.n_user, mixed.n_item)
     plain = np.tile([1.0, 0.0], (len(fusion.names), 1)) * speaks
-    columns, stands_for = sample_candidates(mixed.targets, among.fused(plain), mixed.barred, settings.negatives, rng)
+    fused = among.fused(plain)
+    barred = mixed.barred | np.isnan(fused)  # what nobody knows is never ranked
+    columns, stands_for = sample_candidates(mixed.targets, fused, barred, settings.negatives, rng)
 
     def at(values: NDArray[Any]) -> NDArray[Any]:
         return np.take_along_axis(values, columns, 1)

@@ -26,6 +26,7 @@ from recllm.splits import Example
 from recllm.tasks import Task
 from recllm.trained import Collaborative, Say, lenders, load_language, load_light, sequence_scorer, stage_done
 from recllm.vectors import ItemFeatures
+from recllm.weighing import FusionSettings
 
 BLOCK_SCORES = 20_000_000
 """Scores that are held in memory at once."""
@@ -110,8 +111,8 @@ def _write_scores(
 def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     """Fit the fusion on validation: with every scorer, and again without the language model for the table."""
     settings = run.folder / "fusion-settings.json"
-    wanted = run.fusion.model_dump(mode="json")
-    if (run.folder / "fusion.json").is_file() and settings.is_file() and read_json(settings) == wanted:
+    wanted, defaults = run.fusion.model_dump(mode="json"), FusionSettings().model_dump(mode="json")
+    if (run.folder / "fusion.json").is_file() and settings.is_file() and defaults | read_json(settings) == wanted:
         return
     scores = known_scores(run, task, parts, say)["valid"]
     # What they tell is of another fusion than the one that comes.
@@ -139,7 +140,7 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
 
 def _some_rows(count: int, cells: int, run: Run) -> NDArray[np.int64]:
     """The validation rows on which weights of new items are fitted, in order; `cells` scores belong to each."""
-    most = min(run.fusion.new_queries, max(1, NEW_ITEM_SCORES // cells))
+    most = min(run.fusion.queries, run.fusion.new_queries, max(1, NEW_ITEM_SCORES // cells))
     return np.sort(np.random.default_rng(run.seed).permutation(count)[:most])
 
 

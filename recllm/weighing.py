@@ -54,12 +54,14 @@ class FusionSettings(Settings):
     choosing: int = Field(5000, ge=1)
     """The most validation queries to choose on."""
     negatives: int = Field(200, ge=1)
-    """The most candidates beside each target: half of them those that the plain sum ranks highest, the others sampled,
-    each standing for its share of the rest."""
-    l2: float = Field(2.0, ge=0)
-    """Pull of the weights towards the plain sum beside the loss summed over rows: the more rows, the less it counts."""
+    """The most candidates beside each target: half of them those that the plain sum ranks highest (for new items'
+    weights the known items' fusion, with a weight of 1 for new ones), the others sampled, each standing for its share
+    of the rest."""
+    l2: float | None = Field(None, ge=0)
+    """Pull of the weights towards the plain sum beside the mean loss over rows; left out: 2 over the number of rows, so
+    that it counts less the more rows there are."""
     new_queries: int = Field(2000, ge=1)
-    """The most validation queries to fit the weights of items without events on."""
+    """The most validation queries, beside `queries`, to fit the weights of items without events on."""
     new_share: float = Field(0.3, ge=0, lt=1)
     """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out."""
     new_cost: float = Field(0.002, ge=0, le=1)

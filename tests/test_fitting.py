@@ -31,10 +31,12 @@ def test_half_of_the_sample_are_the_highest_and_the_rest_stands_for_all_others()
         free = np.setdiff1d(np.arange(500), [target, *range(100, 150)])
         by_score = free[np.argsort(-np.nan_to_num(scores[row, free], nan=-np.inf))]
         assert columns[row, 0] == target
-        assert set(columns[row, 1:12]) == set(by_score[:11])
-        assert set(columns[row, 12:]) <= set(by_score[11:])
+        assert set(columns[row, 1:11]) == set(by_score[:10])
+        assert set(columns[row, 11:]) <= set(by_score[10:])
         assert len(set(columns[row])) == 22
-        assert np.exp(stands_for[row]) == pytest.approx([1.0] * 12 + [(449 - 11) / 10] * 10)
+        assert np.exp(stands_for[row]) == pytest.approx([1.0] * 11 + [(449 - 10) / 11] * 11)
+    stands_for = sample_candidates(targets, scores, barred, 1, rng)[1]
+    assert np.exp(stands_for[:, 1]) == pytest.approx(449)  # of all others
     everything, stands_for = sample_candidates(targets, scores, barred, 600, rng)
     assert (np.isfinite(stands_for).sum(axis=1) == 450).all()
     assert not stands_for[np.isfinite(stands_for)].any()
@@ -63,11 +65,12 @@ def test_the_prior_counts_the_less_the_more_rows_there_are():
     z[0, :, 0] += 2.0
     stands_for = np.zeros((40, 5))
 
-    def distance(times: int, l2: float) -> float:
+    def distance(times: int, l2: float | None) -> float:
         user, item = np.tile(none, (times, 1)), np.zeros((40 * times, 5))
         problem = Problem(np.tile(z, (1, times, 1)), user, item, cross_entropy(np.tile(stands_for, (times, 1))))
         theta = minimise(problem, counts=False, l2=l2, iterations=100)
         return float(np.abs(theta[:, 0] - PLAIN).sum())
 
-    assert distance(8, 20.0) > 1.5 * distance(1, 20.0)
-    assert distance(8, 160.0) == pytest.approx(distance(1, 20.0), rel=1e-3)
+    assert distance(8, None) > 1.2 * distance(1, None)
+    assert distance(8, None) == pytest.approx(distance(1, 2.0 / 320), rel=1e-3)
+    assert distance(8, 0.05) == pytest.approx(distance(1, 0.05), rel=1e-3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recllm import newitems
-from recllm.fitting import sample_candidates
+from recllm.fitting import cross_entropy, sample_candidates
 from recllm.fusion import Fusion
 from recllm.metrics import ndcg
 from recllm.newitems import AmongKnown, _Price, _Queries, fit_new_items
@@ -40,19 +40,37 @@ def cold_start(seed=0):
 
 def test_new_items_are_fitted_beside_what_the_plain_sum_ranks_highest(monkeypatch):
     scores, as_new, targets, n_user, n_item, seen = cold_start()
-    settings, drawn = QUICK.model_copy(update={"new_queries": 30, "queries": 50}), []
+    targets = np.where(targets == 7, 8, targets)
+    for own in (*scores.values(), *as_new.values()):
+        own[:, 7] = NAN  # nobody knows it
+    settings, drawn, fused, losses = QUICK.model_copy(update={"new_queries": 30, "queries": 50}), [], [], []
+    original = AmongKnown.fused
 
-    def sample(targets, fused, barred, most, rng):
-        drawn.append((targets, fused, sample_candidates(targets, fused, barred, most, rng)[1]))
-        return sample_candidates(targets, fused, barred, most, rng)
+    def fuse(self, theta):
+        fused.append((theta, original(self, theta)))
+        return fused[-1][1]
 
+    def sample(targets, given, barred, most, rng):
+        assert np.array_equal(given, fused[0][1])
+        drawn.append(sample_candidates(targets, given, barred, most, rng))
+        return drawn[0]
+
+    def loss(stands_for):
+        losses.append(stands_for)
+        return cross_entropy(stands_for)
+
+    monkeypatch.setattr(AmongKnown, "fused", fuse)
     monkeypatch.setattr(newitems, "sample_candidates", sample)
+    monkeypatch.setattr(newitems, "cross_entropy", loss)
     before = fit_ranking(scores, targets, n_user, n_item, seen, settings=settings)
     fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=settings)
-    [(wanted, fused, stands_for)] = drawn
-    assert len(wanted) == 30
-    assert figure(fused, wanted) > 0.5  # the targets stand out
+    assert fused[0][0].tolist() == [[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]  # `a` has no say of new items
+    [(columns, stands_for)] = drawn
+    assert columns.shape == (30, 41)
+    assert not (columns == 7).any()
     assert (stands_for[:, 21:] > 0).all()  # 20 of 59 for themselves, 20 for what is left
+    [given] = losses
+    assert given is stands_for
 
 
 @pytest.mark.parametrize("by_row", [False, True])

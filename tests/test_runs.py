@@ -110,6 +110,23 @@ def test_mistakes_are_named(file, override, message):
         load_run(file, [override])
 
 
+def test_a_folder_that_spells_out_a_former_default_of_the_other_task_is_read(file, tmp_path):
+    run = load_run(file, ["model.task=relevance", f"output={tmp_path}"])
+    run.folder.mkdir(parents=True)
+    write_run(run, run.folder / "run.toml")
+    text = (run.folder / "run.toml").read_text(encoding="utf-8")
+    head, fusion = text.split("[fusion]")
+    assert "\nqueries = 5000\n" in fusion
+    for queries, read in ((2000, True), (500, False)):
+        own = fusion.replace("\nqueries = 5000\n", f"\nqueries = {queries}\n").replace("\nnew_queries = 2000\n", "\n")
+        (run.folder / "run.toml").write_text(f"{head}[fusion]{own}", encoding="utf-8")
+        if read:
+            assert load_run(run.folder).fusion.queries == queries
+            continue
+        with pytest.raises(RecllmError, match=r"fusion\.queries is for model\.task = 'next_item'"):
+            load_run(run.folder)
+
+
 def test_a_file_of_interactions_needs_no_name_beside_it(file):
     run = load_run(file, ["data={interactions='log.csv', items='films.csv'}"])
     assert (run.data.name, run.data.interactions) == ("", "log.csv")

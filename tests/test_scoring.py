@@ -1,15 +1,18 @@
-"""Scoring: which validation rows the weights of new items are fitted on."""
+"""Scoring: when a fusion is fitted anew, and which validation rows the weights of new items are fitted on."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from recllm import scoring
 from recllm.weighing import FusionSettings
 
 
 def test_new_items_are_fitted_on_so_many_rows_and_no_more_than_memory_has_room_for(monkeypatch):
-    run = SimpleNamespace(fusion=FusionSettings(new_queries=30, queries=7, choosing=5), seed=0)
+    assert len(scoring._some_rows(100, 50, SimpleNamespace(fusion=FusionSettings(queries=8), seed=0))) == 8
+    run = SimpleNamespace(fusion=FusionSettings(new_queries=30, choosing=5), seed=0)
     rows = scoring._some_rows(100, 50, run)
     assert len(rows) == len(set(rows.tolist())) == 30
     assert np.array_equal(rows, np.sort(rows))
@@ -17,3 +20,21 @@ def test_new_items_are_fitted_on_so_many_rows_and_no_more_than_memory_has_room_f
     assert len(scoring._some_rows(20, 50, run)) == 20
     monkeypatch.setattr(scoring, "NEW_ITEM_SCORES", 500)
     assert len(scoring._some_rows(100, 50, run)) == 10
+
+
+def test_a_fusion_that_was_fitted_before_keys_came_to_its_settings_is_kept(tmp_path, monkeypatch):
+    """`new_queries` is younger than some runs, whose folders spell out what they were fitted with."""
+
+    def scores(*_):
+        raise AssertionError("fitted anew")
+
+    monkeypatch.setattr(scoring, "known_scores", scores)
+    before = {"queries": 2000, "l2": 0.001, "drop": 0.1}
+    (tmp_path / "fusion.json").write_text("{}")
+    (tmp_path / "fusion-settings.json").write_text(json.dumps(before))
+    run = SimpleNamespace(folder=tmp_path, fusion=FusionSettings(**before))
+    scoring.fit_fusion(run, None, None, print)
+    for other in ({"l2": 0.01}, {"new_queries": 30}):
+        run.fusion = FusionSettings(**before | other)
+        with pytest.raises(AssertionError, match="fitted anew"):
+            scoring.fit_fusion(run, None, None, print)

@@ -40,18 +40,59 @@ def test_weights_are_fitted_beside_what_the_plain_sum_ranks_highest(monkeypatch)
     monkeypatch.setattr(weighing, "QUERY_BATCH", 7)  # several blocks
     rng = np.random.default_rng(0)
     scores = {name: rng.normal(size=(40, 30)).astype(np.float32) for name in "ab"}
-    targets, barred, base = rng.integers(30, size=40), np.zeros((40, 30), dtype=bool), Fusion.plain(("a", "b"))
+    targets, base = rng.integers(30, size=40), Fusion.plain(("a", "b"))
+    barred = np.zeros((40, 30), dtype=bool)
+    barred[np.arange(40), (targets + 1 + np.arange(40) % 20) % 30] = True  # another one in each row
     sample = np.arange(3, 40, 2)
     z, columns, stands_for = weighing._sampled(base, scores, sample, targets, barred, 8, rng)
     assert z.shape == (2, len(sample), 9)
     assert np.array_equal(columns[:, 0], targets[sample])
     total = sum(base.z(name, scores[name][sample]) for name in "ab")
     total[np.arange(len(sample)), targets[sample]] = -np.inf
+    total[barred[sample]] = -np.inf
+    assert not np.take_along_axis(barred[sample], columns, 1).any()
     for row, own in enumerate(total):
         assert set(columns[row, 1:5]) == set(np.argsort(-own)[:4])
-    assert np.exp(stands_for[:, 5:]) == pytest.approx(25 / 4)
+    assert np.exp(stands_for[:, 5:]) == pytest.approx(24 / 4)
     for place, name in enumerate("ab"):
         assert np.array_equal(z[place], np.take_along_axis(base.z(name, scores[name][sample]), columns, 1))
+
+
+def test_each_fold_has_its_own_rows_of_the_sample(monkeypatch):
+    rng, losses, drawn = np.random.default_rng(0), [], []
+    scores = {name: rng.normal(size=(23, 30)).astype(np.float32) for name in "ab"}
+    nine, targets = np.full(23, 9), rng.integers(30, size=23)
+
+    def sampled(*arguments):
+        z, columns, stands_for = _sampled(*arguments)
+        drawn.append(stands_for + rng.random(stands_for.shape))  # tells rows apart
+        return z, columns, drawn[0]
+
+    def cross_entropy(stands_for):
+        losses.append(stands_for)
+        return fitting.cross_entropy(stands_for)
+
+    _sampled = weighing._sampled
+    monkeypatch.setattr(weighing, "_sampled", sampled)
+    monkeypatch.setattr(weighing, "cross_entropy", cross_entropy)
+    settings = FusionSettings(kinds=("without counts",), negatives=8)
+    fit_ranking(scores, targets, nine, np.full(30, 9), settings=settings)
+    folds = np.arange(23) % 5
+    assert len(losses) == 6
+    assert np.array_equal(losses[0], drawn[0])
+    for fold, given in enumerate(losses[1:]):
+        assert np.array_equal(given, drawn[0][folds != fold])
+
+
+def test_scorers_are_left_out_while_fitting():
+    rng, nine = np.random.default_rng(0), np.full(50, 9)
+    scores = {name: rng.normal(size=(50, 30)).astype(np.float32) for name in "ab"}
+    targets, settings = rng.integers(30, size=50), FusionSettings(kinds=("without counts",), drop=0.0)
+    whole, less = (
+        fit_ranking(scores, targets, nine, np.full(30, 9), settings=settings.model_copy(update={"drop": drop})).theta
+        for drop in (0.0, 0.5)
+    )
+    assert not np.allclose(whole, less)
 
 
 def test_levels_are_ordered_by_other_queries_than_those_that_measure_them():
