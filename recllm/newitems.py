@@ -153,7 +153,7 @@ def _fitted(
         return base(part, own + fixed[part], intercept)
 
     problem = Problem(
-        drop_scorers(z, settings.drop, rng), fusion.user(mixed.n_user)[:, None], np.zeros(columns.shape), loss
+        drop_scorers(z, settings.dropped, rng), fusion.user(mixed.n_user)[:, None], np.zeros(columns.shape), loss
     )
     fitted = minimise(problem, counts=True, signed=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
     made = {"fitted": fitted * speaks, "plain sum": plain}

@@ -39,6 +39,10 @@ RANKS: tuple[Kind, ...] = ("reciprocal rank", "borda")
 """Kinds that need several candidates to a query."""
 
 
+DROP = 0.03
+PAIRS_DROP, PAIRS_L2 = 0.1, 1e-3
+
+
 class FusionSettings(Settings):
     """`[fusion]`: which fusions are tried, and how their weights are fitted."""
 
@@ -59,7 +63,7 @@ class FusionSettings(Settings):
     of the rest."""
     l2: float | None = Field(None, ge=0)
     """Pull of the weights towards the plain sum beside the mean loss over rows; left out: 2 over the number of rows, so
-    that it counts less the more rows there are."""
+    that it counts less the more rows there are, and 0.001 where pairs are judged."""
     new_queries: int = Field(2000, ge=1)
     """The most validation queries, beside `queries`, to fit the weights of items without events on."""
     new_share: float = Field(0.3, ge=0, lt=1)
@@ -70,10 +74,21 @@ class FusionSettings(Settings):
     today's."""
     pairwise: float = Field(0.5, ge=0)
     """Weight of the loss over one user's liked and disliked rows beside that over all rows (labelled pairs)."""
-    drop: float = Field(0.03, ge=0, lt=1)
-    """Probability that a scorer is left out of a row while fitting, so that the others do for it where it is absent."""
+    drop: float | None = Field(None, ge=0, lt=1)
+    """Probability that a scorer is left out of a row while fitting, so that the others do for it where it is absent;
+    left out: 0.03, and 0.1 where pairs are judged."""
     iterations: int = Field(100, ge=1)
     """The most steps of L-BFGS."""
+
+    @property
+    def dropped(self) -> float:
+        """`drop` where items are ranked."""
+        return DROP if self.drop is None else self.drop
+
+    def for_pairs(self, kinds: tuple[Kind, ...]) -> "FusionSettings":
+        """The same with what pairs have by default (other priors have brought nothing there), and these kinds."""
+        drop = PAIRS_DROP if self.drop is None else self.drop
+        return self.model_copy(update={"kinds": kinds, "l2": PAIRS_L2 if self.l2 is None else self.l2, "drop": drop})
 
 
 def fit_ranking(
@@ -114,7 +129,11 @@ def fit_ranking(
     order = rng.permutation(rows)
     sample, choosing = np.sort(order[: settings.queries]), np.sort(order[: settings.choosing])
     z, columns, stands_for = _sampled(base, scores, sample, targets, barred, settings.negatives, rng)
-    z, user, item = drop_scorers(z, settings.drop, rng), base.user(n_user[sample])[:, None], base.item(n_item)[columns]
+    z, user, item = (
+        drop_scorers(z, settings.dropped, rng),
+        base.user(n_user[sample])[:, None],
+        base.item(n_item)[columns],
+    )
 
     def figures(fusions: Mapping[str, Fusion], rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """NDCG@10 of each of the queries, by each fusion; what they share of the work is done once."""
@@ -230,10 +249,10 @@ def fit_labels(
         item=Evidence.of(n_item),
     )
     pairs = {name: given[:, None] for name, given in scores.items()}
-    z = drop_scorers(np.stack([base.z(name, pairs[name]) for name in base.names]), settings.drop, rng)
+    settings = settings.for_pairs(kinds)
+    z = drop_scorers(np.stack([base.z(name, pairs[name]) for name in base.names]), settings.dropped, rng)
     user, item = base.user(n_user)[:, None], base.item(n_item)[:, None]
     numbers = np.arange(len(label)) if users is None else users
-    settings = settings.model_copy(update={"kinds": kinds})
 
     def fused(fusion: Fusion) -> NDArray[np.float64]:
         return np.nan_to_num(fusion.fuse(pairs, n_user, n_item[:, None])[0][:, 0]).astype(np.float64)

@@ -95,6 +95,19 @@ def test_scorers_are_left_out_while_fitting():
     assert not np.allclose(whole, less)
 
 
+def test_pairs_keep_their_own_pull_and_share_of_scorers_that_are_left_out():
+    rng, nine = np.random.default_rng(0), np.full(60, 9)
+    labels = rng.integers(2, size=60)
+    scores = {name: (rng.normal(size=60) + labels).astype(np.float32) for name in "ab"}
+
+    def theta(**keys):
+        return fit_labels(scores, labels, nine, nine, settings=FusionSettings(kinds=("without counts",), **keys)).theta
+
+    assert np.array_equal(theta(), theta(l2=0.001, drop=0.1))
+    assert not np.allclose(theta(), theta(l2=2.0 / 60, drop=0.1))
+    assert not np.allclose(theta(), theta(drop=0.5))
+
+
 def test_levels_are_ordered_by_other_queries_than_those_that_measure_them():
     """`a` finds 11 targets and `b` the other 9; without the first fold, all of which `a` finds, `b` is the better."""
     by_fold = {0: 4, 1: 0, 2: 3, 3: 2, 4: 2}
