@@ -37,10 +37,10 @@ Kind = Literal[
 ]
 RANKS: tuple[Kind, ...] = ("reciprocal rank", "borda")
 """Kinds that need several candidates to a query."""
-
-
 DROP = 0.03
+"""`FusionSettings.drop` where items are ranked and none is given."""
 PAIRS_DROP, PAIRS_L2 = 0.1, 1e-3
+"""`drop` and `l2` where pairs are judged and none are given."""
 
 
 class FusionSettings(Settings):
@@ -102,6 +102,9 @@ def fit_ranking(
     seed: int = 0,
 ) -> Fusion:
     """Fit on validation queries by softmax cross-entropy of the target; choose by NDCG@10.
+
+    The softmax is over the candidates that the plain sum ranks highest and a sample that stands for all others
+    (`sample_candidates`): an even sample says little of who is among the first ten.
 
     Weights look better on the queries that they were fitted on, the more so the more of them there are. So what is
     tried is measured on others, in `FOLDS` parts, and the best of `settings.kinds`, on a tie the earlier, is fitted on
