@@ -156,8 +156,9 @@ def sample_candidates(
             highest, others, drawn = free, free[:0], free[:0]
         end = 1 + len(highest)
         columns[row, 1:end], stands_for[row, 1:end] = highest, 0.0
-        columns[row, end : end + len(drawn)] = drawn
-        stands_for[row, end : end + len(drawn)] = np.log(len(others) / max(len(drawn), 1)) if len(drawn) else 0.0
+        if len(drawn):
+            columns[row, end : end + len(drawn)] = drawn
+            stands_for[row, end : end + len(drawn)] = np.log(len(others) / len(drawn))
     return columns, stands_for
 
 
