@@ -21,6 +21,7 @@ from recllm.distil import planned_windows
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, lengths_of
 from recllm.histories import HistoryFormat
+from recllm.idle import idle_lines
 from recllm.judging import light_judge_stage, relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder, stream_width
 from recllm.loop import COMPILING, Stage, check_trainer_keys, stage_trainer
@@ -128,6 +129,8 @@ def plan_run(run: Run, say: Say) -> Plan:
     # Away from the run's folder: it may hold the recipes of an earlier training.
     run = run.model_copy(update={"output": str(Path(run.output) / ".planned")})
     check_names(run, say)
+    for line in idle_lines(run):
+        say(line)
     check_start(run)
     task = prepare(run, say)
     features = random_features(run, task)

@@ -16,6 +16,7 @@ from recllm.devices import check_precision, precision_keys, process_state, shard
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError, place_error
 from recllm.files import only_one, read_json
+from recllm.idle import idle_lines
 from recllm.judging import train_light_judge, train_relevance
 from recllm.loop import COMPILING, check_trainer_keys
 from recllm.nextitem import train_language, train_light
@@ -97,6 +98,8 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
     begun = resume and (run.folder / ENVIRONMENT).is_file()
     with state.main_process_first():
         check_names(run, say, kept=resume)
+        for line in idle_lines(run):
+            say(line)
         if sharded():
             _check_shardable(run, kept=resume)
         check_precision(_precision(run))

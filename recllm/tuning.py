@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from recllm.charts import Line, line_chart, picture
 from recllm.errors import RecllmError, require, unknown
 from recllm.files import write_json, written
+from recllm.idle import idle_keys
 from recllm.lm import model_folder
 from recllm.outcome import FUSION, evaluate_run
 from recllm.recipes import Settings, parse, read_toml
@@ -104,6 +105,8 @@ DECIDING, HARMLESS = ("data", "seed", "start_from", "control", "model.task"), ("
 
 OWN = ("name", "output")
 """Keys that the search sets for every trial."""
+SWITCHES = frozenset({"model.name", "light.num_train_epochs", "light.teacher"})
+"""Keys that decide whether other ones are read."""
 BEHIND_LIGHT, BESIDE_LIGHT = ("train.", "adapter.", "fusion.", "export."), ("train.precision",)
 """Beginnings of the keys of what comes behind the light scorer, and the one among them that is its own too."""
 
@@ -150,9 +153,20 @@ def load_search(path: Path) -> tuple[Search, Run]:
                 "be compared. Set it in the run file."
             )
         for value in values.tried():
-            _with(run, {key: value}, run.name, Path(run.output))
+            _check_read(search, _with(run, {key: value}, run.name, Path(run.output)), key, path)
     _check_measured(search, run, path)
     return search, run
+
+
+def _check_read(search: Search, tried: Run, key: str, path: Path) -> None:
+    if not SWITCHES.isdisjoint(search.search):
+        return  # what a trial reads is up to what it draws
+    for why, keys in idle_keys(tried).items():
+        if key in keys:
+            raise RecllmError(
+                f'{path}: [search."{key}"] changes nothing, for it is not read: {why}. Leave it out, or change that in '
+                "the run file."
+            )
 
 
 def _check_measured(search: Search, run: Run, path: Path) -> None:

@@ -16,7 +16,7 @@ TORCH_FREE = [
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking", "results",
     "evaluate", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "ratedneighbours", "windows",
-    "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "newitems", "runs", "tasks",
+    "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "newitems", "runs", "idle", "tasks",
     "fading", "pairs", "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "shortlist", "reserved",
     "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed",
     "doctor", "charts", "report",

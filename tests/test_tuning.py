@@ -170,8 +170,22 @@ def test_keys_that_change_nothing_of_what_is_measured_are_refused(place, key, me
     path = _renamed(written(place), '"light.layers"', f'"{key}"')
     with pytest.raises(RecllmError, match=message):
         load_search(path)
-    if key != "name":
+    if key == "fusion.l2":
         load_search(_renamed(path, 'scorer = "light"', 'scorer = "fusion"'))
+
+
+def test_a_key_that_no_trial_reads_is_refused(place):
+    path = _renamed(written(place), 'scorer = "light"', 'scorer = "fusion"')
+    _renamed(path, '"light.layers"', '"train.num_train_epochs"')
+    with pytest.raises(RecllmError, match=r"train.num_train_epochs.* is not read: model.name = none. Leave it out"):
+        load_search(path)
+    _renamed(path, '[search."light.learning_rate"]', '[search."light.taught"]')
+    _renamed(path, "[1e-6, 5e-3]", "[5, 10_000]")
+    _renamed(path, '"train.num_train_epochs"', '"light.layers"')
+    with pytest.raises(RecllmError, match=r"light.taught.* is not read: there is no light.teacher"):
+        load_search(path)
+    _renamed(path, '"light.layers"', '"light.num_train_epochs"')  # decides itself what is read
+    load_search(path)
 
 
 def test_a_key_that_the_run_has_not_is_refused(place):

@@ -1,0 +1,82 @@
+"""Keys of a run file that are set and say nothing to that run: told before it trains, not refused.
+
+A run file is tried with and without a language model by one `--set`, so that what only the other way reads may stay.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from recllm.runs import Run
+
+LIGHT_READS = ("train.precision", "train.report_to")
+"""Keys of `[train]` that the light sequence scorer reads as well; the light judge reads the second one only."""
+WITHOUT_LANGUAGE_MODEL = (
+    "model.layers",
+    "model.history",
+    "model.max_history",
+    "model.history_stride",
+    "model.head_width",
+    "model.factor_dropout",
+    "model.negatives",
+    "model.heads_from_light",
+    "model.rows_together",
+    "model.pairwise",
+    "model.listwise",
+    "model.soft_tokens",
+)
+"""Keys of `[model]` that only a language model reads."""
+WITHOUT_TEACHER = ("light.taught", "light.taught_weight")
+"""Keys of `[light]` that say how a teacher is learnt from."""
+WHERE_PAIRS_ARE_JUDGED = ("model.head_width", "light.per_device_train_batch_size")
+"""Keys that say nothing where pairs are judged, beside two whole tables."""
+
+
+def idle_keys(run: Run) -> dict[str, list[str]]:
+    """Keys that are not as they are by default and that this run does not read.
+
+    Returns:
+        By what they are idle for, such as `model.name = none`, their names, `table.key`.
+    """
+    found: dict[str, list[str]] = {}
+    told: set[str] = set()
+    for why, keys in _idle(run):
+        if new := [key for key in keys if key not in told]:
+            found[why] = new
+            told.update(new)
+    return found
+
+
+def idle_lines(run: Run) -> list[str]:
+    """A line for every reason that keys of `run` are idle for."""
+    return [f"Not read, for {why}: {', '.join(keys)}" for why, keys in idle_keys(run).items()]
+
+
+def _idle(run: Run) -> Iterator[tuple[str, list[str]]]:
+    tables = [name for name, value in run if isinstance(value, BaseModel)]
+    changed = {name: list(_changed(getattr(run, name), name)) for name in tables}
+    light = [key for key in changed["light"] if key != "light.num_train_epochs"]
+    judges = run.model.task == "relevance"
+    if run.model.name == "none":
+        read = LIGHT_READS[1:] if judges else LIGHT_READS
+        behind = [*changed["adapter"], *(key for key in changed["train"] if key not in read)]
+        yield "model.name = none", [*behind, *_among(changed["model"], WITHOUT_LANGUAGE_MODEL)]
+    if run.light.num_train_epochs == 0:
+        yield "light.num_train_epochs = 0", light
+    if run.light.teacher is None:
+        yield "there is no light.teacher", _among(light, WITHOUT_TEACHER)
+    if judges:
+        judged = _among([*changed["model"], *light], WHERE_PAIRS_ARE_JUDGED)
+        yield "model.task = relevance", [*judged, *changed["transitions"], *changed["neighbours"]]
+
+
+def _among(keys: list[str], some: tuple[str, ...]) -> list[str]:
+    return [key for key in keys if key in some]
+
+
+def _changed(table: BaseModel, name: str) -> Iterator[str]:
+    defaults: Mapping[str, Any] = {key: field.default for key, field in type(table).model_fields.items()}
+    for key, value in table:
+        if key not in defaults or value != defaults[key]:
+            yield f"{name}.{key}"

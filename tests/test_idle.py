@@ -1,0 +1,82 @@
+"""Keys that a run does not read are told with the reason, and no others; what is read changes what is trained."""
+
+import pytest
+
+from recllm.idle import idle_keys, idle_lines
+from recllm.planning import plan_run
+from recllm.runs import Run, load_run
+from recllm.train import train_run
+
+NEXT = {"name": "films", "data": {"name": "ml-100k"}}
+BARE = {"model": {"name": "none", "item_encoder": "minilm-l6"}}
+
+
+def idle(**tables):
+    return idle_keys(Run.model_validate(NEXT | tables))
+
+
+def test_a_run_as_it_is_by_default_has_none():
+    assert idle() == {}
+    assert idle(**BARE) == {}
+    assert idle(model={"task": "relevance"}) == {}
+
+
+def test_without_a_language_model_its_training_is_not_read():
+    model = BARE["model"] | {"layers": 4, "max_history": 20, "likelihood": "smollm2-135m"}
+    train = {"learning_rate": 1e-4, "logging_steps": 5, "precision": "fp32", "report_to": "none"}
+    found = idle(model=model, train=train, adapter={"recipe": "dora", "r": 4})
+    assert set(found) == {"model.name = none"}
+    assert set(found["model.name = none"]) == {
+        "adapter.recipe",
+        "adapter.r",
+        "train.learning_rate",
+        "train.logging_steps",
+        "model.layers",
+        "model.max_history",
+    }
+    assert idle(model={"layers": 4, "max_history": 20}, train=train, adapter={"recipe": "dora", "r": 4}) == {}
+
+
+def test_the_light_judge_reads_no_precision():
+    judged = {
+        "model": BARE["model"] | {"task": "relevance", "relevance_rows": 10},
+        "train": {"precision": "fp32", "report_to": "none"},
+    }
+    assert idle(**judged) == {"model.name = none": ["train.precision"]}
+    assert idle(model={"task": "relevance"}, train=judged["train"]) == {}
+
+
+def test_without_a_light_scorer_or_a_teacher_their_keys_are_not_read():
+    light = {"width": 64, "taught": 5}
+    assert idle(light=light) == {"there is no light.teacher": ["light.taught"]}
+    assert idle(light=light | {"teacher": "runs/before"}) == {}
+    # Each key is told once, with the first reason.
+    assert idle(light=light | {"num_train_epochs": 0}) == {
+        "light.num_train_epochs = 0": ["light.width", "light.taught"]
+    }
+
+
+def test_where_pairs_are_judged_items_are_not_compared():
+    tables = {"transitions": {"max_items": 5}, "neighbours": {"neighbours": 3}, "ease": {"max_items": 5}}
+    judged = {"model": {"task": "relevance", "head_width": 64}, "light": {"per_device_train_batch_size": 8}}
+    assert idle(**tables, model={"head_width": 64}, light=judged["light"]) == {}
+    assert idle(**tables, **judged) == {
+        "model.task = relevance": [
+            "model.head_width",
+            "light.per_device_train_batch_size",
+            "transitions.max_items",
+            "neighbours.neighbours",
+        ]
+    }
+
+
+@pytest.mark.parametrize("begin", [plan_run, train_run])
+def test_it_is_said_before_anything_is_trained(begin, tiny_run, tmp_path):
+    keys = ["model.name='none'", f"model.item_encoder='{load_run(tiny_run).model.name}'", "train.seed=4"]
+    run = load_run(tiny_run, [*keys, "name=bare", f"output={tmp_path}", "light.num_train_epochs=1"])
+    said = []
+    begin(run, say=said.append)
+    (line,) = idle_lines(run)
+    assert line.startswith("Not read, for model.name = none: ")
+    assert "train.seed" in line
+    assert said[0] == line
