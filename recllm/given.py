@@ -11,8 +11,10 @@ import numpy as np
 import polars as pl
 
 from recllm.data import Interactions, Query
+from recllm.data.checks import Checks
 from recllm.data.tables import POLARS_FAILS, open_table
 from recllm.data.texts import as_id_lists, as_ids
+from recllm.data.times import as_seconds
 from recllm.errors import RecllmError
 from recllm.files import sha256_of
 from recllm.splits import LIKE_AT, Example, Split
@@ -38,7 +40,7 @@ EVENTS = {
     "seq": pl.Int32,
 }
 
-Row = tuple[str, str, float, list[str], list[float | None] | None, int | None]
+Row = tuple[str, str, float, list[str], list[float | None] | None, float | None]
 UNKNOWN_SHARE, WHOLE_SHARE = 1 / 3, 1 / 3
 """Shares of stretches whose user is taken for unknown, and of those that know all of the user's earlier rows."""
 NEIGHBOURS = 40
@@ -62,8 +64,8 @@ def given_split(
     of the whole, which may lie behind them, and a third know them all.
 
     Raises:
-        RecllmError: a part or a column is missing, a label is neither 0 nor 1, an id in a history is empty, or a
-            history and its labels differ in length.
+        RecllmError: a part or a column is missing, a label is neither 0 nor 1, an id in a history is empty, a
+            timestamp is no time, or a history and its labels differ in length.
     """
     train, valid, test = _parts([_file(folder, part) for part in PARTS], like_at)
     if shots is not None and shots < len(train):
@@ -123,13 +125,27 @@ def _frame(path: Path) -> pl.DataFrame:
             pl.col("label").cast(pl.Float64),
             as_id_lists(frame["history"]),
             pl.col("ratings").cast(pl.List(pl.Float64)).list.eval(pl.element().fill_nan(None)),
-            pl.col("timestamp").cast(pl.Int64),
+            _seconds(frame["timestamp"], path),
         )
     except POLARS_FAILS as error:
         reason = str(error).splitlines()[0]
         raise RecllmError(f"{path}: a column has the wrong kind ({reason}); history must be a list of ids.") from None
     _check(frame, path, "history_ratings" if found["ratings"] == "history_ratings" else "history_label")
     return frame
+
+
+def _seconds(column: pl.Series, path: Path) -> pl.Series:
+    """Times of one clock, float64, whatever unit and form a part has them in; null where there is none."""
+    if column.dtype == pl.Null:
+        return column.cast(pl.Float64)
+    seconds = as_seconds(column, Checks(), path.name)
+    unread = (seconds.is_null() & column.is_not_null()).arg_true()
+    if len(unread):
+        raise RecllmError(
+            f"{path}: row {unread[0] + 1} has a timestamp that is no time ({column[unread[0]]!r}): seconds since 1970, "
+            "a date or ISO 8601."
+        )
+    return seconds
 
 
 def _check(frame: pl.DataFrame, path: Path, ratings: str) -> None:
@@ -190,8 +206,8 @@ class _Judged:
         return user, item, label, merged, [labels.get(earlier) for earlier in merged], timestamp
 
 
-def _time(timestamp: int | None) -> float:
-    return -math.inf if timestamp is None else float(timestamp)
+def _time(timestamp: float | None) -> float:
+    return -math.inf if timestamp is None else timestamp
 
 
 def _shown(user: str, earlier: int, rows: int) -> int:
@@ -234,4 +250,4 @@ def _events(rows: list[Row]) -> Iterator[tuple[str, float | None, int | None]]:
             if earlier not in targets and earlier not in seen:
                 seen.add(earlier)
                 yield earlier, None if ratings is None else ratings[place], None
-        yield item, label, timestamp
+        yield item, label, None if timestamp is None else math.floor(timestamp)

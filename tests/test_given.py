@@ -1,5 +1,7 @@
 """Given splits: rows with their own histories and labels, and nothing of validation or test in the training events."""
 
+from datetime import UTC, datetime, timedelta
+
 import polars as pl
 import pytest
 
@@ -166,6 +168,23 @@ def test_histories_without_labels_get_those_of_the_train_rows_and_what_they_leav
     plain = split_of(tmp_path, train, [later], rated_histories=False)
     assert plain.test[0].query == Query(("o", "b", "e", "y"), "u")
     assert plain.train.frame.equals(split.train.frame)
+
+
+def test_parts_with_times_of_other_units_and_forms_are_of_one_clock(tmp_path):
+    start = 1_600_000_000
+    train = [{**row, "timestamp": 1000 * (start + row["timestamp"]) + 250} for row in rows_of("u", [0, 1, 0, 0, 1, 0])]
+    later = {"user_id": "u", "item_id": "z", "label": 1, "history": ["b", "e"]}
+    early = datetime.fromtimestamp(start + 12, UTC)
+    half = early + timedelta(milliseconds=500)
+    moments = (early.replace(tzinfo=None), early.isoformat(), half.isoformat())
+    for moment, liked in zip(moments, ("ab", "ab", "abc"), strict=True):
+        split = split_of(tmp_path, train, [later | {"timestamp": moment}])
+        query = split.test[0].query
+        rated = [item for item, rating in zip(query.history, query.ratings, strict=True) if rating is not None]
+        assert rated == list(liked)  # what the history names beside that came after
+    assert split.train.frame["timestamp"].to_list() == [start + 10 + at for at in range(6)]
+    with pytest.raises(RecllmError, match=r"valid.parquet: row 1 has a timestamp that is no time \('soon'\)"):
+        split_of(tmp_path, train, [later | {"timestamp": "soon"}])
 
 
 def test_a_train_row_knows_no_label_of_its_own_or_later_rows_and_often_fewer(tmp_path):
