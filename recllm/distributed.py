@@ -13,8 +13,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recllm.batch import best_items
+from recllm.data.texts import identifier
 from recllm.errors import RecllmError
-from recllm.query_rows import COLUMNS, BadRow, QueryRow, identifier, parse_row
+from recllm.query_rows import COLUMNS, BadRow, QueryRow, parse_row
 from recllm.ranker import TwoStage, behind, load_ranker
 from recllm.runtime import Recommender, load
 

@@ -57,6 +57,7 @@ def add_items(
     """
     if any((folder / MANIFEST).is_file() for folder in target.resolve().parents):
         raise RecllmError(f"'{target}' would lie in a bundle, which holds its own files only. Name another folder.")
+    read_manifest(source, verify=False)
     if target.exists() and not target.samefile(source):
         if not (target / MANIFEST).is_file():
             raise RecllmError(f"'{target}' is there already, and is no bundle. Name another folder.")

@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from recllm.data import Query
+from recllm.data.texts import identifier
 from recllm.errors import RecllmError
 from recllm.rowfiles import Unreadable, check_source, columns_of, raw_rows
 
@@ -221,23 +221,6 @@ def _python_list(text: str) -> list[Any]:
     if sum(isinstance(each, str) for each in found) != len(texts):
         raise ValueError("has two ids without a comma between them")
     return found
-
-
-def identifier(value: Any) -> str:  # noqa: ANN401
-    """An id as text; a whole number that became a float, as a missing one in its column makes it, loses its `.0`.
-
-    So does a decimal number, as warehouses keep ids.
-    """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{_named(value)} is no id")
-    text = str(value).strip()
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{text!a:.60} has half of a character, which no file can hold")
-    return text
 
 
 def _named(value: Any) -> str:  # noqa: ANN401

@@ -12,9 +12,9 @@ FOLDERS = ("prompts", "adapters", "export")
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and a key that is not a field is an error."""
+    """Base of all settings: frozen; a key that is not a field is an error, and so are TOML's nan and inf."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

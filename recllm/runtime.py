@@ -249,6 +249,9 @@ class Recommender:
         Raises:
             RecllmError: k is not between 1 and the number of items, or new items cannot be told apart.
         """
+        for name, count in (("k", k), ("new_items", new_items)):
+            if isinstance(count, bool) or not isinstance(count, int | np.integer):
+                raise RecllmError(f"{name}={count!r} is not possible: a whole number is expected.")
         if not 1 <= k <= len(self.index):
             raise RecllmError(
                 f"k={k} is not possible: the catalogue has {len(self.index):,} items. Take 1 to that many."

@@ -238,6 +238,12 @@ def test_another_bundle_is_replaced_when_asked_for_only(tiny_bundle, new_items, 
     assert recllm.load(tmp_path / "other").manifest["items_added"] > 0
 
 
+def test_a_bundle_that_is_not_there_is_named_before_what_would_be_replaced(tiny_bundle, new_items, tmp_path):
+    shutil.copytree(tiny_bundle, tmp_path / "other")
+    with pytest.raises(RecllmError, match=r"nowhere' is not there. Make a bundle"):
+        add_items(tmp_path / "nowhere", new_items, tmp_path / "other")
+
+
 def test_what_is_no_bundle_is_not_replaced(tiny_bundle, new_items, tmp_path):
     (tmp_path / "thesis").mkdir()
     with pytest.raises(RecllmError, match=r"thesis' is there already, and is no bundle"):

@@ -179,6 +179,17 @@ def test_the_column_of_kinds_may_be_called_as_one_of_ours(joined, tmp_path):
             lambda text: text.replace("rating_scale = [0, 10]", "rating_scale = [0, 5]"),
             r"Source 'app': 1 ratings lie outside of rating_scale = \[0, 5\], the first is 10",
         ),
+        (
+            lambda text: text.replace("clock = -3540", "clock = -3660"),
+            r"Source 'app': clock = -3660 moves 1 events out of",
+        ),
+        (lambda text: text.replace("clock = -3540", "clock = nan"), r"clock'.*finite number"),
+        (lambda text: text.replace("weight = 2.0", "weight = inf"), r"weight'.*finite number"),
+        (lambda text: text.replace("[0, 10]", "[0, nan]"), "rating_scale.*finite number"),
+        (
+            lambda text: text.replace('users = "people"', 'users = "people:old"', 1),
+            "the namespaces 'people' and 'people:old' could make one id of two",
+        ),
     ],
 )
 def test_mistakes_are_named(joined, change, message):
@@ -190,6 +201,33 @@ def test_times_in_some_sources_only_are_refused(joined, tmp_path):
     pl.read_csv(APP.encode()).drop("timestamp").write_csv(tmp_path / "app.csv")
     with pytest.raises(RecllmError, match="Source 'app' has events without a time stamp"):
         joined()
+
+
+def test_a_source_without_items_takes_none_of_another_one(joined, tmp_path):
+    (tmp_path / "shop-items.csv").rename(tmp_path / "items.csv")
+    (tmp_path / "app-items.csv").unlink()
+
+    def change(text):
+        return text.replace("shop-items.csv", "items.csv").replace(
+            f'items = "{tmp_path.as_posix()}/app-items.csv"\n', ""
+        )
+
+    dataset, _ = joined(app="", change=change)
+    assert dataset.catalog.record("goods:1")["title"] == "Red shoe"
+    assert dataset.catalog.record("app:1") == {"item_id": "app:1"}
+
+
+def test_that_a_join_goes_by_time_is_said_of_a_column_of_order(tmp_path):
+    log = "user_id,item_id,seq,timestamp\nu,1,1,20\nu,2,2,10\n"
+    said = []
+    (tmp_path / "log.csv").write_text(log, encoding="utf-8")
+    (tmp_path / "join.toml").write_text(
+        f'[[source]]\nname = "a"\ninteractions = "{tmp_path.as_posix()}/log.csv"\n', encoding="utf-8"
+    )
+    join_sources(tmp_path / "join.toml", tmp_path / "out", said.append)
+    assert pl.read_parquet(tmp_path / "out" / "interactions.parquet")["item_id"].to_list() == ["a:2", "a:1"]
+    assert "a: events that stand before an earlier one by the order column; a join goes by time" in said
+    assert not any("is followed" in line for line in said)
 
 
 def test_what_is_dropped_of_a_source_is_said_with_its_name(joined, tmp_path):

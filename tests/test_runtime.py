@@ -124,6 +124,15 @@ def test_k_has_bounds(bundle, k):
         bundle.recommend([RED[:2]], k=k)
 
 
+@pytest.mark.parametrize("count", [2.5, "3", True])
+def test_counts_are_whole_numbers(bundle, count):
+    with pytest.raises(RecllmError, match=rf"k={count!r} is not possible: a whole number is expected"):
+        bundle.recommend([RED[:2]], k=count)
+    with pytest.raises(RecllmError, match=rf"new_items={count!r} is not possible"):
+        bundle.recommend([RED[:2]], k=5, new_items=count)
+    assert len(bundle.recommend([RED[:2]], k=np.int64(3)).ids[0]) == 3
+
+
 def test_scores_of_given_items_are_those_of_the_ranking(bundle):
     out = bundle.recommend(HISTORIES, k=24, exclude_seen=False)
     scores, shares = bundle.score(HISTORIES, ["7", "0", "12"])

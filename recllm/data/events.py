@@ -19,6 +19,10 @@ WEIGHT = "weight"
 TIME = "_time"  # float64 seconds: the fraction orders events that share a second
 MISSING = ("NULL", "null", "NaN", "nan", "NA", "N/A", "None", "<NA>")
 """How databases and pandas write a missing value as text."""
+LISTED = r'^(\[(".*")?\]|\{(".*)?\})$'
+"""A list of texts or an object, as JSON that stands among single ids is read."""
+EXACT = 2.0**53
+"""From here on floats leave whole numbers out."""
 DATED_ROWS = 1000
 """Rows by which a column is seen to hold dates."""
 EXTRA = "extra "
@@ -53,11 +57,12 @@ def normalise_events(
             as_ids(columns["item_id"]),
             _ratings(columns.get("rating"), raw[LINE], checks, table.path.name),
             _times(columns.get("timestamp"), raw.height, checks, table.path.name),
-            _numbers(columns.get("seq"), "seq", raw.height),
+            _places(columns.get("seq"), raw.height),
             *([_weights(columns["event_weight"], table)] if "event_weight" in columns else []),
             *(raw[name].alias(EXTRA + name) for name in extra),
         ]
     )
+    _note_large_floats(columns, checks, table.path.name)
     checks.facts |= {"rows_read": raw.height, "columns": dict(mapping)}
     checks.facts["columns_left_out"] = [name for name in table.columns if name not in mapping.values()]
     timed = frame[TIME].null_count() < frame.height
@@ -84,6 +89,16 @@ def _numbers(column: pl.Series | None, name: str, height: int) -> pl.Series:
         return pl.Series(name, [None], dtype=pl.Float64).new_from_index(0, height)
     number = column.cast(pl.Float64, strict=False).alias(name)
     return number.to_frame().select(pl.when(pl.col(name).is_finite()).then(pl.col(name))).to_series()
+
+
+def _places(column: pl.Series | None, height: int) -> pl.Series:
+    """What a user's events are ordered by; whole numbers stay whole, for floats tell large ones not apart."""
+    if column is None:
+        return _numbers(None, "seq", height)
+    whole = column.cast(pl.Int64, strict=False).alias("seq")
+    if not column.dtype.is_float() and whole.null_count() == column.null_count():
+        return whole
+    return _numbers(column, "seq", height)
 
 
 def _weights(column: pl.Series, table: Table) -> pl.Series:
@@ -126,6 +141,7 @@ def _drop_bad(frame: pl.DataFrame, timed: bool, checks: Checks, table: Table) ->
         "warning", "missing_id", "rows without user or item id, dropped", len(lines), file=file, lines=lines.head(5)
     )
     frame = frame.filter(~missing)
+    frame = _without_strange_ids(frame, checks, table)
     for column in ("user_id", "item_id"):
         for text in frame[column].filter(frame[column].is_in(MISSING)).unique().sort():
             lines = frame[LINE].filter(frame[column] == text)
@@ -145,6 +161,29 @@ def _drop_bad(frame: pl.DataFrame, timed: bool, checks: Checks, table: Table) ->
         why = "; ".join(finding.text() for finding in checks.findings[before:])
         raise RecllmError(f"{table.path} has no usable row: {why}. Check the mapping of its columns ([data.columns]).")
     return frame
+
+
+def _without_strange_ids(frame: pl.DataFrame, checks: Checks, table: Table) -> pl.DataFrame:
+    """Drop rows whose ids say that they were read wrong: nobody's id has several lines, or is a list."""
+    listed = table.path.suffix.lower() in (".jsonl", ".ndjson")
+    for column in ("user_id", "item_id"):
+        several = pl.col(column).str.contains(r"[\r\n]")
+        strange = {f"rows whose {column} has a line break (is a quote not closed?), dropped": several}
+        if listed:
+            strange[f"rows whose {column} is a list or an object, dropped"] = pl.col(column).str.contains(LISTED)
+        for message, found in strange.items():
+            lines = frame.filter(found)[LINE]
+            checks.add("warning", "strange_id", message, len(lines), file=table.path.name, lines=lines.head(5))
+            frame = frame.filter(~found)
+    return frame
+
+
+def _note_large_floats(columns: Mapping[str, pl.Series], checks: Checks, file: str) -> None:
+    for role in ("user_id", "item_id"):
+        if columns[role].dtype.is_float():
+            large = int((columns[role].abs() > EXACT).sum())
+            message = f"rows with a {role} above 2^53 that came as a float: different ids may have become one"
+            checks.add("warning", "large_float_id", message, large, file=file)
 
 
 def _ordered(frame: pl.DataFrame, timed: bool) -> pl.DataFrame:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from recllm.data.events import EXTRA, Duplicates
 from recllm.data.read import read_dataset
 from recllm.data.sets import Dataset
+from recllm.data.times import YEAR_2200
 from recllm.errors import RecllmError, unknown
 from recllm.files import whole_folder
 from recllm.recipes import Settings, parse, read_toml
@@ -41,7 +42,7 @@ class Source(Settings):
     interactions: str | None = None
     """A file of its own for the interactions."""
     items: str | None = None
-    """A file of its own for the items."""
+    """A file of its own for the items. Without it a source of `interactions` alone has none."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our name = the file's column, for the interactions."""
     item_columns: dict[str, str] = Field(default_factory=dict)
@@ -75,6 +76,16 @@ class Source(Settings):
             raise ValueError("give data (a name or a folder) or interactions (a file)")
         return self
 
+    @property
+    def of_users(self) -> str:
+        """The namespace of its user ids."""
+        return self.name if self.users is None else self.users
+
+    @property
+    def of_items(self) -> str:
+        """The namespace of its item ids."""
+        return self.name if self.items_namespace is None else self.items_namespace
+
 
 class Join(Settings):
     """A join file."""
@@ -85,6 +96,18 @@ class Join(Settings):
     with what the earlier ones said. The first cannot know what the user did later: a split in time would show it."""
     merged_weight: Literal["largest", "sum"] = "largest"
     """What the last event weighs: as the heaviest of those it stands for, or as all of them."""
+
+    @model_validator(mode="after")
+    def _namespaces_are_apart(self) -> "Join":
+        for spaces in ({source.of_users for source in self.source}, {source.of_items for source in self.source}):
+            for space in spaces:
+                inside = sorted(other for other in spaces if space and other.startswith(space + SEPARATOR))
+                if inside:
+                    raise ValueError(
+                        f"the namespaces '{space}' and '{inside[0]}' could make one id of two: name them so that none "
+                        f"begins with another and '{SEPARATOR}'"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _agrees(self) -> "Join":
@@ -117,9 +140,7 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
     events, items = [], []
     for source in join.source:
         dataset = _read(source)
-        for finding in dataset.report.findings:
-            if finding.severity == "warning":
-                say(f"{source.name}: {finding.text()}")
+        _say_warnings(source, dataset, say)
         frame = dataset.interactions.frame
         kinds = None if source.event is None else frame[EXTRA + source.event].cast(pl.String)
         frame = _weighted(source, _with_kinds(source, frame, kinds), say)
@@ -147,9 +168,18 @@ def _read(source: Source) -> Dataset:
             item_columns=source.item_columns,
             duplicates="keep" if source.event else source.duplicates,
             extra=() if source.event is None else (source.event,),
+            items_beside=bool(source.data),  # beside a log may lie the items of another source
         )
     except RecllmError as error:
         raise RecllmError(f"Source '{source.name}': {error}") from None
+
+
+def _say_warnings(source: Source, dataset: Dataset, say: Callable[[str], None]) -> None:
+    for finding in dataset.report.findings:
+        if finding.code == "order_against_time":
+            say(f"{source.name}: events that stand before an earlier one by the order column; a join goes by time")
+        elif finding.severity == "warning":
+            say(f"{source.name}: {finding.text()}")
 
 
 def _with_kinds(source: Source, frame: pl.DataFrame, kinds: pl.Series | None) -> pl.DataFrame:
@@ -183,21 +213,29 @@ def _weighted(source: Source, frame: pl.DataFrame, say: Callable[[str], None]) -
     if left_out:
         say(f"{source.name}: {left_out:,} events of kinds that [source.events] does not name, left out")
     frame = frame.filter(pl.col("weight").is_not_null())
+    time = (pl.col("timestamp").cast(pl.Float64) + source.clock).round()
+    outside = frame.select(time.is_between(0, YEAR_2200, closed="left").not_().sum()).item()
+    if outside:
+        raise RecllmError(
+            f"Source '{source.name}': clock = {source.clock:g} moves {outside:,} events out of the years 1970 to 2200. "
+            "It is in seconds."
+        )
     say(f"{source.name}: {len(frame):,} events of {frame['user_id'].n_unique():,} users")
     return frame.select(
-        _inside(source.users, source.name, "user_id"),
-        _inside(source.items_namespace, source.name, "item_id"),
+        _inside(source.of_users, "user_id"),
+        _inside(source.of_items, "item_id"),
         pl.col("rating").cast(pl.Float32),
-        (pl.col("timestamp").cast(pl.Float64) + source.clock).round().cast(pl.Int64).alias("timestamp"),
+        time.cast(pl.Int64).alias("timestamp"),
         "seq",
         "weight",
         pl.lit(source.name).alias("source"),
     )
 
 
-def _inside(namespace: str | None, name: str, column: str) -> pl.Expr:
-    prefix = name if namespace is None else namespace
-    return pl.col(column) if prefix == "" else pl.concat_str(pl.lit(prefix + SEPARATOR), pl.col(column)).alias(column)
+def _inside(namespace: str, column: str) -> pl.Expr:
+    if namespace == "":
+        return pl.col(column)
+    return pl.concat_str(pl.lit(namespace + SEPARATOR), pl.col(column)).alias(column)
 
 
 def _in_time(frame: pl.DataFrame, names: list[str], events: list[pl.DataFrame]) -> pl.DataFrame:
@@ -234,7 +272,7 @@ def _numbered(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _named_items(source: Source, dataset: Dataset) -> pl.DataFrame:
-    return dataset.catalog.frame.with_columns(_inside(source.items_namespace, source.name, "item_id"))
+    return dataset.catalog.frame.with_columns(_inside(source.of_items, "item_id"))
 
 
 def _merged(items: list[pl.DataFrame]) -> pl.DataFrame:

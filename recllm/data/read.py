@@ -10,7 +10,7 @@ from recllm.data.columns import EVENT_COLUMNS, ITEM_COLUMNS, demand, map_columns
 from recllm.data.events import Duplicates, normalise_events
 from recllm.data.items import normalise_items
 from recllm.data.sets import Catalog, Dataset, Interactions
-from recllm.data.tables import BUDGET, LINE, SUFFIXES, open_table
+from recllm.data.tables import BUDGET, LINE, SUFFIXES, Table, open_table
 from recllm.errors import RecllmError, unknown
 from recllm.fetch import read_marker, resolve_data
 
@@ -29,6 +29,7 @@ def read_dataset(
     duplicates: Duplicates = "first",
     budget: int = BUDGET,
     extra: Sequence[str] = (),
+    items_beside: bool = True,
 ) -> Dataset:
     """Read, normalise and check a data set.
 
@@ -43,6 +44,7 @@ def read_dataset(
         duplicates: which event of one user with one item stays.
         budget: most bytes that a file may take in memory.
         extra: further columns of the interactions' file that are kept as they are.
+        items_beside: without `items` look for a file of items by its name, in the folder or beside the log.
 
     Raises:
         RecllmError: an unknown name, a file that is missing, empty, broken or too large, or a column that is missing.
@@ -53,7 +55,9 @@ def read_dataset(
         event_file = _given(interactions, folder)
     else:
         event_file = place if place.is_file() else _event_file(folder)
-    item_file = _given(items, folder) if items is not None else _only(folder, ITEM_FILES)
+    item_file = _only(folder, ITEM_FILES) if items is None and items_beside else None
+    if items is not None:
+        item_file = _given(items, folder)
     checks = Checks()
     events = _read_events(event_file, columns, duplicates, budget, checks, extra)
     texts = None if item_file is None else _read_items(item_file, item_columns, budget, checks)
@@ -138,6 +142,7 @@ def _read_events(
         if name not in table.columns:
             raise unknown(f"column of {path.name}", name, table.columns)
     checks.facts["interactions_file"] = path.name
+    _note_encoding(table, checks)
     return normalise_events(table, mapping, duplicates, checks, extra)
 
 
@@ -146,7 +151,16 @@ def _read_items(path: Path, columns: Mapping[str, str] | None, budget: int, chec
     mapping = map_columns(table, ITEM_COLUMNS, columns, "data.item_columns")
     demand(table, mapping, ("item_id",), "data.item_columns")
     checks.facts["items_file"] = path.name
+    _note_encoding(table, checks)
     return normalise_items(table, mapping, checks)
+
+
+def _note_encoding(table: Table, checks: Checks) -> None:
+    # The research sets of these kinds are of Western Europe and older than UTF-8: nothing is doubtful there.
+    known = table.path.suffix.lower() in (".data", ".dat", ".item", ".inter", ".user")
+    lines, message = table.not_utf8, "lines that are not UTF-8, read as Windows-1252"
+    shown, file = lines[:LINES_SHOWN], table.path.name
+    checks.add("info" if known else "warning", "not_utf8", message, len(lines), file=file, lines=shown)
 
 
 def _completed(events: pl.DataFrame, items: pl.DataFrame | None, file: str, checks: Checks) -> Catalog:

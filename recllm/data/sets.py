@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recllm.data.checks import CheckReport
+from recllm.data.texts import identifier
 from recllm.errors import RecllmError, unknown
 from recllm.process import FORKS
 
@@ -179,9 +180,12 @@ def _checked(record: Mapping[str, str], columns: list[str], known: set[str]) -> 
     for name in record:
         if name not in columns:
             raise unknown("item field", name, columns)
-    fields = {name: " ".join(_text(value).split()) or None for name, value in record.items() if value is not None}
-    given = record.get("item_id")
-    item_id = "" if given is None else str(given).strip()  # white space inside an id is a part of it
+    given = {name: value for name, value in record.items() if value is not None and value == value}  # NaN is missing
+    fields = {name: " ".join(_text(value).split()) or None for name, value in given.items()}
+    try:
+        item_id = identifier(given.get("item_id", ""))  # white space inside an id is a part of it
+    except ValueError as error:
+        raise RecllmError(f"A new item's item_id: {error}.") from None
     if not item_id:
         raise RecllmError(f"A new item needs 'item_id'; its fields are: {', '.join(record) or 'none'}.")
     if item_id in known:

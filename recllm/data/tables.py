@@ -4,8 +4,10 @@ import csv
 import importlib
 import io
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +16,14 @@ from recllm.errors import RecllmError, unknown
 
 POLARS_FAILS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 """What Polars raises of a file that it cannot read; for some columns of Parquet it panics."""
+# Arrow writes zones such as "-03:30", which Polars takes for no zone and panics at; the times beside are in UTC anyway.
+os.environ.setdefault("POLARS_IGNORE_TIMEZONE_PARSE_ERROR", "1")
+BOM, UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+"""The marks that a file of UTF-8 and one of UTF-16 may begin with."""
+UNDEFINED = frozenset(b"\x81\x8d\x8f\x90\x9d")
+"""Bytes that Windows-1252 has no letter for."""
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What bytes that are not UTF-8 are read as (surrogateescape)."""
 LINE = "_line"
 BUDGET = 8 << 30
 """Most bytes that a file may take in memory."""
@@ -49,6 +59,8 @@ class Table:
     frame: pl.LazyFrame
     """All columns and `LINE`: the line in the file, from 1, the header counted; in Parquet the row."""
     types: dict[str, str] = field(default_factory=dict)
+    not_utf8: tuple[int, ...] = ()
+    """Lines that were read as Windows-1252, for they are not UTF-8."""
 
     def read(self, columns: Iterable[str]) -> pl.DataFrame:
         """`columns` and `LINE`, in file order.
@@ -101,7 +113,8 @@ def _open(path: Path, kind: str, budget: int) -> Table:
         return _headless(path, "::", MOVIES if "movie" in path.name or "item" in path.name else RATINGS)
     if kind in {"inter", "item", "user"}:
         return _atomic(path)
-    return _table(path, _scan(path, delimiter_of(path), quote='"'))
+    frame, not_utf8 = _scan(path, delimiter_of(path), quote='"')
+    return replace(_table(path, frame), not_utf8=not_utf8)
 
 
 def delimiter_of(path: Path) -> str:
@@ -118,16 +131,22 @@ def _table(path: Path, frame: pl.LazyFrame) -> Table:
 
 
 def _plain(path: Path) -> Path | io.BytesIO:
-    """A path that polars takes as it is: brackets in it would be a pattern."""
-    return io.BytesIO(path.read_bytes()) if set(str(path)) & set("*?[]") else path
+    """A path that polars takes as it is: brackets in it would be a pattern, and of JSON it reads no mark of UTF-8."""
+    with path.open("rb") as stream:
+        marked = stream.read(len(BOM)) == BOM
+    if marked or set(str(path)) & set("*?[]"):
+        return io.BytesIO(path.read_bytes().removeprefix(BOM))
+    return path
 
 
-def _scan(path: Path, separator: str, quote: str | None) -> pl.LazyFrame:
-    """Scan a text file with a header, everything as text; what is not UTF-8 is read as Latin-1."""
+def _scan(path: Path, separator: str, quote: str | None) -> tuple[pl.LazyFrame, tuple[int, ...]]:
+    """Scan a text file with a header, everything as text; with the lines that are not UTF-8."""
     source: Path | io.BytesIO = path
+    not_utf8: tuple[int, ...] = ()
     if not _is_utf8(path):
-        source = io.BytesIO(path.read_text(encoding="latin-1").encode())
-    return pl.scan_csv(
+        text, not_utf8 = _decoded(path)
+        source = io.BytesIO(text.encode())
+    frame = pl.scan_csv(
         source,
         separator=separator,
         quote_char=quote,
@@ -136,6 +155,7 @@ def _scan(path: Path, separator: str, quote: str | None) -> pl.LazyFrame:
         row_index_name=LINE,
         row_index_offset=2,
     )
+    return frame, not_utf8
 
 
 def _is_utf8(path: Path) -> bool:
@@ -148,17 +168,36 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
+def _decoded(path: Path) -> tuple[str, tuple[int, ...]]:
+    """The text of a file, with its lines that are not UTF-8: one such line does not spoil those that are.
+
+    Raises:
+        RecllmError: the file is UTF-16.
+    """
+    raw = path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n")
+    if raw.startswith(UTF_16):
+        raise RecllmError(f"{path} is UTF-16. Write it as UTF-8.")
+    lines, not_utf8 = [], []
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            not_utf8.append(number)
+            lines.append(line.decode("cp1252") if not set(line) & UNDEFINED else line.decode("latin-1"))
+    return "\n".join(lines), tuple(not_utf8)
+
+
 def _atomic(path: Path) -> Table:
     """RecBole: tab separated, `name:type` in the header, no quotes."""
-    frame = _scan(path, "\t", quote=None)
+    frame, not_utf8 = _scan(path, "\t", quote=None)
     pairs = [(name, *name.partition(":")[::2]) for name in frame.collect_schema().names() if name != LINE]
     frame = frame.rename({full: name for full, name, _ in pairs})
-    return Table(path, [name for _, name, _ in pairs], frame, {name: kind for _, name, kind in pairs})
+    return Table(path, [name for _, name, _ in pairs], frame, {name: kind for _, name, kind in pairs}, not_utf8)
 
 
 def _headless(path: Path, separator: str, columns: list[str]) -> Table:
     """MovieLens' formats without a header; polars wants one byte as separator, so `::` becomes a control character."""
-    text = path.read_text(encoding="utf-8" if _is_utf8(path) else "latin-1")
+    text, not_utf8 = _decoded(path)
     one = "\x1f" if len(separator) > 1 else separator
     frame = pl.scan_csv(
         io.BytesIO(text.replace(separator, one).encode()),
@@ -169,7 +208,7 @@ def _headless(path: Path, separator: str, columns: list[str]) -> Table:
         row_index_name=LINE,
         row_index_offset=1,
     )
-    return Table(path, columns, frame)
+    return Table(path, columns, frame, not_utf8=not_utf8)
 
 
 def _u_item(path: Path) -> Table:
@@ -178,7 +217,8 @@ def _u_item(path: Path) -> Table:
     table = _headless(path, "|", [*plain, *GENRES_100K])
     flags = [pl.when(pl.col(name).str.strip_chars() == "1").then(pl.lit(name)) for name in GENRES_100K]
     genres = pl.concat_str(flags, separator="|", ignore_nulls=True).alias("genres")
-    return Table(path, [*plain, "genres"], table.frame.select(LINE, *plain, genres))
+    frame = table.frame.select(LINE, *plain, genres)
+    return Table(path, [*plain, "genres"], frame, not_utf8=table.not_utf8)
 
 
 def _parquet(path: Path, budget: int) -> Table:
@@ -235,38 +275,51 @@ def _csv_starts(path: Path) -> list[int]:
 
 def _broken(path: Path, error: BaseException) -> RecllmError:
     """Say which line is wrong; polars itself names no line."""
-    finder = {".csv": _wide_row, ".tsv": _wide_row, ".jsonl": _bad_json, ".ndjson": _bad_json}.get(path.suffix.lower())
+    finder = {".csv": _bad_row, ".tsv": _bad_row, ".jsonl": _bad_json, ".ndjson": _bad_json}.get(path.suffix.lower())
     found = finder(path) if finder else None
     return RecllmError(f"{path} cannot be read: {found or ' '.join(str(error).split())[:200]}.")
 
 
-def _wide_row(path: Path) -> str | None:
+def _bad_row(path: Path) -> str | None:
     with path.open(encoding="latin-1", newline="") as stream:
-        rows = csv.reader(stream, delimiter=delimiter_of(path))
-        header = next(rows, [])
-        for row in rows:
-            if len(row) > len(header):
-                line = rows.line_num
-                sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter_of(path)]
-                return (
-                    f"line {line} has {len(row)} fields, the header has {len(header)}; a text with {sign} needs quotes"
-                )
+        rows = csv.reader(stream, delimiter=delimiter_of(path), strict=True)
+        width, first = None, 1
+        try:
+            for row in rows:
+                width = width or len(row)
+                if len(row) > width:
+                    sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter_of(path)]
+                    return (
+                        f"line {first} has {len(row)} fields, the header has {width}; a text with {sign} needs quotes"
+                    )
+                first = rows.line_num + 1
+        except csv.Error as error:
+            return (
+                f"line {first} is not CSV ({error}); a quote opens and closes a whole field, and is doubled inside one"
+            )
     return None
 
 
 def _bad_json(path: Path) -> str | None:
     for number, line in _lines(path):
+        if NOT_UTF8.search(line):
+            return f"line {number} is not UTF-8"
         try:
-            fields = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"line {number} is not JSON ({error.msg})"
+            fields = json.loads(line, parse_constant=_no_constant) if line.strip() else {}
+        except ValueError as error:
+            return f"line {number} is not JSON ({getattr(error, 'msg', error)})"
         if not isinstance(fields, dict):
             return f"line {number} is not a JSON object"
     return None
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON: null stands for a missing one")
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8", errors="replace") as stream:
+    """Numbered lines, with `NOT_UTF8` for what cannot be read."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
         yield from enumerate(stream, start=1)
 
 

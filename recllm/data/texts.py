@@ -1,4 +1,7 @@
-"""Columns of any type as text: ids and item text."""
+"""Columns of any type as text: ids and item text; and single values as ids."""
+
+from decimal import Decimal
+from typing import Any
 
 import polars as pl
 
@@ -11,8 +14,11 @@ NUMBER_WITHOUT_FRACTION = r"^(-?\d+)\.0+$"
 
 
 def as_ids(column: pl.Series) -> pl.Series:
-    """Ids as stripped text, null where empty; numbers that became floats (by a missing one) lose their `.0`."""
-    text = _id_text(pl.col(column.name), of_floats=column.dtype.is_float())
+    """Ids as stripped text, null where empty.
+
+    Numbers that became floats (by a missing one) or are decimals lose their `.0`.
+    """
+    text = _id_text(pl.col(column.name), column.dtype)
     return column.to_frame().select(text).to_series()
 
 
@@ -23,15 +29,19 @@ def as_id_lists(column: pl.Series) -> pl.Series:
         pl.exceptions.PolarsError: no column of lists of text or numbers.
     """
     column = column.cast(pl.List(pl.String)) if column.dtype == pl.Null else column
-    inner = column.dtype.inner if isinstance(column.dtype, pl.List | pl.Array) else None
-    text = _id_text(pl.element(), of_floats=inner is not None and inner.is_float())
+    inner: pl.DataType | None = column.dtype.inner if isinstance(column.dtype, pl.List | pl.Array) else None  # type: ignore[assignment]
+    text = _id_text(pl.element(), inner)
     return column.to_frame().select(pl.col(column.name).list.eval(text).fill_null([])).to_series()
 
 
-def _id_text(ids: pl.Expr, *, of_floats: bool) -> pl.Expr:
+def _id_text(ids: pl.Expr, kind: pl.DataType | None) -> pl.Expr:
     text = ids.cast(pl.String).str.strip_chars()
-    if of_floats:
-        text = text.str.replace(NUMBER_WITHOUT_FRACTION, "${1}").replace("NaN", None)
+    if kind is not None and kind.is_float():
+        # Large ones would be written with an exponent.
+        whole = pl.coalesce(ids.cast(pl.Int64, strict=False).cast(pl.String), text)
+        text = pl.when(ids.is_finite() & (ids == ids.floor())).then(whole).otherwise(text.replace("NaN", None))
+    elif kind is not None and kind.is_decimal():
+        text = text.str.replace(NUMBER_WITHOUT_FRACTION, "${1}")
     return text.replace("", None)
 
 
@@ -69,3 +79,20 @@ def _names(kind: pl.Struct) -> str | None:
     """The field of a structure that says in words what it is."""
     words = [field.name for field in kind.fields if field.dtype == pl.String]
     return next((name for wanted in NAMING for name in words if name.lower() == wanted), None)
+
+
+def identifier(value: Any) -> str:  # noqa: ANN401
+    """An id as text; a whole number that became a float, as a missing one in its column makes it, loses its `.0`.
+
+    So does a decimal number, as warehouses keep ids.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{value!r:.60} is no id")
+    text = str(value).strip()
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{text!a:.60} has half of a character, which no file can hold")
+    return text

@@ -1,0 +1,156 @@
+"""Files as they come: mixed encodings, open quotes, ids as floats, zones of half an hour; told, not guessed."""
+
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+
+import polars as pl
+import pytest
+
+from recllm.data import read_dataset, read_interactions, read_items
+from recllm.data.texts import as_id_lists, as_ids, identifier
+from recllm.errors import RecllmError
+
+LOG = "user_id,item_id\na,1\na,2\nb,3\n"
+
+
+def written(folder, name, text):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder / name
+
+
+def findings(folder):
+    return {finding.code: finding for finding in read_dataset(str(folder)).report.findings}
+
+
+@pytest.mark.parametrize(("name", "severity"), [("items.csv", "warning"), ("films.item", "info")])
+def test_a_line_that_is_not_utf8_does_not_spoil_those_that_are(name, severity, tmp_path):
+    written(tmp_path, "interactions.csv", LOG)
+    sign = b"," if name == "items.csv" else b"\t"
+    lines = [b"item_id,title", b"1,Am\xc3\xa9lie", b"2,Schindler\x92s List", b"3,cut \xe9\x81"]
+    written(tmp_path, name, b"\r\n".join(lines).replace(b",", sign))
+    titles = read_dataset(str(tmp_path)).catalog.frame.rows()
+    assert titles == [("1", "Amélie"), ("2", "Schindler’s List"), ("3", "cut é\x81")]
+    finding = findings(tmp_path)["not_utf8"]
+    assert (finding.severity, finding.count, finding.lines, finding.file) == (severity, 2, (3, 4), name)
+    written(tmp_path, name, b"\n".join(lines[:2]).replace(b",", sign))
+    assert "not_utf8" not in findings(tmp_path)
+
+
+def test_utf_16_is_refused_by_its_name(tmp_path):
+    path = written(tmp_path, "log.csv", LOG.encode("utf-16"))
+    with pytest.raises(RecllmError, match=r"log.csv is UTF-16. Write it as UTF-8"):
+        read_interactions(path)
+
+
+def test_json_lines_may_begin_with_the_mark_of_utf8(tmp_path):
+    path = written(tmp_path, "log.jsonl", '\ufeff{"user_id": "a", "item_id": "1"}\n{"user_id": "b", "item_id": "2"}\n')
+    assert read_interactions(path).frame["user_id"].to_list() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "log.csv",
+            'user_id,item_id\na,1\na,"Foo\nb,2\n',
+            r"line 3 is not CSV .*a quote opens and closes a whole field",
+        ),
+        ("log.tsv", 'user_id\titem_id\na\t1\nb\t"Al" Yankovic\n', r"line 3 is not CSV .*is doubled inside one"),
+        (
+            "log.jsonl",
+            '{"user_id": "a", "item_id": 1}\n{"user_id": "b", "item_id": NaN}\n',
+            r"line 2 is not JSON \(NaN",
+        ),
+        (
+            "log.jsonl",
+            b'{"user_id": "a", "item_id": "\xef\xbf\xbd"}\n{"user_id": "\xe9", "item_id": "1"}\n',
+            "line 2 is not UTF-8",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_told_with_its_line(name, text, message, tmp_path):
+    with pytest.raises(RecllmError, match=message):
+        read_interactions(written(tmp_path, name, text))
+
+
+def test_an_id_with_a_line_break_is_a_quote_that_was_not_closed(tmp_path):
+    written(tmp_path, "interactions.csv", 'user_id,item_id\na,1\na,"3\n4,5\n6,7"\n8,9\n')
+    dataset = read_dataset(str(tmp_path))
+    assert dataset.interactions.frame["item_id"].to_list() == ["1", "9"]
+    finding = findings(tmp_path)["strange_id"]
+    assert (finding.count, finding.lines) == (1, (3,))
+
+
+def test_an_id_that_is_a_list_is_dropped_and_told(tmp_path):
+    rows = [
+        '{"user_id": "a", "item_id": "1"}',
+        '{"user_id": "a", "item_id": ["b"]}',
+        '{"user_id": "[x]", "item_id": "2"}',
+    ]
+    written(tmp_path, "interactions.jsonl", "\n".join(rows))
+    assert read_dataset(str(tmp_path)).interactions.frame["item_id"].to_list() == ["1", "2"]
+    finding = findings(tmp_path)["strange_id"]
+    assert (finding.count, finding.lines) == (1, (2,))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "texts"),
+    [
+        ([1.0, -1.0, 1.5, 1.5e16, float("nan"), None], pl.Float64, ["1", "-1", "1.5", "15000000000000000", None, None]),
+        ([Decimal("17.00"), Decimal("-3.00"), Decimal("17.50")], pl.Decimal(10, 2), ["17", "-3", "17.50"]),
+        (["17.00", " x ", ""], pl.String, ["17.00", "x", None]),
+    ],
+)
+def test_an_id_is_one_text_wherever_it_stands(values, kind, texts):
+    assert as_ids(pl.Series("id", values, dtype=kind)).to_list() == texts
+    assert as_id_lists(pl.Series("ids", [values], dtype=pl.List(kind))).to_list() == [texts]
+    whole = [(value, text) for value, text in zip(values, texts, strict=True) if text and "." not in text]
+    assert [identifier(value) for value, _ in whole] == [text for _, text in whole]
+
+
+def test_floats_that_tell_ids_no_longer_apart_are_warned_of(tmp_path):
+    frame = pl.DataFrame({"user_id": [2.0**53, 2.0**53 + 2, None], "item_id": ["1", "2", "3"]})
+    frame.write_parquet(tmp_path / "interactions.parquet")
+    assert findings(tmp_path)["large_float_id"].count == 1
+    frame.with_columns(pl.col("user_id").cast(pl.Int64)).write_parquet(tmp_path / "interactions.parquet")
+    assert "large_float_id" not in findings(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pl.Int64, pl.String])
+def test_an_order_of_large_whole_numbers_has_no_ties(kind, tmp_path):
+    places = [2**60 + 1, 2**60, None]
+    frame = pl.DataFrame({"user_id": ["a"] * 3, "item_id": ["late", "early", "last"], "seq": pl.Series(places)})
+    frame.with_columns(pl.col("seq").cast(kind)).write_parquet(tmp_path / "log.parquet")
+    assert read_interactions(tmp_path / "log.parquet").frame["item_id"].to_list() == ["early", "late", "last"]
+
+
+def test_an_order_with_fractions_is_one(tmp_path):
+    path = written(tmp_path, "log.csv", "user_id,item_id,seq\na,late,1.5\na,early,1.25\n")
+    assert read_interactions(path).frame["item_id"].to_list() == ["early", "late"]
+
+
+@pytest.mark.parametrize("minutes", [-210, 330, 120])
+def test_times_of_any_zone_are_those_of_utc(minutes, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    zone = timezone(timedelta(minutes=minutes))
+    at = datetime(2020, 9, 13, 12, 26, 40, tzinfo=UTC)
+    name = at.astimezone(zone).strftime("%z")
+    kind = pyarrow.timestamp("us", f"{name[:3]}:{name[3:]}")
+    table = pyarrow.table({"user_id": ["a"], "item_id": ["1"], "timestamp": pyarrow.array([at], kind)})
+    parquet.write_table(table, tmp_path / "log.parquet")
+    assert read_interactions(tmp_path / "log.parquet").frame["timestamp"].to_list() == [1_600_000_000]
+
+
+def test_a_new_item_without_text_has_none(tmp_path):
+    path = written(tmp_path, "items.csv", "item_id,title,genres\n1,One,x\n")
+    nothing = float("nan")
+    more = read_items(path).with_items([{"item_id": 2.0, "title": nothing, "genres": nothing}])
+    assert more.frame.rows()[-1] == ("2", None, None)
+    for wrong, message in (
+        (True, "item_id: True is no id"),
+        (2.5, "item_id: 2.5 is no id"),
+        (nothing, "needs 'item_id'"),
+    ):
+        with pytest.raises(RecllmError, match=message):
+            read_items(path).with_items([{"item_id": wrong, "title": "Two"}])
