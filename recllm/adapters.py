@@ -57,6 +57,10 @@ PLACEHOLDER_STEPS = 1_000_000
 """AdaLoRA wants its number of steps before anybody knows it; training sets the right one."""
 
 
+LORA_RANK = 8
+"""PEFT's own, where nothing is said."""
+
+
 class AdapterRecipe(Settings):
     """One file of adapters/."""
 
@@ -106,17 +110,7 @@ def load_adapter(settings: AdapterSettings, file: str | None = None) -> AdapterR
     if recipe.config.get("task_type"):
         raise RecllmError("adapter.task_type is PEFT's for models with a head; recllm has its own. Leave it out.")
     _check_quantization(recipe, path)
-    if recipe.start == "eva" and (recipe.tuner != "lora" or "eva_config" in recipe.config):
-        raise RecllmError(
-            "adapter.init_lora_weights = 'eva' is for the tuner 'lora' without an eva_config: recllm keeps the same "
-            "rank in every layer, for a trained adapter is loaded into matrices of the recipe's own shapes."
-        )
-    if recipe.start == LOFTQ:
-        _check_loftq(recipe)
-    if recipe.start in UNSUPPORTED:
-        raise RecllmError(
-            f"adapter.init_lora_weights = '{recipe.start}' is not supported: {UNSUPPORTED[recipe.start]}."
-        )
+    _check_start(recipe)
     return recipe
 
 
@@ -146,8 +140,25 @@ def _check_quantization(recipe: AdapterRecipe, path: Path) -> None:
         raise unknown(f"bnb_4bit_quant_type in {path}", made.bnb_4bit_quant_type, QUANT_TYPES)
     if recipe.start == "orthogonal":
         raise RecllmError(
-            "adapter.init_lora_weights = 'orthogonal' changes the base weights, and those of a quantised base stay as "
-            "they are. Take another start."
+            "adapter.init_lora_weights = 'orthogonal' is made in the number type of the base weights, and those of a "
+            "quantised base are integers. Take another start."
+        )
+
+
+def _check_start(recipe: AdapterRecipe) -> None:
+    """Check that LoRA can start as asked, and be served."""
+    if recipe.start == "eva" and (recipe.tuner != "lora" or "eva_config" in recipe.config):
+        raise RecllmError(
+            "adapter.init_lora_weights = 'eva' is for the tuner 'lora' without an eva_config: recllm keeps the same "
+            "rank in every layer, for a trained adapter is loaded into matrices of the recipe's own shapes."
+        )
+    if recipe.start == LOFTQ:
+        _check_loftq(recipe)
+    if recipe.start == "orthogonal" and int(recipe.config.get("r", LORA_RANK)) % 2:
+        raise RecllmError("adapter.init_lora_weights = 'orthogonal' splits the rank in two: take an even adapter.r.")
+    if recipe.start in UNSUPPORTED:
+        raise RecllmError(
+            f"adapter.init_lora_weights = '{recipe.start}' is not supported: {UNSUPPORTED[recipe.start]}."
         )
 
 

@@ -20,7 +20,7 @@ from recllm.sessions import INTEGERS
 ADAPTER, CARD = "adapter", "README.md"
 """In the folder of the language model's stage: the adapter as PEFT saves it; in that and in a bundle: the card."""
 NOT_YET = "Not evaluated yet"
-OWN_START = ("pissa", "olora", "orthogonal", LOFTQ)
+OWN_START = ("pissa", "olora", LOFTQ)
 """Starts of LoRA that change the base model's weights or make up for its 4 bits: not for PEFT to put on the base."""
 
 

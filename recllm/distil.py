@@ -24,7 +24,7 @@ from recllm.ranking import Scores, batches, mask_seen, top_k
 from recllm.revisions import check_same_models
 from recllm.runs import Run, check_same_data, load_run
 from recllm.scoring import known_scores, scorer_makers
-from recllm.tasks import Task
+from recllm.tasks import Task, prepare
 from recllm.trained import load_collaborative
 from recllm.windows import Rows, Taught
 
@@ -167,7 +167,7 @@ def _ask(teacher: Run, task: Task, histories: Sequence[tuple[Rows, Rows]], say: 
     """The best items with events after every history, int64[histories, targets], and their shares, float32."""
     parts = load_collaborative(teacher, task)
     fusion = Fusion.load(teacher.folder / "fusion.json")
-    scale = _scale(teacher, task, fusion, say)
+    scale = _scale(teacher, fusion, say)
     made = scorer_makers(teacher, task, parts)
     fused = FusedScorer({name: made[name]() for name in fusion.names}, fusion, task.split.train.item_counts())
     count = min(TARGETS, int(task.warm.sum()))
@@ -190,8 +190,12 @@ def _ask(teacher: Run, task: Task, histories: Sequence[tuple[Rows, Rows]], say: 
     return items, shares
 
 
-def _scale(teacher: Run, task: Task, fusion: Fusion, say: Say) -> float:
-    """What the fused scores are multiplied by so that their softmax says validation's next items best."""
+def _scale(teacher: Run, fusion: Fusion, say: Say) -> float:
+    """What the fused scores are multiplied by so that their softmax says validation's next items best.
+
+    The validation is the teacher's own, whose scores lie in its folder: the student's may have fewer rows.
+    """
+    task = prepare(teacher)
     protocol = evaluation_protocol(teacher, task)
     examples = protocol.examples("valid")
     scores = known_scores(teacher, task, load_collaborative(teacher, task), say)["valid"]

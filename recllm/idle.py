@@ -31,6 +31,16 @@ WITHOUT_TEACHER = ("light.taught", "light.taught_weight")
 """Keys of `[light]` that say how a teacher is learnt from."""
 WHERE_PAIRS_ARE_JUDGED = ("model.head_width", "light.per_device_train_batch_size")
 """Keys that say nothing where pairs are judged, beside two whole tables."""
+WITHOUT_SOFT_TOKENS = ("model.factor_dropout", "train.head_learning_rate")
+"""Keys that say nothing where pairs are judged from words alone."""
+OF_SPLITS = {
+    "data.min_events": ("leave-last-out", "cold-items"),
+    "data.cold_share": ("cold-items",),
+    "data.given_back": ("cold-items",),
+    "data.shots": ("given",),
+    "data.rated_histories": ("given",),
+}
+"""Keys that only some ways to split read."""
 
 
 def idle_keys(run: Run) -> dict[str, list[str]]:
@@ -69,6 +79,11 @@ def _idle(run: Run) -> Iterator[tuple[str, list[str]]]:
     if judges:
         judged = _among([*changed["model"], *light], WHERE_PAIRS_ARE_JUDGED)
         yield "model.task = relevance", [*judged, *changed["transitions"], *changed["neighbours"]]
+        if not run.model.soft_tokens:
+            words = _among([*changed["model"], *changed["train"]], WITHOUT_SOFT_TOKENS)
+            yield "model.soft_tokens = false", words
+    other = [key for key in changed["data"] if run.data.split not in OF_SPLITS.get(key, (run.data.split,))]
+    yield f"data.split = {run.data.split}", other
 
 
 def _among(keys: list[str], some: tuple[str, ...]) -> list[str]:

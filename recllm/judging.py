@@ -48,6 +48,7 @@ from recllm.trained import (
     save_stage,
     stage_done,
 )
+from recllm.trainerkeys import MEASURES
 from recllm.trees import TreeCollator, Written, reads_trees
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import start
@@ -197,7 +198,7 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures, say: Say = l
         valid_collator=PairCollator(),
         arguments=arguments,
         compute_metrics=auc_metric,
-        measures=("auc",),
+        measures=MEASURES["relevance"],
     )
 
 
@@ -337,7 +338,7 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
         valid_collator=collator,
         arguments=arguments,
         compute_metrics=auc_metric,
-        measures=("auc",),
+        measures=MEASURES["relevance"],
         adapter_learning_rate=settings.learning_rate,
         patience=settings.early_stopping_patience,
     )

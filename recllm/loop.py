@@ -20,17 +20,14 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from recllm.adalora import RankBudget, orthogonality
 from recllm.checkpoints import WEIGHTS, Seal, SoundBest, load_trained, save_trained, trained_values
 from recllm.devices import on_cpu, process_state, sharded
-from recllm.errors import RecllmError, unknown
+from recllm.errors import RecllmError
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
 from recllm.lean import compile_layers, lean
@@ -38,12 +35,10 @@ from recllm.metrics import Ranks, hit_rate, ndcg
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.sharded import name_layers, reshard
 from recllm.softtokens import SoftTokens
-from recllm.tracking import check_trackers, own_tensorboard, own_wandb_run
+from recllm.tracking import own_tensorboard, own_wandb_run
+from recllm.trainerkeys import APART, COMPILING, MEASURES, check_best, training_arguments
 from recllm.watching import MetricsFile, NonFiniteLossError, Patience, StepLines, Watch, Watched
 
-MEASURES = "ndcg@10", "hit_rate@10"
-COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-"""Trainer's keys that ask for compiled layers."""
 EVALUATIONS = 10
 """Validations, and with them checkpoints, in a stage of training."""
 
@@ -202,63 +197,6 @@ def may_train_in_vain(model: nn.Module) -> bool:
     return any(getattr(body.config, "layerdrop", None) for body in bodies)
 
 
-REFUSED = {
-    "save_only_model": "a resumed training would begin with a new optimizer and schedule, and end elsewhere",
-    "label_smoothing_factor": "Trainer smooths labels of its own models, and the losses here are over items or pairs",
-    "neftune_noise_alpha": "Trainer puts the noise on a model of its own kind, and these read vectors",
-    "prediction_loss_only": "checkpoints are chosen by a metric of validation",
-    "batch_eval_metrics": "the metrics are of all rows together",
-    "ignore_data_skip": "a resumed training would read other rows, and end elsewhere",
-    "auto_find_batch_size": "a batch that does not fit is halved here, with the same rows in a step",
-}
-"""Keys of Trainer that do not go with what is trained here, and why."""
-APART = (
-    "train.eval_steps = {} and train.save_steps = {}: the best validation would have no checkpoint to go back to. Give "
-    "one of them, and the other one follows."
-)
-
-
-def check_trainer_keys(keys: dict[str, Any]) -> None:
-    """Refuse keys of `[train]` that are not Trainer's, before any model loads.
-
-    Raises:
-        RecllmError: an unknown key, with the nearest right one, or a tracker that is not there.
-    """
-    known = {name for name in TrainingArguments.__dataclass_fields__ if name != "output_dir"}
-    for key in keys:
-        if key not in known:
-            raise unknown("key in [train]", key, known)
-        if key in REFUSED and keys[key] not in (None, False, 0):
-            raise RecllmError(f"train.{key} is not supported: {REFUSED[key]}. Leave it out.")
-    _check_values(keys)
-    check_trackers(keys.get("report_to", "none"))
-
-
-def _check_values(keys: dict[str, Any]) -> None:
-    schedule = str(keys.get("lr_scheduler_type", "cosine")).lower()
-    if "plateau" in schedule or "greedy" in schedule:
-        raise RecllmError(
-            f"train.lr_scheduler_type = '{keys['lr_scheduler_type']}' is not supported: its rates hang on losses, and "
-            "a training that goes back to a checkpoint at half the rate could not go on so. Take 'cosine' or 'linear'."
-        )
-    for key, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
-        names = [str(name.value) for name in known]
-        if key in keys and str(keys[key]) not in names:
-            raise unknown(f"train.{key}", str(keys[key]), names)
-    if keys.get("gradient_accumulation_steps", 1) < 1:
-        raise RecllmError("train.gradient_accumulation_steps is at least 1: so many batches make a step.")
-    if keys.get("eval_do_concat_batches") is False:
-        raise RecllmError("train.eval_do_concat_batches = false: the metrics are of all rows together. Leave it out.")
-    if keys.get("train_sampling_strategy", "random") not in ("random", "sequential"):
-        raise RecllmError(
-            "train.train_sampling_strategy is not supported: rows come in the order of the seed, those of like length "
-            "together, so that a resumed training reads the same ones. Leave it out."
-        )
-    asked = keys.get("eval_steps"), keys.get("save_steps")
-    if None not in asked and asked[0] != asked[1]:
-        raise RecllmError(APART.format(*asked))
-
-
 def rows_of_a_step(arguments: dict[str, Any]) -> int:
     """Rows in a step with Trainer's keys, on all processes together."""
     batch: int = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
@@ -302,7 +240,7 @@ class Stage:
     valid_collator: Callable[[Any], dict[str, Tensor]]
     arguments: dict[str, Any]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
-    measures: tuple[str, ...] = MEASURES
+    measures: tuple[str, ...] = MEASURES["next_item"]
     adapter_learning_rate: float | None = None
     patience: int | None = None
 
@@ -328,7 +266,7 @@ class Stage:
             RecllmError: validations that are no checkpoints: the best one could not be gone back to; or the best by
                 what is not measured.
         """
-        self._check_best()
+        check_best(self.arguments, self.measures, self.patience)
         every = self.arguments.get("save_steps") or max(1, math.ceil(self.steps / EVALUATIONS))
         options: dict[str, Any] = {
             "output_dir": str(folder),
@@ -354,27 +292,14 @@ class Stage:
             "eval_steps": every,
         } | self.arguments
         options.setdefault("save_steps", options["eval_steps"])
+        if options["load_best_model_at_end"] and options.get("eval_delay", 0) >= self.steps:
+            raise RecllmError(
+                f"train.eval_delay = {options['eval_delay']} leaves no validation in the {self.steps:,} steps of "
+                f"'{self.scorer}', and so no best one to end with. Lower it."
+            )
         if options["save_steps"] != options["eval_steps"]:
             raise RecllmError(APART.format(options["eval_steps"], options["save_steps"]))
         return options
-
-    def _check_best(self) -> None:
-        """Refuse keys by which there is no best step to end with."""
-        best = str(self.arguments.get("metric_for_best_model", self.metric)).removeprefix("eval_")
-        if best not in (known := [*self.measures, "loss"]):
-            raise unknown("train.metric_for_best_model", best, known)
-        keys = {key: str(self.arguments.get(key, "steps")) for key in ("eval_strategy", "save_strategy")}
-        for key in (key for key, value in keys.items() if value == "epoch"):
-            raise RecllmError(
-                f"train.{key} = 'epoch' is not supported: the passes are one sequence here, which ends once. Give "
-                "train.eval_steps, below 1 as a share of all steps."
-            )
-        never = [key for key, value in keys.items() if value == "no"]
-        if never and (self.patience or self.arguments.get("load_best_model_at_end", True)):
-            raise RecllmError(
-                f"train.{never[0]} = 'no' leaves no validation and checkpoint to end with the best of. Leave it out, "
-                "or take the last step: train.load_best_model_at_end = false, and no train.early_stopping_patience."
-            )
 
 
 def rows_read(stage: Stage, steps: int) -> int:
@@ -442,7 +367,7 @@ def stage_trainer(
         name_layers(stage.model)
         # Autocast rounds, as everywhere; FSDP and DeepSpeed would keep norms and projections in half precision too.
         options["bf16"] = False
-    settings = _training_arguments(divided(options, adjusted))
+    settings = training_arguments(divided(options, adjusted))
     most, settings.save_total_limit = settings.save_total_limit, None  # for the seal to keep to
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
@@ -492,13 +417,6 @@ def _compile(model: nn.Module, options: dict[str, Any]) -> None:
     asked, backend, mode = (options.pop(key, None) for key in COMPILING)
     if asked or backend or mode:  # as Trainer reads its keys
         compile_layers(model, cpu=on_cpu(), backend=backend or "inductor", mode=mode)
-
-
-def _training_arguments(options: dict[str, Any]) -> TrainingArguments:
-    try:
-        return TrainingArguments(**options)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecllmError(f"Trainer refuses the keys in [train]: {error}") from error
 
 
 def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recllm.checkpoints import trained_values
-from recllm.devices import check_precision, on_cpu, precision_keys
+from recllm.devices import on_cpu
 from recllm.distil import planned_windows
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, lengths_of
@@ -24,12 +24,13 @@ from recllm.histories import HistoryFormat
 from recllm.idle import idle_lines
 from recllm.judging import light_judge_stage, relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder, stream_width
-from recllm.loop import COMPILING, Stage, check_trainer_keys, stage_trainer
+from recllm.loop import Stage, stage_trainer
 from recllm.nextitem import language_stage, light_stage
 from recllm.protocols import evaluation_protocol
 from recllm.runs import Run
 from recllm.tasks import Task, prepare
 from recllm.trained import Say, check_names, encoder_name
+from recllm.trainerkeys import COMPILING, check_options
 from recllm.trees import TreeCollator
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import check_start
@@ -124,8 +125,7 @@ def plan_run(run: Run, say: Say) -> Plan:
     Raises:
         RecllmError: a mistake in the run file or in the data, or a batch that does not fit into memory.
     """
-    check_trainer_keys(run.train.trainer_keys())
-    check_precision(precision_keys(run.train.precision) | run.train.trainer_keys())
+    check_options(run)
     # Away from the run's folder: it may hold the recipes of an earlier training.
     run = run.model_copy(update={"output": str(Path(run.output) / ".planned")})
     check_names(run, say)

@@ -157,6 +157,7 @@ def _smaller(adjusted: Adjusted, whole: int, scorer: str, say: Callable[[str], N
     parts = next((parts for parts in range(2 * adjusted.parts, whole + 1) if whole % parts == 0), whole)
     if process_state().num_processes > 1:
         keys = f"--set {'light' if scorer == LIGHT else 'train'}.per_device_train_batch_size={max(1, rows // 2)}"
+        keys += ", or light.pairs_in_step where pairs are judged" if scorer == LIGHT else ""
         keys += "" if scorer == LIGHT else " --set train.gradient_accumulation_steps=2"
         raise RecllmError(
             f"Out of memory with {rows} rows at once on a device. Take fewer ({keys}): with several processes this is "

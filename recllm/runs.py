@@ -386,12 +386,13 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
 
 def keep_recipes(run: Run) -> None:
     """Copy the prompts and the adapter's recipe into the run's folder: the weights belong to what they say now."""
-    files: dict[str, Path] = {key: find_recipe("prompts", getattr(run.prompt, key)) for key in PROMPTS}
+    files: dict[str, tuple[str, str]] = {key: ("prompts", getattr(run.prompt, key)) for key in PROMPTS}
     if run.adapter.recipe != "none":
-        files["adapter"] = find_recipe("adapters", run.adapter.recipe)
-    for name, source in files.items():
+        files["adapter"] = "adapters", run.adapter.recipe
+    for name, (kind, named) in files.items():
         target = run.folder / RECIPES / f"{name}.toml"
-        if not target.is_file():
+        if not target.is_file():  # else the file that is named may be gone by now
+            source = find_recipe(kind, named)
             with written(target) as temporary:
                 shutil.copyfile(source, temporary)
 

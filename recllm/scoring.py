@@ -79,7 +79,10 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     result: dict[str, dict[str, Scores]] = {"valid": {}, "test": {}}
     for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
-        if not path.is_file():
+        shape = protocol.shape(len(valid) + len(test))
+        if (
+            not path.is_file() or np.load(path, mmap_mode="r").shape != shape
+        ):  # of other rows: not to be paired with these
             check_same_models(run)
             say(f"Scoring validation and test with '{name}'")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +134,8 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
         some = {name: np.asarray(value[rows]) for name, value in given.items()}
         return protocol.fit_new_items(fusion, some, as_new, [examples[row] for row in rows])
 
+    # A kill in between shall not leave what says of the fusion of before, or of half of this one, that it is as wanted.
+    settings.unlink(missing_ok=True)
     if language in scores:
         others = {name: value for name, value in scores.items() if name != language}
         fitted(others).save(run.folder / f"fusion-without-{language}.json")

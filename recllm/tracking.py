@@ -31,6 +31,8 @@ def check_trackers(report_to: Any) -> None:  # noqa: ANN401
     Raises:
         RecllmError: with the nearest name, or what to install.
     """
+    if not isinstance(report_to, str | list) or not all(isinstance(name, str) for name in report_to):
+        raise RecllmError(f"train.report_to = {report_to!r}: a name or a list of names is expected.")
     for name in trackers(report_to):
         if name not in ANY and name not in INTEGRATION_TO_CALLBACK:
             raise unknown("tracker in train.report_to", name, [*INTEGRATION_TO_CALLBACK, *ANY])

@@ -12,13 +12,12 @@ import torch
 
 from recllm.adapters import load_adapter
 from recllm.cards import write_adapter_card
-from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
+from recllm.devices import precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError, place_error
 from recllm.files import only_one, read_json
 from recllm.idle import idle_lines
 from recllm.judging import train_light_judge, train_relevance
-from recllm.loop import COMPILING, check_trainer_keys
 from recllm.nextitem import train_language, train_light
 from recllm.process import set_up
 from recllm.revisions import check_same_models, revisions
@@ -37,6 +36,7 @@ from recllm.scoring import fit_fusion
 from recllm.sharded import check_shardable
 from recllm.tasks import LEARNT, Task, keep_learnt, prepare
 from recllm.trained import check_names, collaborative
+from recllm.trainerkeys import COMPILING, check_options
 from recllm.warmstart import check_start, check_start_data
 from recllm.watching import Watch
 
@@ -92,7 +92,7 @@ def train_run(
 
 def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -> Task:
     """Check everything that can be a user's mistake, read the data and begin the folder."""
-    check_trainer_keys(run.train.trainer_keys())
+    check_options(run)
     state = process_state()
     _check_folder(run, resume=resume, overwrite=overwrite)
     begun = resume and (run.folder / ENVIRONMENT).is_file()
@@ -102,7 +102,6 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
             say(line)
         if sharded():
             _check_shardable(run, kept=resume)
-        check_precision(_precision(run))
         if not (resume and has_been_taught(run)):
             check_teacher(run)
         if not begun:

@@ -102,6 +102,7 @@ class Patience(EarlyStoppingCallback):
     """Early stopping that stays: a run resumed from the checkpoint at which it stopped has nothing left to do."""
 
     spent = False
+    ended = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
@@ -109,10 +110,12 @@ class Patience(EarlyStoppingCallback):
         """See whether the checkpoint is the one that patience ended with."""
         super().on_train_begin(args, state, control, **given)
         self.spent = self.early_stopping_patience_counter >= self.early_stopping_patience
+        self.ended = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """End a training that had ended: Trainer takes one step before it asks, and nothing of that one is kept."""
         if self.spent:
+            state.global_step = self.ended
             control.should_training_stop = True
             control.should_log = control.should_evaluate = control.should_save = False
 

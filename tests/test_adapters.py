@@ -95,7 +95,8 @@ def test_quantisation_is_checked_for_transformers_passes_over_what_it_does_not_k
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"recipe": "qlora", "init_lora_weights": "orthogonal"}, "changes the base weights"),
+        ({"recipe": "qlora", "init_lora_weights": "orthogonal"}, "base are integers"),
+        ({"recipe": "lora", "init_lora_weights": "orthogonal", "r": 5}, r"take an even adapter\.r"),
         ({"recipe": "lora", "task_type": "CAUSAL_LM"}, r"task_type is PEFT's .*Leave it out"),
     ],
 )

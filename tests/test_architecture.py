@@ -24,10 +24,10 @@ TORCH_FREE = [
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",
     "revisions", "names", "devices", "examples", "lean", "sharded", "checkpoints", "watching", "tracking",
-    "recovery", "adalora", "cards", "loop", "eva", "cascade", "trees", "relevance", "warmstart", "trained",
-    "judging", "scoring", "distil", "stored", "nextitem", "planning", "train", "outcome", "runreport", "repeated",
-    "unfolding", "tracing", "graphs", "rankgraphs", "weightonly", "quantise", "turning", "integer", "parity", "gate",
-    "rankexport", "export", "quickstart", "tuning", "commands",
+    "trainerkeys", "recovery", "adalora", "cards", "loop", "eva", "cascade", "trees", "relevance", "warmstart",
+    "trained", "judging", "scoring", "distil", "stored", "nextitem", "planning", "train", "outcome", "runreport",
+    "repeated", "unfolding", "tracing", "graphs", "rankgraphs", "weightonly", "quantise", "turning", "integer",
+    "parity", "gate", "rankexport", "export", "quickstart", "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

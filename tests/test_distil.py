@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -103,6 +104,26 @@ def test_what_is_taught_is_the_softmax_of_the_teachers_scores(student, tiny_run)
     again = taught_windows(run, task, said.append)
     assert (run.folder / FILE).stat().st_mtime_ns == before
     assert all(np.array_equal(one.items, two.items) for one, two in zip(rows, again, strict=True))
+
+
+def test_a_teacher_is_asked_by_its_own_validation_whatever_rows_its_student_has(student, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "teacher")
+    scores = tmp_path / "teacher" / "scores"
+    wanted = {path.name: np.load(path) for path in scores.glob("*.npy") if "as-new" not in path.name}
+    said = {}
+    for name, rows in (("all", None), ("few", 5)):
+        shutil.rmtree(scores, ignore_errors=True)  # as a search does that keeps its trials small
+        keys = {"data.test_rows": rows} if rows else {}
+        run = student(name=name, **keys, **{"light.teacher": tmp_path / "teacher", "light.taught": 20})
+        task = prepare(run)
+        # Rows that the student started from are not validated by it.
+        task = replace(task, split=replace(task.split, valid=task.split.valid[3:])) if rows else task
+        lines = []
+        taught_windows(run, task, lines.append)
+        (said[name],) = (line.split("softmax of ")[1] for line in lines if "softmax" in line)
+        found = {path.name: np.load(path) for path in scores.glob("*.npy")}
+        assert {name: own.shape for name, own in found.items()} == {name: own.shape for name, own in wanted.items()}
+    assert said["all"] == said["few"]
 
 
 def test_what_a_teacher_has_from_before_is_not_measured(student, tiny_run, tmp_path):

@@ -70,13 +70,39 @@ def test_where_pairs_are_judged_items_are_not_compared():
     }
 
 
+def test_pairs_that_are_judged_from_words_have_no_projections():
+    keys = {"train": {"head_learning_rate": 0.1}}
+    judged = {"task": "relevance", "factor_dropout": 0.3}
+    told = ["model.factor_dropout", "train.head_learning_rate"]
+    assert idle(model=judged, **keys) == {"model.soft_tokens = false": told}
+    assert idle(model=judged | {"soft_tokens": True}, **keys) == {}
+    assert idle(model={"factor_dropout": 0.3}, **keys) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "splits"),
+    [
+        ("shots", 8, {"given"}),
+        ("rated_histories", False, {"given"}),
+        ("given_back", 1, {"cold-items"}),
+        ("cold_share", 0.2, {"cold-items"}),
+        ("min_events", 5, {"cold-items", "leave-last-out"}),
+        ("like_at", 3.0, {"given", "cold-items", "leave-last-out", "temporal"}),
+    ],
+)
+def test_what_only_some_splits_read_is_told_of_the_others(key, value, splits):
+    for split in ("given", "cold-items", "leave-last-out", "temporal"):
+        told = idle(data={"name": "ml-100k", "split": split, key: value})
+        assert told == ({} if split in splits else {f"data.split = {split}": [f"data.{key}"]})
+
+
 @pytest.mark.parametrize("begin", [plan_run, train_run])
 def test_it_is_said_before_anything_is_trained(begin, tiny_run, tmp_path):
-    keys = ["model.name='none'", f"model.item_encoder='{load_run(tiny_run).model.name}'", "train.seed=4"]
+    keys = ["model.name='none'", f"model.item_encoder='{load_run(tiny_run).model.name}'", "train.weight_decay=0.4"]
     run = load_run(tiny_run, [*keys, "name=bare", f"output={tmp_path}", "light.num_train_epochs=1"])
     said = []
     begin(run, say=said.append)
     (line,) = idle_lines(run)
     assert line.startswith("Not read, for model.name = none: ")
-    assert "train.seed" in line
+    assert "train.weight_decay" in line
     assert said[0] == line

@@ -203,6 +203,8 @@ def test_a_run_keeps_its_prompts_and_its_adapter(file, tmp_path):
     mine.write_text('tuner = "lora"\n[config]\nr = 8\n', encoding="utf-8")
     keep_recipes(run)
     assert "r = 4" in Path(run.adapter_file).read_text(encoding="utf-8")
+    mine.unlink()
+    keep_recipes(run)  # what is kept needs no other file any more
     assert load_prompt(run.prompt_file("item")) == load_prompt("item")
     assert Path(run.prompt_file("next_item")).is_relative_to(run.folder)
 

@@ -1,12 +1,17 @@
 """Scoring: when a fusion is fitted anew, and which validation rows the weights of new items are fitted on."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from recllm import scoring
+from recllm.fusion import Fusion
+from recllm.runs import load_run
+from recllm.tasks import prepare
+from recllm.trained import load_collaborative
 from recllm.weighing import FusionSettings
 
 
@@ -38,3 +43,40 @@ def test_a_fusion_that_was_fitted_before_keys_came_to_its_settings_is_kept(tmp_p
         run.fusion = FusionSettings(**before | other)
         with pytest.raises(AssertionError, match="fitted anew"):
             scoring.fit_fusion(run, None, None, print)
+
+
+def test_scores_of_other_rows_are_not_paired_with_these(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    task = prepare(run)
+    parts = load_collaborative(run, task)
+    path = run.folder / "scores" / "mf.npy"
+    whole = np.load(path)
+    np.save(path, whole[5:])
+    scores = scoring.known_scores(run, task, parts, lambda _: None)
+    assert np.array_equal(np.concatenate([scores["valid"]["mf"], scores["test"]["mf"]]), whole)
+
+
+def test_a_kill_while_a_fusion_is_fitted_anew_leaves_none_that_is_taken_for_done(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    before = load_run(tmp_path / "run")
+    task = prepare(before)
+    parts = load_collaborative(before, task)
+    scoring.fit_fusion(before, task, parts, lambda _: None)
+    files = [before.folder / name for name in ("fusion.json", "fusion-without-lm.json", "fusion-settings.json")]
+    wanted = [path.read_bytes() for path in files]
+    save, killed = Fusion.save, []
+
+    def stop(fusion, path):
+        save(fusion, path)
+        killed.append(path.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fusion, "save", stop)
+    other = load_run(tmp_path / "run", ["fusion.kinds=['plain sum']"])
+    with pytest.raises(KeyboardInterrupt):
+        scoring.fit_fusion(other, task, parts, lambda _: None)
+    assert killed == ["fusion-without-lm.json"]
+    monkeypatch.setattr(Fusion, "save", save)
+    scoring.fit_fusion(before, task, parts, lambda _: None)  # as it was asked for first
+    assert [path.read_bytes() for path in files] == wanted

@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.loop import check_trainer_keys
 from recllm.tracking import check_trackers, own_wandb_run
+from recllm.trainerkeys import check_trainer_keys
 
 
 def test_trackers_are_refused_before_anything_is_trained():
