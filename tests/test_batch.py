@@ -133,6 +133,13 @@ def test_of_two_rows_of_one_user_the_one_without_anything_left_is_named(tmp_path
     assert (summary.answered, summary.rejected, summary.written) == (1, 2, 2)
 
 
+def test_rejects_stand_by_their_lines_whatever_they_are_set_aside_for(tmp_path, recommender):
+    source = write(tmp_path / "in.jsonl", {"all": [str(item) for item in range(24)], "bad": 7, "one": ["0"]})
+    summary = recommend_file(recommender, Job(source, tmp_path / "out.csv"), k=2)
+    rejects = [json.loads(line) for line in summary.rejects.read_text(encoding="utf-8").splitlines()]
+    assert [(row["line"], row["row"]["user_id"]) for row in rejects] == [(1, "all"), (2, "bad")]
+
+
 def test_rejects_are_json_whatever_the_rows_hold(tmp_path, recommender):
     source = tmp_path / "in.jsonl"
     source.write_text('{"user_id": NaN, "x": [1, {"y": Infinity}]}\n{"history": ["0"]}\n', encoding="utf-8")

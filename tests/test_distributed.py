@@ -61,10 +61,28 @@ def test_a_user_is_known_by_the_id_only(tiny_bundle):
         BatchRecommender(tiny_bundle, k=99)
 
 
+@pytest.mark.parametrize("blank", ["", "  ", "\t"])
+def test_a_blank_is_nobodys_id(tiny_bundle, blank):
+    found = BatchRecommender(tiny_bundle, k=2)({"user_id": [blank, "a"], "history": [["0"], ["0"]]})
+    assert found["user_id"][:2].tolist() == ["a", "a"]
+    assert found["rank"].tolist() == [1, 2, 0]
+    assert "no 'user_id', by which an answer of a cluster is known" in found["error"][2]
+
+
+def test_seen_items_stay_where_that_is_asked_for(tiny_bundle):
+    rows = {"user_id": ["a"], "history": [["0", "2", "4"]]}
+    every = BatchRecommender(tiny_bundle, k=24, exclude_seen=False)(rows)["item_id"].tolist()
+    unseen = BatchRecommender(tiny_bundle, k=24)(rows)["item_id"].tolist()
+    assert sorted(every) == sorted(str(item) for item in range(24))
+    assert unseen == [item for item in every if item not in {"0", "2", "4"}]
+
+
 def test_an_index_answers_the_same(tiny_bundle, monkeypatch):
     monkeypatch.setattr("recllm.runtime.LISTED", 10)
     exact, searched = (BatchRecommender(tiny_bundle, k=3, index=index)(arrays(ROWS)) for index in ("exact", "int8"))
     assert searched["item_id"].tolist() == exact["item_id"].tolist()
+    with pytest.raises(RecllmError, match=r"Unknown index 'hnsw'\. Choices: exact, faiss, int8"):
+        BatchRecommender(tiny_bundle, index="hnsw")
 
 
 class Judge:

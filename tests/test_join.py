@@ -1,5 +1,6 @@
 """Joining sources: namespaces, kinds of events, weights, rating scales, clocks, duplicates, items of several."""
 
+import json
 import shutil
 
 import numpy as np
@@ -247,13 +248,13 @@ def test_the_command_says_how_to_go_on(joined, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
-def joined_one(tmp_path, log, keys):
+def joined_one(tmp_path, log, keys, file="log.csv"):
     """The frame of one source that is joined by itself."""
-    (tmp_path / "log.csv").write_text(log, encoding="utf-8")
+    (tmp_path / file).write_text(log, encoding="utf-8")
     (tmp_path / "items.csv").write_text("item_id,title\n1,A\n2,B\n", encoding="utf-8")
     folder = tmp_path.as_posix()
     source = (
-        f'name = "a"\nusers = ""\nitems_namespace = ""\ninteractions = "{folder}/log.csv"\nitems = "{folder}/items.csv"'
+        f'name = "a"\nusers = ""\nitems_namespace = ""\ninteractions = "{folder}/{file}"\nitems = "{folder}/items.csv"'
     )
     (tmp_path / "join.toml").write_text(f"[[source]]\n{source}\n{keys}\n", encoding="utf-8")
     join_sources(tmp_path / "join.toml", tmp_path / "out", lambda _: None)
@@ -274,3 +275,36 @@ def test_an_events_own_rating_goes_before_that_of_its_kind(tmp_path):
 def test_the_weights_of_a_set_that_was_joined_before_are_kept(tmp_path):
     log = "user_id,item_id,event_weight,timestamp\nu,1,0.5,1\nu,2,4,2\n"
     assert joined_one(tmp_path, log, "weight = 2.0")["event_weight"].to_list() == [1.0, 8.0]
+
+
+def test_an_event_weighs_what_it_did_times_its_kind_times_its_source(tmp_path):
+    log = "user_id,item_id,kind,event_weight,timestamp\nu,1,view,0.5,1\nu,2,buy,4,2\n"
+    keys = 'weight = 2.0\nevent = "kind"\nevents = { view = { weight = 0.25 }, buy = { weight = 3 } }'
+    assert joined_one(tmp_path, log, keys)["event_weight"].to_list() == [0.25, 24.0]
+
+
+def test_ratings_are_brought_to_one_scale_and_those_of_kinds_are_on_it(tmp_path):
+    log = "user_id,item_id,rating,kind,timestamp\nu,1,0,seen,1\nu,2,10,seen,2\nv,1,,like,3\nv,2,5,like,4\n"
+    keys = 'rating_scale = [0, 10]\nevent = "kind"\nevents = { seen = {}, like = { rating = 4 } }'
+    assert joined_one(tmp_path, log, keys)["rating"].to_list() == [1.0, 5.0, 4.0, 3.0]
+
+
+@pytest.mark.parametrize("rule", ["first", "last"])
+def test_events_of_several_kinds_are_no_duplicates_of_each_other(tmp_path, rule):
+    log = "user_id,item_id,kind,timestamp\nu,1,like,1\nu,1,buy,2\nu,1,view,3\n"
+    keys = f'duplicates = "{rule}"\nevent = "kind"\n' + (
+        "events = { view = {}, buy = { weight = 4 }, like = { rating = 5 } }"
+    )
+    frame = joined_one(tmp_path, log, keys)
+    assert frame.select("timestamp", "event_weight", "rating").rows() == [(3, 4.0, 5.0)]
+
+
+def test_kinds_may_be_numbers(tmp_path):
+    kinds = [(1, 1), (2, 4), (1, None), (2, 9)]  # item, kind
+    log = "".join(
+        json.dumps({"user_id": f"u{at}", "item_id": item, "kind": kind, "timestamp": at}) + "\n"
+        for at, (item, kind) in enumerate(kinds)
+    )
+    keys = 'event = "kind"\nevents = { 1 = { weight = 0.25 }, 4 = { weight = 2 } }'
+    frame = joined_one(tmp_path, log, keys, file="log.jsonl")
+    assert frame.select("item_id", "event_weight").rows() == [("1", 0.25), ("2", 2.0)]

@@ -6,6 +6,7 @@ from decimal import Decimal
 import polars as pl
 import pytest
 
+from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.query_rows import BadRow, history_items, read_rows
 from recllm.rowfiles import count_rows
@@ -104,3 +105,24 @@ def test_a_blank_user_is_none(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"user_id": "  ", "history": ["1"]}\n', encoding="utf-8")
     assert [row.user_id for row in read_rows(source)] == ["line 1"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_rating_that_is_no_number_is_one_that_is_missing(suffix, tmp_path):
+    source = tmp_path / f"in{suffix}"
+    if suffix == ".parquet":
+        pl.DataFrame({"history": [["1", "2", "3"]], "ratings": [[5.0, float("nan"), None]]}).write_parquet(source)
+    else:
+        source.write_text('{"history": ["1", "2", "3"], "ratings": [5, NaN, null]}\n', encoding="utf-8")
+    (row,) = read_rows(source, ratings=True)
+    assert row.ratings == (5.0, None, None)
+    assert row.query.has_ratings
+
+
+def test_a_blank_history_is_looked_up_where_there_is_a_log_and_a_user_and_else_is_empty(tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("user_id,history\nu,\n,\nu,7\n", encoding="utf-8")
+    alone = read_rows(source)
+    assert [(row.user_id, row.history) for row in alone] == [("u", ()), ("line 3", ()), ("u", ("7",))]
+    logged = read_rows(source, histories={"u": Query(("1", "2"), "u")})
+    assert [(row.user_id, row.history) for row in logged] == [("u", ("1", "2")), ("line 3", ()), ("u", ("7",))]

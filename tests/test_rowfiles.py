@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.rowfiles import FIELD, SPAN, columns_of, raw_rows
+from recllm.rowfiles import FIELD, SPAN, columns_of, count_rows, raw_rows
 
 WANTED = ("user_id", "history")
 
@@ -101,3 +101,27 @@ def test_a_column_that_polars_panics_at_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(pl, "scan_parquet", panic)
     with pytest.raises(RecllmError, match=r"not a Parquet file that can be read: not implemented: list view"):
         columns_of(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson"])
+def test_a_header_is_no_row_and_files_without_one_have_none(suffix, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    headed = suffix in (".csv", ".tsv")
+    path.write_text("user_id\nu0\nu1\n" if headed else '{"user_id": "u0"}\n{"user_id": "u1"}\n', encoding="utf-8")
+    assert count_rows(path) == 2
+    assert [row["user_id"] for _, row in rows_of(path)] == ["u0", "u1"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_blank_lines_are_no_rows_and_count_as_lines(suffix, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    first, second = ('{"user_id": "u0"}', '{"user_id": "u1"}') if suffix == ".jsonl" else ("user_id\nu0", "u1")
+    path.write_text(f"{first}\n\n\n{second}\n\n", encoding="utf-8")
+    begins = 1 if suffix == ".jsonl" else 2
+    assert rows_of(path) == [(begins, {"user_id": "u0"}), (begins + 3, {"user_id": "u1"})]
+
+
+def test_a_line_of_blanks_is_blank(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(' \t\n{"user_id": "u0"}\n  \r\n', encoding="utf-8")
+    assert rows_of(path) == [(2, {"user_id": "u0"})]

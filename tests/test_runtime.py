@@ -101,6 +101,35 @@ def test_a_batch_equals_its_rows_one_by_one(bundle, monkeypatch):
     assert bundle.recommend(HISTORIES, k=6).ids == whole.ids
 
 
+def test_no_answer_hangs_on_what_a_search_lists_for_others(tiny_bundle, monkeypatch):
+    monkeypatch.setattr("recllm.runtime.LISTED", 1)
+    monkeypatch.setattr("recllm.shortlist.PER_LIST", 6)
+    monkeypatch.setattr("recllm.shortlist.PROBED_FOR", 0.0)  # one list of several: it misses what others may find
+    short = recllm.load(tiny_bundle, index="faiss")
+    histories = [[str(item)] for item in range(24)]
+    together = short.recommend(histories, k=2).ids
+    assert [short.recommend([history], k=2).ids[0] for history in histories] == together
+    assert short.recommend(histories[::-1], k=2).ids == together[::-1]
+
+
+def test_long_lists_are_made_for_few_users_at_once(bundle, monkeypatch):
+    whole = bundle.recommend(HISTORIES, k=3)
+    scorer, asked = bundle.scorers["popularity"], []
+    answer = scorer.query_vectors
+
+    def counted(queries):
+        asked.append(len(queries))
+        return answer(queries)
+
+    monkeypatch.setattr(scorer, "query_vectors", counted)
+    monkeypatch.setattr("recllm.runtime.PLACES_AT_ONCE", 7)
+    assert bundle.recommend(HISTORIES, k=3).ids == whole.ids
+    assert asked == [2, 2, 2, 1]
+    asked.clear()
+    assert len(bundle.recommend(HISTORIES, k=9).ids) == len(HISTORIES)  # more places than at once: one by one
+    assert asked == [1] * len(HISTORIES)
+
+
 def test_no_histories_no_rows(bundle):
     out = bundle.recommend([], k=4)
     assert out.ids == []

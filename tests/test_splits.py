@@ -5,7 +5,7 @@ import pytest
 
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
-from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
+from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, liked_part, sampled, temporal
 
 
 def made(events):
@@ -255,3 +255,10 @@ def test_a_cold_item_in_a_validation_history_is_a_leak():
     valid = [Example(Query(("c",), "a"), "y")]
     with pytest.raises(RecllmError, match="is in a history"):
         check_no_leak(Split("cold-items", made([("a", "x", None, 1)]), valid, [], frozenset({"c"})))
+
+
+def test_the_liked_part_of_a_history_has_what_nobody_has_rated():
+    query = Query(("a", "b", "c", "d"), "u", (5.0, None, 1.0, 4.0))
+    assert liked_part(query, 4.0) == Query(("a", "b", "d"), "u", (5.0, None, 4.0))
+    unrated = Query(("a", "b"), "u")
+    assert liked_part(unrated, 4.0) == unrated
