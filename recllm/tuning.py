@@ -11,17 +11,19 @@ from pydantic import Field, model_validator
 
 from recllm.charts import Line, line_chart, picture
 from recllm.errors import RecllmError, require, unknown
-from recllm.files import write_json, written
-from recllm.idle import idle_keys
+from recllm.files import sha256_of, write_json, written
+from recllm.idle import WITHOUT_LANGUAGE_MODEL, idle_keys
 from recllm.lm import model_folder
 from recllm.outcome import FUSION, evaluate_run
-from recllm.recipes import Settings, parse, read_toml
+from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.results import Table
-from recllm.runs import Run, load_run, set_key, write_run
+from recllm.revisions import revisions
+from recllm.runs import PROMPTS, Run, load_run, set_key, write_run
 from recllm.scoring import known_scores, scorer_makers
-from recllm.tasks import Task
+from recllm.tasks import Task, prepare
 from recllm.train import train_run
 from recllm.trained import encoder_name, load_collaborative, stage_done
+from recllm.trainerkeys import MEASURES
 from recllm.vectors import VECTORS, RawVectors
 
 Say = Callable[[str], None]
@@ -107,8 +109,10 @@ OWN = ("name", "output")
 """Keys that the search sets for every trial."""
 SWITCHES = frozenset({"model.name", "light.num_train_epochs", "light.teacher"})
 """Keys that decide whether other ones are read."""
-BEHIND_LIGHT, BESIDE_LIGHT = ("train.", "adapter.", "fusion.", "export."), ("train.precision",)
-"""Beginnings of the keys of what comes behind the light scorer, and the one among them that is its own too."""
+OF_LANGUAGE_MODEL = ("train.", "adapter.", "model.name", *WITHOUT_LANGUAGE_MODEL)
+"""Keys, or their beginnings, of the language model that is trained, behind all else that is fitted."""
+BESIDE_LIGHT = ("train.precision",)
+"""The one among them that is the light scorer's too."""
 
 
 class Search(Settings):
@@ -139,13 +143,14 @@ def load_search(path: Path) -> tuple[Search, Run]:
     search = parse(Search, read_toml(path), str(path))
     file = path.parent / search.run
     run = load_run(file)
+    _check_measured(search, run, path)
     for key, values in search.search.items():
         if key in OWN:
             raise RecllmError(f'{path}: [search."{key}"] is where a trial lies, which the search sets itself.')
-        if search.scorer == "light" and key.startswith(BEHIND_LIGHT) and key not in BESIDE_LIGHT:
+        if _changes_nothing(key, search.scorer, MEASURED[run.model.task][0][-1]):
             raise RecllmError(
-                f"{path}: [search.\"{key}\"] changes nothing of scorer = 'light', which is trained before it. Search "
-                "over it with scorer = 'fusion' or that of the language model."
+                f"{path}: [search.\"{key}\"] changes nothing of scorer = '{search.scorer}', which is fitted or trained "
+                "before it. Search over it with scorer = 'fusion' or that of what it changes."
             )
         if not {key, key.partition(".")[0]}.isdisjoint(DECIDING) and key not in HARMLESS:
             raise RecllmError(
@@ -154,8 +159,23 @@ def load_search(path: Path) -> tuple[Search, Run]:
             )
         for value in values.tried():
             _check_read(search, _with(run, {key: value}, run.name, Path(run.output)), key, path)
-    _check_measured(search, run, path)
     return search, run
+
+
+def _changes_nothing(key: str, scorer: str, language: str) -> bool:
+    """Whether a key is of what comes behind a scorer; `language` is the one of the language model."""
+    if key.startswith("export."):
+        return True
+    if scorer == FUSION:
+        return False
+    if key.startswith("fusion."):
+        return scorer != f"{FUSION} without {language}"
+    if scorer == language:
+        return False
+    if key in BESIDE_LIGHT:
+        return scorer != "light" and not scorer.startswith(FUSION)
+    before_light = scorer != "light" and not scorer.startswith(FUSION)
+    return key.startswith(("light.", *OF_LANGUAGE_MODEL) if before_light else OF_LANGUAGE_MODEL)
 
 
 def _check_read(search: Search, tried: Run, key: str, path: Path) -> None:
@@ -197,9 +217,13 @@ def tune(path: Path, say: Say = print) -> Run:
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL)))
     study = optuna.create_study(storage=storage, study_name=run.name, direction="maximize", load_if_exists=True)
     _check_same(study, search, run)
+    _check_same_inputs(study, run)
     median = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=0)
     study.pruner = median if search.prune else optuna.pruners.NopPruner()
     say(f"Tuning {run.name}: {len(_finished(study))} of {search.trials} trials are done")
+    told = [f"eval_{name}" for name in MEASURES[run.model.task]]
+    if search.prune and not search.scorer.startswith(FUSION) and _as_told(_metric(search, run)) not in told:
+        say(f"No trial is cut short: {_metric(search, run)} is not measured while it trains")
     while len(_finished(study)) < search.trials:
         trial = study.ask()
         # By the trial's number: workers that begin together draw different values, and a search can be made again.
@@ -251,7 +275,7 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
 
     def watch(stage: str, step: int, metrics: Mapping[str, float]) -> None:
         # By what is searched for, and nothing else: another scorer's metric would cut the wrong ones.
-        figure = metrics.get(f"eval_{metric.lower().replace('hitrate', 'hit_rate')}")
+        figure = metrics.get(_as_told(metric))
         if stage != search.scorer or figure is None or step in seen:
             return
         seen[step] = len(seen)
@@ -271,6 +295,11 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
         trial.set_constraint(name, trial.user_attrs[name] - limit)
     say(f"Trial {trial.number}: {metric} {value:.4f}")
     return float(value)
+
+
+def _as_told(metric: str) -> str:
+    """A metric as training tells it."""
+    return f"eval_{metric.lower().replace('hitrate', 'hit_rate')}"
 
 
 def _check(table: Table, scorer: str, metric: str) -> None:
@@ -340,6 +369,25 @@ def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
         raise RecllmError(
             f"This search was begun with another {changed}. Undo the change, or give the run of the tune file another "
             "name to search anew."
+        )
+
+
+def _check_same_inputs(study: Any, run: Run) -> None:  # noqa: ANN401
+    """Check that trials of before were fitted and measured on the data, models and recipes that there are now."""
+    now = {f"data ({name})": digest for name, digest in prepare(run).fingerprints().items()}
+    now |= {f"weights of '{name}'": digest for name, digest in revisions(run).items()}
+    files = {f"prompt.{key}": find_recipe("prompts", getattr(run.prompt, key)) for key in PROMPTS}
+    if run.adapter.recipe != "none":
+        files["adapter.recipe"] = find_recipe("adapters", run.adapter.recipe)
+    now |= {f"{key} ({path.name})": sha256_of(path) for key, path in files.items()}
+    before = study.user_attrs.get("inputs")
+    if before is None or not _finished(study):
+        study.set_user_attr("inputs", now)
+    elif before != now:
+        changed = ", ".join(name for name in now if now[name] != before.get(name))
+        raise RecllmError(
+            f"Since this search was begun something behind its run file has changed: {changed}. Its trials could not "
+            "be compared. Bring it back, or give the run of the tune file another name to search anew."
         )
 
 

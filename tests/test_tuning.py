@@ -1,11 +1,14 @@
 """The search finds the better setting, goes on where it was, keeps limits, and refuses what is no key."""
 
 import json
+import shutil
 
 import pytest
 
 from recllm import tuning
+from recllm.data import read_interactions
 from recllm.errors import RecllmError
+from recllm.fetch import resolve_data
 from recllm.runs import load_run, write_run
 from recllm.tuning import Range, load_search, tune
 
@@ -125,6 +128,7 @@ def test_a_scorer_that_no_trial_has_ends_the_search_at_once(place):
     assert said == []
     # One that a run may have, and this one has not: its first trial shows it.
     _renamed(path, 'metric = "AUC"', "")
+    _renamed(_renamed(path, "light.learning_rate", "cf.regularization"), "light.layers", "cf.factors")
     with pytest.raises(RecllmError, match=r"Unknown scorer 'likelihood'"):
         tune(_renamed(path, 'scorer = "light"', 'scorer = "likelihood"'), said.append)
     assert sum(line.startswith("Trial ") for line in said) == 1
@@ -164,6 +168,9 @@ def test_what_decides_the_rows_is_not_searched(place, key):
         ("name", "which the search sets itself"),
         ("fusion.l2", "changes nothing of scorer = 'light'"),
         ("train.learning_rate", "changes nothing of scorer = 'light'"),
+        ("model.max_history", "changes nothing of scorer = 'light'"),
+        ("model.name", "changes nothing of scorer = 'light'"),
+        ("export.gate_queries", "changes nothing of scorer = 'light'"),
     ],
 )
 def test_keys_that_change_nothing_of_what_is_measured_are_refused(place, key, message):
@@ -172,6 +179,39 @@ def test_keys_that_change_nothing_of_what_is_measured_are_refused(place, key, me
         load_search(path)
     if key == "fusion.l2":
         load_search(_renamed(path, 'scorer = "light"', 'scorer = "fusion"'))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "changed", "unchanged"),
+    [
+        ("fusion", "light.layers train.learning_rate fusion.l2 cf.factors", "export.recipes"),
+        ("lm", "light.layers train.learning_rate adapter.r model.max_history cf.factors", "fusion.l2 export.recipes"),
+        ("fusion without lm", "light.layers fusion.l2 cf.factors", "train.learning_rate adapter.r model.max_history"),
+        ("light", "light.layers train.precision cf.factors", "train.learning_rate model.max_history fusion.l2"),
+        ("mf", "cf.factors recency.queries", "light.layers train.precision adapter.r model.max_history fusion.l2"),
+    ],
+)
+def test_what_comes_behind_a_scorer_changes_nothing_of_it(scorer, changed, unchanged):
+    assert [key for key in changed.split() if tuning._changes_nothing(key, scorer, "lm")] == []
+    assert [key for key in unchanged.split() if not tuning._changes_nothing(key, scorer, "lm")] == []
+
+
+@pytest.mark.slow
+def test_a_search_is_not_continued_on_other_data(place):
+    own = place / "data"
+    shutil.copytree(resolve_data(load_run(place / "base.toml").data.name), own)
+    write_run(load_run(place / "base.toml", [f"data.name={own}", "light.num_train_epochs=1"]), place / "base.toml")
+    said = []
+    tune(written(place, 1, 'metric = "MRR"'), said.append)
+    assert "No trial is cut short: MRR is not measured while it trains" in said
+    (log,) = own.glob("interactions.*")
+    frame = read_interactions(log).frame
+    frame.head(len(frame) - 1).write_parquet(own / "interactions.parquet")
+    if log.suffix != ".parquet":
+        log.unlink()
+    with pytest.raises(RecllmError, match=r"has changed: data \(interactions\)\. Its trials could not be compared"):
+        tune(written(place, 2, 'metric = "MRR"'), said.append)
+    assert len(found(place)["trials"]) == 1
 
 
 def test_a_key_that_no_trial_reads_is_refused(place):
