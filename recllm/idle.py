@@ -8,25 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from recllm.runs import Run
+from recllm.runs import LIGHT_READS, OF_LANGUAGE_MODEL, Run
 
-LIGHT_READS = ("train.precision", "train.report_to")
-"""Keys of `[train]` that the light sequence scorer reads as well; the light judge reads the second one only."""
-WITHOUT_LANGUAGE_MODEL = (
-    "model.layers",
-    "model.history",
-    "model.max_history",
-    "model.history_stride",
-    "model.head_width",
-    "model.factor_dropout",
-    "model.negatives",
-    "model.heads_from_light",
-    "model.rows_together",
-    "model.pairwise",
-    "model.listwise",
-    "model.soft_tokens",
-)
-"""Keys of `[model]` that only a language model reads."""
 WITHOUT_TEACHER = ("light.taught", "light.taught_weight")
 """Keys of `[light]` that say how a teacher is learnt from."""
 WHERE_PAIRS_ARE_JUDGED = ("model.head_width", "light.per_device_train_batch_size")
@@ -71,7 +54,7 @@ def _idle(run: Run) -> Iterator[tuple[str, list[str]]]:
     if run.model.name == "none":
         read = LIGHT_READS[1:] if judges else LIGHT_READS
         behind = [*changed["adapter"], *(key for key in changed["train"] if key not in read)]
-        yield "model.name = none", [*behind, *_among(changed["model"], WITHOUT_LANGUAGE_MODEL)]
+        yield "model.name = none", [*behind, *_among(changed["model"], OF_LANGUAGE_MODEL)]
     if run.light.num_train_epochs == 0:
         yield "light.num_train_epochs = 0", light
     if run.light.teacher is None:

@@ -128,6 +128,23 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
     ),
 }
 """Keys that say nothing to a run of the other task."""
+OF_LANGUAGE_MODEL = (
+    "model.layers",
+    "model.history",
+    "model.max_history",
+    "model.history_stride",
+    "model.head_width",
+    "model.factor_dropout",
+    "model.negatives",
+    "model.heads_from_light",
+    "model.rows_together",
+    "model.pairwise",
+    "model.listwise",
+    "model.soft_tokens",
+)
+"""Keys of `[model]` that only the language model's own training reads."""
+LIGHT_READS = ("train.precision", "train.report_to")
+"""Keys of `[train]` that the light sequence scorer reads as well; the light judge reads the second one only."""
 FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {"fusion.queries": (2000,)}
 """What keys of `ONLY_FOR` were by default before; the files of runs that were trained then spell it out."""
 
@@ -400,11 +417,23 @@ def keep_recipes(run: Run) -> None:
 def check_resumed(run: Run) -> None:
     """Check that `run` says what the run in its folder was begun with; fusion and export may be changed.
 
+    So may what the language model's training alone reads, until it has a checkpoint: a mistake in it, or too little
+    memory, shows when its turn comes, and what has trained before it is not lost by that.
+
     Raises:
         RecllmError: a key has another value.
     """
-    before = load_run(run.folder).model_dump(mode="json", exclude_none=True)
+    earlier = load_run(run.folder)
+    before = earlier.model_dump(mode="json", exclude_none=True)
     now = run.model_dump(mode="json", exclude_none=True)
+    if not language_begun(run.folder):
+        for own in (before, now):
+            own.pop("adapter")
+            own["train"] = {key: value for key, value in own["train"].items() if f"train.{key}" in LIGHT_READS}
+            for key in OF_LANGUAGE_MODEL:
+                # Where the model itself reads the items' text, its layers have made their vectors.
+                if key != "model.layers" or earlier.model.item_encoder is not None:
+                    own["model"].pop(key.removeprefix("model."), None)
     for key in ("name", "output", "fusion", "export"):
         before.pop(key), now.pop(key)
     for key in HARMLESS:
@@ -415,6 +444,12 @@ def check_resumed(run: Run) -> None:
             f"begun with (recllm train {run.folder} --resume), start anew (--overwrite), or give the run another name "
             "(--set name=…)."
         )
+
+
+def language_begun(folder: Path) -> bool:
+    """Whether the language model of the run in `folder` has a checkpoint, or is trained."""
+    stages = (folder / "checkpoints" / stage for stage in ("lm", "relevance"))
+    return (folder / "lm" / "done.json").is_file() or any(any(stage.glob("checkpoint-*")) for stage in stages)
 
 
 def _differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401  nested tables

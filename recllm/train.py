@@ -24,6 +24,7 @@ from recllm.revisions import check_same_models, revisions
 from recllm.runs import (
     ENVIRONMENT,
     FILE,
+    RECIPES,
     Run,
     check_resumed,
     check_same_data,
@@ -173,6 +174,9 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
             pass
     if resume and begun:
         check_resumed(run)
+        if load_run(run.folder).adapter.recipe != run.adapter.recipe and process_state().is_main_process:
+            with _held(run):  # the copy is of the recipe before; the others read it behind this process
+                (run.folder / RECIPES / "adapter.toml").unlink(missing_ok=True)
 
 
 def _precision(run: Run) -> dict[str, Any]:

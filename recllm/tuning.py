@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from recllm.charts import Line, line_chart, picture
 from recllm.errors import RecllmError, require, unknown
 from recllm.files import sha256_of, write_json, written
-from recllm.idle import WITHOUT_LANGUAGE_MODEL, idle_keys
+from recllm.idle import idle_keys
 from recllm.lm import model_folder
 from recllm.outcome import FUSION, evaluate_run
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.results import Table
 from recllm.revisions import revisions
-from recllm.runs import PROMPTS, Run, load_run, set_key, write_run
+from recllm.runs import OF_LANGUAGE_MODEL, PROMPTS, Run, load_run, set_key, write_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task, prepare
 from recllm.train import train_run
@@ -109,7 +109,7 @@ OWN = ("name", "output")
 """Keys that the search sets for every trial."""
 SWITCHES = frozenset({"model.name", "light.num_train_epochs", "light.teacher"})
 """Keys that decide whether other ones are read."""
-OF_LANGUAGE_MODEL = ("train.", "adapter.", "model.name", *WITHOUT_LANGUAGE_MODEL)
+BEHIND_LIGHT = ("train.", "adapter.", "model.name", *OF_LANGUAGE_MODEL)
 """Keys, or their beginnings, of the language model that is trained, behind all else that is fitted."""
 BESIDE_LIGHT = ("train.precision",)
 """The one among them that is the light scorer's too."""
@@ -175,7 +175,7 @@ def _changes_nothing(key: str, scorer: str, language: str) -> bool:
     if key in BESIDE_LIGHT:
         return scorer != "light" and not scorer.startswith(FUSION)
     before_light = scorer != "light" and not scorer.startswith(FUSION)
-    return key.startswith(("light.", *OF_LANGUAGE_MODEL) if before_light else OF_LANGUAGE_MODEL)
+    return key.startswith(("light.", *BEHIND_LIGHT) if before_light else BEHIND_LIGHT)
 
 
 def _check_read(search: Search, tried: Run, key: str, path: Path) -> None:

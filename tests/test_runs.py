@@ -178,10 +178,33 @@ def test_a_run_is_resumed_with_the_settings_that_it_was_begun_with(file, tmp_pat
     check_resumed(load_run(file, [f"output={tmp_path}", "fusion.l2=0.5", "export.gate_queries=3"]))
     # What a message about memory advises, and what decides nothing of the weights.
     check_resumed(load_run(file, [f"output={tmp_path}", "train.per_device_eval_batch_size=2", "train.report_to=none"]))
-    with pytest.raises(RecllmError, match=r"films was begun with train.logging_steps = 1, and now it is 2\. Resume"):
-        check_resumed(load_run(file, [f"output={tmp_path}", "train.logging_steps=2"]))
     with pytest.raises(RecllmError, match=r"begun with data.split = leave-last-out, and now it is temporal"):
         check_resumed(load_run(file, [f"output={tmp_path}", "data.split=temporal"]))
+
+
+@pytest.mark.parametrize("key", ["train.max_steps=9", "adapter.r=2", "model.max_history=9", "model.layers=2"])
+@pytest.mark.parametrize("begun", ["checkpoints/lm/checkpoint-4", "checkpoints/relevance/checkpoint-4", "lm/done.json"])
+def test_what_the_language_model_reads_may_change_until_it_trains(key, begun, file, tmp_path):
+    keys = [f"output={tmp_path}", "model.item_encoder=minilm-l6"]
+    run = load_run(file, keys)
+    write_run(run, run.folder / "run.toml")
+    (run.folder / "checkpoints" / "light" / "checkpoint-4").mkdir(parents=True)
+    check_resumed(load_run(file, [*keys, key]))
+    for other in ("train.precision=fp32", "model.item_encoder=other", "light.width=64"):
+        with pytest.raises(RecllmError, match="was begun with"):
+            check_resumed(load_run(file, [*keys, key, other]))
+    path = run.folder / begun
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with pytest.raises(RecllmError, match=rf"was begun with {key.partition('=')[0]}.* Resume with the settings"):
+        check_resumed(load_run(file, [*keys, key]))
+
+
+def test_layers_that_have_read_the_items_stay(file, tmp_path):
+    run = load_run(file, [f"output={tmp_path}"])
+    write_run(run, run.folder / "run.toml")
+    with pytest.raises(RecllmError, match=r"was begun with model\.layers = None, and now it is 2"):
+        check_resumed(load_run(file, [f"output={tmp_path}", "model.layers=2"]))
 
 
 def test_other_data_than_those_of_the_run_are_refused(file, tmp_path):

@@ -274,6 +274,25 @@ def test_a_run_that_stops_early_says_how_far_it_came(tiny_run, tmp_path):
     assert done == {"steps": 4, "windows": 4 * run.train.per_device_train_batch_size}
 
 
+def test_a_mistake_that_shows_late_costs_nothing_of_what_has_trained(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path, "train.eval_delay=100", "train.max_steps=4", "light.num_train_epochs=1")
+    with pytest.raises(
+        RecllmError, match=r"train.eval_delay = 100 leaves no validation in the 4 steps of 'lm'.*Lower it"
+    ):
+        train_run(run, say=silent)
+    light = run.folder / "light" / "model.safetensors"
+    before = light.stat().st_mtime_ns
+    keys = ["train.max_steps=4", "adapter={recipe='ln_tuning'}"]
+    mended = again(tiny_run, tmp_path, *keys, "light.num_train_epochs=1")
+    train_run(mended, resume=True, say=silent)
+    assert light.stat().st_mtime_ns == before
+    assert load_run(run.folder) == mended
+    assert 'tuner = "ln_tuning"' in Path(mended.adapter_file).read_text(encoding="utf-8")
+    assert not any("lora" in name for name in load_file(run.folder / "lm" / "model.safetensors"))
+    with pytest.raises(RecllmError, match=r"was begun with train.max_steps = 4"):
+        train_run(again(tiny_run, tmp_path, *keys, "light.num_train_epochs=1", "train.max_steps=5"), resume=True)
+
+
 def test_figures_of_another_fusion_do_not_stay(tiny_run, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_run, folder)
