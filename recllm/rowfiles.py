@@ -50,8 +50,11 @@ def count_rows(path: Path) -> int:
     check_source(path)
     if path.suffix.lower() == ".parquet":
         return int(_scan(path).select(pl.len()).collect().item())
+    lines, end = 0, b""
     with path.open("rb") as stream:
-        lines = sum(block.count(b"\n") for block in iter(lambda: stream.read(BLOCK), b""))
+        for block in iter(lambda: stream.read(BLOCK), b""):
+            lines, end = lines + block.count(b"\n"), block[-1:]
+    lines += end != b"\n"  # the last line may lack its end
     return max(lines - (path.suffix.lower() in (".csv", ".tsv")), 1)
 
 

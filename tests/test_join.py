@@ -299,8 +299,9 @@ def test_events_of_several_kinds_are_no_duplicates_of_each_other(tmp_path, rule)
     assert frame.select("timestamp", "event_weight", "rating").rows() == [(3, 4.0, 5.0)]
 
 
-def test_kinds_may_be_numbers(tmp_path):
-    kinds = [(1, 1), (2, 4), (1, None), (2, 9)]  # item, kind
+@pytest.mark.parametrize("number", [int, float])  # a missing one in its column makes a float of it
+def test_kinds_may_be_numbers(number, tmp_path):
+    kinds = [(1, number(1)), (2, number(4)), (1, None), (2, number(9))]  # item, kind
     log = "".join(
         json.dumps({"user_id": f"u{at}", "item_id": item, "kind": kind, "timestamp": at}) + "\n"
         for at, (item, kind) in enumerate(kinds)

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from recllm.data.events import EXTRA, Duplicates
 from recllm.data.read import read_dataset
 from recllm.data.sets import Dataset
+from recllm.data.texts import as_ids
 from recllm.data.times import YEAR_2200
 from recllm.errors import RecllmError, unknown
 from recllm.files import whole_folder
@@ -142,7 +143,7 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
         dataset = _read(source)
         _say_warnings(source, dataset, say)
         frame = dataset.interactions.frame
-        kinds = None if source.event is None else frame[EXTRA + source.event].cast(pl.String)
+        kinds = None if source.event is None else as_ids(frame[EXTRA + source.event])
         frame = _weighted(source, _with_kinds(source, frame, kinds), say)
         events.append(frame)
         items.append(_named_items(source, dataset))
