@@ -108,8 +108,10 @@ def test_an_id_is_one_text_wherever_it_stands(values, kind, texts):
     assert [identifier(value) for value, _ in whole] == [text for _, text in whole]
 
 
-def test_floats_that_tell_ids_no_longer_apart_are_warned_of(tmp_path):
-    frame = pl.DataFrame({"user_id": [2.0**53, 2.0**53 + 2, None], "item_id": ["1", "2", "3"]})
+@pytest.mark.parametrize(("kind", "most"), [(pl.Float64, 2**53), (pl.Float32, 2**24)])
+def test_floats_that_tell_ids_no_longer_apart_are_warned_of(kind, most, tmp_path):
+    users = pl.Series("user_id", [most, most + 2, None], dtype=kind, strict=False)
+    frame = pl.DataFrame({"user_id": users, "item_id": ["1", "2", "3"]})
     frame.write_parquet(tmp_path / "interactions.parquet")
     assert findings(tmp_path)["large_float_id"].count == 1
     frame.with_columns(pl.col("user_id").cast(pl.Int64)).write_parquet(tmp_path / "interactions.parquet")

@@ -21,8 +21,8 @@ MISSING = ("NULL", "null", "NaN", "nan", "NA", "N/A", "None", "<NA>")
 """How databases and pandas write a missing value as text."""
 LISTED = r'^(\[(".*")?\]|\{(".*)?\})$'
 """A list of texts or an object, as JSON that stands among single ids is read."""
-EXACT = 2.0**53
-"""From here on floats leave whole numbers out."""
+EXACT = {"Float32": 2**24, "Float64": 2**53}
+"""From here on floats of a kind leave whole numbers out."""
 DATED_ROWS = 1000
 """Rows by which a column is seen to hold dates."""
 EXTRA = "extra "
@@ -180,9 +180,9 @@ def _without_strange_ids(frame: pl.DataFrame, checks: Checks, table: Table) -> p
 
 def _note_large_floats(columns: Mapping[str, pl.Series], checks: Checks, file: str) -> None:
     for role in ("user_id", "item_id"):
-        if columns[role].dtype.is_float():
-            large = int((columns[role].abs() > EXACT).sum())
-            message = f"rows with a {role} above 2^53 that came as a float: different ids may have become one"
+        if (most := EXACT.get(str(columns[role].dtype))) is not None:
+            large = int((columns[role].abs() > most).sum())
+            message = f"rows with a {role} above {most:,} that came as a float: different ids may have become one"
             checks.add("warning", "large_float_id", message, large, file=file)
 
 
