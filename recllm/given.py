@@ -99,7 +99,7 @@ def _file(folder: Path, part: str) -> Path:
 
 
 def _parts(paths: Sequence[Path], like_at: float) -> list[list[Row]]:
-    frames = [_frame(path) for path in paths]
+    frames = _on_one_clock([_frame(path) for path in paths], paths)
     labels = pl.concat(frame.select(pl.col("ratings").explode()) for frame in frames).to_series().drop_nulls()
     if not labels.is_in([0.0, 1.0]).all():
         # Beside labels of 0 and 1 ratings would be read on their scale.
@@ -125,7 +125,7 @@ def _frame(path: Path) -> pl.DataFrame:
             pl.col("label").cast(pl.Float64),
             as_id_lists(frame["history"]),
             pl.col("ratings").cast(pl.List(pl.Float64)).list.eval(pl.element().fill_nan(None)),
-            _seconds(frame["timestamp"], path),
+            "timestamp",
         )
     except POLARS_FAILS as error:
         reason = str(error).splitlines()[0]
@@ -134,18 +134,27 @@ def _frame(path: Path) -> pl.DataFrame:
     return frame
 
 
-def _seconds(column: pl.Series, path: Path) -> pl.Series:
-    """Times of one clock, float64, whatever unit and form a part has them in; null where there is none."""
-    if column.dtype == pl.Null:
-        return column.cast(pl.Float64)
-    seconds = as_seconds(column, Checks(), path.name)
-    unread = (seconds.is_null() & column.is_not_null()).arg_true()
-    if len(unread):
-        raise RecllmError(
-            f"{path}: row {unread[0] + 1} has a timestamp that is no time ({column[unread[0]]!r}): seconds since 1970, "
-            "a date or ISO 8601."
-        )
-    return seconds
+def _on_one_clock(frames: list[pl.DataFrame], paths: Sequence[Path]) -> list[pl.DataFrame]:
+    """Times as seconds since 1970, float64, whatever unit and form a part has them in; null where there is none.
+
+    Numbers that are no such times in some part stay as they are in all: they say an order at least.
+    """
+    given = [frame["timestamp"] for frame in frames]
+    read = [
+        column.cast(pl.Float64) if column.dtype == pl.Null else as_seconds(column, Checks(), path.name)
+        for column, path in zip(given, paths, strict=True)
+    ]
+    for column, seconds, path in zip(given, read, paths, strict=True):
+        unread = (seconds.is_null() & column.is_not_null()).arg_true()
+        if len(unread) and all(own.dtype.is_numeric() or own.dtype == pl.Null for own in given):
+            read = [own.cast(pl.Float64) for own in given]
+            break
+        if len(unread):
+            raise RecllmError(
+                f"{path}: row {unread[0] + 1} has a timestamp that is no time of the years 1970 to 2200 "
+                f"({column[unread[0]]!r}): seconds, a date or ISO 8601 is expected."
+            )
+    return [frame.with_columns(times.alias("timestamp")) for frame, times in zip(frames, read, strict=True)]
 
 
 def _check(frame: pl.DataFrame, path: Path, ratings: str) -> None:

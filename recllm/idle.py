@@ -14,8 +14,6 @@ WITHOUT_TEACHER = ("light.taught", "light.taught_weight")
 """Keys of `[light]` that say how a teacher is learnt from."""
 WHERE_PAIRS_ARE_JUDGED = ("model.head_width", "light.per_device_train_batch_size")
 """Keys that say nothing where pairs are judged, beside two whole tables."""
-WITHOUT_SOFT_TOKENS = ("model.factor_dropout", "train.head_learning_rate")
-"""Keys that say nothing where pairs are judged from words alone."""
 OF_SPLITS = {
     "data.min_events": ("leave-last-out", "cold-items"),
     "data.cold_share": ("cold-items",),
@@ -56,15 +54,15 @@ def _idle(run: Run) -> Iterator[tuple[str, list[str]]]:
         behind = [*changed["adapter"], *(key for key in changed["train"] if key not in read)]
         yield "model.name = none", [*behind, *_among(changed["model"], OF_LANGUAGE_MODEL)]
     if run.light.num_train_epochs == 0:
-        yield "light.num_train_epochs = 0", light
+        # A teacher's own start still says which rows it has learnt.
+        yield "light.num_train_epochs = 0", [key for key in light if key != "light.teacher"]
     if run.light.teacher is None:
         yield "there is no light.teacher", _among(light, WITHOUT_TEACHER)
     if judges:
         judged = _among([*changed["model"], *light], WHERE_PAIRS_ARE_JUDGED)
         yield "model.task = relevance", [*judged, *changed["transitions"], *changed["neighbours"]]
         if not run.model.soft_tokens:
-            words = _among([*changed["model"], *changed["train"]], WITHOUT_SOFT_TOKENS)
-            yield "model.soft_tokens = false", words
+            yield "model.soft_tokens = false", _among(changed["model"], ("model.factor_dropout",))
     other = [key for key in changed["data"] if run.data.split not in OF_SPLITS.get(key, (run.data.split,))]
     yield f"data.split = {run.data.split}", other
 

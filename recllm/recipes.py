@@ -1,6 +1,8 @@
 """Recipes: the TOML files under prompts/, adapters/ and export/, and the run file that names them."""
 
+import math
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -74,10 +76,22 @@ def parse(model: type[SettingsT], values: dict[str, Any], place: str) -> Setting
     Raises:
         RecllmError: an unknown key, with the nearest right one, or a value of the wrong kind.
     """
+    for key, value in _numbers(values):  # free tables too, as [train], whose values no model knows
+        if not math.isfinite(value):
+            raise RecllmError(f"{place}: key '{key}': a finite number is expected (given: {value}).")
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise RecllmError(f"{place}: " + " ".join(_explain(model, item) for item in error.errors())) from None
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:  # noqa: ANN401  what TOML holds
+    """Floats anywhere in nested tables and lists, with their keys."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, own in inside:
+        yield from _numbers(own, f"{key}.{name}" if key else str(name))
+    if isinstance(value, float):
+        yield key, value
 
 
 def _explain(model: type[BaseModel], item: Any) -> str:  # noqa: ANN401  pydantic's error dictionaries

@@ -143,6 +143,8 @@ OF_LANGUAGE_MODEL = (
     "model.soft_tokens",
 )
 """Keys of `[model]` that only the language model's own training reads."""
+LANGUAGE_STAGES = ("lm", "relevance")
+"""What the language model's training is called, by the task."""
 LIGHT_READS = ("train.precision", "train.report_to")
 """Keys of `[train]` that the light sequence scorer reads as well; the light judge reads the second one only."""
 FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {"fusion.queries": (2000,)}
@@ -414,6 +416,24 @@ def keep_recipes(run: Run) -> None:
                 shutil.copyfile(source, temporary)
 
 
+def adapter_is_kept(run: Run) -> bool:
+    """Whether the copy of the adapter's recipe in the run's folder is still what `run` trains with.
+
+    It is once the language model has begun; before, what the run file names may have become another one.
+    """
+    copy = run.folder / RECIPES / "adapter.toml"
+    if not copy.is_file() or run.adapter.recipe == "none":
+        return False
+    if language_begun(run.folder) or not (run.folder / FILE).is_file():
+        return True
+    if load_run(run.folder).adapter.recipe != run.adapter.recipe:
+        return False
+    try:
+        return find_recipe("adapters", run.adapter.recipe).read_bytes() == copy.read_bytes()
+    except RecllmError:  # the file is gone, or was named from another folder
+        return True
+
+
 def check_resumed(run: Run) -> None:
     """Check that `run` says what the run in its folder was begun with; fusion and export may be changed.
 
@@ -423,17 +443,14 @@ def check_resumed(run: Run) -> None:
     Raises:
         RecllmError: a key has another value.
     """
-    earlier = load_run(run.folder)
-    before = earlier.model_dump(mode="json", exclude_none=True)
+    before = load_run(run.folder).model_dump(mode="json", exclude_none=True)
     now = run.model_dump(mode="json", exclude_none=True)
     if not language_begun(run.folder):
         for own in (before, now):
             own.pop("adapter")
             own["train"] = {key: value for key, value in own["train"].items() if f"train.{key}" in LIGHT_READS}
             for key in OF_LANGUAGE_MODEL:
-                # Where the model itself reads the items' text, its layers have made their vectors.
-                if key != "model.layers" or earlier.model.item_encoder is not None:
-                    own["model"].pop(key.removeprefix("model."), None)
+                own["model"].pop(key.removeprefix("model."), None)
     for key in ("name", "output", "fusion", "export"):
         before.pop(key), now.pop(key)
     for key in HARMLESS:
@@ -448,7 +465,7 @@ def check_resumed(run: Run) -> None:
 
 def language_begun(folder: Path) -> bool:
     """Whether the language model of the run in `folder` has a checkpoint, or is trained."""
-    stages = (folder / "checkpoints" / stage for stage in ("lm", "relevance"))
+    stages = (folder / "checkpoints" / stage for stage in LANGUAGE_STAGES)
     return (folder / "lm" / "done.json").is_file() or any(any(stage.glob("checkpoint-*")) for stage in stages)
 
 

@@ -24,11 +24,14 @@ from recllm.revisions import check_same_models, revisions
 from recllm.runs import (
     ENVIRONMENT,
     FILE,
+    LANGUAGE_STAGES,
     RECIPES,
     Run,
+    adapter_is_kept,
     check_resumed,
     check_same_data,
     keep_recipes,
+    language_begun,
     load_run,
     write_environment,
     write_run,
@@ -97,12 +100,13 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
     state = process_state()
     _check_folder(run, resume=resume, overwrite=overwrite)
     begun = resume and (run.folder / ENVIRONMENT).is_file()
+    kept = adapter_is_kept(run)
     with state.main_process_first():
-        check_names(run, say, kept=resume)
+        check_names(run, say, kept=resume, adapter_kept=resume and kept)
         for line in idle_lines(run):
             say(line)
         if sharded():
-            _check_shardable(run, kept=resume)
+            _check_shardable(run, kept=resume and kept)
         if not (resume and has_been_taught(run)):
             check_teacher(run)
         if not begun:
@@ -116,6 +120,8 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
         if not begun:
             check_start_data(run, task.fingerprints())
         if state.is_main_process:
+            if resume and not kept:
+                (run.folder / RECIPES / "adapter.toml").unlink(missing_ok=True)
             _begin(run, task, overwrite=overwrite, processes=state.num_processes, say=say)
         _describe(task, say, judges=run.model.task == "relevance")
     return task
@@ -174,9 +180,6 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
             pass
     if resume and begun:
         check_resumed(run)
-        if load_run(run.folder).adapter.recipe != run.adapter.recipe and process_state().is_main_process:
-            with _held(run):  # the copy is of the recipe before; the others read it behind this process
-                (run.folder / RECIPES / "adapter.toml").unlink(missing_ok=True)
 
 
 def _precision(run: Run) -> dict[str, Any]:
@@ -229,6 +232,10 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -
             say(f"Removing what {run.folder} holds, with {', '.join(bundles)}; export again when it is trained")
         shutil.rmtree(run.folder)
     if not (run.folder / FILE).is_file() or load_run(run.folder) != run:  # fusion and export may change on the way
+        if not language_begun(run.folder):
+            # No checkpoint is there, but maybe what an attempt with other settings was mended by.
+            for stage in LANGUAGE_STAGES:
+                shutil.rmtree(run.folder / "checkpoints" / stage, ignore_errors=True)
         write_run(run, run.folder / FILE)
     keep_recipes(run)
     if not (run.folder / LEARNT).is_file():

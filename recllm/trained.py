@@ -290,20 +290,22 @@ def language_history(run: Run, task: Task, base: BaseModel) -> HistoryFormat:
     return text_history(compiled.start, texts, limit, stride, positions)
 
 
-def check_names(run: Run, say: Say, *, kept: bool = False) -> None:
+def check_names(run: Run, say: Say, *, kept: bool = False, adapter_kept: bool | None = None) -> None:
     """Read the prompts and recipes that a run names and fetch its models, so that a mistake is told before any work.
 
     Args:
         run: the run.
         say: gets lines of what is fetched.
         kept: read the copies in the run's folder, where it has them.
+        adapter_kept: likewise of the adapter's recipe; as `kept` when not given.
 
     Raises:
         RecllmError: an unknown name or key, an encoder where a causal model is needed, or a control that cannot be.
     """
     adapter = None
     if run.adapter.recipe != "none":
-        adapter = load_adapter(run.adapter, run.adapter_file if kept else None)
+        own = kept if adapter_kept is None else adapter_kept
+        adapter = load_adapter(run.adapter, run.adapter_file if own else None)
         if run.control.language_model == "random" and adapter.quantization is not None:
             raise RecllmError(
                 "control.language_model = random draws weights in full precision, and the recipe "

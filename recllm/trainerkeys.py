@@ -1,5 +1,6 @@
 """Trainer's keys in `[train]`: what is refused and why, tried before anything is read, encoded or trained."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     for key in keys:
         if key not in known:
             raise unknown("key in [train]", key, known)
-        if key in REFUSED and (keys[key] not in (None, False, 0) or key == "seed"):
+        if key in REFUSED and (keys[key] or key == "seed"):  # what is empty asks for nothing
             raise RecllmError(f"train.{key} is not supported: {REFUSED[key]}. Leave it out.")
     _check_values(keys)
     check_trackers(keys.get("report_to", "none"))
@@ -102,7 +103,8 @@ def check_options(run: Run) -> None:
     keys = precision_keys(run.train.precision) | keys
     check_precision(keys)
     if run.model.name != "none" and not sharded():  # what is sharded has its plugin made by Trainer's own, once
-        try_trainer_keys(keys, MEASURES[run.model.task], run.train.early_stopping_patience)
+        rate = {"learning_rate": run.train.head_learning_rate}
+        try_trainer_keys(rate | keys, MEASURES[run.model.task], run.train.early_stopping_patience)
 
 
 def _check_numbers(keys: dict[str, Any]) -> None:
@@ -118,7 +120,7 @@ def _check_numbers(keys: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:  # noqa: ANN401  what a run file holds
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def try_trainer_keys(keys: dict[str, Any], measures: Sequence[str], patience: int | None) -> None:
@@ -127,7 +129,7 @@ def try_trainer_keys(keys: dict[str, Any], measures: Sequence[str], patience: in
     A mistake that Trainer finds is told before the catalogue is encoded, and not when the language model's turn comes.
 
     Args:
-        keys: `trainer_keys`, with those of the precision.
+        keys: `trainer_keys`, with those of the precision and the highest rate.
         measures: what validation measures.
         patience: `train.early_stopping_patience`.
 
@@ -137,8 +139,13 @@ def try_trainer_keys(keys: dict[str, Any], measures: Sequence[str], patience: in
     check_best(keys, measures, patience)
     left_out = {*COMPILING, "report_to", *RECOMPUTING, *(f"{key}_kwargs" for key in RECOMPUTING)}
     with tempfile.TemporaryDirectory() as folder:
-        options = {"output_dir": folder, "use_cpu": on_cpu(), "report_to": "none"}
-        arguments = training_arguments(options | {key: value for key, value in keys.items() if key not in left_out})
+        every = keys.get("save_steps", 1)
+        options = {"output_dir": folder, "use_cpu": on_cpu(), "report_to": "none", "eval_steps": every}
+        # As `Stage.options` has them: what a run file spells out of it is no mistake.
+        options |= {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+        options |= {"lr_scheduler_type": "cosine", "metric_for_best_model": f"eval_{measures[0]}"}
+        options |= {key: value for key, value in keys.items() if key not in left_out}
+        arguments = training_arguments({"save_steps": options["eval_steps"]} | options)
     try:
         kind, own = Trainer.get_optimizer_cls_and_kwargs(arguments)
         one = torch.nn.Parameter(torch.zeros(1))

@@ -107,9 +107,9 @@ DECIDING, HARMLESS = ("data", "seed", "start_from", "control", "model.task"), ("
 
 OWN = ("name", "output")
 """Keys that the search sets for every trial."""
-SWITCHES = frozenset({"model.name", "light.num_train_epochs", "light.teacher"})
+SWITCHES = frozenset({"model.name", "model.soft_tokens", "light.num_train_epochs", "light.teacher"})
 """Keys that decide whether other ones are read."""
-BEHIND_LIGHT = ("train.", "adapter.", "model.name", *OF_LANGUAGE_MODEL)
+BEHIND_LIGHT = ("train.", "adapter.", "model.name", "prompt.next_item", "prompt.relevance", *OF_LANGUAGE_MODEL)
 """Keys, or their beginnings, of the language model that is trained, behind all else that is fitted."""
 BESIDE_LIGHT = ("train.precision",)
 """The one among them that is the light scorer's too."""
@@ -147,7 +147,7 @@ def load_search(path: Path) -> tuple[Search, Run]:
     for key, values in search.search.items():
         if key in OWN:
             raise RecllmError(f'{path}: [search."{key}"] is where a trial lies, which the search sets itself.')
-        if _changes_nothing(key, search.scorer, MEASURED[run.model.task][0][-1]):
+        if _changes_nothing(key, search.scorer, run):
             raise RecllmError(
                 f"{path}: [search.\"{key}\"] changes nothing of scorer = '{search.scorer}', which is fitted or trained "
                 "before it. Search over it with scorer = 'fusion' or that of what it changes."
@@ -162,20 +162,21 @@ def load_search(path: Path) -> tuple[Search, Run]:
     return search, run
 
 
-def _changes_nothing(key: str, scorer: str, language: str) -> bool:
-    """Whether a key is of what comes behind a scorer; `language` is the one of the language model."""
+def _changes_nothing(key: str, scorer: str, run: Run) -> bool:
+    """Whether a key is of what comes behind a scorer of `run`."""
+    language = MEASURED[run.model.task][0][-1]
+    fused = scorer.startswith(FUSION)
     if key.startswith("export."):
         return True
-    if scorer == FUSION:
-        return False
     if key.startswith("fusion."):
-        return scorer != f"{FUSION} without {language}"
-    if scorer == language:
+        return not fused
+    if scorer in (FUSION, language):
         return False
-    if key in BESIDE_LIGHT:
-        return scorer != "light" and not scorer.startswith(FUSION)
-    before_light = scorer != "light" and not scorer.startswith(FUSION)
-    return key.startswith(("light.", *BEHIND_LIGHT) if before_light else BEHIND_LIGHT)
+    if key == "model.name" and run.model.item_encoder is None:
+        return scorer == "light"  # it reads the items' text too; a search of the light scorer keeps to one that does
+    if key in BESIDE_LIGHT and (fused or scorer == "light"):
+        return not fused and run.model.task == "relevance"
+    return key.startswith(BEHIND_LIGHT if fused or scorer == "light" else ("light.", *BEHIND_LIGHT))
 
 
 def _check_read(search: Search, tried: Run, key: str, path: Path) -> None:
@@ -217,7 +218,7 @@ def tune(path: Path, say: Say = print) -> Run:
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL)))
     study = optuna.create_study(storage=storage, study_name=run.name, direction="maximize", load_if_exists=True)
     _check_same(study, search, run)
-    _check_same_inputs(study, run)
+    _check_same_inputs(study, search, run)
     median = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=0)
     study.pruner = median if search.prune else optuna.pruners.NopPruner()
     say(f"Tuning {run.name}: {len(_finished(study))} of {search.trials} trials are done")
@@ -260,14 +261,19 @@ def tune(path: Path, say: Say = print) -> Run:
     return _write(study, search, run, folder) or run
 
 
+def _alone(search: Search, run: Run) -> dict[str, Any]:
+    """What is left out of a search of the light scorer: what trains after it changes nothing of it."""
+    if search.scorer != "light":
+        return {}
+    alone = {"model.name": "none", "model.item_encoder": encoder_name(run)}
+    if run.model.likelihood is None:  # whose weights a control may draw too
+        alone["control.language_model"] = "pretrained"
+    return alone
+
+
 def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:  # noqa: ANN401
     values = {key: own.draw(trial, key) for key, own in search.search.items()}
-    alone = {}
-    if search.scorer == "light":  # what trains after it changes nothing of it
-        alone = {"model.name": "none", "model.item_encoder": encoder_name(run)}
-        if run.model.likelihood is None:  # whose weights a control may draw too
-            alone["control.language_model"] = "pretrained"
-    tried = _with(run, alone | values, f"trial-{trial.number}", folder)
+    tried = _with(run, _alone(search, run) | values, f"trial-{trial.number}", folder)
     say(f"Trial {trial.number}: " + ", ".join(f"{key} = {value}" for key, value in values.items()))
     _share_fitted(search, folder, tried)
     seen: dict[int, int] = {}
@@ -361,8 +367,7 @@ def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     now = search.model_dump(mode="json", exclude={"trials"})
     now["run"] = run.model_dump(mode="json", exclude={"name", "output"}, exclude_none=True)
     before = study.user_attrs.get("search")
-    begun = any(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.get_trials(deepcopy=False))
-    if before is None or not begun:  # what no trial has gone by may be mended
+    if before is None or not _begun(study):  # what no trial has gone by may be mended
         study.set_user_attr("search", now)
     elif before != now:
         changed = ", ".join(name for name in now if now[name] != before.get(name))
@@ -372,16 +377,18 @@ def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
         )
 
 
-def _check_same_inputs(study: Any, run: Run) -> None:  # noqa: ANN401
+def _check_same_inputs(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     """Check that trials of before were fitted and measured on the data, models and recipes that there are now."""
+    run = _with(run, _alone(search, run), run.name, Path(run.output))
     now = {f"data ({name})": digest for name, digest in prepare(run).fingerprints().items()}
-    now |= {f"weights of '{name}'": digest for name, digest in revisions(run).items()}
+    if "model.name" not in search.search:  # else a trial names it
+        now |= {f"weights of '{name}'": digest for name, digest in revisions(run).items()}
     files = {f"prompt.{key}": find_recipe("prompts", getattr(run.prompt, key)) for key in PROMPTS}
     if run.adapter.recipe != "none":
         files["adapter.recipe"] = find_recipe("adapters", run.adapter.recipe)
     now |= {f"{key} ({path.name})": sha256_of(path) for key, path in files.items()}
     before = study.user_attrs.get("inputs")
-    if before is None or not _finished(study):
+    if before is None or not _begun(study):
         study.set_user_attr("inputs", now)
     elif before != now:
         changed = ", ".join(name for name in now if now[name] != before.get(name))
@@ -389,6 +396,11 @@ def _check_same_inputs(study: Any, run: Run) -> None:  # noqa: ANN401
             f"Since this search was begun something behind its run file has changed: {changed}. Its trials could not "
             "be compared. Bring it back, or give the run of the tune file another name to search anew."
         )
+
+
+def _begun(study: Any) -> bool:  # noqa: ANN401
+    """Whether a trial has gone by what the study was begun with."""
+    return any(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.get_trials(deepcopy=False))
 
 
 def _finished(study: Any) -> list[Any]:  # noqa: ANN401

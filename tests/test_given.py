@@ -183,8 +183,18 @@ def test_parts_with_times_of_other_units_and_forms_are_of_one_clock(tmp_path):
         rated = [item for item, rating in zip(query.history, query.ratings, strict=True) if rating is not None]
         assert rated == list(liked)  # what the history names beside that came after
     assert split.train.frame["timestamp"].to_list() == [start + 10 + at for at in range(6)]
-    with pytest.raises(RecllmError, match=r"valid.parquet: row 1 has a timestamp that is no time \('soon'\)"):
+    with pytest.raises(
+        RecllmError, match=r"valid.parquet: row 1 has a timestamp that is no time .*1970 to 2200 \('soon'\)"
+    ):
         split_of(tmp_path, train, [later | {"timestamp": "soon"}])
+
+
+def test_numbers_that_are_no_times_are_an_order_all_the_same(tmp_path):
+    train = [{**row, "timestamp": row["timestamp"] - 20} for row in rows_of("u", [0, 1, 0, 0, 1, 0])]
+    later = {"user_id": "u", "item_id": "z", "label": 1, "history": ["b", "e"], "timestamp": -8}
+    query = split_of(tmp_path, train, [later]).test[0].query
+    rated = [item for item, rating in zip(query.history, query.ratings, strict=True) if rating is not None]
+    assert rated == ["a", "b", "c"]
 
 
 def test_a_train_row_knows_no_label_of_its_own_or_later_rows_and_often_fewer(tmp_path):

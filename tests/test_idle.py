@@ -51,6 +51,7 @@ def test_without_a_light_scorer_or_a_teacher_their_keys_are_not_read():
     assert idle(light=light) == {"there is no light.teacher": ["light.taught"]}
     assert idle(light=light | {"teacher": "runs/before"}) == {}
     # Each key is told once, with the first reason.
+    assert idle(light={"teacher": "runs/before", "num_train_epochs": 0}) == {}  # whose test rows are left out
     assert idle(light=light | {"num_train_epochs": 0}) == {
         "light.num_train_epochs = 0": ["light.width", "light.taught"]
     }
@@ -71,12 +72,11 @@ def test_where_pairs_are_judged_items_are_not_compared():
 
 
 def test_pairs_that_are_judged_from_words_have_no_projections():
-    keys = {"train": {"head_learning_rate": 0.1}}
     judged = {"task": "relevance", "factor_dropout": 0.3}
-    told = ["model.factor_dropout", "train.head_learning_rate"]
-    assert idle(model=judged, **keys) == {"model.soft_tokens = false": told}
-    assert idle(model=judged | {"soft_tokens": True}, **keys) == {}
-    assert idle(model={"factor_dropout": 0.3}, **keys) == {}
+    assert idle(model=judged) == {"model.soft_tokens = false": ["model.factor_dropout"]}
+    assert idle(model=judged | {"soft_tokens": True}) == {}
+    assert idle(model={"factor_dropout": 0.3}) == {}
+    assert idle(model={"task": "relevance"}, train={"head_learning_rate": 0.1}) == {}  # an encoder has a head
 
 
 @pytest.mark.parametrize(

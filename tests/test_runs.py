@@ -9,6 +9,7 @@ import pytest
 from recllm.errors import RecllmError
 from recllm.prompts import load_prompt
 from recllm.runs import (
+    adapter_is_kept,
     check_resumed,
     check_same_data,
     keep_recipes,
@@ -166,6 +167,13 @@ def test_a_folder_is_read_where_it_lies_now(file, tmp_path, monkeypatch):
     assert load_run(Path()).folder == tmp_path / "moved"
 
 
+@pytest.mark.parametrize("key", ["light.dropout", "train.weight_decay", "adapter.lora_alpha", "train.optim_args.eps"])
+@pytest.mark.parametrize("number", ["nan", "-inf"])
+def test_numbers_are_finite_in_every_table(key, number, file):
+    with pytest.raises(RecllmError, match=rf"key '{key}': a finite number is expected \(given: {number}\)"):
+        load_run(file, [f"{key}={number}"])
+
+
 def test_an_empty_table_is_read_back_as_one(file, tmp_path):
     run = load_run(file, ["train.lr_scheduler_kwargs={}"])
     write_run(run, tmp_path / "back.toml")
@@ -200,11 +208,22 @@ def test_what_the_language_model_reads_may_change_until_it_trains(key, begun, fi
         check_resumed(load_run(file, [*keys, key]))
 
 
-def test_layers_that_have_read_the_items_stay(file, tmp_path):
-    run = load_run(file, [f"output={tmp_path}"])
+def test_a_recipe_that_was_mended_before_the_language_model_began_is_read_anew(file, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('tuner = "lora"\n[config]\nr = 4\n', encoding="utf-8")
+    run = load_run(file, [f"output={tmp_path}", f"adapter.recipe={mine}"])
+    assert not adapter_is_kept(run)
+    keep_recipes(run)
     write_run(run, run.folder / "run.toml")
-    with pytest.raises(RecllmError, match=r"was begun with model\.layers = None, and now it is 2"):
-        check_resumed(load_run(file, [f"output={tmp_path}", "model.layers=2"]))
+    assert adapter_is_kept(run)
+    assert not adapter_is_kept(load_run(file, [f"output={tmp_path}", "adapter.recipe=dora"]))
+    mine.write_text('tuner = "lora"\n[config]\nr = 2\n', encoding="utf-8")
+    assert not adapter_is_kept(run)
+    (run.folder / "checkpoints" / "lm" / "checkpoint-4").mkdir(parents=True)
+    assert adapter_is_kept(run)
+    (run.folder / "checkpoints" / "lm" / "checkpoint-4").rmdir()
+    mine.unlink()
+    assert adapter_is_kept(run)
 
 
 def test_other_data_than_those_of_the_run_are_refused(file, tmp_path):

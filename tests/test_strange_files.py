@@ -2,7 +2,9 @@
 
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from uuid import UUID
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -86,11 +88,12 @@ def test_an_id_that_is_a_list_is_dropped_and_told(tmp_path):
         '{"user_id": "a", "item_id": "1"}',
         '{"user_id": "a", "item_id": ["b"]}',
         '{"user_id": "[x]", "item_id": "2"}',
+        '{"user_id": "a", "item_id": [3, 4]}',
     ]
     written(tmp_path, "interactions.jsonl", "\n".join(rows))
     assert read_dataset(str(tmp_path)).interactions.frame["item_id"].to_list() == ["1", "2"]
     finding = findings(tmp_path)["strange_id"]
-    assert (finding.count, finding.lines) == (1, (2,))
+    assert (finding.count, finding.lines) == (2, (2, 4))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,19 @@ def test_floats_that_tell_ids_no_longer_apart_are_warned_of(kind, most, tmp_path
     assert findings(tmp_path)["large_float_id"].count == 1
     frame.with_columns(pl.col("user_id").cast(pl.Int64)).write_parquet(tmp_path / "interactions.parquet")
     assert "large_float_id" not in findings(tmp_path)
+
+
+def test_an_order_of_decimals_is_one(tmp_path):
+    places = [Decimal("1.9"), Decimal("1.7"), Decimal("1.5")]
+    pl.DataFrame({"user_id": ["a"] * 3, "item_id": ["3", "2", "1"], "seq": places}).write_parquet(
+        tmp_path / "log.parquet"
+    )
+    assert read_interactions(tmp_path / "log.parquet").frame["item_id"].to_list() == ["1", "2", "3"]
+
+
+def test_lines_that_end_in_carriage_returns_alone_are_lines_where_they_are_not_utf8(tmp_path):
+    path = written(tmp_path, "items.csv", b"item_id,title\r1,Caf\xe9\r2,Two\r")
+    assert read_items(path).frame.rows() == [("1", "Café"), ("2", "Two")]
 
 
 @pytest.mark.parametrize("kind", [pl.Int64, pl.String])
@@ -149,10 +165,12 @@ def test_a_new_item_without_text_has_none(tmp_path):
     nothing = float("nan")
     more = read_items(path).with_items([{"item_id": 2.0, "title": nothing, "genres": nothing}])
     assert more.frame.rows()[-1] == ("2", None, None)
-    for wrong, message in (
-        (True, "item_id: True is no id"),
-        (2.5, "item_id: 2.5 is no id"),
-        (nothing, "needs 'item_id'"),
-    ):
-        with pytest.raises(RecllmError, match=message):
+    for wrong in (True, [1], {"id": 1}):
+        with pytest.raises(RecllmError, match=r"item_id is .*, which is no id"):
             read_items(path).with_items([{"item_id": wrong, "title": "Two"}])
+    with pytest.raises(RecllmError, match="needs 'item_id'"):
+        read_items(path).with_items([{"item_id": nothing, "title": "Two"}])
+    named = UUID(int=7)
+    ids = [record["item_id"] for record in ({"item_id": np.int64(5)}, {"item_id": 2.5}, {"item_id": named})]
+    more = read_items(path).with_items([{"item_id": item, "title": np.array(["a"])} for item in ids])
+    assert more.ids[1:] == ("5", "2.5", str(named))

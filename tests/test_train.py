@@ -282,13 +282,24 @@ def test_a_mistake_that_shows_late_costs_nothing_of_what_has_trained(tiny_run, t
         train_run(run, say=silent)
     light = run.folder / "light" / "model.safetensors"
     before = light.stat().st_mtime_ns
-    keys = ["train.max_steps=4", "adapter={recipe='ln_tuning'}"]
+    # What an attempt with other settings was mended by is none of these ones'.
+    note = run.folder / "checkpoints" / "lm" / "adjusted.json"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text('{"rate": 0.5, "parts": 16, "valid_parts": 1}', encoding="utf-8")
+    with pytest.raises(RecllmError, match="lroa"):
+        train_run(again(tiny_run, tmp_path, "adapter={recipe='lroa'}", "light.num_train_epochs=1"), resume=True)
+    assert (run.folder / "recipes" / "adapter.toml").is_file()
+    keys = ["train.max_steps=4", "train.logging_steps=1", "adapter={recipe='ln_tuning'}"]
     mended = again(tiny_run, tmp_path, *keys, "light.num_train_epochs=1")
     train_run(mended, resume=True, say=silent)
     assert light.stat().st_mtime_ns == before
     assert load_run(run.folder) == mended
     assert 'tuner = "ln_tuning"' in Path(mended.adapter_file).read_text(encoding="utf-8")
     assert not any("lora" in name for name in load_file(run.folder / "lm" / "model.safetensors"))
+    rates = [
+        line["learning_rate"] for line in metrics(run.folder) if line["scorer"] == "lm" and "learning_rate" in line
+    ]
+    assert max(rates) > 0.6 * mended.train.head_learning_rate
     with pytest.raises(RecllmError, match=r"was begun with train.max_steps = 4"):
         train_run(again(tiny_run, tmp_path, *keys, "light.num_train_epochs=1", "train.max_steps=5"), resume=True)
 

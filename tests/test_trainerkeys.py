@@ -88,6 +88,10 @@ def test_what_trainer_takes_is_taken():
     keys |= {"gradient_checkpointing": True, "torch_compile": True, "eval_strategy": "no", "report_to": "tensorboard"}
     try_trainer_keys(keys | {"load_best_model_at_end": False}, MEASURES["next_item"], None)
     try_trainer_keys({"metric_for_best_model": "auc"}, MEASURES["relevance"], 3)
+    try_trainer_keys({"load_best_model_at_end": True, "save_steps": 7}, MEASURES["next_item"], None)
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-4}}
+    try_trainer_keys(schedule | {"learning_rate": 1e-3}, MEASURES["next_item"], None)
+    check_trainer_keys({"fsdp": "", "deepspeed": None})
 
 
 def test_a_mistake_for_the_language_model_leaves_no_folder(tiny_run, tmp_path):

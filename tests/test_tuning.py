@@ -9,7 +9,7 @@ from recllm import tuning
 from recllm.data import read_interactions
 from recllm.errors import RecllmError
 from recllm.fetch import resolve_data
-from recllm.runs import load_run, write_run
+from recllm.runs import Run, load_run, write_run
 from recllm.tuning import Range, load_search, tune
 
 TUNE = """
@@ -184,16 +184,31 @@ def test_keys_that_change_nothing_of_what_is_measured_are_refused(place, key, me
 @pytest.mark.parametrize(
     ("scorer", "changed", "unchanged"),
     [
-        ("fusion", "light.layers train.learning_rate fusion.l2 cf.factors", "export.recipes"),
-        ("lm", "light.layers train.learning_rate adapter.r model.max_history cf.factors", "fusion.l2 export.recipes"),
+        ("fusion", "light.layers train.learning_rate fusion.l2 cf.factors prompt.next_item", "export.recipes"),
+        ("lm", "light.layers train.learning_rate adapter.r model.max_history", "fusion.l2 export.recipes"),
         ("fusion without lm", "light.layers fusion.l2 cf.factors", "train.learning_rate adapter.r model.max_history"),
-        ("light", "light.layers train.precision cf.factors", "train.learning_rate model.max_history fusion.l2"),
+        (
+            "light",
+            "light.layers train.precision prompt.item",
+            "train.learning_rate prompt.next_item fusion.l2 model.name",
+        ),
         ("mf", "cf.factors recency.queries", "light.layers train.precision adapter.r model.max_history fusion.l2"),
     ],
 )
 def test_what_comes_behind_a_scorer_changes_nothing_of_it(scorer, changed, unchanged):
-    assert [key for key in changed.split() if tuning._changes_nothing(key, scorer, "lm")] == []
-    assert [key for key in unchanged.split() if not tuning._changes_nothing(key, scorer, "lm")] == []
+    run = Run.model_validate({"name": "films", "data": {"name": "ml-100k"}, "model": {"item_encoder": "minilm-l6"}})
+    assert [key for key in changed.split() if tuning._changes_nothing(key, scorer, run)] == []
+    assert [key for key in unchanged.split() if not tuning._changes_nothing(key, scorer, run)] == []
+
+
+def test_a_language_model_that_reads_the_items_too_changes_every_scorer_of_text():
+    run = Run.model_validate({"name": "films", "data": {"name": "ml-100k"}})
+    apart = run.model_copy(update={"model": run.model.model_copy(update={"item_encoder": "minilm-l6"})})
+    for scorer in ("text", "neighbours", "fusion without lm"):
+        assert not tuning._changes_nothing("model.name", scorer, run)
+        assert tuning._changes_nothing("model.name", scorer, apart)
+    judged = run.model_copy(update={"model": run.model.model_copy(update={"task": "relevance"})})
+    assert tuning._changes_nothing("train.precision", "light", judged)  # the light judge has one precision
 
 
 @pytest.mark.slow

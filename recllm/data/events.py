@@ -19,8 +19,8 @@ WEIGHT = "weight"
 TIME = "_time"  # float64 seconds: the fraction orders events that share a second
 MISSING = ("NULL", "null", "NaN", "nan", "NA", "N/A", "None", "<NA>")
 """How databases and pandas write a missing value as text."""
-LISTED = r'^(\[(".*")?\]|\{(".*)?\})$'
-"""A list of texts or an object, as JSON that stands among single ids is read."""
+LISTED = r'^(\[(".*"|-?\d[-+.\deE, ]*)?\]|\{(".*)?\})$'
+"""A list of texts or numbers or an object, as JSON that stands among single ids is read."""
 EXACT = {"Float32": 2**24, "Float64": 2**53}
 """From here on floats of a kind leave whole numbers out."""
 DATED_ROWS = 1000
@@ -95,9 +95,11 @@ def _places(column: pl.Series | None, height: int) -> pl.Series:
     """What a user's events are ordered by; whole numbers stay whole, for floats tell large ones not apart."""
     if column is None:
         return _numbers(None, "seq", height)
-    whole = column.cast(pl.Int64, strict=False).alias("seq")
-    if not column.dtype.is_float() and whole.null_count() == column.null_count():
-        return whole
+    kind = column.dtype
+    if kind.is_integer() or kind.is_temporal() or kind == pl.String:
+        whole = column.cast(pl.Int64, strict=False).alias("seq")
+        if whole.null_count() == column.null_count():
+            return whole
     return _numbers(column, "seq", height)
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -176,16 +177,27 @@ def _text(value: object) -> str:
     return ", ".join(str(each) for each in value if each is not None) if isinstance(value, list | tuple) else str(value)
 
 
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, Real) and bool(value != value))
+
+
+def _id_of(value: object) -> str:
+    """An id as logs have it: also of what is no text and no whole number, as a UUID, but for what is no id at all."""
+    if isinstance(value, bool | list | tuple | dict):
+        raise RecllmError(f"A new item's item_id is {value!r:.60}, which is no id.")
+    try:
+        return identifier(value)
+    except ValueError:
+        return str(value).strip()
+
+
 def _checked(record: Mapping[str, str], columns: list[str], known: set[str]) -> dict[str, str | None]:
     for name in record:
         if name not in columns:
             raise unknown("item field", name, columns)
-    given = {name: value for name, value in record.items() if value is not None and value == value}  # NaN is missing
+    given = {name: value for name, value in record.items() if not _is_missing(value)}
     fields = {name: " ".join(_text(value).split()) or None for name, value in given.items()}
-    try:
-        item_id = identifier(given.get("item_id", ""))  # white space inside an id is a part of it
-    except ValueError as error:
-        raise RecllmError(f"A new item's item_id: {error}.") from None
+    item_id = _id_of(given.get("item_id", ""))  # white space inside an id is a part of it
     if not item_id:
         raise RecllmError(f"A new item needs 'item_id'; its fields are: {', '.join(record) or 'none'}.")
     if item_id in known:

@@ -174,7 +174,7 @@ def _decoded(path: Path) -> tuple[str, tuple[int, ...]]:
     Raises:
         RecllmError: the file is UTF-16.
     """
-    raw = path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n")
+    raw = path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if raw.startswith(UTF_16):
         raise RecllmError(f"{path} is UTF-16. Write it as UTF-8.")
     lines, not_utf8 = [], []

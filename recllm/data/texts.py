@@ -1,6 +1,7 @@
 """Columns of any type as text: ids and item text; and single values as ids."""
 
 from decimal import Decimal
+from numbers import Integral
 from typing import Any
 
 import polars as pl
@@ -86,6 +87,8 @@ def identifier(value: Any) -> str:  # noqa: ANN401
 
     So does a decimal number, as warehouses keep ids.
     """
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = int(value)  # NumPy's too
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
