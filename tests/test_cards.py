@@ -182,3 +182,55 @@ def test_an_adalora_adapter_is_saved_with_all_ranks_of_the_best_step(tiny_run, t
     with torch.inference_mode():
         expected, found = (own(input_ids=ids).last_hidden_state for own in (model, loaded))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("start", "kept"), [("pissa", False), ("olora", False), ("gaussian", True)])
+def test_an_adapter_that_changes_its_base_model_is_not_saved_for_peft(start, kept, tiny_run, tiny_lm_folder, tmp_path):
+    config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": start}
+    model = attach(load_base(tiny_lm_folder).model, AdapterRecipe(tuner="lora", config=config))
+    save_adapter(load_run(tiny_run), model, trained_values(model), tmp_path)
+    assert (tmp_path / ADAPTER).is_dir() is kept
+
+
+def changed(run, **keys):
+    """The run with keys of `[model]` changed, whose models are known."""
+    names = {value: "f" * 16 for key, value in keys.items() if key in ("name", "likelihood")}
+    facts = read_json(run.folder / ENVIRONMENT)
+    write_json(run.folder / ENVIRONMENT, facts | {"models": facts["models"] | names})
+    return run.model_copy(update={"model": run.model.model_copy(update=keys)})
+
+
+def adapter_card(run):
+    write_adapter_card(run)
+    return (run.folder / "lm" / ADAPTER / CARD).read_text(encoding="utf-8")
+
+
+def test_the_card_of_an_adapter_over_the_first_layers_loads_no_more_of_them(run):
+    text = adapter_card(changed(run, layers=1))
+    assert ", num_hidden_layers=1)" in text
+    assert "| layers | the first 1 |" in text
+    text = adapter_card(run)
+    assert "num_hidden_layers" not in text
+    assert "| layers | all |" in text
+
+
+def test_a_base_model_by_a_name_of_recllms_own_is_loaded_from_a_folder(run):
+    text = adapter_card(changed(run, name="smollm2-135m-instruct"))
+    assert 'from_pretrained("FOLDER")  # FOLDER: where smollm2-135m-instruct lies' in text
+    assert "FOLDER" not in adapter_card(changed(run, name="owner/model@0a1b"))
+
+
+def test_a_card_says_what_read_the_text_and_what_was_taken_away(run):
+    lines = card(changed(run, likelihood="smollm2-135m", item_encoder="minilm-l6"), "A title")
+    assert "| item text by | minilm-l6 |" in lines
+    assert f"| likelihood by | smollm2-135m, weights sha256 {'f' * 16} |" in lines
+    assert f"| item text by | {run.model.name} |" in card(run, "A title")
+    assert not [line for line in card(run, "A title") if line.startswith(("| likelihood by |", "| control |"))]
+    control = run.control.model_copy(update={"text": "shuffled"})
+    lines = card(run.model_copy(update={"control": control}), "A title")
+    assert "| control | control.text = shuffled: not for use |" in lines
+
+
+def test_the_figures_of_validation_are_none_of_the_test(run):
+    write_json(run.folder / "evaluation.json", {"valid": {"metrics": ["MRR"], "rows": []}})
+    assert card(run, "A title")[-1].startswith("Not evaluated yet")

@@ -3,11 +3,14 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
 
+from recllm import distil
+from recllm.data import Query
 from recllm.distil import FILE, LEFT_OUT, TransferHistories, check_teacher, taught_windows
 from recllm.errors import RecllmError
 from recllm.examples import Examples, NextItemCollator, WholeBatches, collate_counted
@@ -16,7 +19,7 @@ from recllm.histories import HistoryFormat
 from recllm.outcome import evaluate_run
 from recllm.planning import plan_run
 from recllm.ranking import ItemIndex
-from recllm.runs import load_run, write_run
+from recllm.runs import ENVIRONMENT, load_run, write_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.sequence import IGNORED, LightBody, NextItemModel
 from recllm.tasks import LEARNT_BEFORE, keep_learnt, prepare
@@ -228,6 +231,8 @@ def test_a_plan_counts_the_taught_windows(student):
             {"data.min_events": 6},
             r"data\.min_events is 6 here and 4 .* learnt from the rows that this run is measured on",
         ),
+        ({"data.duplicates": "last"}, r"data\.duplicates is 'last' here and 'first' in light\.teacher"),
+        ({"data.like_at": 3.0}, r"data\.like_at is 3\.0 here and 4\.0 in light\.teacher"),
         ({"light.teacher": "nowhere"}, r"no run file"),
         ({"name": "tiny", "output": "OUTPUT"}, r"light\.teacher is this run itself"),
         ({"model.task": "relevance"}, r"light\.teacher is for model\.task = 'next_item'"),
@@ -237,6 +242,19 @@ def test_a_teacher_that_does_not_fit_is_refused(student, tiny_run, keys, message
     keys = {key: tiny_run.parent if value == "OUTPUT" else value for key, value in keys.items()}
     with pytest.raises(RecllmError, match=message):
         check_teacher(student(**keys))
+
+
+def test_the_seed_of_shots_has_to_be_the_teachers(student, tiny_run, tmp_path):
+    """Which rows of a set's own training part are learnt from is drawn by it; the last events are the same by any."""
+    assert check_teacher(student(seed=1)).folder == tiny_run
+    folder = shutil.copytree(tiny_run, tmp_path / "few")
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    text = text.replace('split = "leave-last-out"', 'split = "given"\nshots = 8')
+    (folder / "run.toml").write_text(text, encoding="utf-8")
+    keys = {"data.split": "given", "data.shots": 8, "light.teacher": folder}
+    assert check_teacher(student(**keys)).folder == folder
+    with pytest.raises(RecllmError, match=r"data\.seed is 1 here and 0 in light\.teacher"):
+        check_teacher(student(seed=1, **keys))
 
 
 def test_an_unfinished_teacher_is_refused(student, tiny_run, tmp_path):
@@ -257,3 +275,34 @@ def test_a_teacher_of_other_data_is_refused(student, tiny_run, tmp_path):
     run = student(**{"light.teacher": copy})
     with pytest.raises(RecllmError, match=r"interactions of .* are not those that .*other was trained on"):
         taught_windows(run, prepare(run), silent)
+
+
+def test_a_teacher_over_other_weights_is_not_asked(student, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "moved")
+    facts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    facts["models"] = dict.fromkeys(facts["models"], "0" * 16)
+    (folder / ENVIRONMENT).write_text(json.dumps(facts), encoding="utf-8")
+    run = student(**{"light.teacher": folder})
+    with pytest.raises(RecllmError, match=r"has other weights now .* than those that .*moved was trained over"):
+        taught_windows(run, prepare(run), silent)
+    assert not (run.folder / FILE).is_file()
+
+
+@pytest.mark.parametrize("new", [np.nan, 9.0, 90.0])
+def test_a_teachers_scores_are_scaled_by_items_with_events_alone(new, monkeypatch):
+    """Nothing is taught of other items, however high their scores are."""
+    index, random = ItemIndex(["a", "b", "c", "new"]), np.random.default_rng(0)
+    scores = np.column_stack([random.normal(size=(50, 3)), np.full(50, new)]).astype(np.float32)
+    likely = np.exp(2.0 * scores[:, :3]) / np.exp(2.0 * scores[:, :3]).sum(1, keepdims=True)
+    targets = [random.choice(3, p=row) for row in likely]
+    rows = [
+        SimpleNamespace(query=Query(()), item_id=index.ids[3 if place < 5 else item])
+        for place, item in enumerate(targets)
+    ]
+    task = SimpleNamespace(index=index, warm=np.array([True, True, True, False]), repeats=True)
+    protocol = SimpleNamespace(examples=lambda _: rows, fuse=lambda _, given, __: given["own"])
+    monkeypatch.setattr(distil, "prepare", lambda _: task)
+    monkeypatch.setattr(distil, "evaluation_protocol", lambda *_: protocol)
+    monkeypatch.setattr(distil, "load_collaborative", lambda *_: None)
+    monkeypatch.setattr(distil, "known_scores", lambda *_: {"valid": {"own": scores}})
+    assert distil._scale(SimpleNamespace(seed=0), None, silent) == pytest.approx(2.0, rel=0.4)

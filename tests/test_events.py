@@ -1,9 +1,10 @@
 """Events as one table: weights that count, and the same order of users whatever the order of the file."""
 
 import numpy as np
+import polars as pl
 import pytest
 
-from recllm.data import read_interactions
+from recllm.data import read_dataset, read_interactions
 from recllm.errors import RecllmError
 
 
@@ -23,3 +24,78 @@ def test_users_who_began_in_one_second_stand_by_their_ids_whatever_the_order_of_
         rows = [f"{user},{item},{at}\n" for user in order for item, at in (("x", 100), ("y", 200))]
         file.write_text("user_id,item_id,timestamp\nz,x,99\n" + "".join(rows), encoding="utf-8")
         assert read_interactions(file).users() == ["z", *users]
+
+
+def found(file):
+    """The ids that are read of a file, and what is told of it by its code."""
+    dataset = read_dataset("", interactions=str(file))
+    findings = {finding.code: finding for finding in dataset.report.findings}
+    return dataset.interactions.frame.select("user_id", "item_id").rows(), findings
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.ndjson"])
+@pytest.mark.parametrize("strange", ['["b"]', "[]", '{"b": 1}', "{}"])
+def test_ids_that_are_lists_or_objects_are_dropped_of_users_and_items(tmp_path, name, strange):
+    rows = [('"a1"', '"x"'), ('"a2"', strange), (strange, '"y"'), ('"[a3]"', '"{z}"')]
+    lines = [f'{{"user_id": {user}, "item_id": {item}}}' for user, item in rows]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    ids, findings = found(tmp_path / name)
+    assert ids == [("a1", "x"), ("[a3]", "{z}")]
+    assert "item_id is a list or an object, dropped" in findings["strange_id"].message
+
+
+def test_ids_of_other_files_may_look_like_lists(tmp_path):
+    (tmp_path / "log.csv").write_text('user_id,item_id\n[],{}\na,"[""b""]"\n', encoding="utf-8")
+    ids, findings = found(tmp_path / "log.csv")
+    assert ids == [("[]", "{}"), ("a", '["b"]')]
+    assert "strange_id" not in findings
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_an_id_of_several_lines_is_dropped_whatever_ends_them(tmp_path, column, end):
+    frame = pl.DataFrame({"user_id": ["a", "b", "c"], "item_id": ["x", "y", "z"]})
+    strange = pl.when(pl.int_range(pl.len()) == 1).then(pl.lit(f"1{end}2")).otherwise(column)
+    frame.with_columns(strange.alias(column)).write_parquet(tmp_path / "log.parquet")
+    ids, findings = found(tmp_path / "log.parquet")
+    assert ids == [("a", "x"), ("c", "z")]
+    assert (findings["strange_id"].count, findings["strange_id"].lines) == (1, (2,))
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_floats_are_warned_of_in_both_ids_and_below_nought_too(tmp_path, column, sign):
+    frame = pl.DataFrame({"user_id": [1.0, 2.0], "item_id": [3.0, 4.0]})
+    large = pl.Series(column, [sign * 2.0**53, sign * (2.0**53 + 2)])
+    frame.with_columns(large).write_parquet(tmp_path / "log.parquet")
+    told = found(tmp_path / "log.parquet")[1]["large_float_id"]
+    assert told.count == 1
+    assert f"rows with a {column} above {2**53:,} that" in told.message
+
+
+def test_an_order_of_floats_keeps_its_fractions(tmp_path):
+    frame = pl.DataFrame({"user_id": ["a"] * 2, "item_id": ["late", "early"], "seq": [1.5, 1.25]})
+    frame.write_parquet(tmp_path / "log.parquet")
+    assert read_interactions(tmp_path / "log.parquet").frame["item_id"].to_list() == ["early", "late"]
+
+
+def test_an_order_that_parts_events_of_one_second_does_not_quarrel_with_time(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,seq,timestamp\na,x,2,9\na,y,1,9\n", encoding="utf-8")
+    ids, findings = found(tmp_path / "log.csv")
+    assert ids == [("a", "y"), ("a", "x")]
+    assert "order_against_time" not in findings
+
+
+def test_a_rating_of_blanks_is_a_missing_one_and_one_without_an_end_is_no_number(tmp_path):
+    rows = ["a,1, ", "a,2, 4 ", "a,3,inf", "a,4,-inf", "a,5,nan"]
+    (tmp_path / "log.csv").write_text("user_id,item_id,rating\n" + "\n".join(rows), encoding="utf-8")
+    assert read_interactions(tmp_path / "log.csv").frame["rating"].to_list() == [None, 4.0, None, None, None]
+    assert found(tmp_path / "log.csv")[1]["bad_rating"].lines == (4, 5, 6)
+
+
+@pytest.mark.parametrize(("rule", "line"), [("keep", 3), ("first", 3), ("last", 2)])
+def test_the_further_events_that_are_told_are_those_that_the_rule_leaves_out(tmp_path, rule, line):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\na,x,1\na,x,2\na,y,3\n", encoding="utf-8")
+    report = read_dataset("", interactions=str(tmp_path / "log.csv"), duplicates=rule).report
+    (told,) = [finding for finding in report.findings if finding.code == "duplicate_event"]
+    assert told.lines == (line,)

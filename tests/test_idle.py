@@ -50,6 +50,8 @@ def test_without_a_light_scorer_or_a_teacher_their_keys_are_not_read():
     light = {"width": 64, "taught": 5}
     assert idle(light=light) == {"there is no light.teacher": ["light.taught"]}
     assert idle(light=light | {"teacher": "runs/before"}) == {}
+    assert idle(light={"taught_weight": 2.0}) == {"there is no light.teacher": ["light.taught_weight"]}
+    assert idle(light={"taught_weight": 2.0, "teacher": "runs/before"}) == {}
     # Each key is told once, with the first reason.
     assert idle(light={"teacher": "runs/before", "num_train_epochs": 0}) == {}  # whose test rows are left out
     assert idle(light=light | {"num_train_epochs": 0}) == {

@@ -1,6 +1,7 @@
 """Joining sources: namespaces, kinds of events, weights, rating scales, clocks, duplicates, items of several."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -191,6 +192,13 @@ def test_the_column_of_kinds_may_be_called_as_one_of_ours(joined, tmp_path):
             lambda text: text.replace('users = "people"', 'users = "people:old"', 1),
             "the namespaces 'people' and 'people:old' could make one id of two",
         ),
+        (
+            lambda text: text.replace('items_namespace = "goods"', 'items_namespace = "goods:old"', 1),
+            "the namespaces 'goods' and 'goods:old' could make one id of two",
+        ),
+        (lambda text: text.replace("[0, 10]", "[10, 0]"), "lowest, then the highest"),
+        (lambda text: text.replace("clock = -3540", "clock = 9e9"), r"moves 3 events out of the years 1970 to 2200"),
+        (lambda text: re.sub(r'interactions = ".*/app\.csv"', "", text), r"give data \(a name or a folder\) or inter"),
     ],
 )
 def test_mistakes_are_named(joined, change, message):
@@ -309,3 +317,31 @@ def test_kinds_may_be_numbers(number, tmp_path):
     keys = 'event = "kind"\nevents = { 1 = { weight = 0.25 }, 4 = { weight = 2 } }'
     frame = joined_one(tmp_path, log, keys, file="log.jsonl")
     assert frame.select("item_id", "event_weight").rows() == [("1", 0.25), ("2", 2.0)]
+
+
+@pytest.mark.parametrize(("rule", "kept"), [("first", (1, 2.0)), ("last", (3, 3.0)), ("keep", (3, 3.0))])
+def test_a_source_may_have_a_rule_of_its_own_for_its_duplicates(tmp_path, rule, kept):
+    """What it lets through goes by the join's rule, the last one stays."""
+    log = "user_id,item_id,rating,timestamp\nu,1,2,1\nu,1,4,2\nu,1,3,3\n"
+    frame = joined_one(tmp_path, log, f'duplicates = "{rule}"')
+    assert frame.select("timestamp", "rating").rows() == [kept]
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_users_stand_in_the_order_of_their_first_events_each_ones_events_together(tmp_path, timed):
+    rows = ["z,1,10", "a,1,20", "z,2,30", "b,1,40", "a,2,50"]
+    rows = rows if timed else [row.rpartition(",")[0] for row in rows]
+    log = f"user_id,item_id{',timestamp' if timed else ''}\n" + "\n".join(rows) + "\n"
+    frame = joined_one(tmp_path, log, "")
+    assert frame.select("user_id", "item_id", "seq").rows() == [
+        ("z", "1", 0),
+        ("z", "2", 1),
+        ("a", "1", 0),
+        ("a", "2", 1),
+        ("b", "1", 0),
+    ]
+
+
+def test_a_clock_of_part_of_a_second_moves_to_the_nearest_second(tmp_path):
+    log = "user_id,item_id,timestamp\nu,1,100\n"
+    assert joined_one(tmp_path, log, "clock = -0.25")["timestamp"].to_list() == [100]

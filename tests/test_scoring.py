@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from recllm import scoring
+from recllm.errors import RecllmError
+from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
-from recllm.runs import load_run
+from recllm.runs import ENVIRONMENT, load_run
 from recllm.tasks import prepare
 from recllm.trained import load_collaborative
 from recllm.weighing import FusionSettings
@@ -57,6 +59,36 @@ def test_scores_of_other_rows_are_not_paired_with_these(tiny_run, tmp_path):
     assert np.array_equal(np.concatenate([scores["valid"]["mf"], scores["test"]["mf"]]), whole)
 
 
+def test_what_has_to_be_scored_anew_is_scored_over_the_very_same_weights(tiny_run, tmp_path):
+    run = load_run(shutil.copytree(tiny_run, tmp_path / "run"))
+    task = prepare(run)
+    parts = load_collaborative(run, task)
+    facts = read_json(run.folder / ENVIRONMENT)
+    write_json(run.folder / ENVIRONMENT, facts | {"models": dict.fromkeys(facts["models"], "0" * 16)})
+    scoring.known_scores(run, task, parts, pytest.fail)  # all are there
+    (run.folder / "scores" / "mf.npy").unlink()
+    with pytest.raises(RecllmError, match=r"has other weights now .* was trained over"):
+        scoring.known_scores(run, task, parts, lambda _: None)
+
+
+def test_scores_are_written_in_the_order_of_the_rows_whatever_block_they_are_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "QUERY_BATCH", 3)
+    monkeypatch.setattr(scoring, "BLOCK_SCORES", 1)
+    protocol = SimpleNamespace(
+        shape=lambda rows: (rows, 2), score=lambda _, rows: np.array([[row, -row] for row in rows])
+    )
+    valid, test = list(range(7)), list(range(100, 111))
+    scoring._write_scores(protocol, None, valid, test, tmp_path / "scores.npy")
+    assert np.load(tmp_path / "scores.npy").tolist() == [[row, -row] for row in [*valid, *test]]
+
+
+def test_the_fusion_beside_is_of_all_scorers_but_the_language_model(tiny_run):
+    whole, beside = (set(Fusion.load(tiny_run / name).names) for name in ("fusion.json", "fusion-without-lm.json"))
+    assert "lm" in whole
+    assert "light" in beside
+    assert "lm" not in beside
+
+
 def test_a_kill_while_a_fusion_is_fitted_anew_leaves_none_that_is_taken_for_done(tiny_run, tmp_path, monkeypatch):
     shutil.copytree(tiny_run, tmp_path / "run")
     before = load_run(tmp_path / "run")
@@ -80,3 +112,45 @@ def test_a_kill_while_a_fusion_is_fitted_anew_leaves_none_that_is_taken_for_done
     monkeypatch.setattr(Fusion, "save", save)
     scoring.fit_fusion(before, task, parts, lambda _: None)  # as it was asked for first
     assert [path.read_bytes() for path in files] == wanted
+
+
+def test_the_rows_of_new_items_are_drawn_by_the_seed():
+    first, again, other = (
+        scoring._some_rows(100, 1, SimpleNamespace(fusion=FusionSettings(new_queries=30), seed=seed)).tolist()
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+@pytest.fixture
+def as_new(tmp_path, monkeypatch):
+    """Scores as if all items were new, of so many examples; and for how many rows scorers were asked."""
+    asked = []
+    (tmp_path / "scores").mkdir()
+    monkeypatch.setattr(scoring, "scorer_makers", lambda *_: {"mf": lambda: None})
+    monkeypatch.setattr(
+        scoring, "score_as_new", lambda _, queries, __: asked.append(len(queries)) or np.ones((len(queries), 3))
+    )
+
+    def scores(count, task="next_item", share=0.5):
+        run = SimpleNamespace(
+            folder=tmp_path, model=SimpleNamespace(task=task), fusion=FusionSettings(new_share=share), seed=0
+        )
+        examples = [SimpleNamespace(query=None)] * count
+        return scoring._scores_as_new(run, SimpleNamespace(index=None), None, examples, lambda _: None)
+
+    return scores, asked
+
+
+def test_scores_as_new_are_kept_by_their_number_of_rows(as_new):
+    scores, asked = as_new
+    for count in (5, 5, 8, 5):
+        assert scores(count)["mf"].shape == (count, 3)
+    assert asked == [5, 8]
+
+
+def test_scores_as_new_are_of_next_items_that_may_be_new(as_new):
+    scores, asked = as_new
+    assert scores(5, share=0.0) == {}
+    assert scores(5, task="relevance") == {}
+    assert asked == []

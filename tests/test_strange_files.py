@@ -75,6 +75,25 @@ def test_what_cannot_be_read_is_told_with_its_line(name, text, message, tmp_path
         read_interactions(written(tmp_path, name, text))
 
 
+@pytest.mark.parametrize(
+    ("name", "sign"), [("interactions.csv", ","), ("interactions.tsv", "\t"), ("log.inter", "\t"), ("u.data", "\t")]
+)
+def test_a_line_with_too_many_fields_is_not_read_shifted(name, sign, tmp_path):
+    lines = ["user_id,item_id,rating,note", "u,1,5,fine", "u,hello, world,2,4"]
+    if name == "u.data":  # has no header, and a time in the last place
+        lines = ["u,1,5,100", "u,hello,world,2,200"]
+    written(tmp_path, name, "\n".join(lines).replace(",", sign))
+    with pytest.raises(RecllmError, match=f"{name} cannot be read"):
+        read_dataset(str(tmp_path))
+
+
+def test_lines_are_right_behind_blank_ones_and_texts_of_several(tmp_path):
+    written(tmp_path, "interactions.csv", LOG)
+    written(tmp_path, "items.csv", 'item_id,title\n\n1,"one\ntwo"\n2,Two\n2,Again\n3,Three\n')
+    (finding,) = (own for own in read_dataset(str(tmp_path)).report.findings if "duplicate" in own.code)
+    assert finding.lines == (6,)
+
+
 def test_an_id_with_a_line_break_is_a_quote_that_was_not_closed(tmp_path):
     written(tmp_path, "interactions.csv", 'user_id,item_id\na,1\na,"3\n4,5\n6,7"\n8,9\n')
     dataset = read_dataset(str(tmp_path))

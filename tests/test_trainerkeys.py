@@ -5,7 +5,7 @@ import pytest
 from recllm.errors import RecllmError
 from recllm.runs import load_run
 from recllm.train import train_run
-from recllm.trainerkeys import MEASURES, check_options, check_trainer_keys, try_trainer_keys
+from recllm.trainerkeys import MEASURES, check_best, check_options, check_trainer_keys, try_trainer_keys
 
 
 def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
@@ -47,6 +47,9 @@ def test_a_schedule_that_hangs_on_validations_is_refused():
         ({"logging_steps": True}, r"train\.logging_steps = True: so many steps are expected"),
         ({"weight_decay": "abc"}, r"train\.weight_decay = 'abc': a number of at least 0"),
         ({"max_grad_norm": -1}, r"train\.max_grad_norm = -1: a number of at least 0"),
+        ({"eval_delay": -1}, r"train\.eval_delay = -1: a number of at least 0"),
+        ({"save_steps": -1}, r"train\.save_steps = -1: so many steps are expected"),
+        ({"lr_scheduler_type": "Reduce_LR_on_Plateau"}, "is not supported: its rates hang on losses"),
         ({"dataloader_drop_last": True}, "it would leave out rows of validation"),
         ({"bf16": True}, "train.precision says it"),
         ({"seed": 0}, "the run's one seed"),
@@ -63,6 +66,7 @@ def test_values_that_do_not_go_are_refused_before_anything_loads(keys, message):
 def test_values_that_go_are_taken():
     check_trainer_keys({"lr_scheduler_type": "constant_with_warmup", "optim": "adamw_torch", "eval_steps": 0.2})
     check_trainer_keys({"weight_decay": 0, "max_grad_norm": 0.5, "logging_steps": 1, "dataloader_drop_last": False})
+    check_trainer_keys({"train_sampling_strategy": "sequential", "save_steps": 5, "eval_delay": 0})
     check_trainer_keys({"ignore_data_skip": False, "eval_do_concat_batches": True, "gradient_accumulation_steps": 2})
 
 
@@ -87,11 +91,21 @@ def test_what_trainer_takes_is_taken():
     keys = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "optim": "adafactor"}
     keys |= {"gradient_checkpointing": True, "torch_compile": True, "eval_strategy": "no", "report_to": "tensorboard"}
     try_trainer_keys(keys | {"load_best_model_at_end": False}, MEASURES["next_item"], None)
-    try_trainer_keys({"metric_for_best_model": "auc"}, MEASURES["relevance"], 3)
     try_trainer_keys({"load_best_model_at_end": True, "save_steps": 7}, MEASURES["next_item"], None)
     schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-4}}
     try_trainer_keys(schedule | {"learning_rate": 1e-3}, MEASURES["next_item"], None)
     check_trainer_keys({"fsdp": "", "deepspeed": None})
+    for name in ("auc", "eval_auc", "loss", "eval_loss"):
+        try_trainer_keys({"metric_for_best_model": name}, MEASURES["relevance"], 3)
+
+
+@pytest.mark.parametrize("key", ["eval_strategy", "save_strategy"])
+def test_without_validations_there_is_no_best_step_and_no_patience(key):
+    keys = {key: "no", "load_best_model_at_end": False}
+    check_best(keys, MEASURES["relevance"], None)
+    for given, patience in ((keys, 2), ({key: "no"}, None)):
+        with pytest.raises(RecllmError, match=rf"train\.{key} = 'no' leaves no validation and checkpoint"):
+            check_best(given, MEASURES["relevance"], patience)
 
 
 def test_a_mistake_for_the_language_model_leaves_no_folder(tiny_run, tmp_path):

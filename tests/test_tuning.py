@@ -10,7 +10,8 @@ from recllm.data import read_interactions
 from recllm.errors import RecllmError
 from recllm.fetch import resolve_data
 from recllm.runs import Run, load_run, write_run
-from recllm.tuning import Range, load_search, tune
+from recllm.tuning import Range, Search, load_search, tune
+from recllm.vectors import VECTORS
 
 TUNE = """
 run = "base.toml"
@@ -89,6 +90,99 @@ def test_a_trial_below_the_others_is_cut_short(place, monkeypatch):
     # Near ties are cut too; the better rate is not among all that is cut.
     assert any(trial["values"]["light.learning_rate"] == 1e-6 for trial in cut)
     assert load_run(place / "runs" / "base-tune" / tuning.BEST).light.learning_rate == 5e-3
+
+
+def test_a_trial_is_cut_by_the_validations_of_what_is_searched_for_and_no_other(place, monkeypatch):
+    reported = []
+
+    class Trial:
+        number = 0
+
+        def suggest_categorical(self, key, choices):
+            return choices[0]
+
+        def suggest_int(self, key, low, high, log):
+            return low
+
+        def report(self, figure, place):
+            reported.append((figure, place))
+
+        def should_prune(self):
+            return False
+
+    class Told(Exception):
+        """Ends the trial."""
+
+    def train(run, *, resume, say, watch):
+        watch("lm", 1, {"eval_ndcg@10": 0.1})
+        watch("light", 1, {"loss": 3.0})
+        for step in (2, 2, 4):  # a validation that is made again, after a way back, counts once
+            watch("light", step, {"eval_ndcg@10": step / 10})
+        raise Told
+
+    monkeypatch.setattr(tuning, "train_run", train)
+    search, run = load_search(written(place))
+    with pytest.raises(Told):
+        tuning._try(search, run, place / "search", Trial(), lambda _: None)
+    assert reported == [(0.2, 0), (0.4, 1)]
+
+
+def tries(monkeypatch, figures):
+    """Trials without a training, which leave what one leaves and have these figures; one of None fails."""
+
+    def tried(search, run, folder, trial, say):
+        for key, values in search.search.items():
+            values.draw(trial, key)
+        for name in ("checkpoints", "scores", "light"):
+            (folder / f"trial-{trial.number}" / name).mkdir(parents=True)
+        if figures[trial.number] is None:
+            raise RecllmError("it does not go")
+        return figures[trial.number]
+
+    monkeypatch.setattr(tuning, "_try", tried)
+
+
+def test_a_trial_leaves_no_checkpoints_and_no_scores_behind(place, monkeypatch):
+    tries(monkeypatch, [0.5, None])
+    tune(written(place, 2), lambda _: None)
+    left = [path.relative_to(place / "runs" / "base-tune") for path in (place / "runs").glob("*/trial-*/*")]
+    assert sorted(map(str, left)) == ["trial-0/light", "trial-1/light"]
+
+
+def test_of_trials_that_are_as_good_the_first_is_the_best(place, monkeypatch):
+    tries(monkeypatch, [0.4, 0.5, 0.5])
+    said = []
+    best = tune(written(place, 3), said.append)
+    assert said[-1].startswith("Best: trial 1, NDCG@10 0.5000 of 'light'")
+    values = found(place)["trials"][1]["values"]
+    assert (best.light.learning_rate, best.light.layers) == (values["light.learning_rate"], values["light.layers"])
+
+
+@pytest.mark.parametrize(
+    ("key", "shared"),
+    [
+        ("light.layers", True),
+        ("fusion.l2", True),
+        ("train.learning_rate", True),
+        ("cf.factors", False),
+        ("recency.queries", False),
+        ("ease.max_items", False),
+        ("transitions.max_items", False),
+        ("neighbours.neighbours", False),
+        ("prompt.item", False),
+        ("model.item_encoder", False),
+        ("data.rated_histories", False),
+    ],
+)
+def test_what_is_fitted_is_shared_where_no_searched_key_changes_it(key, shared, place, tiny_run):
+    folder = place / "search"
+    shutil.copytree(tiny_run / "cf", folder / "trial-0" / "cf")
+    for path in tiny_run.glob("vectors.*"):
+        shutil.copy(path, folder / "trial-0")
+    search = Search(run="base.toml", search={key: Range(low=1, high=2)})
+    tried = load_run(place / "base.toml", ["name=trial-1", f"output={folder}"])
+    tuning._share_fitted(search, folder, tried)
+    assert (tried.folder / VECTORS).is_file() is (tried.folder / "cf").is_dir() is shared
 
 
 def test_whole_numbers_and_fractions_are_told_apart(place):

@@ -15,6 +15,7 @@ from recllm.judging import relevance_model
 from recllm.mf import FactorSettings, ImplicitMF
 from recllm.outcome import evaluate_run
 from recllm.ranking import ItemIndex
+from recllm.recipes import find_recipe
 from recllm.runs import ENVIRONMENT, Run, load_run
 from recllm.scoring import known_scores
 from recllm.tasks import LEARNT, keep_learnt, prepare
@@ -208,6 +209,15 @@ def test_a_start_from_drawn_directions_needs_the_same_seed(start, alike, after):
     assert (one == other) is alike
 
 
+@pytest.mark.parametrize(("start", "alike"), [("loftq", False), ("gaussian", True)])
+def test_a_start_that_makes_up_for_a_rounding_needs_the_same_one(start, alike, after, tmp_path):
+    text = find_recipe("adapters", "qlora").read_text(encoding="utf-8")
+    (tmp_path / "kept.toml").write_text(text.replace('"nf4"', '"fp4"'), encoding="utf-8")
+    run = after("adapter.recipe=qlora", f"adapter.init_lora_weights={start}")
+    now, kept = (warmstart._language_facts(run, file) for file in (None, str(tmp_path / "kept.toml")))
+    assert (now == kept) is alike
+
+
 def test_dropout_and_another_encoder(after, tiny_encoder_folder):
     assert check_start(after("adapter.lora_dropout=0.3")) is not None
     with pytest.raises(RecllmError, match=r"model\.item_encoder is '.*' here"):
@@ -319,3 +329,17 @@ def test_cold_items_have_to_be_drawn_from_the_same_data(tiny_run, after, tmp_pat
         check_start_data(run, same | {next(iter(same)): "else"})
     with pytest.raises(RecllmError, match=r"data\.seed is 1 here and 0 in"):
         check_start(after("data.split=cold-items", "seed=1", start_from=folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("seed=1", r"seed is 1 here and 0 in"), ("data.shots=9", r"data\.shots is 9 here and 8 in")]
+)
+def test_shots_have_to_be_the_same_ones(key, words, tiny_run, after, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "few")
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    text = text.replace('split = "leave-last-out"', 'split = "given"\nshots = 8')
+    (folder / "run.toml").write_text(text, encoding="utf-8")
+    given = ["data.split=given", "data.shots=8"]
+    assert check_start(after(*given, start_from=folder)).folder == folder
+    with pytest.raises(RecllmError, match=words):
+        check_start(after(*given, key, start_from=folder))

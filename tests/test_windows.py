@@ -74,6 +74,16 @@ def test_windows_go_on_with_new_epochs_until_there_are_enough():
     assert Windows([np.arange(1)], length=4, epochs=1, seed=0).all(at_least=9) == []
 
 
+def test_what_is_taught_does_not_come_in_the_order_of_the_first_epochs():
+    sequences = [np.array([user, user + 40]) for user in range(40)]
+    taught = [Taught(row, np.zeros(0, int), row[:1], np.ones(1)) for row in sequences]
+    rows = with_taught([], taught, passes=1, batch=1, seed=7)
+    assert sorted(row.window[0] for row in rows) == list(range(40))
+    for number in range(2):
+        windows = Windows(sequences, 4, epochs=2, seed=7, recent=True).epoch(number)
+        assert [row.window[0] for row in rows] != [window[0] for window in windows]
+
+
 @pytest.mark.parametrize("count", [3, 21])
 def test_all_taught_windows_come_in_every_pass_in_whole_batches(count):
     batch, passes = 4, 3
