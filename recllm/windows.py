@@ -56,7 +56,7 @@ def with_taught(
         batch: windows in a step on all devices.
         seed: of their order.
     """
-    random = np.random.default_rng([seed, 2])
+    random = np.random.default_rng([seed, 2, 2])  # no stream of an epoch's, which are [seed, number]
     whole, steps = len(windows) // batch, -(-len(taught) // batch)
     added: list[Taught] = []
     for _ in range(passes):

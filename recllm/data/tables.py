@@ -68,8 +68,13 @@ class Table:
         Raises:
             RecllmError: a row that cannot be read, or no row at all.
         """
+        wanted = list(dict.fromkeys(columns))
+        # Of a line with more fields than the header has Polars tells only where the last column is read; else it takes
+        # the wrong ones.
+        last = [] if self.path.suffix.lower() in (".parquet", ".jsonl", ".ndjson") else self.columns[-1:]
+        beside = [name for name in last if name not in wanted]
         try:
-            read = self.frame.select(LINE, *columns).collect()
+            read = self.frame.select(LINE, *wanted, *beside).collect().drop(beside)
         except POLARS_FAILS as error:
             raise _broken(self.path, error) from None
         if read.is_empty():
@@ -266,9 +271,8 @@ def _csv_starts(path: Path) -> list[int]:
     with path.open(encoding="latin-1", newline="") as stream:
         rows = csv.reader(stream, delimiter=delimiter_of(path))
         starts, before = [], 0
-        for row in rows:
-            if row:
-                starts.append(before + 1)
+        for _ in rows:  # a blank line is a row too, of nothing
+            starts.append(before + 1)
             before = rows.line_num
     return starts
 
