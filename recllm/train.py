@@ -12,7 +12,7 @@ import torch
 
 from recllm.adapters import load_adapter
 from recllm.cards import write_adapter_card
-from recllm.devices import precision_keys, process_state, sharded, sharding
+from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError, place_error
 from recllm.files import only_one, read_json
@@ -107,6 +107,7 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
             say(line)
         if sharded():
             _check_shardable(run, kept=resume and kept)
+            check_precision(_precision(run))
         if not (resume and has_been_taught(run)):
             check_teacher(run)
         if not begun:

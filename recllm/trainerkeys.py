@@ -100,9 +100,13 @@ def check_options(run: Run) -> None:
     """
     keys = run.train.trainer_keys()
     check_trainer_keys(keys)
+    if (
+        sharded()
+    ):  # `sharded.check_shardable` tells more of the precision, and the plugin is to be made once, by Trainer
+        return
     keys = precision_keys(run.train.precision) | keys
     check_precision(keys)
-    if run.model.name != "none" and not sharded():  # what is sharded has its plugin made by Trainer's own, once
+    if run.model.name != "none":
         rate = {"learning_rate": run.train.head_learning_rate}
         try_trainer_keys(rate | keys, MEASURES[run.model.task], run.train.early_stopping_patience)
 

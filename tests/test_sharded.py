@@ -161,7 +161,6 @@ def test_what_can_be_cut_is_not_refused(sharding_by_fsdp):
         (["adapter.recipe=adalora"], "AdaLoRA counts ranks over whole matrices"),
         (["adapter.recipe=qlora"], "A quantised base model is not sharded"),
         (["train.precision=fp16"], "Sharded training has no fp16"),
-        (["train.fp16=true"], "Sharded training has no fp16"),
         (["train.torch_compile=true"], "torch_compile has not been tried on sharded layers"),
         (["model.task=relevance", "model.rows_together=4"], "rows_together has not been tried on sharded layers"),
     ],
