@@ -137,24 +137,35 @@ def _frame(path: Path) -> pl.DataFrame:
 def _on_one_clock(frames: list[pl.DataFrame], paths: Sequence[Path]) -> list[pl.DataFrame]:
     """Times as seconds since 1970, float64, whatever unit and form a part has them in; null where there is none.
 
-    Numbers that are no such times in some part stay as they are in all: they say an order at least.
+    Numbers that are no such times stay as they are where no other number has been brought to seconds: they say an
+    order at least.
     """
     given = [frame["timestamp"] for frame in frames]
+    given = [column.fill_nan(None) if column.dtype.is_float() else column for column in given]
     read = [
         column.cast(pl.Float64) if column.dtype == pl.Null else as_seconds(column, Checks(), path.name)
         for column, path in zip(given, paths, strict=True)
     ]
+    if all(_is_order(column, seconds) for column, seconds in zip(given, read, strict=True)):
+        read = [column.cast(pl.Float64) for column in given]
     for column, seconds, path in zip(given, read, paths, strict=True):
         unread = (seconds.is_null() & column.is_not_null()).arg_true()
-        if len(unread) and all(own.dtype.is_numeric() or own.dtype == pl.Null for own in given):
-            read = [own.cast(pl.Float64) for own in given]
-            break
         if len(unread):
             raise RecllmError(
                 f"{path}: row {unread[0] + 1} has a timestamp that is no time of the years 1970 to 2200 "
                 f"({column[unread[0]]!r}): seconds, a date or ISO 8601 is expected."
             )
     return [frame.with_columns(times.alias("timestamp")) for frame, times in zip(frames, read, strict=True)]
+
+
+def _is_order(column: pl.Series, seconds: pl.Series) -> bool:
+    """Whether a part's times are finite numbers, of which none was read in another unit than that of seconds."""
+    if column.dtype == pl.Null:
+        return True
+    if not column.dtype.is_numeric():
+        return False
+    raw = column.cast(pl.Float64)
+    return bool((raw.is_null() | (raw.is_finite() & (seconds.is_null() | (seconds == raw)))).all())
 
 
 def _check(frame: pl.DataFrame, path: Path, ratings: str) -> None:

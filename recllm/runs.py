@@ -447,10 +447,9 @@ def check_resumed(run: Run) -> None:
     now = run.model_dump(mode="json", exclude_none=True)
     if not language_begun(run.folder):
         for own in (before, now):
-            own.pop("adapter")
-            own["train"] = {key: value for key, value in own["train"].items() if f"train.{key}" in LIGHT_READS}
-            for key in OF_LANGUAGE_MODEL:
-                own["model"].pop(key.removeprefix("model."), None)
+            for key in _language_keys(own):
+                table, _, name = key.partition(".")
+                own[table].pop(name)
     for key in ("name", "output", "fusion", "export"):
         before.pop(key), now.pop(key)
     for key in HARMLESS:
@@ -461,6 +460,22 @@ def check_resumed(run: Run) -> None:
             f"begun with (recllm train {run.folder} --resume), start anew (--overwrite), or give the run another name "
             "(--set name=…)."
         )
+
+
+def _language_keys(values: dict[str, Any]) -> list[str]:
+    """Keys of a dumped run, `table.key`, that the language model's own training alone reads."""
+    keys = [f"{table}.{name}" for table in ("adapter", "train", "model") for name in values[table]]
+    return [
+        key for key in keys if key in OF_LANGUAGE_MODEL or (not key.startswith("model.") and key not in LIGHT_READS)
+    ]
+
+
+def language_part(run: Run) -> dict[str, Any]:
+    """What the language model's own training reads of a run, but for what decides nothing of the weights."""
+    values = run.model_dump(mode="json", exclude_none=True)
+    harmless = {f"train.{key}" for key in HARMLESS}
+    keys = [key.partition(".") for key in _language_keys(values) if key not in harmless]
+    return {f"{table}.{name}": values[table][name] for table, _, name in keys}
 
 
 def language_begun(folder: Path) -> bool:

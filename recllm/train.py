@@ -32,6 +32,7 @@ from recllm.runs import (
     check_same_data,
     keep_recipes,
     language_begun,
+    language_part,
     load_run,
     write_environment,
     write_run,
@@ -100,13 +101,13 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
     state = process_state()
     _check_folder(run, resume=resume, overwrite=overwrite)
     begun = resume and (run.folder / ENVIRONMENT).is_file()
-    kept = adapter_is_kept(run)
+    kept = resume and adapter_is_kept(run)
     with state.main_process_first():
-        check_names(run, say, kept=resume, adapter_kept=resume and kept)
+        check_names(run, say, kept=resume, adapter_kept=kept)
         for line in idle_lines(run):
             say(line)
         if sharded():
-            _check_shardable(run, kept=resume and kept)
+            _check_shardable(run, kept=kept)
             check_precision(_precision(run))
         if not (resume and has_been_taught(run)):
             check_teacher(run)
@@ -121,8 +122,8 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
         if not begun:
             check_start_data(run, task.fingerprints())
         if state.is_main_process:
-            if resume and not kept:
-                (run.folder / RECIPES / "adapter.toml").unlink(missing_ok=True)
+            if resume:
+                _leave_behind(run, adapter_kept=kept)
             _begin(run, task, overwrite=overwrite, processes=state.num_processes, say=say)
         _describe(task, say, judges=run.model.task == "relevance")
     return task
@@ -225,6 +226,18 @@ def _check_processes(run: Run, processes: int) -> None:
         )
 
 
+def _leave_behind(run: Run, *, adapter_kept: bool) -> None:
+    """Forget the adapter's recipe and what training was mended by, where the language model begins with other ones."""
+    recipe = run.folder / RECIPES / "adapter.toml"
+    if language_begun(run.folder) or not (run.folder / FILE).is_file():
+        return
+    if (recipe.is_file() and not adapter_kept) or language_part(load_run(run.folder)) != language_part(run):
+        for stage in LANGUAGE_STAGES:  # no checkpoint is there
+            shutil.rmtree(run.folder / "checkpoints" / stage, ignore_errors=True)
+    if not adapter_kept:
+        recipe.unlink(missing_ok=True)
+
+
 def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -> None:
     """Write what a run's folder begins with, once everything that can be a user's mistake has been read."""
     if overwrite and run.folder.is_dir():
@@ -233,10 +246,6 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -
             say(f"Removing what {run.folder} holds, with {', '.join(bundles)}; export again when it is trained")
         shutil.rmtree(run.folder)
     if not (run.folder / FILE).is_file() or load_run(run.folder) != run:  # fusion and export may change on the way
-        if not language_begun(run.folder):
-            # No checkpoint is there, but maybe what an attempt with other settings was mended by.
-            for stage in LANGUAGE_STAGES:
-                shutil.rmtree(run.folder / "checkpoints" / stage, ignore_errors=True)
         write_run(run, run.folder / FILE)
     keep_recipes(run)
     if not (run.folder / LEARNT).is_file():

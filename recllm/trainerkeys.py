@@ -124,7 +124,8 @@ def _check_numbers(keys: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:  # noqa: ANN401  what a run file holds
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def try_trainer_keys(keys: dict[str, Any], measures: Sequence[str], patience: int | None) -> None:

@@ -17,7 +17,7 @@ from recllm.lm import model_folder
 from recllm.outcome import FUSION, evaluate_run
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.results import Table
-from recllm.revisions import revisions
+from recllm.revisions import revision
 from recllm.runs import OF_LANGUAGE_MODEL, PROMPTS, Run, load_run, set_key, write_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task, prepare
@@ -381,10 +381,13 @@ def _check_same_inputs(study: Any, search: Search, run: Run) -> None:  # noqa: A
     """Check that trials of before were fitted and measured on the data, models and recipes that there are now."""
     run = _with(run, _alone(search, run), run.name, Path(run.output))
     now = {f"data ({name})": digest for name, digest in prepare(run).fingerprints().items()}
-    if "model.name" not in search.search:  # else a trial names it
-        now |= {f"weights of '{name}'": digest for name, digest in revisions(run).items()}
-    files = {f"prompt.{key}": find_recipe("prompts", getattr(run.prompt, key)) for key in PROMPTS}
-    if run.adapter.recipe != "none":
+    models = {run.model.item_encoder, run.model.likelihood}
+    models |= set() if "model.name" in search.search else {run.model.name}  # else a trial names it
+    now |= {f"weights of '{name}'": revision(name) for name in models if name not in (None, "none")}
+    trained = run.model.name != "none"
+    prompts = [key for key in PROMPTS if trained or key not in ("next_item", "relevance")]
+    files = {f"prompt.{key}": find_recipe("prompts", getattr(run.prompt, key)) for key in prompts}
+    if trained and run.adapter.recipe != "none":
         files["adapter.recipe"] = find_recipe("adapters", run.adapter.recipe)
     now |= {f"{key} ({path.name})": sha256_of(path) for key, path in files.items()}
     before = study.user_attrs.get("inputs")

@@ -197,6 +197,20 @@ def test_numbers_that_are_no_times_are_an_order_all_the_same(tmp_path):
     assert rated == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("wrong", [-1.0, float("inf")])
+def test_a_number_that_is_no_time_takes_no_units_away_from_the_others(wrong, tmp_path):
+    start = 1_600_000_000
+    train = [{**row, "timestamp": float(1000 * (start + row["timestamp"]))} for row in rows_of("u", [0, 1, 0])]
+    later = {"user_id": "u", "item_id": "z", "label": 1, "history": ["b"], "timestamp": float(start + 30)}
+    write(tmp_path, "train", train)
+    write(tmp_path, "valid", [later])
+    write(tmp_path, "test", [later, later | {"timestamp": wrong}])
+    with pytest.raises(RecllmError, match=r"test.parquet: row 2 has a timestamp that is no time"):
+        given_split(tmp_path)
+    write(tmp_path, "test", [later, later | {"timestamp": float("nan")}])  # none at all
+    assert len(given_split(tmp_path).test) == 2
+
+
 def test_a_train_row_knows_no_label_of_its_own_or_later_rows_and_often_fewer(tmp_path):
     train = [row for user in range(60) for row in rows_of(f"user {user}", [user % 2, 0, 1, 0, 1, 1, 0, 1])]
     split = split_of(tmp_path, train, train[-1:])

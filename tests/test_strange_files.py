@@ -76,14 +76,19 @@ def test_what_cannot_be_read_is_told_with_its_line(name, text, message, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "sign"), [("interactions.csv", ","), ("interactions.tsv", "\t"), ("log.inter", "\t"), ("u.data", "\t")]
+    ("name", "text", "message"),
+    [
+        ("interactions.csv", "user_id,item_id,rating,note\nu,1,5,fine\nu,hello, world,2,4\n", "line 3 has 5 fields"),
+        ("interactions.tsv", "user_id\titem_id\tnote\nu\t1\tfine\nu\t2\tso\tso\n", "line 3 .*with tabs needs quotes"),
+        ("interactions.csv", "user_id,item_id,note\nu,1,fine,\n", "line 2 has 4 fields, .*beyond it are empty: give"),
+        ("log.inter", "user_id:token\titem_id:token\tnote:token\nu\t1\ta\tb\n", r"line 2 .*'\\t' parts the fields"),
+        ("u.data", "u\t1\t5\t100\nu\thello\tworld\t2\t200\n", "line 2 has 5 fields, the header has 4"),
+        ("ratings.dat", "u::1::5::100\nu::1::5::100::7\n", "line 2 has 5 fields, the header has 4"),
+    ],
 )
-def test_a_line_with_too_many_fields_is_not_read_shifted(name, sign, tmp_path):
-    lines = ["user_id,item_id,rating,note", "u,1,5,fine", "u,hello, world,2,4"]
-    if name == "u.data":  # has no header, and a time in the last place
-        lines = ["u,1,5,100", "u,hello,world,2,200"]
-    written(tmp_path, name, "\n".join(lines).replace(",", sign))
-    with pytest.raises(RecllmError, match=f"{name} cannot be read"):
+def test_a_line_with_too_many_fields_is_not_read_shifted(name, text, message, tmp_path):
+    written(tmp_path, name, text)
+    with pytest.raises(RecllmError, match=f"{name} cannot be read: {message}"):
         read_dataset(str(tmp_path))
 
 
@@ -92,6 +97,8 @@ def test_lines_are_right_behind_blank_ones_and_texts_of_several(tmp_path):
     written(tmp_path, "items.csv", 'item_id,title\n\n1,"one\ntwo"\n2,Two\n2,Again\n3,Three\n')
     (finding,) = (own for own in read_dataset(str(tmp_path)).report.findings if "duplicate" in own.code)
     assert finding.lines == (6,)
+    written(tmp_path, "interactions.csv", "\n\n" + LOG + "\n,3\n")
+    assert findings(tmp_path)["missing_id"].lines == (7, 8)  # the blank line, too
 
 
 def test_an_id_with_a_line_break_is_a_quote_that_was_not_closed(tmp_path):
@@ -142,9 +149,11 @@ def test_floats_that_tell_ids_no_longer_apart_are_warned_of(kind, most, tmp_path
 
 def test_an_order_of_decimals_is_one(tmp_path):
     places = [Decimal("1.9"), Decimal("1.7"), Decimal("1.5")]
-    pl.DataFrame({"user_id": ["a"] * 3, "item_id": ["3", "2", "1"], "seq": places}).write_parquet(
-        tmp_path / "log.parquet"
-    )
+    frame = pl.DataFrame({"user_id": ["a"] * 3, "item_id": ["3", "2", "1"], "seq": places})
+    frame.write_parquet(tmp_path / "log.parquet")
+    assert read_interactions(tmp_path / "log.parquet").frame["item_id"].to_list() == ["1", "2", "3"]
+    large = pl.Series("seq", [2**60 + 2, 2**60 + 1, 2**60]).cast(pl.Decimal(38, 0))
+    frame.with_columns(large).write_parquet(tmp_path / "log.parquet")
     assert read_interactions(tmp_path / "log.parquet").frame["item_id"].to_list() == ["1", "2", "3"]
 
 
@@ -184,12 +193,16 @@ def test_a_new_item_without_text_has_none(tmp_path):
     nothing = float("nan")
     more = read_items(path).with_items([{"item_id": 2.0, "title": nothing, "genres": nothing}])
     assert more.frame.rows()[-1] == ("2", None, None)
-    for wrong in (True, [1], {"id": 1}):
-        with pytest.raises(RecllmError, match=r"item_id is .*, which is no id"):
+    for wrong in (True, [1], {"id": 1}, b"ab", float("inf"), {1}):
+        with pytest.raises(RecllmError, match=r"item_id: .* is no id"):
             read_items(path).with_items([{"item_id": wrong, "title": "Two"}])
     with pytest.raises(RecllmError, match="needs 'item_id'"):
         read_items(path).with_items([{"item_id": nothing, "title": "Two"}])
     named = UUID(int=7)
-    ids = [record["item_id"] for record in ({"item_id": np.int64(5)}, {"item_id": 2.5}, {"item_id": named})]
+    ids = [np.int64(5), np.float32(17), 2.5, named]
     more = read_items(path).with_items([{"item_id": item, "title": np.array(["a"])} for item in ids])
-    assert more.ids[1:] == ("5", "2.5", str(named))
+    assert more.ids[1:] == ("5", "17", "2.5", str(named))
+    with pytest.raises(RecllmError, match="has half of a character"):
+        read_items(path).with_items([{"item_id": "a\ud800"}])
+    with pytest.raises(RecllmError, match="needs 'item_id'"):
+        read_items(path).with_items([{"item_id": Decimal("NaN")}])

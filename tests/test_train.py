@@ -304,6 +304,42 @@ def test_a_mistake_that_shows_late_costs_nothing_of_what_has_trained(tiny_run, t
         train_run(again(tiny_run, tmp_path, *keys, "light.num_train_epochs=1", "train.max_steps=5"), resume=True)
 
 
+def test_what_a_training_was_mended_by_goes_with_its_own_settings_only(tiny_run, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('tuner = "ln_tuning"\n', encoding="utf-8")
+    keys = ["train.max_steps=2", "light.num_train_epochs=0", f"adapter={{recipe='{mine}'}}"]
+    note = tmp_path / "tiny" / "checkpoints" / "lm" / "adjusted.json"
+    late = [*keys, "train.eval_delay=100"]
+    with pytest.raises(RecllmError, match=r"train.eval_delay = 100"):
+        train_run(again(tiny_run, tmp_path, *late), say=silent)
+
+    def mended(*overrides, **changed):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text('{"rate": 0.5, "parts": 1, "valid_parts": 1}', encoding="utf-8")
+        run = again(tiny_run, tmp_path, *late, *overrides).model_copy(update=changed)
+        with pytest.raises(RecllmError, match=r"train.eval_delay = "):
+            train_run(run, resume=True, say=silent)
+        return note.is_file()
+
+    assert mended()
+    assert mended(output=f"{tmp_path}/./")
+    assert mended("export.gate_queries=3", "fusion.kinds=['plain sum']", "train.per_device_eval_batch_size=4")
+    assert not mended("train.eval_delay=101")
+    assert mended("train.eval_delay=101")
+    mine.write_text('tuner = "ln_tuning"\n[config]\n', encoding="utf-8")
+    assert not mended("train.eval_delay=101")
+
+
+def test_a_run_whose_file_cannot_be_read_any_more_is_overwritten(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    (tmp_path / "tiny" / "lm" / "done.json").unlink()
+    file = tmp_path / "tiny" / "run.toml"
+    file.write_text("key_of_an_older_version = 1\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    run = again(tiny_run, tmp_path, "train.max_steps=1", "light.num_train_epochs=0")
+    train_run(run, overwrite=True, say=silent)
+    assert load_run(run.folder) == run
+
+
 def test_figures_of_another_fusion_do_not_stay(tiny_run, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_run, folder)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -321,6 +322,29 @@ def test_a_search_is_not_continued_on_other_data(place):
     with pytest.raises(RecllmError, match=r"has changed: data \(interactions\)\. Its trials could not be compared"):
         tune(written(place, 2, 'metric = "MRR"'), said.append)
     assert len(found(place)["trials"]) == 1
+
+
+def test_what_a_search_stands_on_is_what_its_trials_read(place, tiny_lm_folder, tmp_path):
+    study = SimpleNamespace(
+        user_attrs={}, get_trials=lambda **_: [SimpleNamespace(state=SimpleNamespace(name="COMPLETE"))]
+    )
+    study.set_user_attr = study.user_attrs.__setitem__
+    own = tmp_path / "own-encoder"
+    shutil.copytree(tiny_lm_folder, own)
+    write_run(load_run(place / "base.toml", [f"model.item_encoder={own}"]), place / "base.toml")
+    path = _renamed(_renamed(written(place), 'scorer = "light"', 'scorer = "fusion"'), '"light.layers"', '"cf.factors"')
+    search, run = load_search(path)
+    tuning._check_same_inputs(study, search, run)
+    named = "\n".join(study.user_attrs["inputs"])
+    assert "own-encoder" in named
+    assert "prompt.item" in named
+    assert "adapter" not in named  # no language model trains
+    assert "prompt.next_item" not in named
+    tuning._check_same_inputs(study, search, run)
+    weights = next(iter(own.glob("*.safetensors")))
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(RecllmError, match=r"has changed: weights of '.*own-encoder'\. Its trials"):
+        tuning._check_same_inputs(study, search, run)
 
 
 def test_a_key_that_no_trial_reads_is_refused(place):

@@ -96,7 +96,8 @@ def _places(column: pl.Series | None, height: int) -> pl.Series:
     if column is None:
         return _numbers(None, "seq", height)
     kind = column.dtype
-    if kind.is_integer() or kind.is_temporal() or kind == pl.String:
+    without_fraction = isinstance(kind, pl.Decimal) and kind.scale == 0
+    if kind.is_integer() or kind.is_temporal() or kind == pl.String or without_fraction:
         whole = column.cast(pl.Int64, strict=False).alias("seq")
         if whole.null_count() == column.null_count():
             return whole

@@ -1,11 +1,15 @@
 """The currencies of recllm: a query, the interactions, the item catalog, and a data set of both."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from functools import cached_property
 from numbers import Real
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import polars as pl
@@ -178,17 +182,25 @@ def _text(value: object) -> str:
 
 
 def _is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, Real) and bool(value != value))
+    """Whether a value stands for none: None, NaN, and what pandas writes for them."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, Real | Decimal) and bool(value != value)
 
 
 def _id_of(value: object) -> str:
-    """An id as logs have it: also of what is no text and no whole number, as a UUID, but for what is no id at all."""
-    if isinstance(value, bool | list | tuple | dict):
-        raise RecllmError(f"A new item's item_id is {value!r:.60}, which is no id.")
+    """An id as logs have it: also a number with a fraction, a UUID or a date.
+
+    Raises:
+        RecllmError: it is no id.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
     try:
         return identifier(value)
-    except ValueError:
-        return str(value).strip()
+    except ValueError as error:
+        if isinstance(value, UUID | date) or (isinstance(value, float | Decimal) and math.isfinite(value)):
+            return str(value)
+        raise RecllmError(f"A new item's item_id: {error}.") from None
 
 
 def _checked(record: Mapping[str, str], columns: list[str], known: set[str]) -> dict[str, str | None]:

@@ -270,17 +270,20 @@ def _starts(path: Path, rows: int) -> list[int] | None:
 def _csv_starts(path: Path) -> list[int]:
     with path.open(encoding="latin-1", newline="") as stream:
         rows = csv.reader(stream, delimiter=delimiter_of(path))
-        starts, before = [], 0
-        for _ in rows:  # a blank line is a row too, of nothing
-            starts.append(before + 1)
+        starts: list[int] = []
+        before = 0
+        for row in rows:
+            if row or starts:  # a blank line behind the header is a row too, of nothing
+                starts.append(before + 1)
             before = rows.line_num
     return starts
 
 
 def _broken(path: Path, error: BaseException) -> RecllmError:
     """Say which line is wrong; polars itself names no line."""
-    finder = {".csv": _bad_row, ".tsv": _bad_row, ".jsonl": _bad_json, ".ndjson": _bad_json}.get(path.suffix.lower())
-    found = finder(path) if finder else None
+    kind = path.suffix.lower()
+    finder = {".csv": _bad_row, ".tsv": _bad_row, ".jsonl": _bad_json, ".ndjson": _bad_json}.get(kind, _wide_line)
+    found = None if kind == ".parquet" else finder(path)
     return RecllmError(f"{path} cannot be read: {found or ' '.join(str(error).split())[:200]}.")
 
 
@@ -293,14 +296,32 @@ def _bad_row(path: Path) -> str | None:
                 width = width or len(row)
                 if len(row) > width:
                     sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter_of(path)]
-                    return (
-                        f"line {first} has {len(row)} fields, the header has {width}; a text with {sign} needs quotes"
-                    )
+                    return _too_wide(first, row, width, f"a text with {sign} needs quotes")
                 first = rows.line_num + 1
         except csv.Error as error:
             return (
                 f"line {first} is not CSV ({error}); a quote opens and closes a whole field, and is doubled inside one"
             )
+    return None
+
+
+def _too_wide(line: int, row: Sequence[str], width: int, way: str) -> str:
+    if not any(row[width:]):
+        way = "those beyond it are empty: give the header as many, or take them away"
+    return f"line {line} has {len(row)} fields, the header has {width}; {way}"
+
+
+def _wide_line(path: Path) -> str | None:
+    """Of RecBole's files and MovieLens' own the first line with too many fields; they know no quotes."""
+    items = "movie" in path.name or "item" in path.name
+    known = {".data": ("\t", 4), ".dat": ("::", len(MOVIES if items else RATINGS))}
+    sign, width = ("|", 24) if path.name == "u.item" else known.get(path.suffix.lower(), ("\t", None))
+    with path.open(encoding="latin-1") as stream:
+        for number, line in enumerate(stream, start=1):
+            row = line.rstrip("\n").split(sign)
+            width = width or len(row)
+            if len(row) > width:
+                return _too_wide(number, row, width, f"{sign!r} parts the fields, and stands in none")
     return None
 
 
