@@ -366,11 +366,7 @@ def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     """Check that a search goes on with what it was begun with; only the number of trials may change."""
     now = search.model_dump(mode="json", exclude={"trials"})
     now["run"] = run.model_dump(mode="json", exclude={"name", "output"}, exclude_none=True)
-    before = study.user_attrs.get("search")
-    if before is None or not _begun(study):  # what no trial has gone by may be mended
-        study.set_user_attr("search", now)
-    elif before != now:
-        changed = ", ".join(name for name in now if now[name] != before.get(name))
+    if changed := _changed_since(study, "search", now):
         raise RecllmError(
             f"This search was begun with another {changed}. Undo the change, or give the run of the tune file another "
             "name to search anew."
@@ -390,15 +386,20 @@ def _check_same_inputs(study: Any, search: Search, run: Run) -> None:  # noqa: A
     if trained and run.adapter.recipe != "none":
         files["adapter.recipe"] = find_recipe("adapters", run.adapter.recipe)
     now |= {f"{key} ({path.name})": sha256_of(path) for key, path in files.items()}
-    before = study.user_attrs.get("inputs")
-    if before is None or not _begun(study):
-        study.set_user_attr("inputs", now)
-    elif before != now:
-        changed = ", ".join(name for name in now if now[name] != before.get(name))
+    if changed := _changed_since(study, "inputs", now):
         raise RecllmError(
             f"Since this search was begun something behind its run file has changed: {changed}. Its trials could not "
             "be compared. Bring it back, or give the run of the tune file another name to search anew."
         )
+
+
+def _changed_since(study: Any, kept: str, now: dict[str, Any]) -> str:  # noqa: ANN401
+    """Names of what differs from what the study was begun with; what no trial has gone by may change, and is kept."""
+    before = study.user_attrs.get(kept)
+    if before is None or not _begun(study):
+        study.set_user_attr(kept, now)
+        return ""
+    return ", ".join(name for name in before | now if now.get(name) != before.get(name))
 
 
 def _begun(study: Any) -> bool:  # noqa: ANN401
