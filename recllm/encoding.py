@@ -5,12 +5,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from recllm.askedat import TrainingTime
 from recllm.data import Query
 from recllm.histories import HistoryFormat, padded
 from recllm.ranking import ItemIndex, Scores, dot_scores
 
-Encode = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
-"""ids int64[batch, length], ends int64[batch, ends] -> query vectors float32[batch, ends, width]."""
+Encode = Callable[..., NDArray[np.float32]]
+"""ids int64[batch, length], ends int64[batch, ends] -> query vectors float32[batch, ends, width].
+
+Of a model to which time makes a difference also, as the third one, when each is asked, int64[batch, ends].
+"""
 
 TOKENS_IN_BATCH = 2048
 """Padded ids that are read at once."""
@@ -27,6 +31,7 @@ class SequenceScorer:
         bias: float32[items].
         new: float32[items, width + 1], heads and bias as they would be without any events; None where nobody asks.
         progress: gets the number of queries done, batch by batch.
+        time: where the moments are at which queries are asked; None where `encode` takes none, and all are asked now.
     """
 
     def __init__(
@@ -38,7 +43,9 @@ class SequenceScorer:
         bias: NDArray[np.float32],
         new: NDArray[np.float32] | None = None,
         progress: Callable[[int], None] = lambda _: None,
+        time: TrainingTime | None = None,
     ) -> None:
+        self.time = time
         self.encode, self.history, self.index, self.progress = encode, history, index, progress
         # The bias as one more column, against a query column of ones: one product for all.
         self.items: NDArray[np.float32] = np.concatenate([heads, bias[:, None]], axis=1).astype(np.float32)
@@ -50,12 +57,14 @@ class SequenceScorer:
         A history that another one continues is not read again: its vector is taken on the way of the longer one.
         """
         result = np.full((len(queries), self.items.shape[1]), np.nan, dtype=np.float32)
+        asked = None if self.time is None else self.time.places(query.at for query in queries)
         paths = [self.history.ids(self.history.window(self.index.known(query.history))) for query in queries]
         groups = shared_paths([(row, ids) for row, (ids, ends) in enumerate(paths) if ends])
         for batch in _length_batches(groups):
             ids = padded([group[0] for group in batch])
             ends = padded([[len(paths[row][0]) - 1 for row in rows] for _, rows in batch])
-            vectors = self.encode(ids, ends)
+            when = () if asked is None else (padded([asked[rows].tolist() for _, rows in batch]),)
+            vectors = self.encode(ids, ends, *when)
             for place, (_, rows) in enumerate(batch):
                 result[rows, :-1] = vectors[place, : len(rows)]
                 result[rows, -1] = 1.0

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from recllm.histories import HistoryFormat, padded
 from recllm.sequence import IGNORED
-from recllm.windows import Taught
+from recllm.windows import Taught, items_of
 
 
 class Examples(Dataset[Any]):
@@ -87,9 +87,10 @@ class NextItemCollator:
         return batch
 
     def _tensors(self, windows: Sequence[NDArray[np.int64]], *, last_only: bool) -> dict[str, Tensor]:
-        inputs = [self.history.fitting(window[:-1]) for window in windows]
+        inputs = [self.history.fitting(items_of(window)[:-1]) for window in windows]
         paths = [self.history.ids(rows) for rows in inputs]
-        labels = [window[len(window) - len(rows) :].tolist() for window, rows in zip(windows, inputs, strict=True)]
+        chosen = [window[len(window) - len(rows) :] for window, rows in zip(windows, inputs, strict=True)]
+        labels = [items_of(window).tolist() for window in chosen]
         if last_only:
             labels = [[IGNORED] * (len(row) - 1) + row[-1:] for row in labels]
         columns = {
@@ -98,4 +99,6 @@ class NextItemCollator:
             "labels": padded(labels, IGNORED),
             "seen": padded([rows.tolist() for rows in inputs], IGNORED),
         }
+        if windows and windows[0].ndim > 1:  # what follows is asked for when it happens
+            columns["asked"] = padded([window[:, 1].tolist() for window in chosen])
         return {name: torch.from_numpy(column) for name, column in columns.items()}

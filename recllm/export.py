@@ -280,6 +280,7 @@ def _write_content(
     base: BaseModel,
 ) -> None:
     shutil.copytree(run.folder / "cf", folder / "cf")
+    parts.popularity.as_of_now().save(folder / "cf")
     shutil.copy(run.folder / "fusion.json", folder)
     shutil.copy(find_recipe("prompts", run.prompt_file("item")), folder / "item.toml")
     base.tokenizer.save(str(folder / "tokenizer.json"))

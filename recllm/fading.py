@@ -62,6 +62,13 @@ def faded_popularity(run: Run, task: Task) -> tuple[Popularity, dict[float | Non
     days: tuple[float | None, ...] = (None, *run.recency.popularity_days)
     if figure is None or len(days) == 1 or train.frame["timestamp"].null_count():
         return Popularity.fit(train, task.index.ids), {}
-    fitted = {own: Popularity.fit(train, task.index.ids, half_life_days=own) for own in days}
-    figures = {own: figure(popularity) for own, popularity in fitted.items()}
-    return fitted[max(figures, key=figures.__getitem__)], figures  # on a tie the earlier, as for histories
+    figures: dict[float | None, float] = {}
+    best = None
+    for own in days:  # one after the other: each holds all events
+        popularity = Popularity.fit(train, task.index.ids, half_life_days=own, as_of=run.recency.as_of)
+        found = figure(popularity)
+        if best is None or found > max(figures.values()):  # on a tie the earlier, as for histories
+            best = popularity
+        figures[own] = found
+    assert best is not None
+    return best, figures

@@ -367,10 +367,12 @@ def next_item_model(
     settings: ModelSettings,
     *,
     repeats: bool = False,
+    drift: int = 0,
 ) -> NextItemModel:
     """Put projections and heads around a causal base model; `recipe` None leaves it frozen without an adapter.
 
-    `counts` are the items' training events, int64[items]; `repeats` says whether an item may come again.
+    `counts` are the items' training events, int64[items]; `repeats` says whether an item may come again, `drift` into
+    how many stretches the training time is cut.
 
     Raises:
         RecllmError: the base model is an encoder, whose hidden states see the items that they should predict.
@@ -392,6 +394,7 @@ def next_item_model(
         counts=counts,
         negatives=settings.negatives,
         repeats=repeats,
+        drift=drift,
     )
 
 

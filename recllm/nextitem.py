@@ -34,7 +34,7 @@ from recllm.trained import (
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import start
 from recllm.watching import Watch
-from recllm.windows import Rows, Taught, Windows, with_taught
+from recllm.windows import Rows, Taught, Windows, items_of, with_taught
 
 VALIDATION_WINDOWS = 256
 """Validation histories that choose the language model's checkpoint; the fusion sees all of them."""
@@ -65,7 +65,7 @@ def light_stage(
     settings = run.light
     model, history = light_model(run, task, features)
     windows = Windows(
-        task.sequences(),
+        task.sequences() if model.drift is None else task.timed_sequences(),
         settings.max_history,
         settings.num_train_epochs,
         run.seed,
@@ -86,7 +86,8 @@ def light_stage(
         "report_to": run.train.trainer_keys().get("report_to", "none"),
         **precision_keys(run.train.precision),
     }
-    return _stage("light", model, history, rows, arguments, _validation_windows(task, history, run.seed, None))
+    valid = _validation_windows(task, history, run.seed, None, timed=model.drift is not None)
+    return _stage("light", model, history, rows, arguments, valid)
 
 
 def train_language(
@@ -110,7 +111,7 @@ def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say, *, st
     if run.model.heads_from_light and (light := load_light(run, task, features)) is not None:
         _start_from(model, light[0], say)
     windows = Windows(
-        _readable(task.sequences(), history),
+        _readable(task.sequences() if model.drift is None else task.timed_sequences(), history),
         history.limit,
         settings.num_train_epochs,
         run.seed,
@@ -126,7 +127,7 @@ def language_stage(run: Run, task: Task, features: ItemFeatures, say: Say, *, st
         **precision_keys(settings.precision),
         **settings.trainer_keys(),
     }
-    valid = _validation_windows(task, history, run.seed, VALIDATION_WINDOWS)
+    valid = _validation_windows(task, history, run.seed, VALIDATION_WINDOWS, timed=model.drift is not None)
     rows = training_windows(windows, rows_at_least(arguments), store=store)
     stage = _stage("lm", model, history, rows, arguments, valid)
     return replace(stage, adapter_learning_rate=settings.learning_rate, patience=settings.early_stopping_patience)
@@ -147,12 +148,14 @@ def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
     model.bias.data.copy_(light.bias.data)
     model.log_scale.data.copy_(light.log_scale.data)
     model.cold_bias.data.copy_(light.cold_bias.data)
+    if model.drift is not None and light.drift is not None:
+        model.drift.load_state_dict(light.drift.state_dict())
 
 
 def _readable(sequences: list[NDArray[np.int64]], history: HistoryFormat) -> list[NDArray[np.int64]]:
     if history.texts is None:
         return sequences
-    return [row[[history.texts[item] is not None for item in row]] for row in sequences]
+    return [row[[history.texts[item] is not None for item in items_of(row)]] for row in sequences]
 
 
 def _stage(
@@ -198,12 +201,18 @@ def _train(run: Run, stage: Stage, *, resume: bool, say: Say, watch: Watch | Non
     process_state().wait_for_everyone()
 
 
-def _validation_windows(task: Task, history: HistoryFormat, seed: int, limit: int | None) -> list[NDArray[np.int64]]:
+def _validation_windows(
+    task: Task, history: HistoryFormat, seed: int, limit: int | None, *, timed: bool = False
+) -> list[NDArray[np.int64]]:
     rows = [
         np.append(history.window(task.index.known(example.query.history)), task.index.rows([example.item_id]))
         for example in task.split.valid
     ]
-    rows = [row for row in rows if len(row) > 1 and task.warm[row[-1]]]
+    if timed:
+        assert task.time is not None
+        asked = task.time.places(example.query.at for example in task.split.valid)
+        rows = [np.stack([row, np.full_like(row, at)], axis=1) for row, at in zip(rows, asked, strict=True)]
+    rows = [row for row in rows if len(row) > 1 and task.warm[items_of(row)[-1]]]
     if limit is None or len(rows) <= limit:
         return rows
     return [rows[place] for place in np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]

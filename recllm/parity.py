@@ -1,6 +1,7 @@
 """Parity: how well a bundle's graphs keep the scores and the order of torch, and what a recipe tolerates."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,9 @@ def measure(
     """Fidelity of each history graph, of the whole ranking, of the item graphs and of the item encoder."""
     random = np.random.default_rng(run.seed)
     places = np.sort(random.permutation(len(task.split.valid))[: run.export.gate_queries])
-    examples = [task.split.valid[place] for place in places]
+    # All asked now, as a bundle is.
+    rows = [task.split.valid[place] for place in places]
+    examples = [replace(row, query=replace(row.query, at=None)) for row in rows]
     queries = [example.query for example in examples]
     bundle = load(folder)
     result = {

@@ -35,6 +35,7 @@ from recllm.trees import TreeCollator
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import check_start
 from recllm.watching import NonFiniteLossError
+from recllm.windows import items_of
 
 SHOWN = 3
 """Examples that are shown."""
@@ -340,7 +341,7 @@ def shown(run: Run, task: Task, stage: Stage) -> list[str]:
     return [
         f"{_written(history, window[:-1], tokenizer, titles)}\n→ {titles[window[-1]]} (and every item above after the "
         "ones before it)"
-        for window in (stage.train[row] for row in rows[:SHOWN])
+        for window in (items_of(stage.train[row]) for row in rows[:SHOWN])
     ]
 
 

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from recllm.askedat import DAY, NOW, FadingCounts, log_end
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
 from recllm.ranking import ItemIndex, Scores, dot_scores
 from recllm.recency import recency_weights
 
-DAY = 86_400.0
-BEFORE_THE_END = 0.999
-"""The share of a log's events that are before its end, from which popularity's events fade."""
+EVENTS = ("rows", "times", "weights")
+"""What is kept of the events that popularity counts as of any moment."""
 
 
 def write_arrays(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, object]) -> None:
@@ -90,22 +90,37 @@ class ItemPrior:
 
 
 class Popularity(ItemPrior):
-    """log1p of an item's train events, which may fade. No event is knowledge: 0.0; an id never seen anywhere is NaN."""
+    """log1p of an item's train events, which may fade. No event is knowledge: 0.0; an id never seen anywhere is NaN.
+
+    With `counts` it is popularity as of the moment when a recommendation is asked for: only what was before it counts.
+    As of now it is what `values` say, so that a bundle needs no events.
+    """
+
+    def __init__(self, items: ItemIndex, values: NDArray[np.float32], counts: FadingCounts | None = None) -> None:
+        """Keep `values`, float32[items], those of now; `counts` are of the first of the items."""
+        super().__init__(items, values)
+        self.counts = counts
 
     @classmethod
     def fit(
-        cls, interactions: Interactions, catalog_ids: Sequence[str] = (), *, half_life_days: float | None = None
+        cls,
+        interactions: Interactions,
+        catalog_ids: Sequence[str] = (),
+        *,
+        half_life_days: float | None = None,
+        as_of: bool = False,
     ) -> Self:
         """Count events per item; with a half-life, an event counts ½ for every `half_life_days` before the end.
 
         The end is where all but one event of a thousand are over: a clock that is a year ahead would else leave an item
         alone with all that counts. Events that fade are scaled to add up to as much as they do without, so that the
-        logarithm bends them as much.
+        logarithm bends them as much; with `as_of` they fade from when a recommendation is asked for, and are not.
 
         Raises:
             RecllmError: a half-life is asked for and events have no timestamp.
         """
         frame = interactions.frame.select("item_id", weight=pl.Series(interactions.weights().astype(np.float64)))
+        items = ItemIndex(dict.fromkeys([*catalog_ids, *frame["item_id"]]))
         if half_life_days is not None:
             times = interactions.frame["timestamp"]
             if times.null_count():
@@ -113,13 +128,29 @@ class Popularity(ItemPrior):
                     f"half_life_days={half_life_days} needs a timestamp on every event, and {times.null_count()} of "
                     f"{len(times)} have none. Leave half_life_days out, or give the timestamp column."
                 )
+            if as_of:
+                counts = FadingCounts.fit(interactions, items.rows(frame["item_id"]), len(items), half_life_days)
+                return cls(items, np.log1p(counts.now()).astype(np.float32), counts)
             seconds = times.to_numpy().astype(np.float64)
-            ages = np.maximum(np.quantile(seconds, BEFORE_THE_END, method="lower") - seconds, 0.0)
+            ages = np.maximum(log_end(times) - seconds, 0.0)
             fresh = frame["weight"].to_numpy() * np.exp2(-ages / (DAY * half_life_days))
             frame = frame.with_columns(weight=pl.Series(fresh * (frame["weight"].sum() / fresh.sum())))
-        counts = dict(frame.group_by("item_id", maintain_order=True).agg(pl.col("weight").sum()).iter_rows())
-        items = ItemIndex(dict.fromkeys([*catalog_ids, *counts]))
-        return cls(items, np.log1p(np.array([counts.get(item, 0.0) for item in items.ids], dtype=np.float32)))
+        totals = dict(frame.group_by("item_id", maintain_order=True).agg(pl.col("weight").sum()).iter_rows())
+        return cls(items, np.log1p(np.array([totals.get(item, 0.0) for item in items.ids], dtype=np.float32)))
+
+    def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
+        """As of when each query is asked: float32[queries, candidates]."""
+        moments = np.array([NOW if query.at is None else query.at for query in queries], dtype=np.int64)
+        if self.counts is None or (moments == NOW).all():
+            return super().score(queries, candidates)
+        values = np.zeros((len(self.items), len(queries)), dtype=np.float32)
+        values[: self.counts.items] = np.log1p(self.counts.at(moments)).T
+        values[np.isnan(self.values)] = np.nan
+        return np.ascontiguousarray(take_rows(values, self.items, candidates).T)
+
+    def as_of_now(self) -> "Popularity":
+        """The same without its events, as a bundle has it."""
+        return Popularity(self.items, self.values)
 
     def score_as_new(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Nobody has chosen them: zeros, float32[queries, candidates]."""
@@ -127,13 +158,22 @@ class Popularity(ItemPrior):
 
     def save(self, folder: Path) -> None:
         """Write `popularity.safetensors` and `popularity.json`."""
-        write_arrays(folder, "popularity", {"log_counts": self.values}, {"ids": self.items.ids})
+        arrays: dict[str, NDArray[Any]] = {"log_counts": self.values}
+        facts: dict[str, object] = {"ids": self.items.ids}
+        if self.counts is not None:
+            arrays |= {f"events.{key}": getattr(self.counts, key) for key in EVENTS}
+            facts |= {"half_life_days": self.counts.half_life_days, "counted": self.counts.items}
+        write_arrays(folder, "popularity", arrays, facts)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, "popularity")
-        return cls(ItemIndex(facts["ids"]), arrays["log_counts"])
+        counts = None
+        if "half_life_days" in facts:
+            events = {key: arrays[f"events.{key}"] for key in EVENTS}
+            counts = FadingCounts(**events, items=facts["counted"], half_life_days=facts["half_life_days"])
+        return cls(ItemIndex(facts["ids"]), arrays["log_counts"], counts)
 
 
 def _shrunk_means(

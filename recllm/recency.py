@@ -24,6 +24,12 @@ class RecencySettings(Settings):
     popularity_days: tuple[PositiveFloat, ...] = (3.0, 10.0, 30.0, 100.0, 300.0)
     """In days before the end of the training events (where all but one of a thousand are over): how fast popularity
     fades where the next item is ranked, chosen alike; empty, or an event without a timestamp, leaves all equal."""
+    as_of: bool = True
+    """Whether popularity that fades is as of the moment when a row is asked about: that of its own event, where the
+    split is no cut in time. Only what was before counts. A bundle always answers as of the end of its training."""
+    drift: int = Field(32, ge=0)
+    """Into how many stretches, each with as many events, the training time is cut for the sequence models, which learn
+    what people turn to in each (next_item, where all events have a timestamp); 0 leaves the time out."""
     queries: int = Field(5000, ge=1)
     """The most validation rows that choose."""
 

@@ -114,6 +114,8 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "fusion.new_share",
         "fusion.new_cost",
         "recency.popularity_days",
+        "recency.as_of",
+        "recency.drift",
     ),
     "relevance": (
         "model.pairwise",

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recllm.askedat import PARTS
 from recllm.softmax import Barred, Targets, catalogue_loss, draw_negatives, draw_odds
 from recllm.vectors import ItemFeatures
 
@@ -50,6 +51,26 @@ def drop_factors(factors: Tensor, share: float) -> Tensor:
     if share == 0.0:
         return factors
     return torch.where(torch.rand(len(factors), 1, device=factors.device) >= share, factors, torch.nan)
+
+
+class Drift(nn.Module):
+    """What is added to every query by when it is asked, so that what people turn to may change with time.
+
+    One vector at each end of a stretch of the training time, and in between on the straight line from one to the next.
+    All stretches have as many events. It starts at zero, where time makes no difference.
+    """
+
+    def __init__(self, stretches: int, width: int) -> None:
+        super().__init__()
+        self.ends = nn.Parameter(torch.zeros(stretches + 1, width))
+
+    def forward(self, asked: Tensor | None) -> Tensor:
+        """Of int64[...], in `PARTS` of the training time, float32[..., width]; None asks now, at its end."""
+        if asked is None:
+            return self.ends[-1]
+        place = asked.float() * ((len(self.ends) - 1) / PARTS)
+        first = place.long().clamp(max=len(self.ends) - 2)
+        return torch.lerp(self.ends[first], self.ends[first + 1], (place - first)[..., None])
 
 
 class LightBody(nn.Module):
@@ -116,6 +137,7 @@ class NextItemModel(nn.Module):
         negatives: items that are drawn in a training step, in place of all; 0, or as many as there are, takes all. What
             a step costs then hardly grows with the catalogue: but for drawing, and the biases' own steps.
         repeats: whether what a window has shown may come again.
+        drift: stretches of the training time in which people may turn to something else; 0 for none.
     """
 
     def __init__(
@@ -132,12 +154,14 @@ class NextItemModel(nn.Module):
         counts: NDArray[np.int64] | None = None,
         negatives: int = 0,
         repeats: bool = False,
+        drift: int = 0,
     ) -> None:
         super().__init__()
         self.body, self.repeats = body, repeats
         self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, token_scale)
         self.heads = ItemProjection(features.text.shape[1], features.factors.shape[1], head_width, None)
         self.query = nn.Linear(width, head_width)
+        self.drift = Drift(drift, head_width) if drift else None
         # Vectors of one and no scalars: what is sharded over processes needs an axis to be cut along.
         self.log_scale = nn.Parameter(torch.tensor([math.log(START_SCALE)]))
         self.bias = nn.Parameter(torch.zeros(len(features.index)))
@@ -156,14 +180,18 @@ class NextItemModel(nn.Module):
         items = self.tokens(self.text_vectors, self.item_factors if factors is None else factors)
         return items if self.lead is None else torch.cat([self.lead().to(items.dtype), items])
 
-    def encode(self, ids: Tensor, ends: Tensor, table: Tensor) -> Tensor:
+    def encode(self, ids: Tensor, ends: Tensor, table: Tensor, asked: Tensor | None = None) -> Tensor:
         """Query vectors float32[batch, ends, head] at `ends`, int64[batch, ends], of `ids`, int64[batch, length].
 
-        Their length is the scale of the cosine, so that the dot product with an item's head is its logit.
+        Their length is the scale of the cosine, so that the dot product with an item's head is its logit. `asked`,
+        int64[batch, ends], is when, in `PARTS` of the training time; None is now.
         """
         hidden = self.body(functional.embedding(ids, table))
         at = torch.gather(hidden, 1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
-        return functional.normalize(self.query(at), dim=-1) * self.log_scale.exp()
+        query = self.query(at)
+        if self.drift is not None:
+            query = query + self.drift(asked)
+        return functional.normalize(query, dim=-1) * self.log_scale.exp()
 
     def forward(
         self,
@@ -176,6 +204,7 @@ class NextItemModel(nn.Module):
         taught: Tensor | None = None,
         shares: Tensor | None = None,
         hidden: Tensor | None = None,
+        asked: Tensor | None = None,
         **_: object,
     ) -> dict[str, Tensor]:
         """Cross-entropy of the next items among those that the window has not shown yet; with `repeats` among all.
@@ -192,6 +221,7 @@ class NextItemModel(nn.Module):
             taught: int64[batch, targets], in place of the one label of each window, what a teacher would choose.
             shares: float32[batch, targets], how much of each.
             hidden: int64[batch, hidden], further items that a window must not choose, −100 behind the last one.
+            asked: int64[batch, ends], when each choice was made, as `encode` takes it.
 
         Returns:
             `loss`, a scalar; when not training also `ranks`, float32[batch], of the last label of each row.
@@ -205,10 +235,10 @@ class NextItemModel(nn.Module):
             targets = Targets(taught[counts], shares[counts])
         barred = Barred(seen.new_empty(0), seen.new_empty(0)) if self.repeats else _seen_before(chosen, seen, hidden)
         if self.training and self.negatives:
-            total, ranks = self._drawn_loss(ids, ends, chosen, targets, barred)
+            total, ranks = self._drawn_loss(ids, ends, asked, chosen, targets, barred)
         else:
             factors = self._dropped(self.item_factors)  # type: ignore[arg-type]
-            queries = self.encode(ids, ends, self.table(factors))
+            queries = self.encode(ids, ends, self.table(factors), asked)
             heads = self.heads(self.text_vectors, factors)
             bias = torch.where(self.warm, self.biases(factors), -torch.inf)  # type: ignore[arg-type]
             total, ranks = catalogue_loss(queries[chosen], heads, bias, targets, barred, ranks=not self.training)
@@ -219,7 +249,7 @@ class NextItemModel(nn.Module):
         return output
 
     def _drawn_loss(
-        self, ids: Tensor, ends: Tensor, chosen: Tensor, targets: Targets, barred: Barred
+        self, ids: Tensor, ends: Tensor, asked: Tensor | None, chosen: Tensor, targets: Targets, barred: Barred
     ) -> tuple[Tensor, Tensor]:
         """`catalogue_loss` over drawn items; only they and what the batch shows are projected."""
         lead = None if self.lead is None else self.lead()
@@ -235,7 +265,7 @@ class NextItemModel(nn.Module):
         text: Tensor = self.text_vectors[rows]  # type: ignore[index]
         tokens = self.tokens(text, factors)
         table = tokens if lead is None else torch.cat([lead.to(tokens.dtype), tokens])
-        queries = self.encode(torch.where(ids < first, ids, first + place(ids - first)), ends, table)
+        queries = self.encode(torch.where(ids < first, ids, first + place(ids - first)), ends, table, asked)
         bias = torch.where(torch.isnan(factors[:, 0]), self.cold_bias, self.bias[rows])
         offset = bias.new_full(bias.shape, -torch.inf).index_put((place(drawn),), -chance.log())
         return catalogue_loss(

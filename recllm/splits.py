@@ -1,6 +1,6 @@
 """Splits of interactions into train, validation and test: leave-last-out, temporal, cold items."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -245,7 +245,7 @@ def liked_part(query: Query, threshold: float) -> Query:
         return query
     places = [place for place, rating in enumerate(query.ratings) if rating is None or rating >= threshold]
     ratings = tuple(query.ratings[place] for place in places)
-    return Query(tuple(query.history[place] for place in places), query.user_id, ratings)
+    return replace(query, history=tuple(query.history[place] for place in places), ratings=ratings)
 
 
 def liked_events(interactions: Interactions, like_at: float = LIKE_AT) -> Interactions:
@@ -264,18 +264,19 @@ def _labelled(interactions: Interactions, like_at: float) -> pl.DataFrame:
 
 
 def _since(frame: pl.DataFrame, interactions: Interactions, start: int) -> list[Example]:
-    """Examples of one stretch by time; a user's share one query, what was before `start`."""
+    """Examples of one stretch by time; a user's share one query, what was before `start`, when they are asked."""
     known = _subset(interactions, interactions.frame["timestamp"] < start).histories()
+    known = {user: replace(query, at=start) for user, query in known.items()}
     rows = frame.sort("timestamp", maintain_order=True).select("user_id", "item_id", "_label")
-    return [Example(known.get(user, Query((), user)), item, label) for user, item, label in rows.iter_rows()]
+    return [Example(known.get(user, Query((), user, at=start)), item, label) for user, item, label in rows.iter_rows()]
 
 
 def _examples(frame: pl.DataFrame, interactions: Interactions) -> list[Example]:
-    """Examples whose history is the user's first `_place` events in `interactions`."""
+    """Examples whose history is the user's first `_place` events in `interactions`, asked about when they happen."""
     known = interactions.histories()
     examples = []
-    for user, item, label, place in frame.select("user_id", "item_id", "_label", "_place").iter_rows():
+    for user, item, label, place, at in frame.select("user_id", "item_id", "_label", "_place", "timestamp").iter_rows():
         whole = known.get(user, Query((), user))
         ratings = None if whole.ratings is None else whole.ratings[:place]
-        examples.append(Example(Query(whole.history[:place], user, ratings), item, label))
+        examples.append(Example(Query(whole.history[:place], user, ratings, at), item, label))
     return examples

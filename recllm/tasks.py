@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recllm.askedat import TrainingTime
 from recllm.data import Dataset, read_dataset
 from recllm.errors import RecllmError
 from recllm.evaluate import warm_and_cold
@@ -55,6 +56,21 @@ class Task:
     def sequences(self) -> list[NDArray[np.int64]]:
         """Item rows of every training user, oldest first."""
         return [self.index.known(query.history) for query in self.split.train.histories().values()]
+
+    @cached_property
+    def time(self) -> TrainingTime | None:
+        """Where moments are in the training time; None where not all training events have a timestamp."""
+        return TrainingTime.of(self.split.train)
+
+    def timed_sequences(self) -> list[NDArray[np.int64]]:
+        """As `sequences`, with when each event was beside it, in `PARTS` of the training time: int64[events, 2]."""
+        assert self.time is not None
+        train = self.split.train.frame
+        rows = self.index.rows(train["item_id"])
+        both = np.stack([rows, self.time.places(train["timestamp"])], axis=1)
+        users = train["user_id"].rle_id().to_numpy()  # a user's rows stand together
+        parts = np.split(both, np.flatnonzero(np.diff(users)) + 1)
+        return [part[part[:, 0] >= 0] for part in parts]
 
     def slices(self, examples: list[Example]) -> dict[str, NDArray[np.bool_]]:
         """Masks of the warm and the cold rows among `examples`."""

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from recllm.adapters import AdapterRecipe, check_places, load_adapter, merge
 from recllm.checkpoints import load_trained
@@ -243,6 +244,11 @@ def name_likelihoods(run: Run, task: Task, say: Say) -> NDArray[np.float32]:
     return read_names(model.to(scoring_device()), token_ids, bf16=fast_bf16(), progress=progress.add)
 
 
+def stretches(run: Run, task: Task) -> int:
+    """Into how many stretches the sequence models of a run cut the training time; 0 where it has none."""
+    return 0 if task.time is None else run.recency.drift
+
+
 def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat]:
     """The light sequence model, untrained."""
     settings = run.light
@@ -259,6 +265,7 @@ def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemM
         counts=task.item_counts,
         negatives=settings.negatives,
         repeats=task.repeats,
+        drift=stretches(run, task),
     )
     return model, HistoryFormat((), (), settings.max_history, 1)
 
@@ -385,7 +392,16 @@ def language_model(
     base = own_base(run, recipe, say)
     history = language_history(run, task, base)
     torch.manual_seed(run.seed)
-    model = next_item_model(base, recipe, features, task.item_counts, history, run.model, repeats=task.repeats)
+    model = next_item_model(
+        base,
+        recipe,
+        features,
+        task.item_counts,
+        history,
+        run.model,
+        repeats=task.repeats,
+        drift=stretches(run, task),
+    )
     return model, history, base
 
 
@@ -395,7 +411,7 @@ def load_light(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemMo
     if not path.is_file():
         return None
     model, history = light_model(run, task, features)
-    load_trained(model, path)
+    _load(model, path)
     return model.eval(), history
 
 
@@ -408,8 +424,16 @@ def load_language(run: Run, task: Task, features: ItemFeatures) -> tuple[NextIte
     if not path.is_file():
         return None
     model, history, _ = language_model(run, task, features, in_full_precision(adapter_recipe(run)), lambda _: None)
-    load_trained(model, path)
+    _load(model, path)
     return merged(model).eval(), history
+
+
+def _load(model: NextItemModel, path: Path) -> None:
+    """Read a trained next-item model, also one from before it knew of time."""
+    with safe_open(path, "numpy") as file:
+        if "drift.ends" not in file.keys():  # noqa: SIM118  no mapping
+            model.drift = None
+    load_trained(model, path)
 
 
 def merged(model: NextItemModel) -> NextItemModel:
@@ -431,9 +455,10 @@ def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
     device = table.device
 
     @torch.inference_mode()
-    def encode(ids: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
+    def encode(*given: NDArray[np.int64]) -> NDArray[np.float32]:
+        ids, ends, *asked = (torch.from_numpy(value).to(device) for value in given)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            vectors = model.encode(torch.from_numpy(ids).to(device), torch.from_numpy(ends).to(device), table)
+            vectors = model.encode(ids, ends, table, *asked)
         return vectors.float().cpu().numpy()
 
     return encode
@@ -490,7 +515,8 @@ def sequence_scorer(
     model: NextItemModel, history: HistoryFormat, task: Task, neighbours: Neighbours | None, *, bf16: bool = False
 ) -> SequenceScorer:
     """A trained next-item model as a scorer; in float32, unless `bf16` trades digits for speed."""
-    return SequenceScorer(torch_encode(model, bf16=bf16), history, task.index, *borrowed_heads(model, neighbours))
+    encode, time = torch_encode(model, bf16=bf16), task.time if model.drift is not None else None
+    return SequenceScorer(encode, history, task.index, *borrowed_heads(model, neighbours), time=time)
 
 
 def save_stage(folder: Path, facts: dict[str, object]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
-"""Rows of items in the catalogue."""
+"""Rows of items in the catalogue; with a second column, int64[events, 2], when each was, in parts of training time."""
 
 CUTTING = 1
 """Version of how windows are cut and ordered: stored ones of another version are not read. Raise it with any change."""
@@ -26,6 +26,11 @@ def like_lengths(lengths: Sequence[int], batch: int, random: np.random.Generator
     alike = [pool[np.argsort(np.take(lengths, pool), kind="stable")] for pool in pools]
     batches = np.concatenate([np.zeros(0, dtype=np.int64), *alike]).reshape(-1, batch)
     return np.concatenate([batches[random.permutation(len(batches))].ravel(), order[whole:]])
+
+
+def items_of(window: Rows) -> Rows:
+    """The items of a window, int64[events], without their times."""
+    return window if window.ndim == 1 else window[:, 0]
 
 
 class Taught(NamedTuple):

@@ -17,8 +17,8 @@ from recllm.tasks import prepare
 from recllm.trained import HALF_LIVES, collaborative
 
 
-def run_of(half_lives=(0.5,), queries=100, days=(), task="next_item"):
-    recency = SimpleNamespace(half_lives=half_lives, queries=queries, popularity_days=days)
+def run_of(half_lives=(0.5,), queries=100, days=(), task="next_item", as_of=True):
+    recency = SimpleNamespace(half_lives=half_lives, queries=queries, popularity_days=days, as_of=as_of)
     return SimpleNamespace(seed=0, recency=recency, model=SimpleNamespace(task=task))
 
 
@@ -72,8 +72,21 @@ def test_popularity_fades_as_ranks_best_on_validation(fashion):
     assert list(figures) == [None, 3.0, 1000.0]
     assert figures[3.0] == figures[1000.0] > 2 * figures[None]  # any fading ranks them by day; the first is taken
     train = fashion.split.train
-    expected = Popularity.fit(train, fashion.index.ids, half_life_days=3.0)
+    expected = Popularity.fit(train, fashion.index.ids, half_life_days=3.0, as_of=True)
     assert np.array_equal(popularity.values, expected.values)
+
+
+def test_popularity_is_as_of_when_the_rows_are_asked_unless_it_shall_not(fashion):
+    # Each of the forty items asked for on the day after its own: as of then it leads, as of the end it does not.
+    days = range(1, 41)
+    fashion.split.valid = [Example(Query((), at=day * 86_400), f"i{day - 1}") for day in days]
+    popularity, figures = faded_popularity(run_of(days=(3.0,)), fashion)
+    assert figures[3.0] == 1.0 > figures[None]
+    queries = [row.query for row in fashion.split.valid]
+    assert (popularity.score(queries, fashion.index).argmax(1) == np.arange(40)).all()
+    popularity, figures = faded_popularity(run_of(days=(3.0,), as_of=False), fashion)
+    assert figures[3.0] < 0.2
+    assert popularity.counts is None
 
 
 def test_popularity_without_times_or_choices_counts_all_events_alike(fashion):
@@ -113,5 +126,9 @@ def test_a_run_keeps_the_popularity_that_it_has_chosen(tmp_path, tiny_encoder_fo
     assert list(figures) == ["None", "3.0", "10.0", "30.0", "100.0", "300.0"]
     best = max(figures, key=figures.__getitem__)
     assert figures[best] > 2 * figures["None"]
-    chosen = Popularity.fit(task.split.train, task.index.ids, half_life_days=float(best))
+    chosen = Popularity.fit(task.split.train, task.index.ids, half_life_days=float(best), as_of=True)
     assert np.array_equal(kept.values, chosen.values)
+    queries = [task.split.test[0].query, Query((), at=2 * 86_400)]
+    assert np.array_equal(kept.score(queries, task.index), chosen.score(queries, task.index))
+    late, early = kept.score(queries, task.index)
+    assert late.argmax() >= 20 > early.argmax()  # the items of the late users have no event yet

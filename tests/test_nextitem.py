@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recllm import nextitem
+from recllm.askedat import PARTS, TrainingTime
 from recllm.data import Query
 from recllm.histories import HistoryFormat
 from recllm.nextitem import language_stage, light_stage
@@ -52,6 +53,16 @@ def test_validation_rows_have_a_history_that_is_read_and_a_target_with_events():
     assert [row.tolist() for row in found] == [[0, 1, 2], [0, 3, 1], [2, 0, 1, 2]]
 
 
+def test_validation_rows_say_when_they_are_asked_where_time_counts():
+    task = task_of(("ab", "c"), ("", "a"), ("c", "b"))
+    for row, at in zip(task.split.valid, (20, 30, None), strict=True):
+        row.query = replace(row.query, at=at)
+    task.time = TrainingTime(np.array([10, 20, 30, 40]))
+    found = nextitem._validation_windows(task, HISTORY, 0, None, timed=True)
+    assert [row[:, 0].tolist() for row in found] == [[0, 1, 2], [2, 1]]
+    assert [row[-1, 1] for row in found] == [PARTS // 4, PARTS]
+
+
 def test_some_validation_rows_are_drawn_by_the_seed_and_stay_in_order():
     task = task_of(*(("ab" * size, "c") for size in range(1, 31)))
     history = replace(HISTORY, limit=60)
@@ -71,17 +82,20 @@ def test_items_that_cannot_be_written_are_left_out_of_what_is_learnt():
     texts = replace(HISTORY, texts=((5,), None, (6, 7)))
     assert [row.tolist() for row in nextitem._readable(sequences, texts)] == [[0, 2], []]
     assert nextitem._readable(sequences, HISTORY) is sequences
+    timed = [np.array([[0, 5], [1, 6], [2, 7], [1, 8]])]
+    assert [row.tolist() for row in nextitem._readable(timed, texts)] == [[[0, 5], [2, 7]]]
 
 
-def model_of(seed, head_width=8):
+def model_of(seed, head_width=8, drift=3):
     random = np.random.default_rng(0)
     vectors = random.normal(size=(4, 6)).astype(np.float32)
     torch.manual_seed(seed)
     body = LightBody(8, layers=1, heads=2, positions=3, dropout=0.0)
     features = ItemFeatures(ItemIndex("abcd"), vectors, vectors[:, :2])
-    model = NextItemModel(body, features, width=8, head_width=head_width, warm=np.ones(4, dtype=bool), token_scale=1.0)
+    warm = np.ones(4, dtype=bool)
+    model = NextItemModel(body, features, width=8, head_width=head_width, warm=warm, token_scale=1.0, drift=drift)
     with torch.no_grad():
-        for value in (model.bias, model.log_scale, model.cold_bias):
+        for value in (model.bias, model.log_scale, model.cold_bias, *([model.drift.ends] if drift else [])):
             value.normal_()
     return model
 
@@ -94,10 +108,19 @@ def test_the_item_side_of_the_light_scorer_is_taken_over_and_nothing_else():
     model, light = model_of(1), model_of(2)
     before, wanted = weights(model), weights(light)
     nextitem._start_from(model, light, pytest.fail)
-    items = {name for name in before if name.startswith(("heads.", "bias", "log_scale", "cold_bias"))}
-    assert len(items) > 4
+    items = {name for name in before if name.startswith(("heads.", "bias", "log_scale", "cold_bias", "drift"))}
+    assert len(items) > 5
     for name, value in weights(model).items():
         assert torch.equal(value, wanted[name] if name in items else before[name]), name
+
+
+@pytest.mark.parametrize(("drift", "lights"), [(0, 3), (3, 0)])
+def test_where_one_of_both_knows_no_time_the_rest_is_taken_over(drift, lights):
+    model, light = model_of(1, drift=drift), model_of(2, drift=lights)
+    before = weights(model)
+    nextitem._start_from(model, light, pytest.fail)
+    assert torch.equal(model.bias, light.bias)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items() if name.startswith("drift"))
 
 
 def test_heads_of_another_width_start_anew(staged):

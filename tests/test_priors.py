@@ -4,9 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from recllm.askedat import DAY
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
-from recllm.priors import DAY, ItemMean, Popularity, TextSimilarity, UserMean, write_arrays
+from recllm.priors import ItemMean, Popularity, TextSimilarity, UserMean, write_arrays
 from recllm.ranking import ItemIndex
 
 SCHEMA = {"user_id": pl.String, "item_id": pl.String, "rating": pl.Float32, "timestamp": pl.Int64, "seq": pl.Int32}
@@ -51,6 +52,52 @@ def test_a_clock_that_is_ahead_leaves_other_items_their_popularity():
     whole = Popularity.fit(events(rows), half_life_days=100.0)
     with_one = Popularity.fit(events([*rows, ("v", "c", None, 40 * 365 * DAY, 0)]), half_life_days=100.0)
     assert with_one.values[:2] == pytest.approx(whole.values, rel=0.01)
+
+
+def dated(*rows):
+    """Events of users of their own: (item, day)."""
+    return events([(f"u{place}", item, None, int(day * DAY), 0) for place, (item, day) in enumerate(rows)])
+
+
+def asked(*days):
+    return [Query((), at=None if day is None else int(day * DAY)) for day in days]
+
+
+def test_popularity_as_of_a_moment_counts_what_was_before_it():
+    train = dated(("a", 0), ("a", 1), ("b", 1), ("b", 9), ("c", 9))
+    popularity = Popularity.fit(train, ["new"], half_life_days=1.0, as_of=True)
+    scores = popularity.score(asked(1.5, 9, 10, 0), ItemIndex(["a", "b", "new", "zz"]))
+    faded = np.exp2(-0.5), np.exp2(-1.5)
+    assert scores[0, :3] == pytest.approx(np.log1p([faded[0] + faded[1], faded[0], 0.0]))
+    # Of the day itself nothing counts yet: which event of a second came first is not known.
+    assert scores[1, :3] == pytest.approx(np.log1p([2.0**-9 + 2.0**-8, 2.0**-8, 0.0]))
+    assert np.isnan(scores[:, 3]).all()
+    assert (scores[3, :3] == 0.0).all()
+    assert np.array_equal(
+        popularity.score(asked(10, 0), popularity.items), popularity.score(asked(10, 0, 5), popularity.items)[:2]
+    )
+
+
+def test_popularity_of_now_is_that_of_the_logs_end_however_late_it_is():
+    days = [(item, day) for day in range(1000) for item in ("a" if day < 500 else "b")]
+    popularity = Popularity.fit(dated(*days, ("c", 40_000)), half_life_days=30.0, as_of=True)
+    late = popularity.score(asked(None, 1001, 5000, 40_001), popularity.items)
+    assert (late == late[0]).all()  # nothing fades behind the end, and a clock that is ahead is taken back to it
+    assert late[0] == pytest.approx(popularity.values, abs=1e-6)
+    assert late[0, 1] > late[0, 2] > late[0, 0]
+    assert popularity.as_of_now().counts is None
+    assert np.array_equal(popularity.as_of_now().score(asked(3), popularity.items)[0], popularity.values)
+
+
+def test_popularity_as_of_moments_is_the_same_when_it_is_read_again(tmp_path):
+    popularity = Popularity.fit(dated(("a", 0), ("b", 3), ("a", 4)), half_life_days=2.0, as_of=True)
+    popularity.save(tmp_path)
+    queries = asked(None, 1, 3.5, 9)
+    expected = popularity.score(queries, popularity.items)
+    assert np.array_equal(Popularity.load(tmp_path).score(queries, popularity.items), expected)
+    popularity.as_of_now().save(tmp_path)
+    assert Popularity.load(tmp_path).counts is None
+    assert len(np.unique(expected, axis=0)) == 2  # the last one of so few events is behind the log's end
 
 
 def test_item_mean_is_shrunk_to_the_global_mean(train):

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from recllm.askedat import PARTS
 from recllm.examples import NextItemCollator
 from recllm.histories import HistoryFormat
 from recllm.ranking import ItemIndex
-from recllm.sequence import IGNORED, ItemProjection, LightBody, NextItemModel
+from recllm.sequence import IGNORED, Drift, ItemProjection, LightBody, NextItemModel
 from recllm.splits import leave_last_out
 from recllm.vectors import ItemFeatures
 from recllm.windows import Windows
@@ -15,7 +16,18 @@ from recllm.windows import Windows
 ITEMS, POSITIONS = 24, 8
 
 
-def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, factors=None, negatives=0, repeats=False):
+def light(
+    warm=None,
+    *,
+    dropout=0.0,
+    factor_dropout=0.0,
+    width=16,
+    text=None,
+    factors=None,
+    negatives=0,
+    repeats=False,
+    drift=0,
+):
     """A light model over random item vectors."""
     random = np.random.default_rng(0)
     text = random.normal(size=(ITEMS, 6)).astype(np.float32) if text is None else text
@@ -32,6 +44,7 @@ def light(warm=None, *, dropout=0.0, factor_dropout=0.0, width=16, text=None, fa
             factor_dropout=factor_dropout,
             negatives=negatives,
             repeats=repeats,
+            drift=drift,
         )
 
 
@@ -84,6 +97,40 @@ def test_the_loss_is_the_mean_cross_entropy_over_warm_items_that_may_come_next(r
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     expected = -np.log(odds[np.arange(3), window[1:]] / odds.sum(axis=1)).mean()
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_drift_lies_on_straight_lines_between_the_ends_of_stretches():
+    drift = Drift(4, 2)
+    with torch.no_grad():
+        drift.ends.copy_(torch.arange(10.0).view(5, 2) ** 2)
+    asked = torch.tensor([[0, PARTS // 4, PARTS // 8, PARTS - PARTS // 16, PARTS]])
+    ends = drift.ends
+    expected = torch.stack([ends[0], ends[1], (ends[0] + ends[1]) / 2, 0.25 * ends[3] + 0.75 * ends[4], ends[4]])
+    assert torch.allclose(drift(asked), expected[None])
+    assert torch.equal(drift(None), ends[4])
+
+
+@pytest.mark.parametrize("negatives", [0, ITEMS - 1])
+def test_when_it_is_asked_changes_queries_once_that_is_learnt(negatives):
+    model = light(drift=4, negatives=negatives)
+    inputs = batch(np.stack([[3, 1, 4, 1], [0, PARTS // 2, PARTS // 2, PARTS]], axis=1))
+    assert inputs["asked"].tolist() == [[PARTS // 2, PARTS // 2, PARTS]]  # when what follows was chosen
+    assert inputs["ids"].tolist() == [[3, 1, 4]]
+    assert inputs["labels"].tolist() == [[1, 4, 1]]
+    without = {key: value for key, value in inputs.items() if key != "asked"}
+    torch.manual_seed(0)
+    start = model.train()(**inputs)["loss"]
+    torch.manual_seed(0)
+    assert torch.equal(start, model(**without)["loss"])  # it starts where time makes no difference
+    start.backward()
+    learnt = model.drift.ends.grad.abs().sum(1) > 0
+    assert learnt.tolist() == [False, False, True, False, True]
+    with torch.no_grad():
+        model.drift.ends[2] += 1.0
+    torch.manual_seed(0)
+    changed = model(**inputs)["loss"]
+    torch.manual_seed(0)
+    assert not torch.equal(changed, model(**without)["loss"])  # without times all are asked now
 
 
 def test_the_loss_is_divided_by_trainers_own_count():

@@ -33,6 +33,8 @@ class Query:
     ratings: tuple[float | None, ...] | None = None
     """As long as `history`, None for an item without a rating. None says nothing of ratings, so that what training
     knows of the user stands in; all of them None says that the user has rated nothing yet."""
+    at: int | None = None
+    """When the recommendation is asked for, in Unix seconds; None is now, after everything that is known."""
 
     @property
     def has_ratings(self) -> bool:
