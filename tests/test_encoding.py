@@ -1,8 +1,11 @@
 """Sequence scorer: histories that continue one another are read once, and nothing changes by it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from recllm.askedat import PARTS, TrainingTime
 from recllm.data import Query
 from recllm.encoding import SequenceScorer, shared_paths
 from recllm.histories import HistoryFormat
@@ -74,6 +77,22 @@ def test_shared_reading_equals_reading_one_by_one():
     queries += [Query(query.history[:2]) for query in queries]
     single = np.concatenate([scorer().score([query], INDEX) for query in queries])
     assert scorer().score(queries, INDEX) == pytest.approx(single, rel=1e-5, abs=1e-5, nan_ok=True)
+
+
+def test_each_query_is_read_as_of_when_it_is_asked(monkeypatch):
+    monkeypatch.setattr("recllm.encoding.TOKENS_IN_BATCH", 6)
+    time = TrainingTime(np.arange(0, 100, 10))
+    queries = [
+        replace(history(*rows), at=at) for rows, at in (((1, 2, 3), 95), ((1, 2), 15), ((1, 2), None), ((4,), 0))
+    ]
+
+    def encode(ids, ends, asked):
+        return causal_sum(ids, ends) + asked[..., None] / PARTS
+
+    found = scorer(encode, time=time).query_vectors(queries)
+    plain = scorer().query_vectors(queries)
+    assert (found - plain)[:, :-1] == pytest.approx(np.array([[1.0], [0.2], [1.0], [0.0]]) * np.ones(4), abs=1e-6)
+    assert np.array_equal(found[:, -1], plain[:, -1])
 
 
 def test_batches_are_cut_by_length_and_every_query_is_reported(monkeypatch):

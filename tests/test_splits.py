@@ -108,6 +108,21 @@ def test_temporal_user_who_was_not_there_has_an_empty_history():
     assert (last.query.user_id, last.query.history) == ("new", ())
 
 
+def test_rows_are_asked_when_their_events_happen_and_at_the_cut_of_a_cut_in_time():
+    events = grid()
+    when = {(user, item): at for user, item, _, at, _ in events.frame.iter_rows()}
+    whole, cold = leave_last_out(events), cold_items(events, share=0.3)
+    for example in (*whole.valid, *whole.test, *cold.valid, *cold.test):
+        assert example.query.at == when[example.query.user_id, example.item_id]
+    cut = temporal(events)
+    assert {example.query.at for example in cut.valid} == {cut.cuts[0]}
+    assert {example.query.at for example in cut.test} == {cut.cuts[1]}
+    known = {example.query for example in (*cut.valid, *temporal(events, (0.2, 0.4, 0.4)).test)}
+    assert len({(query.user_id, query.at) for query in known}) == len(known)  # a user's rows share one query
+    bare = made([("a", f"i{n}", None, None) for n in range(5)])
+    assert leave_last_out(bare).test[0].query.at is None
+
+
 def test_temporal_examples_stand_in_time():
     events = grid()
     when = {(user, item): at for user, item, _, at, _ in events.frame.iter_rows()}

@@ -48,6 +48,21 @@ def test_stored_windows_are_those_in_memory(tmp_path, at_least):
 
 
 @pytest.mark.usefixtures("_all_are_many")
+def test_stored_windows_keep_their_times(tmp_path):
+    timed = [np.stack([row, row * 1000 + 7], axis=1) for row in SEQUENCES]
+    windows = Windows(timed, 4, epochs=3, seed=1, batch=8)
+    found, expected = training_windows(windows), windows.all()
+    assert isinstance(found, StoredWindows)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert found[0].shape[1] == 2
+    plain = Windows(SEQUENCES, 4, epochs=3, seed=1, batch=8).all()
+    assert all(np.array_equal(one[:, 0], other) for one, other in zip(expected, plain, strict=True))  # cut alike
+    flat = Windows([row.ravel() for row in timed], 4, epochs=3, seed=1, batch=8)
+    training_windows(flat)
+    assert len(files(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("_all_are_many")
 def test_the_same_windows_are_written_once(tmp_path, monkeypatch):
     training_windows(Windows(SEQUENCES, 4, epochs=3, seed=1))
     written = files(tmp_path)

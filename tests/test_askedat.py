@@ -1,0 +1,83 @@
+"""When a recommendation is asked for: faded counts of what was before, and places in the training time."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from recllm.askedat import DAY, NOW, PARTS, FadingCounts, TrainingTime, log_end
+from recllm.data import Interactions
+
+
+def made(rows, weights=None):
+    """Events of (item row, day), one user each, and the rows of their items."""
+    columns = {
+        "user_id": [f"u{place}" for place in range(len(rows))],
+        "item_id": [f"i{item}" for item, _ in rows],
+        "rating": None,
+        "timestamp": [None if day is None else int(day * DAY) for _, day in rows],
+        "seq": 0,
+    }
+    kinds = {"rating": pl.Float32, "timestamp": pl.Int64, "seq": pl.Int32}
+    frame = pl.DataFrame(columns, schema_overrides=kinds)
+    if weights is not None:
+        frame = frame.with_columns(weight=pl.Series(weights, dtype=pl.Float32))
+    return Interactions(frame), np.array([item for item, _ in rows])
+
+
+def by_hand(rows, moment, items, half_life, weights=None):
+    """Each event on its own."""
+    counts = np.zeros(items)
+    for (item, day), weight in zip(rows, weights or [1.0] * len(rows), strict=True):
+        if int(day * DAY) < moment:
+            counts[item] += weight * 0.5 ** ((moment - int(day * DAY)) / DAY / half_life)
+    return counts
+
+
+@pytest.mark.parametrize("weights", [None, [float(1 + place % 3) for place in range(200)]])
+def test_counts_as_of_moments_are_those_counted_one_by_one(weights):
+    random = np.random.default_rng(0)
+    rows = list(zip(random.integers(0, 5, 200).tolist(), random.uniform(0, 50, 200).tolist(), strict=True))
+    counts = FadingCounts.fit(*made(rows, weights), 6, 3.0)
+    end = int(log_end(made(rows)[0].frame["timestamp"]))
+    kept = [(item, min(day, end / DAY)) for item, day in rows]
+    moments = (random.uniform(-5, end / DAY, 30) * DAY).astype(np.int64)
+    found = counts.at(moments)
+    assert found == pytest.approx(np.array([by_hand(kept, at, 6, 3.0, weights) for at in moments]), rel=1e-9)
+    assert (found[:, 5] == 0).all()
+    assert counts.now() == pytest.approx(by_hand(kept, end + 1, 6, 3.0, weights), rel=1e-9)
+
+
+def test_moments_are_answered_in_the_order_asked_and_alike_in_any_company():
+    rows = [(day % 3, day / 2) for day in range(60)]
+    counts = FadingCounts.fit(*made(rows), 3, 2.0)
+    moments = np.array([20 * DAY, 5 * DAY, 20 * DAY, NOW, 0], dtype=np.int64)
+    together = counts.at(moments)
+    assert np.array_equal(together[0], together[2])
+    alone = np.concatenate([counts.at(moments[place : place + 1]) for place in range(5)])
+    assert together == pytest.approx(alone, rel=1e-12)
+    assert counts.at(np.zeros(0, dtype=np.int64)).shape == (0, 3)
+
+
+def test_places_count_events_and_not_days():
+    time = TrainingTime(np.array([40, 10, 20, 1_000_000]))
+    assert time.places([5, 10, 11, 20, 41, 1_000_000, 2_000_000, None]).tolist() == [
+        0,
+        0,
+        PARTS // 4,
+        PARTS // 4,
+        3 * PARTS // 4,
+        3 * PARTS // 4,
+        PARTS,
+        PARTS,
+    ]
+    assert time.places([]).dtype == np.int64
+
+
+def test_many_events_do_not_overflow_a_place():
+    time = TrainingTime(np.arange(3_000_000))
+    assert time.places([2_999_999]).item() == 2_999_999 * PARTS // 3_000_000
+
+
+@pytest.mark.parametrize("days", [[1, None, 3], [2, 2, 2], []])
+def test_there_is_no_training_time_where_not_all_events_have_one_or_all_the_same(days):
+    assert TrainingTime.of(made([(0, day) for day in days])[0]) is None
