@@ -2,11 +2,13 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import recllm
 from recllm import export
@@ -20,6 +22,7 @@ from recllm.gate import load_recipe
 from recllm.lm import load_base, mean_pool
 from recllm.metrics import auc
 from recllm.parity import GRID, Tolerance, auc_loss, failures_of, fidelity, metric_loss
+from recllm.priors import Popularity
 from recllm.protocols import evaluation_protocol
 from recllm.quantise import quantise
 from recllm.ranking import mask_seen, top_k
@@ -227,6 +230,19 @@ def test_the_manifest_says_what_is_inside(tiny_bundle, loaded):
     fused = protocol.fuse(Fusion.load(run.folder / "fusion.json"), some, examples)
     table = protocol.table({"fusion": fused}, examples, (10,))
     assert ranking["ndcg_torch"] == pytest.approx(table.interval("fusion", "NDCG@10")[0], abs=1e-6)
+
+
+def test_a_bundle_answers_as_of_now_and_has_no_event(loaded, models, tiny_lm_folder, tmp_path):
+    run, task, parts = loaded
+    popularity = Popularity.fit(task.split.train, task.index.ids, half_life_days=0.1, as_of=True)
+    parts = replace(parts, popularity=popularity)
+    export._write_content(tmp_path / "bundle", run, task, parts, models, load_base(tiny_lm_folder))
+    assert list(load_file(tmp_path / "bundle" / "cf" / "popularity.safetensors")) == ["log_counts"]
+    kept = Popularity.load(tmp_path / "bundle" / "cf")
+    queries = [row.query for row in task.split.valid]
+    now = [replace(query, at=None) for query in queries]
+    assert np.array_equal(kept.score(queries, task.index), popularity.score(now, task.index))
+    assert not np.array_equal(popularity.score(queries, task.index), popularity.score(now, task.index))
 
 
 def test_an_untrained_run_says_how_to_train_it(loaded, tmp_path):

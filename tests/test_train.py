@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from recllm import loop, nextitem, train
 from recllm.commands import profile_flags
@@ -23,7 +24,15 @@ from recllm.recipes import find_recipe
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import check_names, language_history, load_collaborative, load_language, stage_done
+from recllm.trained import (
+    check_names,
+    language_history,
+    load_collaborative,
+    load_language,
+    load_light,
+    sequence_scorer,
+    stage_done,
+)
 
 ROOT = Path(__file__).parents[1]
 TREES = [
@@ -113,6 +122,24 @@ def test_a_finished_run_is_not_trained_again(tiny_run, monkeypatch):
     monkeypatch.setattr(nextitem, "fit", lambda *_, **__: pytest.fail("trained again"))
     train_run(load_run(tiny_run), resume=True, say=silent)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_moment_of_a_request_is_learnt_and_a_run_from_before_is_read_without(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    run = again(tiny_run, tmp_path)
+    task = prepare(run)
+    features = load_collaborative(run, task).features
+    asked = [row.query for row in task.split.test]
+    now = [replace(query, at=None) for query in asked]
+    for load, folder in ((load_light, "light"), (load_language, "lm")):
+        scorer = sequence_scorer(*load(run, task, features), task, None)
+        assert np.abs(scorer.score(asked, task.index) - scorer.score(now, task.index)).max() > 1e-4
+        path = run.folder / folder / "model.safetensors"
+        weights = load_file(path)
+        assert weights.pop("drift.ends").any()
+        save_file(weights, path)
+        scorer = sequence_scorer(*load(run, task, features), task, None)
+        assert np.array_equal(scorer.score(asked, task.index), scorer.score(now, task.index))
 
 
 def test_merging_keeps_the_scores_of_the_trained_adapter(tiny_run):
