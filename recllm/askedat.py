@@ -1,13 +1,13 @@
 """When a recommendation is asked for: what had happened by then, and how much of the training time was over."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recllm.data import Interactions
+from recllm.data import Interactions, Query
 
 DAY = 86_400.0
 """Seconds."""
@@ -24,6 +24,11 @@ def log_end(times: pl.Series) -> float:
     return float(np.quantile(times.to_numpy().astype(np.float64), BEFORE_THE_END, method="lower"))
 
 
+def moments_of(queries: Sequence[Query]) -> NDArray[np.int64]:
+    """When queries are asked, int64[queries], in seconds; `NOW` where they do not say."""
+    return np.array([NOW if query.at is None else query.at for query in queries], dtype=np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class FadingCounts:
     """The events of every item, from which counts that fade can be taken as of any moment.
@@ -33,6 +38,7 @@ class FadingCounts:
         times: int64[events], in seconds, ascending.
         weights: float32[events], what each counts.
         items: how many items there are.
+        end: the log's end, in seconds; what comes after it is as old as what comes at it.
         half_life_days: an event counts ½ for every so many days since.
     """
 
@@ -40,40 +46,41 @@ class FadingCounts:
     times: NDArray[np.int64]
     weights: NDArray[np.float32]
     items: int
+    end: int
     half_life_days: float
 
     @classmethod
     def fit(
         cls, interactions: Interactions, rows: NDArray[np.int64], items: int, half_life_days: float
     ) -> "FadingCounts":
-        """Put events, each of the item in `rows`, int64[events], into the order of time; all have a timestamp.
-
-        Those after the log's end are taken for its last.
-        """
-        end = int(log_end(interactions.frame["timestamp"]))
-        times = np.minimum(interactions.frame["timestamp"].to_numpy().astype(np.int64), end)
+        """Put events, each of the item in `rows`, int64[events], into the order of time; all have a timestamp."""
+        times = interactions.frame["timestamp"].to_numpy().astype(np.int64)
         order = np.argsort(times, kind="stable")
-        weights = interactions.weights().astype(np.float32)
-        return cls(rows[order].astype(np.int32), times[order], weights[order], items, half_life_days)
+        weights = interactions.weights().astype(np.float32)[order]
+        end = int(log_end(interactions.frame["timestamp"]))
+        return cls(rows[order].astype(np.int32), times[order], weights, items, end, half_life_days)
 
     def at(self, moments: NDArray[np.int64]) -> NDArray[np.float64]:
         """Faded counts of what happened before each of `moments`, int64[moments], in seconds: float64[moments, items].
 
         An event of the same second as the request does not count: which of the two came first is not known. After the
-        log's end nothing fades further, since nothing is known of what came then.
+        log's end nothing fades further, since of what came then nearly nothing is known.
         """
-        moments = np.minimum(moments, self.times[-1] + 1)
         result = np.empty((len(moments), self.items))
-        counts, first, before = np.zeros(self.items), 0, 0
-        for place in np.argsort(moments, kind="stable"):
-            moment = int(moments[place])
-            stop = int(np.searchsorted(self.times, moment, side="left"))
-            counts *= np.exp2((before - moment) / (DAY * self.half_life_days))  # of nothing, the first time
-            ages = (moment - self.times[first:stop]) / (DAY * self.half_life_days)
-            fresh = self.weights[first:stop] * np.exp2(-ages)
+        ages = np.minimum(moments, self.end + 1)
+        order = np.argsort(moments, kind="stable")
+        counts, first, before = np.zeros(self.items), 0, ages[order[:1]]
+        for place in order:
+            stop, moment = int(np.searchsorted(self.times, moments[place], side="left")), ages[place]
+            counts *= self._share(moment - before)
+            fresh = self.weights[first:stop] * self._share(moment - np.minimum(self.times[first:stop], self.end))
             counts += np.bincount(self.rows[first:stop], weights=fresh, minlength=self.items)
             result[place], first, before = counts, stop, moment
         return result
+
+    def _share(self, seconds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How much of an event is left after so long."""
+        return np.asarray(np.exp2(-seconds / (DAY * self.half_life_days)))
 
     def now(self) -> NDArray[np.float64]:
         """Faded counts at the log's end, float64[items]."""
@@ -99,10 +106,7 @@ class TrainingTime:
             return None
         return cls(times.to_numpy().astype(np.int64))
 
-    def places(self, moments: Iterable[int | None]) -> NDArray[np.int64]:
-        """Where `moments`, in seconds, are: int64[moments], 0 to `PARTS`; None is now, the end."""
-        given = list(moments)
-        known = np.array([0 if moment is None else moment for moment in given], dtype=np.int64)
-        now = np.array([moment is None for moment in given], dtype=bool)
-        before = np.searchsorted(self.times, known, side="left")
-        return np.where(now, PARTS, before * PARTS // len(self.times)).astype(np.int64)
+    def places(self, moments: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where `moments`, int64[...] in seconds, are: int64[...], 0 to `PARTS`; `NOW` is at the end."""
+        before = np.searchsorted(self.times, moments, side="left").astype(np.int64)
+        return before * PARTS // len(self.times)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from recllm.askedat import TrainingTime
+from recllm.askedat import TrainingTime, moments_of
 from recllm.data import Query
 from recllm.histories import HistoryFormat, padded
 from recllm.ranking import ItemIndex, Scores, dot_scores
@@ -57,7 +57,7 @@ class SequenceScorer:
         A history that another one continues is not read again: its vector is taken on the way of the longer one.
         """
         result = np.full((len(queries), self.items.shape[1]), np.nan, dtype=np.float32)
-        asked = None if self.time is None else self.time.places(query.at for query in queries)
+        asked = None if self.time is None else self.time.places(moments_of(queries))
         paths = [self.history.ids(self.history.window(self.index.known(query.history))) for query in queries]
         groups = shared_paths([(row, ids) for row, (ids, ends) in enumerate(paths) if ends])
         for batch in _length_batches(groups):

@@ -64,8 +64,12 @@ def faded_popularity(run: Run, task: Task) -> tuple[Popularity, dict[float | Non
         return Popularity.fit(train, task.index.ids), {}
     figures: dict[float | None, float] = {}
     best = None
-    for own in days:  # one after the other: each holds all events
-        popularity = Popularity.fit(train, task.index.ids, half_life_days=own, as_of=run.recency.as_of)
+    timed = Popularity.fit(train, task.index.ids, half_life_days=days[-1], as_of=True) if run.recency.as_of else None
+    for own in days:
+        if own is None or timed is None:
+            popularity = Popularity.fit(train, task.index.ids, half_life_days=own)
+        else:
+            popularity = timed.fading(own)
         found = figure(popularity)
         if best is None or found > max(figures.values()):  # on a tie the earlier, as for histories
             best = popularity

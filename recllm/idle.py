@@ -56,6 +56,10 @@ def _idle(run: Run) -> Iterator[tuple[str, list[str]]]:
     if run.light.num_train_epochs == 0:
         # A teacher's own start still says which rows it has learnt.
         yield "light.num_train_epochs = 0", [key for key in light if key != "light.teacher"]
+        if run.model.name == "none":
+            yield "there is no sequence model", _among(changed["recency"], ("recency.drift",))
+    if not run.recency.popularity_days:
+        yield "recency.popularity_days is empty", _among(changed["recency"], ("recency.as_of",))
     if run.light.teacher is None:
         yield "there is no light.teacher", _among(light, WITHOUT_TEACHER)
     if judges:

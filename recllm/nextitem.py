@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recllm.askedat import moments_of
 from recllm.cards import save_adapter
 from recllm.checkpoints import has_checkpoint, save_trained, trained_values
 from recllm.devices import precision_keys, process_state
@@ -210,7 +211,7 @@ def _validation_windows(
     ]
     if timed:
         assert task.time is not None
-        asked = task.time.places(example.query.at for example in task.split.valid)
+        asked = task.time.places(moments_of([example.query for example in task.split.valid]))
         rows = [np.stack([row, np.full_like(row, at)], axis=1) for row, at in zip(rows, asked, strict=True)]
     rows = [row for row in rows if len(row) > 1 and task.warm[items_of(row)[-1]]]
     if limit is None or len(rows) <= limit:

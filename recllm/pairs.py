@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar, overload
 
@@ -212,12 +213,16 @@ def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:
     """The rows of "valid" or "test" that have a label; where all are positive, each is followed by a sampled negative.
 
     Such a negative is an item the user has no event with in any part of the data, and cold where the target is cold;
-    a row of a user who has them all is left out.
+    a row of a user who has them all is left out. When a row is asked says nothing to what judges pairs, and is left out
+    too, so that rows of one history are read together.
 
     Raises:
         RecllmError: test rows have dislikes and validation rows none, so that the two would mean different things.
     """
-    examples = task.split.valid if part == "valid" else task.split.test
+    examples = [
+        replace(row, query=replace(row.query, at=None))
+        for row in (task.split.valid if part == "valid" else task.split.test)
+    ]
     if not samples_negatives(task):
         if not any(row.label == 0 for row in task.split.valid):
             raise RecllmError(

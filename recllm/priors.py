@@ -1,6 +1,7 @@
 """Priors: scorers without training (popularity, shrunk means, text similarity), the floor every model has to beat."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from recllm.askedat import DAY, NOW, FadingCounts, log_end
+from recllm.askedat import DAY, NOW, FadingCounts, log_end, moments_of
 from recllm.data import Interactions, Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
@@ -120,7 +121,7 @@ class Popularity(ItemPrior):
             RecllmError: a half-life is asked for and events have no timestamp.
         """
         frame = interactions.frame.select("item_id", weight=pl.Series(interactions.weights().astype(np.float64)))
-        items = ItemIndex(dict.fromkeys([*catalog_ids, *frame["item_id"]]))
+        items = ItemIndex(dict.fromkeys([*catalog_ids, *frame["item_id"].unique(maintain_order=True)]))
         if half_life_days is not None:
             times = interactions.frame["timestamp"]
             if times.null_count():
@@ -140,13 +141,19 @@ class Popularity(ItemPrior):
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """As of when each query is asked: float32[queries, candidates]."""
-        moments = np.array([NOW if query.at is None else query.at for query in queries], dtype=np.int64)
+        moments = moments_of(queries)
         if self.counts is None or (moments == NOW).all():
             return super().score(queries, candidates)
         values = np.zeros((len(self.items), len(queries)), dtype=np.float32)
         values[: self.counts.items] = np.log1p(self.counts.at(moments)).T
         values[np.isnan(self.values)] = np.nan
         return np.ascontiguousarray(take_rows(values, self.items, candidates).T)
+
+    def fading(self, half_life_days: float) -> "Popularity":
+        """The same events with another half-life, of a popularity as of the moment of the request."""
+        assert self.counts is not None
+        counts = replace(self.counts, half_life_days=half_life_days)
+        return Popularity(self.items, np.log1p(counts.now()).astype(np.float32), counts)
 
     def as_of_now(self) -> "Popularity":
         """The same without its events, as a bundle has it."""
@@ -162,7 +169,7 @@ class Popularity(ItemPrior):
         facts: dict[str, object] = {"ids": self.items.ids}
         if self.counts is not None:
             arrays |= {f"events.{key}": getattr(self.counts, key) for key in EVENTS}
-            facts |= {"half_life_days": self.counts.half_life_days, "counted": self.counts.items}
+            facts["counts"] = {key: getattr(self.counts, key) for key in ("items", "end", "half_life_days")}
         write_arrays(folder, "popularity", arrays, facts)
 
     @classmethod
@@ -170,9 +177,9 @@ class Popularity(ItemPrior):
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, "popularity")
         counts = None
-        if "half_life_days" in facts:
-            events = {key: arrays[f"events.{key}"] for key in EVENTS}
-            counts = FadingCounts(**events, items=facts["counted"], half_life_days=facts["half_life_days"])
+        if "counts" in facts:
+            rows, times, weights = (arrays[f"events.{key}"] for key in EVENTS)
+            counts = FadingCounts(rows, times, weights, **facts["counts"])
         return cls(ItemIndex(facts["ids"]), arrays["log_counts"], counts)
 
 

@@ -22,14 +22,15 @@ class RecencySettings(Settings):
     """In events, not in time: the choices beside "nothing fades", one for each scorer by NDCG@10 on validation, by AUC
     where pairs are judged; empty leaves all events of a history equal."""
     popularity_days: tuple[PositiveFloat, ...] = (3.0, 10.0, 30.0, 100.0, 300.0)
-    """In days before the end of the training events (where all but one of a thousand are over): how fast popularity
-    fades where the next item is ranked, chosen alike; empty, or an event without a timestamp, leaves all equal."""
+    """How fast popularity fades where the next item is ranked, in days before a row is asked: the choices beside
+    "nothing fades", by NDCG@10 on validation; empty, or an event without a timestamp, leaves all equal."""
     as_of: bool = True
-    """Whether popularity that fades is as of the moment when a row is asked about: that of its own event, where the
-    split is no cut in time. Only what was before counts. A bundle always answers as of the end of its training."""
+    """Whether popularity that fades counts only what was before a row is asked: at its own event's time, or where the
+    data are cut in time at the cut. A bundle answers as of the end of its training events (where all but one of a
+    thousand are over), as all rows are with false."""
     drift: int = Field(32, ge=0)
     """Into how many stretches, each with as many events, the training time is cut for the sequence models, which learn
-    what people turn to in each (next_item, where all events have a timestamp); 0 leaves the time out."""
+    what people turn to in each (next_item); 0, an event without a timestamp, or one time for all leaves time out."""
     queries: int = Field(5000, ge=1)
     """The most validation rows that choose."""
 

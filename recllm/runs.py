@@ -149,7 +149,11 @@ LANGUAGE_STAGES = ("lm", "relevance")
 """What the language model's training is called, by the task."""
 LIGHT_READS = ("train.precision", "train.report_to")
 """Keys of `[train]` that the light sequence scorer reads as well; the light judge reads the second one only."""
-FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {"fusion.queries": (2000,)}
+FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "fusion.queries": (2000,),
+    "recency.as_of": (False,),
+    "recency.drift": (0,),
+}
 """What keys of `ONLY_FOR` were by default before; the files of runs that were trained then spell it out."""
 
 
@@ -398,6 +402,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     values = read_toml(file)
     if folder:
         values |= {"name": path.name or folder.name, "output": str(path.parent if path.name else folder.parent)}
+        if (folder / ENVIRONMENT).is_file():  # what was begun before these keys were there has known no time
+            values["recency"] = {"as_of": False, "drift": 0} | values.get("recency", {})
     path = file
     values.setdefault("name", path.stem)
     for override in overrides:

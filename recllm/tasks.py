@@ -67,7 +67,7 @@ class Task:
         assert self.time is not None
         train = self.split.train.frame
         rows = self.index.rows(train["item_id"])
-        both = np.stack([rows, self.time.places(train["timestamp"])], axis=1)
+        both = np.stack([rows, self.time.places(train["timestamp"].to_numpy())], axis=1)
         users = train["user_id"].rle_id().to_numpy()  # a user's rows stand together
         parts = np.split(both, np.flatnonzero(np.diff(users)) + 1)
         return [part[part[:, 0] >= 0] for part in parts]

@@ -4,6 +4,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from recllm.files import sha256_of, write_json, written
 from recllm.idle import idle_keys
 from recllm.lm import model_folder
 from recllm.outcome import FUSION, evaluate_run
+from recllm.priors import EVENTS
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.results import Table
 from recllm.revisions import revision
@@ -336,7 +338,8 @@ def _costs(search: Search, run: Run, task: Task) -> dict[str, float]:
     if search.limits.milliseconds_per_user is not None:
         parts = load_collaborative(run, task)
         scorers = [make() for make in scorer_makers(run, task, parts).values()]
-        queries = [example.query for example in task.split.valid[:TIMED_QUERIES]]
+        # Asked now, as a bundle is.
+        queries = [replace(example.query, at=None) for example in task.split.valid[:TIMED_QUERIES]]
         times = []
         for _ in range(TIMED_ROUNDS):
             began = time.monotonic()
@@ -348,7 +351,9 @@ def _costs(search: Search, run: Run, task: Task) -> dict[str, float]:
         folders = [run.folder / name for name in ("cf", "light", "lm")]
         folders += [model_folder(run.model.name)] if stage_done(run.folder / "lm") else []
         files = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
-        costs["megabytes"] = sum(path.stat().st_size for path in files) / 2**20
+        counts = load_collaborative(run, task).popularity.counts  # no bundle has events
+        events = 0 if counts is None else sum(getattr(counts, key).nbytes for key in EVENTS)
+        costs["megabytes"] = (sum(path.stat().st_size for path in files) - events) / 2**20
     return costs
 
 

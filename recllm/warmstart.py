@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recllm.adapters import LOFTQ, load_adapter
 from recllm.errors import RecllmError, require
@@ -20,7 +21,7 @@ from recllm.vectors import VECTORS
 
 Say = Callable[[str], None]
 
-OF_ITEMS, OF_NEW_ITEMS = "bias", "cold_bias"
+OF_ITEMS, OF_NEW_ITEMS, OF_TIME = "bias", "cold_bias", "drift.ends"
 """The parameter with a value per item, and the one that an item without events has in its place."""
 SPLIT_KEYS = ("split", "min_events", "cold_share", "given_back", "shots")
 
@@ -157,6 +158,8 @@ def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -
         # On its list without an event: what the parameter holds for such an item was never learnt.
         weights[OF_ITEMS] = _biases(weights, np.where(known.rows(index.ids) >= 0, rows, -1))
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if OF_TIME in weights:
+        _bring_to_time(weights, own.get(OF_TIME))
     for name, value in weights.items():
         if name not in own:
             raise _unfit(path, f"it has '{name}', and this run has not")
@@ -171,6 +174,18 @@ def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -
     rest = f"; {new:,} of its parameters are new" if new else ""
     say(f"'{scorer}' starts from {earlier.folder}{rest}")
     return True
+
+
+def _bring_to_time(weights: dict[str, Tensor], own: nn.Parameter | None) -> None:
+    """What the earlier model has learnt of time, for as many stretches as the new one has; gone where it has none.
+
+    Places are shares of each run's own events, so that a log that has grown has what was learnt a little later than it
+    was. The end stays the end, and what is drawn out of place is learnt again.
+    """
+    earlier = weights.pop(OF_TIME)
+    if own is not None:
+        drawn = functional.interpolate(earlier.T[None], len(own), mode="linear", align_corners=True)
+        weights[OF_TIME] = drawn[0].T.contiguous()
 
 
 def _biases(weights: dict[str, Tensor], rows: NDArray[np.int64]) -> Tensor:

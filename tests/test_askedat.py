@@ -4,8 +4,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recllm.askedat import DAY, NOW, PARTS, FadingCounts, TrainingTime, log_end
-from recllm.data import Interactions
+from recllm.askedat import DAY, NOW, PARTS, FadingCounts, TrainingTime, log_end, moments_of
+from recllm.data import Interactions, Query
 
 
 def made(rows, weights=None):
@@ -39,12 +39,27 @@ def test_counts_as_of_moments_are_those_counted_one_by_one(weights):
     rows = list(zip(random.integers(0, 5, 200).tolist(), random.uniform(0, 50, 200).tolist(), strict=True))
     counts = FadingCounts.fit(*made(rows, weights), 6, 3.0)
     end = int(log_end(made(rows)[0].frame["timestamp"]))
-    kept = [(item, min(day, end / DAY)) for item, day in rows]
     moments = (random.uniform(-5, end / DAY, 30) * DAY).astype(np.int64)
     found = counts.at(moments)
-    assert found == pytest.approx(np.array([by_hand(kept, at, 6, 3.0, weights) for at in moments]), rel=1e-9)
+    assert found == pytest.approx(np.array([by_hand(rows, at, 6, 3.0, weights) for at in moments]), rel=1e-9)
     assert (found[:, 5] == 0).all()
-    assert counts.now() == pytest.approx(by_hand(kept, end + 1, 6, 3.0, weights), rel=1e-9)
+    clipped = [(item, min(day, end / DAY)) for item, day in rows]
+    assert counts.now() == pytest.approx(by_hand(clipped, end + 1, 6, 3.0, weights), rel=1e-6)
+
+
+def test_what_comes_after_the_logs_end_counts_for_later_moments_only():
+    rows = [(0, float(day)) for day in range(1000, 1500)] + [(1, 1600.0), (1, 1700.0)]
+    counts = FadingCounts.fit(*made(rows), 2, 10.0)
+    assert counts.end == 1600 * DAY
+    found = counts.at((np.array([1499.5, 1600, 1600.5, 1700, 1700.5]) * DAY).astype(np.int64))[:, 1]
+    assert found == pytest.approx([0.0, 0.0, 1.0, 1.0, 2.0], abs=1e-5)
+
+
+def test_times_long_before_1970_are_times():
+    rows = [(0, -500_000.0), (1, -499_999.0)]
+    with np.errstate(all="raise", under="ignore"):
+        counts = FadingCounts.fit(*made(rows), 2, 1.0)
+        assert counts.now() == pytest.approx([1.0, 1.0], rel=1e-4)  # the log's end is the first of two
 
 
 def test_moments_are_answered_in_the_order_asked_and_alike_in_any_company():
@@ -60,22 +75,15 @@ def test_moments_are_answered_in_the_order_asked_and_alike_in_any_company():
 
 def test_places_count_events_and_not_days():
     time = TrainingTime(np.array([40, 10, 20, 1_000_000]))
-    assert time.places([5, 10, 11, 20, 41, 1_000_000, 2_000_000, None]).tolist() == [
-        0,
-        0,
-        PARTS // 4,
-        PARTS // 4,
-        3 * PARTS // 4,
-        3 * PARTS // 4,
-        PARTS,
-        PARTS,
-    ]
-    assert time.places([]).dtype == np.int64
+    asked = [Query((), at=at) for at in (5, 10, 11, 20, 41, 1_000_000, 2_000_000, None)]
+    found = time.places(moments_of(asked))
+    assert (4 * found / PARTS).tolist() == [0, 0, 1, 1, 3, 3, 4, 4]
+    assert time.places(moments_of([])).dtype == found.dtype == np.int64
 
 
 def test_many_events_do_not_overflow_a_place():
     time = TrainingTime(np.arange(3_000_000))
-    assert time.places([2_999_999]).item() == 2_999_999 * PARTS // 3_000_000
+    assert time.places(np.array([2_999_999])).item() == 2_999_999 * PARTS // 3_000_000
 
 
 @pytest.mark.parametrize("days", [[1, None, 3], [2, 2, 2], []])

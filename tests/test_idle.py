@@ -59,6 +59,17 @@ def test_without_a_light_scorer_or_a_teacher_their_keys_are_not_read():
     }
 
 
+def test_time_says_nothing_where_nothing_reads_it():
+    bare = {"model": {"name": "none", "item_encoder": "minilm-l6"}}
+    recency = {"drift": 3}
+    assert idle(**bare, recency=recency) == {}
+    without = bare | {"light": {"num_train_epochs": 0}}
+    assert idle(**without, recency=recency) == {"there is no sequence model": ["recency.drift"]}
+    assert idle(recency={"as_of": False}) == {}
+    found = idle(recency={"as_of": False, "popularity_days": []})
+    assert found == {"recency.popularity_days is empty": ["recency.as_of"]}
+
+
 def test_where_pairs_are_judged_items_are_not_compared():
     tables = {"transitions": {"max_items": 5}, "neighbours": {"neighbours": 3}, "ease": {"max_items": 5}}
     judged = {"model": {"task": "relevance", "head_width": 64}, "light": {"per_device_train_batch_size": 8}}

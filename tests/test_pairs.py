@@ -154,9 +154,10 @@ def test_positives_alone_get_a_negative_each(rated):
     assert rows == labelled_rows(rated, "test", 0) != labelled_rows(rated, "test", 1)
 
 
-def test_labelled_rows_stay_as_they_are(rated):
+def test_labelled_rows_stay_as_they_are_but_for_when_they_are_asked(rated):
     rows = [Example(Query(("1",), "u1"), "2", label) for label in (1.0, None, 0.0)]
-    split = Split("made", rated.split.train, rows, rows)
+    timed = [replace(row, query=replace(row.query, at=at)) for at, row in enumerate(rows)]
+    split = Split("made", rated.split.train, timed, timed)
     assert labelled_rows(task_of(rated.dataset, split), "valid", 0) == [rows[0], rows[2]]
 
 

@@ -1,12 +1,14 @@
 """The run file: overrides, mistakes named with the nearest right key, the resolved file read back equal."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from recllm.errors import RecllmError
+from recllm.files import write_json
 from recllm.prompts import load_prompt
 from recllm.runs import (
     adapter_is_kept,
@@ -165,6 +167,23 @@ def test_a_folder_is_read_where_it_lies_now(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "moved")
     assert load_run(Path("../moved")).folder.resolve() == tmp_path / "moved"
     assert load_run(Path()).folder == tmp_path / "moved"
+
+
+def test_a_run_that_was_begun_before_runs_knew_of_time_goes_on_without(file, tmp_path):
+    run = load_run(file, [f"output={tmp_path}"])
+    write_run(run, run.folder / "run.toml")
+    own = run.folder / "run.toml"
+    text = own.read_text(encoding="utf-8")
+    own.write_text(re.sub(r"(as_of|drift) = .*\n", "", text), encoding="utf-8")
+    assert (load_run(run.folder).recency.drift, load_run(run.folder).recency.as_of) == (32, True)  # not begun
+    write_json(run.folder / "environment.json", {})
+    begun = load_run(run.folder)
+    assert (begun.recency.drift, begun.recency.as_of) == (0, False)
+    check_resumed(begun)
+    own.write_text(text.replace('task = "next_item"', 'task = "relevance"'), encoding="utf-8")
+    assert load_run(run.folder).recency.drift == 32  # it says so itself
+    own.write_text(re.sub(r"(as_of|drift) = .*\n", "", own.read_text(encoding="utf-8")), encoding="utf-8")
+    assert load_run(run.folder).recency.drift == 0  # and is not refused where pairs are judged
 
 
 @pytest.mark.parametrize("key", ["light.dropout", "train.weight_decay", "adapter.lora_alpha", "train.optim_args.eps"])

@@ -251,6 +251,25 @@ def test_what_a_file_has_is_what_the_model_takes(name, value, words, after, tiny
         start(model, run, "light", task.index, lambda _: None)
 
 
+@pytest.mark.parametrize("stretches", [0, 1, 32, 64])
+def test_what_was_learnt_of_time_fits_other_stretches(stretches, after, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "other")
+    path = tmp_path / "other" / "light" / WEIGHTS
+    weights = load_file(path)
+    line = torch.linspace(0, 1, 33)[:, None] * torch.arange(1.0, 1 + weights["drift.ends"].shape[1])
+    save_file(weights | {"drift.ends": line.contiguous()}, path)
+    run = after(f"recency.drift={stretches}", start_from=tmp_path / "other")
+    task = prepare(load_run(tiny_run))
+    model, _ = light_model(run, task, load_collaborative(load_run(tiny_run), task).features)
+    assert start(model, run, "light", task.index, lambda _: None)
+    assert torch.equal(model.query.weight, weights["query.weight"])
+    if stretches:
+        wanted = torch.linspace(0, 1, stretches + 1)[:, None] * line[-1]
+        assert torch.allclose(model.drift.ends, wanted, atol=1e-5)
+    else:
+        assert model.drift is None
+
+
 def test_rows_that_were_learnt_are_not_measured(tiny_run, checkerboard_folder, after, tmp_path):
     """The earlier log was the longer one: everybody's last event that it learnt is asked about now, in validation."""
     folder, half, lines = tmp_path / "data", tmp_path / "half", []
