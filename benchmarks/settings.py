@@ -56,12 +56,13 @@ TEST_ROWS = 20_000
 """The most test rows of a protocol with more of them than users, drawn by seed 0."""
 
 DATA: dict[str, dict[str, Any]] = {
-    # Long histories of few users: smaller steps, else there are too few of them, and the first layers for more passes.
+    # The first layers of the language model have time for more passes, here and further down.
+    # Long histories of few users: smaller steps, else there are too few of them.
     "ml-100k": {
         "model": {"layers": 8},
         "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
     },
-    "x-wines-slim": {"train": {"num_train_epochs": 6, "torch_compile": True}},
+    "x-wines-slim": {"model": {"layers": 8}, "train": {"num_train_epochs": 6, "torch_compile": True}},
     # A million events in long histories: a wider light scorer that reads further back, and the first layers of the
     # language model, which then sees as many of them as it has time for.
     "ml-1m": {
