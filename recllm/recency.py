@@ -26,8 +26,8 @@ class RecencySettings(Settings):
     "nothing fades", by NDCG@10 on validation; empty, or an event without a timestamp, leaves all equal."""
     as_of: bool = True
     """Whether popularity that fades counts only what was before a row is asked: at its own event's time, or where the
-    data are cut in time at the cut. A bundle answers as of the end of its training events (where all but one of a
-    thousand are over), as all rows are with false."""
+    data are cut in time at the cut. A bundle and the rows of a given split are asked at the end of the training events
+    (where all but one of a thousand are over), and with false all rows are."""
     drift: int = Field(32, ge=0)
     """Into how many stretches, each with as many events, the training time is cut for the sequence models, which learn
     what people turn to in each (next_item); 0, an event without a timestamp, or one time for all leaves time out."""
