@@ -32,7 +32,6 @@ from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
 from recllm.lean import compile_layers, lean
 from recllm.metrics import Ranks, hit_rate, ndcg
-from recllm.process import keep_freed_memory
 from recllm.recovery import UNCHANGED, Adjusted, divided, train_on
 from recllm.sharded import name_layers, reshard
 from recllm.softtokens import SoftTokens
@@ -373,8 +372,6 @@ def stage_trainer(
     if settings.n_gpu > 1:
         settings._n_gpu = 1  # Trainer would split every batch over the GPUs of one process; processes do it better
     lean(stage.model, half, cpu=on_cpu())
-    if on_cpu():
-        keep_freed_memory()
     # One process has nobody to wait for: its last batch may be short.
     round_rows = settings.train_batch_size * settings.world_size if settings.world_size > 1 else 1
     trainer = OrderedTrainer(

@@ -1,18 +1,12 @@
 """Processes: the environment and the loggers that a command sets up, and children that end with their parent."""
 
-import ctypes
 import logging
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 
 from recllm.errors import RecllmError
-
-MALLOC = {"TRIM_THRESHOLD": -1, "MMAP_THRESHOLD": -3}
-"""glibc's settings of how much is kept and what is taken from the system by itself, with their numbers (mallopt)."""
-MOST_KEPT, HALF_A_HEAP = 2**31 - 1, 32 * 2**20
 
 
 class Forks:
@@ -52,23 +46,6 @@ def set_up() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     # bitsandbytes misses an optional kernel of 4-bit products on the CPU, and says so to everybody who imports PEFT.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def keep_freed_memory() -> None:
-    """Tell the allocator to keep what is freed, where it is glibc's; for processes that train on a CPU.
-
-    It gives large blocks back to the system and takes them anew, page by page, for the next step's activations: half of
-    a training's time where a page fault is dear, as in virtual machines (LOG.md). A user's own MALLOC_… settings stand.
-    """
-    if sys.platform != "linux" or any(f"MALLOC_{name}_" in os.environ for name in MALLOC):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    for parameter in MALLOC.values():
-        # An older glibc refuses more than half a heap for its second parameter, and leaves it as it was.
-        mallopt(parameter, MOST_KEPT) or mallopt(parameter, HALF_A_HEAP)
 
 
 def run_child(command: Sequence[str]) -> int:

@@ -1,9 +1,6 @@
 """What a command sets up for its process; what ends its children is tested with the command line."""
 
 import os
-import platform
-import subprocess
-import sys
 
 import pytest
 
@@ -21,33 +18,6 @@ def test_kernels_that_are_kept_are_limited_unless_the_user_says(monkeypatch):
     monkeypatch.setenv(KERNELS, "7")
     set_up()
     assert os.environ[KERNELS] == "7"
-
-
-FAULTS = """
-import resource
-from recllm.process import keep_freed_memory
-{call}
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        bytearray(48 << 20), bytearray(48 << 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
-def test_memory_that_is_freed_is_taken_again_without_the_system():
-    def faults(call, **settings):
-        own = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-        command = [sys.executable, "-c", FAULTS.format(call=call)]
-        return int(subprocess.run(command, env=own | settings, capture_output=True, text=True, check=True).stdout)
-
-    given_back, kept = faults(""), faults("keep_freed_memory()")
-    assert kept < given_back / 20
-    # Who has set the allocator up keeps what he has set.
-    assert faults("keep_freed_memory()", MALLOC_TRIM_THRESHOLD_="131072") > given_back / 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
