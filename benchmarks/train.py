@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def behind_one_history(place: Path, rounds: int) -> dict[str, float]:
     }
 
 
-def padding(place: Path) -> dict[str, float]:
+def padding(place: Path, _: int = 0) -> dict[str, float]:
     """Share of the ids in the batches of one pass that are padding, by stage."""
     found = {}
     run = run_of(place)
@@ -177,8 +178,27 @@ def padding(place: Path) -> dict[str, float]:
     return found
 
 
-def child(kind: str, file: str) -> None:
-    """In a process of its own: the plan of a run, or what its training takes."""
+MEASURED: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    "targets": targets,
+    "rows": behind_one_history,
+    "padding": padding,
+}
+"""Measurements that share nothing with the others."""
+
+
+def apart(kind: str, *arguments: object) -> dict[str, Any]:
+    """A part in a process of its own, whose memory goes with it: pairs with full histories take 18 GB."""
+    command = [sys.executable, __file__, "--child", kind, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(kind: str, file: str, rounds: str = "0") -> None:
+    """In a process of its own: a measurement in a folder, the plan of a run, or what its training takes."""
+    if kind in MEASURED:
+        print(json.dumps(MEASURED[kind](Path(file), int(rounds))))
+        return
     run = parse(Run, json.loads(Path(file).read_text(encoding="utf-8")), file)
     stage = stage_of(run)
     if kind == "plan":
@@ -205,9 +225,7 @@ def plans(place: Path) -> dict[str, dict[str, float]]:
             run = run_of(place / kind / name.replace(" ", "-"), **tables)
             file = place / f"{kind}-{name}.json"
             file.write_text(run.model_dump_json(), encoding="utf-8")
-            command = [sys.executable, __file__, "--child", kind, str(file)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            said[kind] = json.loads(done.stdout.splitlines()[-1])
+            said[kind] = apart(kind, file)
         plan, outcome = said["plan"], said["outcome"]
         found[name] = {
             "memory": plan["memory"] / outcome["memory"],
@@ -252,10 +270,10 @@ def start(file: Path) -> subprocess.Popen[str]:
 
 
 def kills(place: Path, number: int) -> dict[str, int]:
-    """Kill trainings at random moments, a new one begun whenever one is done; how many ended with other bits."""
+    """Kill trainings at random moments, in two rows of one thread each; how many ended with other bits."""
     model = small_model(place)
     files = {}
-    for name in ("straight", "killed"):
+    for name in ("straight", "one", "other"):
         run = run_of(
             place,
             model={"name": str(model), "max_history": 20, "head_width": 32},
@@ -275,15 +293,24 @@ def kills(place: Path, number: int) -> dict[str, int]:
         )
         files[name] = place / f"{name}.toml"
         write_run(run.model_copy(update={"name": name}), files[name])
-    rng = np.random.default_rng(1)
     process = start(files["straight"])
     began = time.monotonic()
     process.communicate()
-    takes, killed, runs, wrong, done = time.monotonic() - began, 0, 0, 0, False
+    takes = time.monotonic() - began
+    rows = [(files["one"], number - number // 2, 1), (files["other"], number // 2, 2)]
+    with ThreadPoolExecutor(len(rows)) as pool:
+        found = list(pool.map(lambda row: _kills_in_a_row(place, *row, takes=takes), rows))
+    return {key: sum(each[key] for each in found) for key in found[0]}
+
+
+def _kills_in_a_row(place: Path, file: Path, number: int, seed: int, *, takes: float) -> dict[str, int]:
+    """Kill one training after the other, a new one begun whenever one is done; it `takes` so many seconds."""
+    rng, name = np.random.default_rng(seed), file.stem
+    killed, runs, wrong, done = 0, 0, 0, False
     while killed < number or not done:
         if done:
-            files["killed"] = _renamed(files["killed"], place, runs)
-        process = start(files["killed"])
+            file = _renamed(file, place, f"{name}-{runs}")
+        process = start(file)
         if killed < number:
             time.sleep(rng.uniform(0.0, takes / 2))
             process.send_signal(signal.SIGKILL)
@@ -294,15 +321,16 @@ def kills(place: Path, number: int) -> dict[str, int]:
         done = process.returncode == 0
         if done:
             runs += 1
-            folder = place / files["killed"].stem
-            wrong += any((folder / name).read_bytes() != (place / "straight" / name).read_bytes() for name in KEPT)
-        if killed % 10 == 0:
-            say(f"{killed} kills, {runs} runs done, {wrong} with other bits")
+            wrong += any(
+                (place / file.stem / kept).read_bytes() != (place / "straight" / kept).read_bytes() for kept in KEPT
+            )
+        if killed % 5 == 0:
+            say(f"{name}: {killed} kills, {runs} runs done, {wrong} with other bits")
     return {"kills": killed, "runs": runs, "wrong": wrong}
 
 
-def _renamed(file: Path, place: Path, number: int) -> Path:
-    other = place / f"killed-{number}.toml"
+def _renamed(file: Path, place: Path, name: str) -> Path:
+    other = place / f"{name}.toml"
     other.write_text(
         file.read_text(encoding="utf-8").replace(f'name = "{file.stem}"', f'name = "{other.stem}"', 1), encoding="utf-8"
     )
@@ -320,7 +348,7 @@ def main() -> None:
         child(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(prog="recllm bench train", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="10 kills in place of 100, and three rounds")
+    parser.add_argument("--quick", action="store_true", help="10 kills in place of 100, three rounds, and bars alone")
     parser.add_argument("--only", choices=["targets", "padding", "plans", "kills"], help="one part")
     given = parser.parse_args()
     asked = [given.only] if given.only else ["targets", "padding", "plans", "kills"]
@@ -330,15 +358,16 @@ def main() -> None:
         place = Path(temporary)
         if "targets" in asked:
             rounds = 3 if given.quick else 7
-            found = result["targets"] = targets(place, rounds)
-            result["rows"] = behind_one_history(place, rounds)
+            found = result["targets"] = apart("targets", place, rounds)
+            if not given.quick:  # no bar hangs on it
+                result["rows"] = apart("rows", place, rounds)
             ratio = found["targets_per_second"] / found["targets_per_second_of_pairs"]
             bars["targets_to_pairs"] = bar(ratio, 20.0, least=True)
             bars["bf16_to_fp32"] = bar(found["bf16_to_fp32"], 1.8, least=True)
             if not torch.cpu._is_amx_tile_supported():
                 bars["bf16_to_fp32"] |= {"holds": None, "why": "asked of a CPU with AMX; this one has none"}
         if "padding" in asked:
-            result["padding"] = padding(place)
+            result["padding"] = apart("padding", place)
             bars["padding"] = bar(max(result["padding"].values()), 0.02, least=False)
         if "plans" in asked:
             result["plans"] = plans(place)
