@@ -50,6 +50,8 @@ LONGEST = 3
 ROUNDS, STEADY = 3, 0.02
 """The most rounds of all batches, and the growth of the peak behind a round's longest ones that asks for no other one:
 in bf16 a CPU keeps kernels for every shape, and takes more memory for some twenty steps."""
+VALIDATED = 8
+"""Batches of a validation that are read, from the longest to the shortest; the others are reckoned by their ids."""
 ALIKE = 1.2
 """Batches whose lengths differ by less are taken for equally long."""
 
@@ -277,12 +279,13 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
     """
     rows = [row for batch in batches for row in batch * accumulation]
     watch = _Watch(len(batches))
-    tried = replace(stage, train=Examples(rows * ROUNDS))
     kept = trained_values(stage.model)  # as training does, to be able to go back
     with tempfile.TemporaryDirectory() as place:
         off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
         options = stage.options(Path(place)) | off | {"max_steps": ROUNDS * len(batches), "logging_steps": 1_000_000}
         options.pop("eval_steps"), options.pop("save_steps")
+        valid, share = _some_batches(stage, options["per_device_eval_batch_size"])
+        tried = replace(stage, train=Examples(rows * ROUNDS), valid=valid)
         try:
             trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number", steps=stage.steps)
             trainer.train()
@@ -291,7 +294,7 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
             began = time.monotonic()
             trainer.evaluate()
             _finish()
-            validation = time.monotonic() - began
+            validation = (time.monotonic() - began) / share
             trainer.save_model(place)
         except NonFiniteLossError as error:
             raise RecllmError(
@@ -309,6 +312,18 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
     memory = peak_memory()
     del kept
     return watch.seconds, validation, memory
+
+
+def _some_batches(stage: Stage, most: int) -> tuple[Examples, float]:
+    """Some batches of validation examples, of `most` each, and their share of the ids that a validation reads."""
+    starts = range(0, len(stage.valid), most)
+    batches = [[stage.valid[row] for row in range(start, min(start + most, len(stage.valid)))] for start in starts]
+    ids = np.array([stage.valid_collator(batch)["ids"].numel() for batch in batches])
+    if len(batches) <= VALIDATED:
+        return stage.valid, 1.0
+    by_size = np.argsort(ids, kind="stable")
+    read = sorted(by_size[np.linspace(0, len(batches) - 1, VALIDATED).round().astype(int)].tolist())
+    return Examples([row for place in read for row in batches[place]]), float(ids[read].sum() / ids.sum())
 
 
 def peak_memory() -> int:

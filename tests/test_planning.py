@@ -6,6 +6,7 @@ import torch
 from recllm import planning
 from recllm.errors import RecllmError
 from recllm.examples import lengths_of
+from recllm.judging import relevance_stage
 from recllm.loop import fit
 from recllm.nextitem import language_stage
 from recllm.planning import Cost, Plan, measure, peak_memory, plan_run
@@ -119,6 +120,37 @@ def test_steps_are_tried_until_memory_stops_to_grow(growing, rounds, tiny_run, t
     cost = measure(stage, silent)
     assert len(asked) == rounds * len(planning.TRIED) + 1  # behind every step, and at the end
     assert cost.memory == 1000 + 100 * min(len(asked), growing)
+
+
+def test_a_plan_reads_some_batches_of_a_long_validation_and_reckons_the_others(tiny_run, tmp_path, monkeypatch):
+    keys = ["model.task='relevance'", "data.split='leave-last-out'"]
+    run = again(tiny_run, tmp_path, *keys)
+    task = prepare(run, silent)
+    stage = relevance_stage(run, task, load_collaborative(load_run(tiny_run), task).features, silent)
+    stage.arguments["per_device_eval_batch_size"] = 3
+    rows = [stage.valid[row] for row in range(len(stage.valid))]
+    batches = [stage.valid_collator(rows[start : start + 3])["ids"].numel() for start in range(0, len(rows), 3)]
+    read = []
+
+    def watch(model, _, batch):
+        if not model.training:
+            read.append(batch["ids"].numel())
+
+    stage.model.register_forward_pre_hook(watch, with_kwargs=True)
+    costs = {}
+    for most in (4, 1000):
+        monkeypatch.setattr(planning, "VALIDATED", most)
+        read.clear()
+        # A clock by what has been read: a second for each id of a validation, nothing else takes time.
+        monkeypatch.setattr(planning.time, "monotonic", lambda: float(sum(read)))
+        costs[most] = measure(stage, silent)
+        assert len(read) == min(most, len(batches))
+        assert {max(batches), min(batches)} <= set(read)
+    assert len(batches) > 4
+    validations = 10
+    assert costs[1000].seconds == pytest.approx(validations * sum(batches))
+    assert costs[4].seconds == pytest.approx(validations * sum(batches), rel=1e-5)
+    assert (costs[4].tokens, costs[4].steps) == (costs[1000].tokens, costs[1000].steps)
 
 
 def test_a_step_that_does_not_fit_is_told_with_the_way_out(tiny_run, tmp_path):
