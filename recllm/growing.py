@@ -13,6 +13,7 @@ from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, state, w
 from recllm.data import Catalog, read_items
 from recllm.data.tables import open_table
 from recllm.errors import RecllmError, unknown
+from recllm.expectation import ExpectedPopularity
 from recllm.files import alone, write_json
 from recllm.likelihood import Likelihood
 from recllm.neighbours import Neighbours
@@ -142,7 +143,7 @@ def _write_grown(grown: Recommender, arrays: dict[str, NDArray[Any]], folder: Pa
     added = len(grown.index) - len(arrays["item_counts"])
     arrays["item_counts"] = np.concatenate([arrays["item_counts"], np.zeros(added, dtype=np.int64)])
     for name, scorer in grown.scorers.items():
-        if isinstance(scorer, Popularity | Likelihood | TextSimilarity | Neighbours):
+        if isinstance(scorer, Popularity | Likelihood | TextSimilarity | Neighbours | ExpectedPopularity):
             scorer.save(folder / "cf")
         elif isinstance(scorer, TableScorer):
             arrays[f"{name}.table"] = scorer.table

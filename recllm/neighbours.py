@@ -38,6 +38,8 @@ class NeighbourSettings(Settings):
     few_share: float = Field(default=0.5, ge=0, lt=1)
     """An item with less than this share of the usual number of events (the median over items that have any) is new
     still, up to `MOST_FEW` events: they say less than its neighbours do. 0: it is known from its first event on."""
+    expected_popularity: bool = True
+    """Whether it is one more scorer of new items how often items like them were chosen."""
 
 
 def few_events(counts: NDArray[np.int64], settings: NeighbourSettings) -> int:
@@ -89,6 +91,28 @@ class SharedFeatures:
         return cosines
 
 
+class Likeness:
+    """How like items are: the cosine by shared columns and title words, and a part of that of their text vectors."""
+
+    def __init__(self, catalog: Catalog, text: NDArray[np.float32], known: NDArray[np.bool_]) -> None:
+        """Index the catalogue.
+
+        Args:
+            catalog: columns and titles.
+            text: float32[items, width], text vectors of length 1; a NaN row for none.
+            known: bool[items], the items that others are compared with.
+        """
+        self.shared, self.known = SharedFeatures(catalog.frame.iter_rows(named=True), known), known
+        self.vectors = np.nan_to_num(text)
+
+    def of(self, row: int) -> NDArray[np.float64]:
+        """Likeness of item `row` to every known item, itself too if it is known, float64[items]; 0 to the others."""
+        alike = self.shared.cosines(row)
+        alike += TEXT_SHARE * np.maximum(self.vectors @ self.vectors[row], 0.0)
+        alike[~self.known] = 0.0
+        return alike
+
+
 def nearest(
     catalog: Catalog, text: NDArray[np.float32], known: NDArray[np.bool_], rows: Iterable[int], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -105,11 +129,10 @@ def nearest(
         Places int64[rows, count] and weights float32[rows, count] that sum to 1; all weights of an item that is like
         no other are 0.
     """
-    shared, vectors = SharedFeatures(catalog.frame.iter_rows(named=True), known), np.nan_to_num(text)
+    likeness = Likeness(catalog, text, known)
     places, weights = [], []
     for row in rows:
-        alike = shared.cosines(row) + TEXT_SHARE * np.maximum(vectors @ vectors[row], 0.0)
-        alike[~known] = 0.0
+        alike = likeness.of(row)
         alike[row] = 0.0
         best = np.argsort(-alike, kind="stable")[:count]
         total = alike[best].sum()

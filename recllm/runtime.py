@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from recllm.catalogue import KNOWN_BARRED, prepare
 from recllm.data import Catalog, Query
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError, unknown
+from recllm.expectation import ExpectedPopularity
 from recllm.files import read_json
 from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
@@ -47,6 +48,7 @@ FITTED: dict[str, Any] = {
     "transitions": Transitions,
     "text": TextSimilarity,
     "neighbours": Neighbours,
+    "expected_popularity": ExpectedPopularity,
 }
 """Kinds of scorers without a graph."""
 
@@ -409,9 +411,12 @@ class Recommender:
         }
         if isinstance(told := scorers.get("likelihood"), Likelihood) and self._name_reader is not None:
             scorers["likelihood"] = told.grown(ItemIndex(catalog.ids), self._name_reader(new))
-        if "neighbours" in scorers and isinstance(similar := scorers.get("text"), TextSimilarity):
-            alike = cast(Neighbours, self.scorers["neighbours"]).grown(catalog, similar.vectors)
-            scorers |= {name: _borrowing(scorer, alike) for name, scorer in scorers.items()} | {"neighbours": alike}
+        if isinstance(similar := scorers.get("text"), TextSimilarity):
+            if isinstance(alike := scorers.get("neighbours"), Neighbours):
+                alike = alike.grown(catalog, similar.vectors)
+                scorers |= {name: _borrowing(scorer, alike) for name, scorer in scorers.items()} | {"neighbours": alike}
+            if isinstance(expected := scorers.get("expected_popularity"), ExpectedPopularity):
+                scorers["expected_popularity"] = expected.grown(catalog, similar.vectors)
         return Recommender(
             catalog=catalog,
             scorers=scorers,

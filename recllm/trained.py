@@ -18,6 +18,7 @@ from recllm.data import Interactions
 from recllm.devices import fast_bf16
 from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError
+from recllm.expectation import ExpectedPopularity
 from recllm.fading import fade, faded_popularity, judges, ranks
 from recllm.files import read_json, write_json
 from recllm.histories import HistoryFormat, item_token_history, text_history
@@ -75,6 +76,7 @@ class Collaborative:
     transitions: Transitions | None
     text: TextSimilarity
     neighbours: Neighbours | None
+    expected: ExpectedPopularity | None
     vectors: RawVectors
     features: ItemFeatures
     text_standard: Standard
@@ -91,7 +93,9 @@ class Collaborative:
         if self.transitions is not None:
             result["transitions"] = self.transitions
         result["text"] = self.text
-        return result if self.neighbours is None else result | {"neighbours": self.neighbours}
+        if self.neighbours is not None:
+            result["neighbours"] = self.neighbours
+        return result if self.expected is None else result | {"expected_popularity": self.expected}
 
 
 def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
@@ -128,14 +132,24 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     popularity, figures["popularity"] = faded_popularity(run, task)
     for scorer in (popularity, *fading.values()):
         scorer.save(folder)
-    if run.model.task == "next_item" and run.neighbours.neighbours and len(task.index) <= run.neighbours.max_items:
-        text, base = cast(TextSimilarity, fading["text"]), cast(EASE | ImplicitMF, fading.get("ease", fading["mf"]))
-        count = run.neighbours.neighbours
-        known = task.item_counts >= few_events(task.item_counts, run.neighbours)
-        Neighbours.fit(task.dataset.catalog, text.vectors, known, base, count=count).save(folder)
+    if run.model.task == "next_item":
+        base = cast(EASE | ImplicitMF, fading.get("ease", fading["mf"]))
+        _fit_likeness(run, task, cast(TextSimilarity, fading["text"]).vectors, base)
     write_json(
         folder / HALF_LIVES, {name: {str(key): value for key, value in own.items()} for name, own in figures.items()}
     )
+
+
+def _fit_likeness(run: Run, task: Task, text: NDArray[np.float32], base: EASE | ImplicitMF) -> None:
+    """Fit what new items are told by: those most like them, and how often the like of them were chosen."""
+    folder, settings, catalog = run.folder / "cf", run.neighbours, task.dataset.catalog
+    if len(task.index) > settings.max_items:
+        return
+    known = task.item_counts >= few_events(task.item_counts, settings)
+    if settings.neighbours:
+        Neighbours.fit(catalog, text, known, base, count=settings.neighbours).save(folder)
+    if settings.expected_popularity:
+        ExpectedPopularity.fit(catalog, text, task.item_counts, known, seed=run.seed).save(folder)
 
 
 def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
@@ -188,6 +202,7 @@ def load_collaborative(run: Run, task: Task) -> Collaborative:
         Transitions.load(folder) if (folder / "transitions.json").is_file() else None,
         TextSimilarity.load(folder),
         Neighbours.load(folder) if (folder / "neighbours.json").is_file() else None,
+        ExpectedPopularity.load(folder) if (folder / "expected_popularity.json").is_file() else None,
         vectors,
         features,
         text_standard,

@@ -39,7 +39,7 @@ FITTED_SCORERS = ("popularity", "likelihood", "mf", "ease", "text")
 OF_RATINGS = ("item_mean", "user_mean", "explicit", "rated_neighbours")
 MEASURED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "next_item": (
-        (*FITTED_SCORERS, "transitions", "neighbours", "light", "lm"),
+        (*FITTED_SCORERS, "transitions", "neighbours", "expected_popularity", "light", "lm"),
         ("NDCG@10", "HitRate@10", "Recall@10", "MRR", "Coverage@10"),
     ),
     "relevance": ((*FITTED_SCORERS, *OF_RATINGS, "light", "relevance"), ("AUC", "UAUC", "scored")),

@@ -15,11 +15,11 @@ TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking", "results",
-    "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "ratedneighbours",
-    "windows", "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing", "newitems", "runs",
-    "idle", "tasks", "fading", "pairs", "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles",
-    "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts",
-    "batch", "distributed", "doctor", "charts", "report",
+    "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "expectation",
+    "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing",
+    "newitems", "runs", "idle", "tasks", "fading", "pairs", "protocols", "bundle", "hub", "catalogue", "sessions",
+    "graphfiles", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows",
+    "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",

@@ -43,6 +43,9 @@ def test_the_grown_bundle_answers_as_the_recommender_that_grew_in_memory(tiny_bu
     assert ours.ids == theirs.ids
     np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-5, atol=1e-5)
     assert any("new-red" in ids for ids in ours.ids)
+    told = [each.scorers["expected_popularity"].item_vectors(grown.index)[:, 0] for each in (grown, expected)]
+    assert np.isfinite(told[0][-2:]).all()
+    assert np.array_equal(*told, equal_nan=True)
     facts, old = read_manifest(tmp_path / "grown"), read_manifest(tiny_bundle)
     assert facts["items_added"] == 2
     assert {facts[key] == old[key] for key in ("name", "recipe", "scorers", "data")} == {True}

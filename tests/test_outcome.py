@@ -36,6 +36,7 @@ def test_every_scorer_and_both_fusions_stand_in_the_table(outcome):
             "transitions",
             "text",
             "neighbours",
+            "expected_popularity",
             "light",
             "lm",
             FUSION,

@@ -82,6 +82,7 @@ def test_what_a_run_leaves_behind(tiny_run):
         "transitions",
         "text",
         "neighbours",
+        "expected_popularity",
         "light",
         "lm",
     )
@@ -446,7 +447,13 @@ def test_a_run_without_sequence_models(tiny_run, tiny_encoder_folder, tmp_path):
     run = again(tiny_run, tmp_path, *overrides, "ease.max_items=0", "transitions.max_items=0")
     said = []
     train_run(run, say=said.append)
-    assert Fusion.load(run.folder / "fusion.json").names == ("popularity", "mf", "text", "neighbours")
+    assert Fusion.load(run.folder / "fusion.json").names == (
+        "popularity",
+        "mf",
+        "text",
+        "neighbours",
+        "expected_popularity",
+    )
     assert not any(line.startswith("Left out") for line in said)  # 0 asks for none
     assert not (run.folder / "fusion-without-lm.json").exists()
     train_run(run, overwrite=True, say=silent)
