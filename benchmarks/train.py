@@ -54,7 +54,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         },
     },
     "pairs": {
-        "model": {"task": "relevance", "max_history": 10},
+        "model": {"task": "relevance", "max_history": 4},
         "train": {"per_device_train_batch_size": 8, "max_steps": 16, "eval_steps": 16},
     },
 }

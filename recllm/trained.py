@@ -9,7 +9,6 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from recllm.adapters import AdapterRecipe, check_places, load_adapter, merge
 from recllm.checkpoints import load_trained
@@ -426,7 +425,7 @@ def load_light(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemMo
     if not path.is_file():
         return None
     model, history = light_model(run, task, features)
-    _load(model, path)
+    load_trained(model, path)
     return model.eval(), history
 
 
@@ -439,16 +438,8 @@ def load_language(run: Run, task: Task, features: ItemFeatures) -> tuple[NextIte
     if not path.is_file():
         return None
     model, history, _ = language_model(run, task, features, in_full_precision(adapter_recipe(run)), lambda _: None)
-    _load(model, path)
-    return merged(model).eval(), history
-
-
-def _load(model: NextItemModel, path: Path) -> None:
-    """Read a trained next-item model, also one from before it knew of time."""
-    with safe_open(path, "numpy") as file:
-        if "drift.ends" not in file.keys():  # noqa: SIM118  no mapping
-            model.drift = None
     load_trained(model, path)
+    return merged(model).eval(), history
 
 
 def merged(model: NextItemModel) -> NextItemModel:

@@ -132,14 +132,20 @@ def test_the_moment_of_a_request_is_learnt_and_a_run_from_before_is_read_without
     features = load_collaborative(run, task).features
     asked = [row.query for row in task.split.test]
     now = [replace(query, at=None) for query in asked]
-    for load, folder in ((load_light, "light"), (load_language, "lm")):
+    loaders = {"light": load_light, "lm": load_language}
+    for folder, load in loaders.items():
         scorer = sequence_scorer(*load(run, task, features), task, None)
         assert np.abs(scorer.score(asked, task.index) - scorer.score(now, task.index)).max() > 1e-4
-        path = run.folder / folder / "model.safetensors"
-        weights = load_file(path)
+        weights = load_file(run.folder / folder / "model.safetensors")
         assert weights.pop("drift.ends").any()
-        save_file(weights, path)
-        scorer = sequence_scorer(*load(run, task, features), task, None)
+        save_file(weights, run.folder / folder / "model.safetensors")
+    file = run.folder / "run.toml"
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("drift =")]
+    file.write_text("\n".join(kept), encoding="utf-8")
+    before = load_run(run.folder)
+    assert before.recency.drift == 0
+    for load in loaders.values():
+        scorer = sequence_scorer(*load(before, task, features), task, None)
         assert np.array_equal(scorer.score(asked, task.index), scorer.score(now, task.index))
 
 

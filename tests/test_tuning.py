@@ -5,12 +5,16 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import load_file
 
 from recllm import tuning
 from recllm.data import read_interactions
 from recllm.errors import RecllmError
 from recllm.fetch import resolve_data
+from recllm.lm import model_folder
+from recllm.priors import Popularity
 from recllm.runs import Run, load_run, write_run
+from recllm.tasks import prepare
 from recllm.tuning import Range, Search, load_search, tune
 from recllm.vectors import VECTORS
 
@@ -73,6 +77,34 @@ def _other_scorer(place):
 
 
 @pytest.mark.slow
+def test_a_limit_is_of_what_a_bundle_holds_and_answers(tiny_run, tmp_path, monkeypatch):
+    """No bundle has popularity's events, and it is asked now."""
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    run = load_run(tmp_path / "tiny", [f"output={tmp_path}"])
+    task = prepare(run)
+    fading = Popularity.fit(task.split.train, task.index.ids, half_life_days=30, as_of=True)
+    fading.save(run.folder / "cf")
+    asked = []
+
+    def watched(*_):
+        return {"light": lambda: SimpleNamespace(score=lambda queries, _: asked.extend(queries))}
+
+    monkeypatch.setattr(tuning, "scorer_makers", watched)
+    tried = {"light.width": Range(choices=(8, 16))}
+    search = Search(run="x", search=tried, limits={"megabytes": 1.0, "milliseconds_per_user": 1.0})
+    costs = tuning._costs(search, run, task)
+    assert len(asked) == tuning.TIMED_ROUNDS * len(task.split.valid)
+    assert [query.history for query in asked[:40]] == [row.query.history for row in task.split.valid]
+    assert any(row.query.at is not None for row in task.split.valid)
+    assert all(query.at is None for query in asked)
+    folders = [run.folder / "cf", run.folder / "light", run.folder / "lm", model_folder(run.model.name)]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    events = load_file(run.folder / "cf" / "popularity.safetensors")
+    kept = sum(value.nbytes for name, value in events.items() if name.startswith("events."))
+    assert kept > len(task.split.train)
+    assert costs["megabytes"] == pytest.approx((sum(path.stat().st_size for path in files) - kept) / 2**20)
+
+
 def test_the_best_run_keeps_the_limits(place):
     with pytest.raises(RecllmError, match=r"None of 2 trials keeps the limits of .*tune\.toml\. See .*trials\.json"):
         tune(written(place, 2, "limits = { megabytes = 1e-3, milliseconds_per_user = 1e-6 }\n"), lambda _: None)
