@@ -35,7 +35,8 @@ from recllm.ranker import Ranker, TwoStage, behind, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
 from recllm.results import Table
-from recllm.runs import check_same_data, load_run
+from recllm.resuming import check_same_data
+from recllm.runs import load_run
 from recllm.runtime import Recommender, load
 from recllm.shortlist import EXACT
 from recllm.splits import LIKE_AT, like_threshold

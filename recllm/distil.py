@@ -21,8 +21,9 @@ from recllm.fusion import FusedScorer, Fusion
 from recllm.progress import Progress
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scores, batches, mask_seen, top_k
+from recllm.resuming import check_same_data
 from recllm.revisions import check_same_models
-from recllm.runs import Run, check_same_data, load_run
+from recllm.runs import Run, load_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task, prepare
 from recllm.trained import load_collaborative

@@ -4,9 +4,8 @@ import json
 import os
 import platform
 import re
-import shutil
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +14,12 @@ from pydantic import ConfigDict, Field, JsonValue, field_validator, model_valida
 
 from recllm.control import ControlSettings
 from recllm.errors import RecllmError
-from recllm.files import read_json, write_json, written
+from recllm.files import write_json, written
 from recllm.itemitem import EaseSettings, TransitionSettings
 from recllm.mf import FactorSettings
 from recllm.neighbours import NeighbourSettings
 from recllm.recency import RecencySettings
-from recllm.recipes import Settings, find_recipe, parse, read_toml
+from recllm.recipes import Settings, parse, read_toml
 from recllm.weighing import FusionSettings
 
 FILE, ENVIRONMENT, RECIPES = "run.toml", "environment.json", "recipes"
@@ -91,14 +90,6 @@ PROMPTS: dict[PromptKey, Literal["relevance", "next_item", "item"]] = {
 """The keys of `[prompt]`, and the task that each one's file is for."""
 
 
-HARMLESS = (
-    "per_device_eval_batch_size",
-    "report_to",
-    "run_name",
-    "dataloader_num_workers",
-    "disable_tqdm",
-)
-"""Keys of `[train]` that decide nothing of the weights: a run may go on with others."""
 ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
     "next_item": (
         "model.history",
@@ -145,8 +136,6 @@ OF_LANGUAGE_MODEL = (
     "model.soft_tokens",
 )
 """Keys of `[model]` that only the language model's own training reads."""
-LANGUAGE_STAGES = ("lm", "relevance")
-"""What the language model's training is called, by the task."""
 LIGHT_READS = ("train.precision", "train.report_to")
 """Keys of `[train]` that the light sequence scorer reads as well; the light judge reads the second one only."""
 FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -409,112 +398,6 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         set_key(values, override)
     return parse(Run, values, str(path))
-
-
-def keep_recipes(run: Run) -> None:
-    """Copy the prompts and the adapter's recipe into the run's folder: the weights belong to what they say now."""
-    files: dict[str, tuple[str, str]] = {key: ("prompts", getattr(run.prompt, key)) for key in PROMPTS}
-    if run.adapter.recipe != "none":
-        files["adapter"] = "adapters", run.adapter.recipe
-    for name, (kind, named) in files.items():
-        target = run.folder / RECIPES / f"{name}.toml"
-        if not target.is_file():  # else the file that is named may be gone by now
-            source = find_recipe(kind, named)
-            with written(target) as temporary:
-                shutil.copyfile(source, temporary)
-
-
-def adapter_is_kept(run: Run) -> bool:
-    """Whether the copy of the adapter's recipe in the run's folder is still what `run` trains with.
-
-    It is once the language model has begun; before, what the run file names may have become another one.
-    """
-    copy = run.folder / RECIPES / "adapter.toml"
-    if not copy.is_file() or run.adapter.recipe == "none":
-        return False
-    if language_begun(run.folder) or not (run.folder / FILE).is_file():
-        return True
-    if load_run(run.folder).adapter.recipe != run.adapter.recipe:
-        return False
-    try:
-        return find_recipe("adapters", run.adapter.recipe).read_bytes() == copy.read_bytes()
-    except RecllmError:  # the file is gone, or was named from another folder
-        return True
-
-
-def check_resumed(run: Run) -> None:
-    """Check that `run` says what the run in its folder was begun with; fusion and export may be changed.
-
-    So may what the language model's training alone reads, until it has a checkpoint: a mistake in it, or too little
-    memory, shows when its turn comes, and what has trained before it is not lost by that.
-
-    Raises:
-        RecllmError: a key has another value.
-    """
-    before = load_run(run.folder).model_dump(mode="json", exclude_none=True)
-    now = run.model_dump(mode="json", exclude_none=True)
-    if not language_begun(run.folder):
-        for own in (before, now):
-            for key in _language_keys(own):
-                table, _, name = key.partition(".")
-                own[table].pop(name)
-    for key in ("name", "output", "fusion", "export"):
-        before.pop(key), now.pop(key)
-    for key in HARMLESS:
-        before["train"].pop(key, None), now["train"].pop(key, None)
-    for key, old, new in _differences(before, now, ""):
-        raise RecllmError(
-            f"{run.folder} was begun with {key} = {old}, and now it is {new}. Resume with the settings that it was "
-            f"begun with (recllm train {run.folder} --resume), start anew (--overwrite), or give the run another name "
-            "(--set name=…)."
-        )
-
-
-def _language_keys(values: dict[str, Any]) -> list[str]:
-    """Keys of a dumped run, `table.key`, that the language model's own training alone reads."""
-    keys = [f"{table}.{name}" for table in ("adapter", "train", "model") for name in values[table]]
-    return [
-        key for key in keys if key in OF_LANGUAGE_MODEL or (not key.startswith("model.") and key not in LIGHT_READS)
-    ]
-
-
-def language_part(run: Run) -> dict[str, Any]:
-    """What the language model's own training reads of a run, but for what decides nothing of the weights."""
-    values = run.model_dump(mode="json", exclude_none=True)
-    harmless = {f"train.{key}" for key in HARMLESS}
-    keys = [key.partition(".") for key in _language_keys(values) if key not in harmless]
-    return {f"{table}.{name}": values[table][name] for table, _, name in keys}
-
-
-def language_begun(folder: Path) -> bool:
-    """Whether the language model of the run in `folder` has a checkpoint, or is trained."""
-    stages = (folder / "checkpoints" / stage for stage in LANGUAGE_STAGES)
-    return (folder / "lm" / "done.json").is_file() or any(any(stage.glob("checkpoint-*")) for stage in stages)
-
-
-def _differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401  nested tables
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*before, *now]):
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-    elif before != now:
-        yield key, before, now
-
-
-def check_same_data(run: Run, fingerprints: dict[str, str]) -> None:
-    """Check that the data are still those that the run was trained on.
-
-    Raises:
-        RecllmError: they are not.
-    """
-    path = run.folder / ENVIRONMENT
-    before = read_json(path)["data"] if path.is_file() else fingerprints
-    # A run from before the rows of a given split were kept has no word on them.
-    changed = " and ".join(name for name in fingerprints if fingerprints[name] != before.get(name, fingerprints[name]))
-    if changed:
-        raise RecllmError(
-            f"The {changed} of '{run.data.name or run.data.interactions}' are not those that {run.folder} was trained "
-            "on: the data have changed since. Train a new run on them (--set name=…), or bring the old data back."
-        )
 
 
 def set_key(values: dict[str, Any], override: str) -> None:

@@ -20,23 +20,17 @@ from recllm.idle import idle_lines
 from recllm.judging import train_light_judge, train_relevance
 from recllm.nextitem import train_language, train_light
 from recllm.process import set_up
-from recllm.revisions import check_same_models, revisions
-from recllm.runs import (
-    ENVIRONMENT,
-    FILE,
+from recllm.resuming import (
     LANGUAGE_STAGES,
-    RECIPES,
-    Run,
     adapter_is_kept,
     check_resumed,
     check_same_data,
     keep_recipes,
     language_begun,
     language_part,
-    load_run,
-    write_environment,
-    write_run,
 )
+from recllm.revisions import check_same_models, revisions
+from recllm.runs import ENVIRONMENT, FILE, RECIPES, Run, load_run, write_environment, write_run
 from recllm.scoring import fit_fusion
 from recllm.sharded import check_shardable
 from recllm.tasks import LEARNT, Task, keep_learnt, prepare

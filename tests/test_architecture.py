@@ -17,9 +17,9 @@ TORCH_FREE = [
     "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking", "results",
     "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "expectation",
     "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing",
-    "newitems", "runs", "idle", "tasks", "fading", "pairs", "protocols", "bundle", "hub", "catalogue", "sessions",
-    "graphfiles", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows",
-    "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
+    "newitems", "runs", "resuming", "idle", "tasks", "fading", "pairs", "protocols", "bundle", "hub", "catalogue",
+    "sessions", "graphfiles", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles",
+    "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
     "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.runs import Run, check_same_data
+from recllm.resuming import check_same_data
+from recllm.runs import Run
 from recllm.tasks import prepare
 
 
