@@ -2,105 +2,36 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recllm.data import Catalog, Query
-from recllm.neighbours import Likeness
+from recllm.data import Query
+from recllm.likeness import TOLD, Dual, LikenessRidge
 from recllm.priors import read_arrays, take_rows, write_arrays
 from recllm.ranking import ItemIndex, Scores, dot_scores
 
-MOST_FITTED = 5_000
-"""Items that are learnt from; of a larger catalogue so many are drawn: the cost grows with their cube."""
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Penalties that are tried."""
-BY_CHANCE = 3.0
-"""The noise of an item of n events is 1 + 3 / (1 + n) times the penalty: the logarithm of a count has, by chance alone,
-a variance of about 1 / n."""
-
 
 class ExpectedPopularity:
-    """log1p of the events that a new item is expected to have; NaN for items with events, the same for every query.
+    """log1p of the events that a new item is expected to have; NaN for items with events, the same for every query."""
 
-    Kernel ridge regression of the logarithm of items' train events on their likeness (Saunders et al. 1998, "Ridge
-    Regression Learning Algorithm in Dual Variables"), which is that of `Neighbours`. What an item with events would be
-    expected to have is told by the others alone, in closed form: left out, item i is off by αᵢ / (K + λN)⁻¹ᵢᵢ.
-    """
-
-    def __init__(
-        self,
-        items: ItemIndex,
-        known: NDArray[np.bool_],
-        values: NDArray[np.float32],
-        weights: NDArray[np.float64],
-        middle: float,
-    ) -> None:
+    def __init__(self, items: ItemIndex, known: NDArray[np.bool_], values: NDArray[np.float32], told: Dual) -> None:
         """Keep the expected log1p of events, float32[items], and what tells that of further items.
 
         Args:
             items: the catalogue.
             known: bool[items], which have enough events.
             values: float32[items], NaN for an item that is like no other.
-            weights: float64[items], α; NaN for items that were not learnt from.
-            middle: the mean of what was learnt from.
+            told: of one column.
         """
-        self.items, self.known, self.values, self.weights, self.middle = items, known, values, weights, middle
+        self.items, self.known, self.values, self.told = items, known, values, told
 
     @classmethod
-    def fit(
-        cls,
-        catalog: Catalog,
-        text: NDArray[np.float32],
-        counts: NDArray[np.int64],
-        known: NDArray[np.bool_],
-        *,
-        seed: int = 0,
-    ) -> Self:
-        """Learn from all items with events, or from `MOST_FITTED` of them; the penalty has the least error left out.
-
-        Args:
-            catalog: columns and titles.
-            text: float32[items, width], text vectors of length 1; a NaN row for none.
-            counts: train events, int64[items].
-            known: bool[items], which have enough events.
-            seed: of the draw.
-        """
-        items = ItemIndex(catalog.ids)
-        rows = np.flatnonzero(counts > 0)
-        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_FITTED])
-        weights = np.full(len(items), np.nan)
-        if not len(rows):
-            return cls(items, known, np.full(len(items), np.nan, dtype=np.float32), weights, 0.0)
-        weights[rows] = 0.0
-        alike = Likeness(catalog, text, ~np.isnan(weights))
-        kernel = np.stack([alike.of(row)[rows] for row in rows.tolist()])
-        wanted, noise = np.log1p(counts[rows].astype(np.float64)), 1.0 + BY_CHANCE / (1.0 + counts[rows])
-        middle = float(np.average(wanted, weights=1.0 / noise))
-        least = np.inf
-        for ridge in RIDGES:
-            inverse = np.linalg.inv(kernel + np.diag(ridge * noise))
-            dual = inverse @ (wanted - middle)
-            off = dual / inverse.diagonal()
-            if (error := float((off**2 / noise).sum())) < least:
-                least, weights[rows], left_out = error, dual, wanted - off
-        told = cls(items, known, np.empty(0, dtype=np.float32), weights, middle)
-        told.values = told._expected(alike, range(len(items)))
-        alone = np.isnan(told.values[rows])
-        told.values[rows] = np.where(alone, np.nan, left_out)
-        return told
-
-    def _expected(self, alike: Likeness, rows: Sequence[int]) -> NDArray[np.float32]:
-        """What items are expected to have that were not learnt from, float32[rows]; NaN for what is like nothing."""
-        fitted = np.nan_to_num(self.weights)
-        found = np.full(len(rows), np.nan, dtype=np.float32)
-        for place, row in enumerate(rows):
-            likeness = alike.of(row)
-            likeness[row] = 0.0  # of its own events nothing is known
-            if likeness.any():
-                found[place] = self.middle + likeness @ fitted
-        return found
+    def fit(cls, items: ItemIndex, ridge: LikenessRidge, counts: NDArray[np.int64]) -> Self:
+        """Learn from train events, int64[items]; of an item with events, from those of all others."""
+        events = np.log1p(counts.astype(np.float32))[:, None]
+        return cls(items, ridge.known, ridge.means(events, np.arange(len(items)))[:, 0], ridge.dual(events))
 
     def query_vectors(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """Ones, float32[queries, 1]: it is the same for everybody."""
@@ -121,26 +52,20 @@ class ExpectedPopularity:
     def _take(self, values: NDArray[np.float32], candidates: ItemIndex) -> NDArray[np.float32]:
         return take_rows(values[:, None], self.items, candidates)
 
-    def grown(self, catalog: Catalog, text: NDArray[np.float32]) -> "ExpectedPopularity":
-        """The same with new items at the end of the catalogue; `text`, float32[items, width], of all of them."""
-        items = ItemIndex(catalog.ids)
-        new = range(len(self.items), len(items))
-        weights = np.concatenate([self.weights, np.full(len(new), np.nan)])
-        told = ExpectedPopularity(
-            items, np.concatenate([self.known, np.zeros(len(new), dtype=bool)]), self.values, weights, self.middle
-        )
-        added = told._expected(Likeness(catalog, text, ~np.isnan(weights)), new)
-        told.values = np.concatenate([self.values, added])
-        return told
+    def grown(self, items: ItemIndex, alike: NDArray[np.float64]) -> "ExpectedPopularity":
+        """With new items at the end of `items`, by their likeness to what was learnt from, float64[new, fitted]."""
+        known = np.concatenate([self.known, np.zeros(len(alike), dtype=bool)])
+        return ExpectedPopularity(items, known, np.concatenate([self.values, self.told.of(alike)[:, 0]]), self.told)
 
     def save(self, folder: Path) -> None:
         """Write `expected_popularity.safetensors` and `expected_popularity.json`."""
-        arrays = {"known": self.known, "values": self.values, "weights": self.weights}
-        write_arrays(folder, "expected_popularity", arrays, {"ids": self.items.ids, "middle": self.middle})
+        arrays: dict[str, NDArray[Any]] = {"known": self.known, "values": self.values}
+        arrays |= {key: getattr(self.told, key) for key in TOLD}
+        write_arrays(folder, "expected_popularity", arrays, {"ids": self.items.ids})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, "expected_popularity")
-        items = ItemIndex(facts["ids"])
-        return cls(items, arrays["known"], arrays["values"], arrays["weights"], facts["middle"])
+        told = Dual(*(arrays[key] for key in TOLD))
+        return cls(ItemIndex(facts["ids"]), arrays["known"], arrays["values"], told)

@@ -22,6 +22,7 @@ from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER
+from recllm.likeness import LIKENESS, TOLD, LikenessRidge
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, positions_of
 from recllm.names import NameModel
 from recllm.parity import measure
@@ -38,6 +39,7 @@ from recllm.trained import (
     Collaborative,
     borrowed_heads,
     encoder_name,
+    item_heads,
     item_prompt,
     lenders,
     load_collaborative,
@@ -279,7 +281,7 @@ def _write_content(
     sequences: dict[str, tuple[NextItemModel, HistoryFormat]],
     base: BaseModel,
 ) -> None:
-    shutil.copytree(run.folder / "cf", folder / "cf")
+    shutil.copytree(run.folder / "cf", folder / "cf", ignore=shutil.ignore_patterns(f"{LIKENESS}.*"))
     parts.popularity.as_of_now().save(folder / "cf")
     shutil.copy(run.folder / "fusion.json", folder)
     shutil.copy(find_recipe("prompts", run.prompt_file("item")), folder / "item.toml")
@@ -290,9 +292,13 @@ def _write_content(
         "text.mean": parts.text_standard.mean,
         "text.scale": np.array(parts.text_standard.scale, dtype=np.float32),
     }
+    lender = lenders(run, parts)
     for name, (model, history) in sequences.items():
         write_json(folder / f"{name}.json", history.to_dict())
-        arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lenders(run, parts))
+        arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lender)
+        if isinstance(lender, LikenessRidge):  # and what tells the heads of items that are added later
+            told = lender.dual(np.column_stack(item_heads(model)))
+            arrays |= {f"{name}.told.{key}": getattr(told, key) for key in TOLD}
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
             arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()

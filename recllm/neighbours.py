@@ -38,8 +38,9 @@ class NeighbourSettings(Settings):
     few_share: float = Field(default=0.5, ge=0, lt=1)
     """An item with less than this share of the usual number of events (the median over items that have any) is new
     still, up to `MOST_FEW` events: they say less than its neighbours do. 0: it is known from its first event on."""
-    expected_popularity: bool = True
-    """Whether it is one more scorer of new items how often items like them were chosen."""
+    regression: bool = True
+    """Whether regression on the likeness of all items tells what new ones are: the vectors by which sequence models
+    rank them (else the means of their neighbours'), and how popular they will be, which is one more scorer."""
 
 
 def few_events(counts: NDArray[np.int64], settings: NeighbourSettings) -> int:

@@ -23,6 +23,7 @@ from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
 from recllm.itemitem import EASE, Transitions
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER, Likelihood, NameReader
+from recllm.likeness import TOLD, Dual, likeness_to
 from recllm.mf import ImplicitMF
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
@@ -111,9 +112,10 @@ class TableScorer(SequenceScorer):
         heads: NDArray[np.float32],
         bias: NDArray[np.float32],
         cold_bias: float,
+        told: Dual | None = None,
     ) -> None:
         super().__init__(onnx_encode(graph, table), history, index, heads, bias)
-        self.graph, self.table, self.cold_bias = graph, table, cold_bias
+        self.graph, self.table, self.cold_bias, self.told = graph, table, cold_bias, told
 
     def grown(self, index: ItemIndex, tokens: NDArray[np.float32], heads: NDArray[np.float32]) -> "TableScorer":
         """The same with new items at the end of `index`; their bias is that of every item without events.
@@ -125,7 +127,13 @@ class TableScorer(SequenceScorer):
         history = self.history
         if history.texts is not None:
             history = replace(history, texts=history.texts + (None,) * len(tokens))
-        return TableScorer(self.graph, table, history, index, heads, bias, self.cold_bias)
+        return TableScorer(self.graph, table, history, index, heads, bias, self.cold_bias, self.told)
+
+    def ranked_by(self, items: NDArray[np.float32]) -> "TableScorer":
+        """The same with other heads and biases where `items`, float32[items, head + 1], is not NaN."""
+        items = np.where(np.isnan(items), self.items, items)
+        heads, bias = items[:, :-1], items[:, -1]
+        return TableScorer(self.graph, self.table, self.history, self.index, heads, bias, self.cold_bias, self.told)
 
 
 def onnx_encode(session: Any, table: NDArray[np.float32]) -> Encode:  # noqa: ANN401  onnxruntime is untyped
@@ -412,11 +420,7 @@ class Recommender:
         if isinstance(told := scorers.get("likelihood"), Likelihood) and self._name_reader is not None:
             scorers["likelihood"] = told.grown(ItemIndex(catalog.ids), self._name_reader(new))
         if isinstance(similar := scorers.get("text"), TextSimilarity):
-            if isinstance(alike := scorers.get("neighbours"), Neighbours):
-                alike = alike.grown(catalog, similar.vectors)
-                scorers |= {name: _borrowing(scorer, alike) for name, scorer in scorers.items()} | {"neighbours": alike}
-            if isinstance(expected := scorers.get("expected_popularity"), ExpectedPopularity):
-                scorers["expected_popularity"] = expected.grown(catalog, similar.vectors)
+            scorers = _told(scorers, catalog, similar.vectors, len(new))
         return Recommender(
             catalog=catalog,
             scorers=scorers,
@@ -447,15 +451,42 @@ def _grown(scorer: VectorScorer, catalog: Catalog, text: NDArray[np.float32], gr
     return scorer.grown(index, tokens, np.where(np.isnan(text[:, :1]), np.float32(np.nan), heads))
 
 
+def _told(
+    scorers: Mapping[str, VectorScorer], catalog: Catalog, text: NDArray[np.float32], count: int
+) -> dict[str, VectorScorer]:
+    """The scorers with what the items that are like the last `count` ones tell of these.
+
+    Args:
+        scorers: that know the new items by their own text alone.
+        catalog: with the new items at its end.
+        text: text vectors of all items, float32[items, width].
+        count: of new items.
+    """
+    result = dict(scorers)
+    if isinstance(alike := result.get("neighbours"), Neighbours):
+        result["neighbours"] = alike = alike.grown(catalog, text)
+        result |= {name: _borrowing(scorer, alike) for name, scorer in result.items()}
+    index, first = ItemIndex(catalog.ids), len(catalog) - count
+    near: NDArray[np.float64] | None = None
+    for name, scorer in result.items():
+        if not isinstance(scorer, TableScorer | ExpectedPopularity) or scorer.told is None:
+            continue
+        if near is None:  # one run has learnt from the same items in all of them
+            near = likeness_to(catalog, text, scorer.told.rows, range(first, len(catalog)))
+        if isinstance(scorer, ExpectedPopularity):
+            result[name] = scorer.grown(index, near)
+        else:
+            items = np.full_like(scorer.items, np.nan)
+            items[first:] = scorer.told.of(near)
+            result[name] = scorer.ranked_by(items)
+    return result
+
+
 def _borrowing(scorer: VectorScorer, alike: Neighbours) -> VectorScorer:
-    """A sequence scorer whose new items take the mean head and bias of the known items most like them."""
-    if not isinstance(scorer, TableScorer):
+    """A sequence scorer whose new items take the mean head and bias of their neighbours, where nothing else is told."""
+    if not isinstance(scorer, TableScorer) or scorer.told is not None:
         return scorer
-    rows = np.where(alike.known, -1, np.arange(len(alike.known)))
-    borrowed = alike.means(scorer.items, rows)
-    items = np.where(np.isnan(borrowed), scorer.items, borrowed)
-    heads, bias = items[:, :-1], items[:, -1]
-    return TableScorer(scorer.graph, scorer.table, scorer.history, scorer.index, heads, bias, scorer.cold_bias)
+    return scorer.ranked_by(alike.means(scorer.items, np.where(alike.known, -1, np.arange(len(alike.known)))))
 
 
 def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0, index: str = EXACT) -> Recommender:
@@ -558,4 +589,5 @@ def _load_scorer(
     table, heads, bias, cold_bias = (arrays[f"{name}.{part}"] for part in ("table", "heads", "bias", "cold_bias"))
     if history.texts is not None:  # bundles that have grown before their texts did are still about
         history = replace(history, texts=history.texts + (None,) * (len(heads) - len(history.texts)))
-    return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item())
+    told = Dual(*(arrays[f"{name}.told.{key}"] for key in TOLD)) if f"{name}.told.rows" in arrays else None
+    return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item(), told)

@@ -24,6 +24,7 @@ from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
 from recllm.lean import round_frozen
 from recllm.likelihood import Likelihood, first_token
+from recllm.likeness import LIKENESS, LikenessRidge
 from recllm.lm import (
     BaseModel,
     LanguageBody,
@@ -76,6 +77,7 @@ class Collaborative:
     text: TextSimilarity
     neighbours: Neighbours | None
     expected: ExpectedPopularity | None
+    ridge: LikenessRidge | None
     vectors: RawVectors
     features: ItemFeatures
     text_standard: Standard
@@ -147,8 +149,10 @@ def _fit_likeness(run: Run, task: Task, text: NDArray[np.float32], base: EASE | 
     known = task.item_counts >= few_events(task.item_counts, settings)
     if settings.neighbours:
         Neighbours.fit(catalog, text, known, base, count=settings.neighbours).save(folder)
-    if settings.expected_popularity:
-        ExpectedPopularity.fit(catalog, text, task.item_counts, known, seed=run.seed).save(folder)
+    if settings.regression and (task.item_counts > 0).any():
+        ridge = LikenessRidge.fit(catalog, text, task.item_counts, known, seed=run.seed)
+        ridge.save(folder)
+        ExpectedPopularity.fit(task.index, ridge, task.item_counts).save(folder)
 
 
 def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
@@ -202,6 +206,7 @@ def load_collaborative(run: Run, task: Task) -> Collaborative:
         TextSimilarity.load(folder),
         Neighbours.load(folder) if (folder / "neighbours.json").is_file() else None,
         ExpectedPopularity.load(folder) if (folder / "expected_popularity.json").is_file() else None,
+        LikenessRidge.load(folder) if (folder / f"{LIKENESS}.json").is_file() else None,
         vectors,
         features,
         text_standard,
@@ -490,13 +495,13 @@ def text_heads(model: NextItemModel) -> NDArray[np.float32]:
 
 
 def borrowed_heads(
-    model: NextItemModel, neighbours: Neighbours | None
+    model: NextItemModel, lender: Neighbours | LikenessRidge | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Item vectors with those of items without events borrowed from the known items most like them.
+    """Item vectors with those of items without events as the items like them tell.
 
     A new item's own head, made from its text alone, ranks far worse among new items than the mean of its neighbours'
-    heads (LOG.md): the model has few items to learn from what text means, and learns them by heart. It is kept where an
-    item is like no other.
+    heads, and that one worse than what regression on the likeness of all items tells (LOG.md): the model has few items
+    to learn from what text means, and learns them by heart. It is kept where an item is like no other.
 
     Returns:
         Heads float32[items, head], bias float32[items], and both as they would be if no item had events,
@@ -504,25 +509,33 @@ def borrowed_heads(
     """
     heads, bias = item_heads(model)
     whole, new = np.concatenate([heads, bias[:, None]], axis=1), text_heads(model)
-    if neighbours is None:
+    if lender is None:
         return heads, bias, new
-    borrowed = neighbours.means(whole, np.arange(len(whole)))
+    borrowed = lender.means(whole, np.arange(len(whole)))
     new = np.where(np.isnan(borrowed), new, borrowed)
-    whole = np.where(neighbours.known[:, None], whole, new)
+    whole = np.where(lender.known[:, None], whole, new)
     return whole[:, :-1], whole[:, -1], new
 
 
-def lenders(run: Run, parts: Collaborative) -> Neighbours | None:
-    """Whose heads new items borrow; nobody's where a control takes items' text from the model, for text finds them."""
-    return parts.neighbours if run.control.text == "own" else None
+def lenders(run: Run, parts: Collaborative) -> Neighbours | LikenessRidge | None:
+    """What tells new items' heads; nothing where a control takes items' text from the model, for text finds the like.
+
+    Runs from before there was regression have the means of neighbours.
+    """
+    return (parts.ridge or parts.neighbours) if run.control.text == "own" else None
 
 
 def sequence_scorer(
-    model: NextItemModel, history: HistoryFormat, task: Task, neighbours: Neighbours | None, *, bf16: bool = False
+    model: NextItemModel,
+    history: HistoryFormat,
+    task: Task,
+    lender: Neighbours | LikenessRidge | None,
+    *,
+    bf16: bool = False,
 ) -> SequenceScorer:
     """A trained next-item model as a scorer; in float32, unless `bf16` trades digits for speed."""
     encode, time = torch_encode(model, bf16=bf16), task.time if model.drift is not None else None
-    return SequenceScorer(encode, history, task.index, *borrowed_heads(model, neighbours), time=time)
+    return SequenceScorer(encode, history, task.index, *borrowed_heads(model, lender), time=time)
 
 
 def save_stage(folder: Path, facts: dict[str, object]) -> None:

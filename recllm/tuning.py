@@ -14,6 +14,7 @@ from recllm.charts import Line, line_chart, picture
 from recllm.errors import RecllmError, require, unknown
 from recllm.files import sha256_of, write_json, written
 from recllm.idle import idle_keys
+from recllm.likeness import LIKENESS
 from recllm.lm import model_folder
 from recllm.outcome import FUSION, evaluate_run
 from recllm.priors import EVENTS
@@ -351,6 +352,7 @@ def _costs(search: Search, run: Run, task: Task) -> dict[str, float]:
         folders = [run.folder / name for name in ("cf", "light", "lm")]
         folders += [model_folder(run.model.name)] if stage_done(run.folder / "lm") else []
         files = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
+        files = [path for path in files if path.stem != LIKENESS]  # no bundle has it
         counts = load_collaborative(run, task).popularity.counts  # no bundle has events
         events = 0 if counts is None else sum(getattr(counts, key).nbytes for key in EVENTS)
         costs["megabytes"] = (sum(path.stat().st_size for path in files) - events) / 2**20

@@ -15,7 +15,7 @@ TORCH_FREE = [
     "errors", "files", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks", "data.tables",
     "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read", "data.join",
     "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking", "results",
-    "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "expectation",
+    "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "likeness", "expectation",
     "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing",
     "newitems", "runs", "resuming", "idle", "tasks", "fading", "pairs", "protocols", "bundle", "hub", "catalogue",
     "sessions", "graphfiles", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles",

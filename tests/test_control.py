@@ -1,5 +1,7 @@
 """Controls take away what they name and nothing else, in training, in scoring and in what is said of the run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,21 +98,20 @@ def test_a_control_trains_scores_and_says_what_it_lacks(control, tiny_lm_folder)
 
 
 def test_a_controls_new_items_borrow_nothing_that_is_found_by_their_text(control):
-    """Neighbours are found by the true text, and their heads would say of new items what the model cannot know."""
+    """The like of an item are found by its true text, and would say of it what the model cannot know."""
     task = prepare(control)
     parts = load_collaborative(control, task)
-    assert parts.neighbours is not None
+    assert parts.ridge is not None
     model, history = load_light(control, task, parts.features)
     queries = [example.query for example in task.split.test]
     scored = known_scores(control, task, parts, lambda _: None)["test"]["light"]
-    own, lent = (
-        sequence_scorer(model, history, task, who).score(queries, task.index) for who in (None, parts.neighbours)
-    )
+    own, lent = (sequence_scorer(model, history, task, who).score(queries, task.index) for who in (None, parts.ridge))
     assert np.allclose(scored, own, atol=1e-5, equal_nan=True)
     plain = control.model_copy(update={"control": ControlSettings()})
-    assert lenders(plain, parts) is parts.neighbours
+    assert lenders(plain, parts) is parts.ridge
+    assert lenders(plain, replace(parts, ridge=None)) is parts.neighbours  # as in runs from before
     assert lenders(control, parts) is None  # whatever of the tiny items has too few events
-    assert np.allclose(own, lent, equal_nan=True) is bool(parts.neighbours.known.all())
+    assert np.allclose(own, lent, equal_nan=True) is bool(parts.ridge.known.all())
 
 
 def test_a_control_is_not_shipped(control):

@@ -30,7 +30,7 @@ from recllm.recipes import find_recipe
 from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative, load_language, load_light, sequence_scorer
+from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
 from recllm.weightonly import WeightSettings
 
 IMPOSSIBLE = """
@@ -128,12 +128,12 @@ def test_the_encoder_graph_equals_torch(lengths, tiny_bundle, tiny_lm_folder):
 
 
 def test_the_bundle_gives_the_torch_scorers_top_10_for_200_users(loaded, models, tiny_run, tiny_bundle):
-    _, task, parts = loaded
+    run, task, parts = loaded
     random, catalog = np.random.default_rng(0), task.index.ids
     histories = [tuple(random.choice(catalog, size=random.integers(0, 14), replace=False)) for _ in range(200)]
     queries = [Query(tuple(map(str, history))) for history in histories]
     scorers = parts.scorers() | {
-        name: sequence_scorer(*found, task, parts.neighbours) for name, found in models.items()
+        name: sequence_scorer(*found, task, lenders(run, parts)) for name, found in models.items()
     }
     fused = FusedScorer(scorers, Fusion.load(tiny_run / "fusion.json"), task.split.train.item_counts())
     scores = mask_seen(fused.score(queries, task.index), queries, task.index)

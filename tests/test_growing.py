@@ -14,6 +14,7 @@ from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.files import alone, read_json, write_json
 from recllm.growing import SEALED, add_items
+from recllm.likeness import likeness_to
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
@@ -46,6 +47,15 @@ def test_the_grown_bundle_answers_as_the_recommender_that_grew_in_memory(tiny_bu
     told = [each.scorers["expected_popularity"].item_vectors(grown.index)[:, 0] for each in (grown, expected)]
     assert np.isfinite(told[0][-2:]).all()
     assert np.array_equal(*told, equal_nan=True)
+    for name in ("light", "lm"):  # heads that the like of them tell, and not their own text
+        ours, theirs = (each.scorers[name].items[-2:] for each in (grown, expected))
+        assert np.allclose(ours, theirs, atol=1e-6)
+        own = before.scorers[name].told
+        near = likeness_to(
+            grown.catalog, grown.scorers["text"].vectors, own.rows, range(len(before.index), len(grown.index))
+        )
+        assert np.allclose(ours, own.of(near), atol=1e-5)
+    assert not list((tmp_path / "grown" / "cf").glob("likeness*"))  # as large as all pairs of items
     facts, old = read_manifest(tmp_path / "grown"), read_manifest(tiny_bundle)
     assert facts["items_added"] == 2
     assert {facts[key] == old[key] for key in ("name", "recipe", "scorers", "data")} == {True}

@@ -1,0 +1,166 @@
+"""What the like of an item tell of it: kernel ridge regression on shared columns, words and text."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recllm.data import Catalog
+from recllm.neighbours import Likeness
+from recllm.priors import read_arrays, write_arrays
+from recllm.ranking import ItemIndex
+
+LIKENESS = "likeness"
+"""The name of a run's file of it; no bundle has it."""
+TOLD = ("rows", "weights", "middle")
+"""What a bundle has of it for each sequence model, `Dual`'s own."""
+MOST_FITTED = 5_000
+"""Items that are learnt from; of a larger catalogue so many are drawn: the cost grows with their cube."""
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Penalties that are tried."""
+BY_CHANCE = 3.0
+"""The noise of an item of n events is 1 + 3 / (1 + n) times the penalty: what is learnt of it is by chance the more the
+fewer they are (the logarithm of a count has a variance of about 1 / n)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dual:
+    """What tells the values of further items by their likeness to those that were learnt from.
+
+    Attributes:
+        rows: which items were learnt from, int64[fitted].
+        weights: float32[fitted, width].
+        middle: the mean of what was learnt, float32[width].
+    """
+
+    rows: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    middle: NDArray[np.float32]
+
+    def of(self, alike: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The values by likeness, float64[items, fitted], to float32[items, width]; NaN for what is like nothing."""
+        found = (self.middle + alike @ self.weights).astype(np.float32)
+        found[~alike.any(axis=1)] = np.nan
+        return found
+
+
+def likeness_to(
+    catalog: Catalog, text: NDArray[np.float32], fitted: NDArray[np.int64], rows: Iterable[int]
+) -> NDArray[np.float64]:
+    """Likeness of some items to those that were learnt from, float64[rows, fitted]; text float32[items, width]."""
+    known = np.zeros(len(catalog), dtype=bool)
+    known[fitted] = True
+    alike = Likeness(catalog, text, known)
+    found = [alike.of(row)[fitted] for row in rows]
+    return np.array(found, dtype=np.float64).reshape(len(found), len(fitted))
+
+
+class LikenessRidge:
+    """Values of items as those with events tell them by their likeness, which is that of `Neighbours`.
+
+    Kernel ridge regression (Saunders et al. 1998, "Ridge Regression Learning Algorithm in Dual Variables") of anything
+    that an item with events has: its popularity, its vector in a model (as Gantner et al. 2010 map attributes to
+    factors). What an item with events would have is told by the others alone, in closed form: left out, item i is off
+    by αᵢ / (K + λN)⁻¹ᵢᵢ. That is linear in what is learnt, so that one matrix does for all of it.
+    """
+
+    def __init__(
+        self,
+        known: NDArray[np.bool_],
+        rows: NDArray[np.int64],
+        operator: NDArray[np.float32],
+        share: NDArray[np.float64],
+        scale: NDArray[np.float64],
+    ) -> None:
+        """Keep what was learnt.
+
+        Args:
+            known: bool[items], which have enough events to be told by nobody.
+            rows: which items were learnt from, int64[fitted].
+            operator: float32[items, fitted], values of what was learnt from, off their mean, to values of every item;
+                NaN rows for items that are like no other.
+            share: of each in their mean, float64[fitted], in all 1.
+            scale: (K + λN)⁻¹ᵢᵢ, float64[fitted].
+        """
+        self.known, self.rows, self.operator, self.share, self.scale = known, rows, operator, share, scale
+
+    @classmethod
+    def fit(
+        cls,
+        catalog: Catalog,
+        text: NDArray[np.float32],
+        counts: NDArray[np.int64],
+        known: NDArray[np.bool_],
+        *,
+        seed: int = 0,
+    ) -> Self:
+        """Learn from all items with events, or from `MOST_FITTED` of them, drawn by `seed`.
+
+        The penalty is the one by which the logarithm of items' events is told best with each of them left out.
+
+        Args:
+            catalog: columns and titles.
+            text: float32[items, width], text vectors of length 1; a NaN row for none.
+            counts: train events, int64[items].
+            known: bool[items], which have enough events.
+            seed: of the draw.
+        """
+        rows = np.flatnonzero(counts > 0)
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_FITTED])
+        kernel = likeness_to(catalog, text, rows, range(len(ItemIndex(catalog.ids))))
+        inner, noise = kernel[rows], 1.0 + BY_CHANCE / (1.0 + counts[rows])
+        wanted, share = np.log1p(counts[rows].astype(np.float64)), (1.0 / noise) / (1.0 / noise).sum()
+        off = wanted - share @ wanted
+        least, best = np.inf, np.zeros_like(inner)
+        for ridge in RIDGES:
+            inverse = np.asarray(np.linalg.inv(inner + np.diag(ridge * noise)), dtype=np.float64)
+            error = float(share @ (inverse @ off / inverse.diagonal()) ** 2)
+            if error < least:
+                least, best = error, inverse
+        scale = best.diagonal().copy()
+        kernel[rows, np.arange(len(rows))] = 0.0  # of its own events nothing is known
+        alone = ~kernel.any(axis=1)
+        operator = kernel @ best
+        operator[rows] = np.eye(len(rows)) - best / scale[:, None]
+        operator[alone] = np.nan
+        return cls(known, rows, operator.astype(np.float32), share, scale)
+
+    def means(self, values: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the others tell of `rows` of the items by their own `values`, float32[items, width].
+
+        Returns:
+            float32[rows, width]; NaN for the row −1 and where nothing is alike.
+        """
+        off, middle = self._off(values)
+        found = np.full((len(rows), values.shape[1]), np.nan, dtype=np.float32)
+        asked = rows >= 0
+        found[asked] = middle + self.operator[rows[asked]] @ off
+        return found
+
+    def dual(self, values: NDArray[np.float32]) -> Dual:
+        """What tells the values of items that come later, by `values`, float32[items, width], of those of today."""
+        off, middle = self._off(values)
+        left_out = np.nan_to_num(self.operator[self.rows]) @ off  # what is like no other is told the mean
+        return Dual(self.rows, ((off - left_out) * self.scale[:, None]).astype(np.float32), middle)
+
+    def _off(self, values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Values of what was learnt from, off their mean, float32[fitted, width]; and that mean, float32[width]."""
+        own = values[self.rows]
+        there = np.where(np.isnan(own), 0.0, self.share[:, None])
+        middle = (there * np.nan_to_num(own)).sum(axis=0) / np.maximum(there.sum(axis=0), 1e-12)
+        off = np.where(np.isnan(own), 0.0, own - middle)
+        return off.astype(np.float32), middle.astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write `likeness.safetensors` and `likeness.json`."""
+        arrays = {key: getattr(self, key) for key in ("known", "rows", "operator", "share", "scale")}
+        write_arrays(folder, LIKENESS, arrays, {})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays, _ = read_arrays(folder, LIKENESS)
+        return cls(*(arrays[key] for key in ("known", "rows", "operator", "share", "scale")))
