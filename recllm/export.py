@@ -39,7 +39,6 @@ from recllm.trained import (
     Collaborative,
     borrowed_heads,
     encoder_name,
-    item_heads,
     item_prompt,
     lenders,
     load_collaborative,
@@ -47,6 +46,7 @@ from recllm.trained import (
     load_light,
     name_model,
     sequence_scorer,
+    told_later,
 )
 from recllm.weightonly import Feeds
 
@@ -296,9 +296,9 @@ def _write_content(
     for name, (model, history) in sequences.items():
         write_json(folder / f"{name}.json", history.to_dict())
         arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lender)
-        if isinstance(lender, LikenessRidge):  # and what tells the heads of items that are added later
-            told = lender.dual(np.column_stack(item_heads(model)))
-            arrays |= {f"{name}.told.{key}": getattr(told, key) for key in TOLD}
+        if isinstance(lender, LikenessRidge):
+            for part, told in told_later(model, lender).items():
+                arrays |= {f"{name}.told.{part}.{key}": getattr(told, key) for key in TOLD}
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
             arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()

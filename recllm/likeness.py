@@ -16,7 +16,9 @@ from recllm.ranking import ItemIndex
 LIKENESS = "likeness"
 """The name of a run's file of it; no bundle has it."""
 TOLD = ("rows", "weights", "middle")
-"""What a bundle has of it for each sequence model, `Dual`'s own."""
+"""`Dual`'s own, as they are saved."""
+TOLD_OF = ("text", "factors", "bias")
+"""What is told of a new item for a sequence model, which makes the item's head of it."""
 MOST_FITTED = 5_000
 """Items that are learnt from; of a larger catalogue so many are drawn: the cost grows with their cube."""
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)

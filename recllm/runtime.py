@@ -23,7 +23,7 @@ from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
 from recllm.itemitem import EASE, Transitions
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER, Likelihood, NameReader
-from recllm.likeness import TOLD, Dual, likeness_to
+from recllm.likeness import TOLD, TOLD_OF, Dual, likeness_to
 from recllm.mf import ImplicitMF
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
@@ -112,7 +112,7 @@ class TableScorer(SequenceScorer):
         heads: NDArray[np.float32],
         bias: NDArray[np.float32],
         cold_bias: float,
-        told: Dual | None = None,
+        told: Mapping[str, Dual] | None = None,
     ) -> None:
         super().__init__(onnx_encode(graph, table), history, index, heads, bias)
         self.graph, self.table, self.cold_bias, self.told = graph, table, cold_bias, told
@@ -420,7 +420,7 @@ class Recommender:
         if isinstance(told := scorers.get("likelihood"), Likelihood) and self._name_reader is not None:
             scorers["likelihood"] = told.grown(ItemIndex(catalog.ids), self._name_reader(new))
         if isinstance(similar := scorers.get("text"), TextSimilarity):
-            scorers = _told(scorers, catalog, similar.vectors, len(new))
+            scorers = _told(scorers, catalog, similar.vectors, len(new), self._item_graphs)
         return Recommender(
             catalog=catalog,
             scorers=scorers,
@@ -452,7 +452,11 @@ def _grown(scorer: VectorScorer, catalog: Catalog, text: NDArray[np.float32], gr
 
 
 def _told(
-    scorers: Mapping[str, VectorScorer], catalog: Catalog, text: NDArray[np.float32], count: int
+    scorers: Mapping[str, VectorScorer],
+    catalog: Catalog,
+    text: NDArray[np.float32],
+    count: int,
+    graphs: Mapping[str, Any],
 ) -> dict[str, VectorScorer]:
     """The scorers with what the items that are like the last `count` ones tell of these.
 
@@ -461,6 +465,7 @@ def _told(
         catalog: with the new items at its end.
         text: text vectors of all items, float32[items, width].
         count: of new items.
+        graphs: by sequence scorer, that of its items.
     """
     result = dict(scorers)
     if isinstance(alike := result.get("neighbours"), Neighbours):
@@ -471,15 +476,25 @@ def _told(
     for name, scorer in result.items():
         if not isinstance(scorer, TableScorer | ExpectedPopularity) or scorer.told is None:
             continue
-        if near is None:  # one run has learnt from the same items in all of them
-            near = likeness_to(catalog, text, scorer.told.rows, range(first, len(catalog)))
+        if near is None:  # a run has learnt from the same items in all of them
+            fitted = (scorer.told["bias"] if isinstance(scorer, TableScorer) else scorer.told).rows
+            near = likeness_to(catalog, text, fitted, range(first, len(catalog)))
         if isinstance(scorer, ExpectedPopularity):
             result[name] = scorer.grown(index, near)
         else:
-            items = np.full_like(scorer.items, np.nan)
-            items[first:] = scorer.told.of(near)
-            result[name] = scorer.ranked_by(items)
+            result[name] = scorer.ranked_by(_told_items(scorer, near, graphs[name]))
     return result
+
+
+def _told_items(scorer: TableScorer, near: NDArray[np.float64], graph: Any) -> NDArray[np.float32]:  # noqa: ANN401
+    """Heads and bias of the last items by their likeness to others, float32[items, head + 1]; NaN for all others."""
+    assert scorer.told is not None
+    told = {part: dual.of(near) for part, dual in scorer.told.items()}
+    (heads,) = graph.run(["heads"], {part: told[part] for part in ("text", "factors")})
+    items = np.full_like(scorer.items, np.nan)
+    new = np.concatenate([heads, told["bias"]], axis=1)
+    items[len(items) - len(near) :] = np.where(np.isnan(told["bias"]), np.float32(np.nan), new)
+    return items
 
 
 def _borrowing(scorer: VectorScorer, alike: Neighbours) -> VectorScorer:
@@ -589,5 +604,7 @@ def _load_scorer(
     table, heads, bias, cold_bias = (arrays[f"{name}.{part}"] for part in ("table", "heads", "bias", "cold_bias"))
     if history.texts is not None:  # bundles that have grown before their texts did are still about
         history = replace(history, texts=history.texts + (None,) * (len(heads) - len(history.texts)))
-    told = Dual(*(arrays[f"{name}.told.{key}"] for key in TOLD)) if f"{name}.told.rows" in arrays else None
+    told: dict[str, Dual] | None = None  # bundles from before have none
+    if f"{name}.told.bias.rows" in arrays:
+        told = {part: Dual(*(arrays[f"{name}.told.{part}.{key}"] for key in TOLD)) for part in TOLD_OF}
     return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item(), told)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
 from recllm.lean import round_frozen
 from recllm.likelihood import Likelihood, first_token
-from recllm.likeness import LIKENESS, LikenessRidge
+from recllm.likeness import LIKENESS, TOLD_OF, Dual, LikenessRidge
 from recllm.lm import (
     BaseModel,
     LanguageBody,
@@ -500,8 +500,9 @@ def borrowed_heads(
     """Item vectors with those of items without events as the items like them tell.
 
     A new item's own head, made from its text alone, ranks far worse among new items than the mean of its neighbours'
-    heads, and that one worse than what regression on the likeness of all items tells (LOG.md): the model has few items
-    to learn from what text means, and learns them by heart. It is kept where an item is like no other.
+    heads, and that one worse than the head of the text vector and the factors that regression on the likeness of all
+    items tells (LOG.md): the model has few items to learn from what text means, and learns them by heart. Its own is
+    kept where an item is like no other.
 
     Returns:
         Heads float32[items, head], bias float32[items], and both as they would be if no item had events,
@@ -511,10 +512,33 @@ def borrowed_heads(
     whole, new = np.concatenate([heads, bias[:, None]], axis=1), text_heads(model)
     if lender is None:
         return heads, bias, new
-    borrowed = lender.means(whole, np.arange(len(whole)))
+    borrowed = lender.means(whole, np.arange(len(whole))) if isinstance(lender, Neighbours) else _told(model, lender)
     new = np.where(np.isnan(borrowed), new, borrowed)
     whole = np.where(lender.known[:, None], whole, new)
     return whole[:, :-1], whole[:, -1], new
+
+
+@torch.inference_mode()
+def _told(model: NextItemModel, ridge: LikenessRidge) -> NDArray[np.float32]:
+    """Heads and bias of every item as those like it tell them, float32[items, head + 1]; NaN where nothing is alike."""
+    rows = np.arange(len(ridge.operator))
+    told = {part: torch.from_numpy(ridge.means(own, rows)) for part, own in _tellable(model).items()}
+    device = model.text_vectors.device
+    heads = model.heads(told["text"].to(device), told["factors"].to(device)).float().cpu()  # type: ignore[arg-type]
+    return torch.where(told["bias"].isnan(), torch.nan, torch.cat([heads, told["bias"]], dim=1)).numpy()
+
+
+def told_later(model: NextItemModel, ridge: LikenessRidge) -> dict[str, Dual]:
+    """What tells the text vector, the factors and the bias of items that come later, by `TOLD_OF`."""
+    return {part: ridge.dual(own) for part, own in _tellable(model).items()}
+
+
+@torch.inference_mode()
+def _tellable(model: NextItemModel) -> dict[str, NDArray[np.float32]]:
+    """What a model makes heads and biases of, float32[items, width] each; what is told of new items, by `TOLD_OF`."""
+    bias: torch.Tensor = model.biases(model.item_factors)  # type: ignore[arg-type]
+    given: tuple[Any, ...] = (model.text_vectors, model.item_factors, bias[:, None])
+    return {part: own.float().cpu().numpy() for part, own in zip(TOLD_OF, given, strict=True)}
 
 
 def lenders(run: Run, parts: Collaborative) -> Neighbours | LikenessRidge | None:

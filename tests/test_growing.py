@@ -51,10 +51,11 @@ def test_the_grown_bundle_answers_as_the_recommender_that_grew_in_memory(tiny_bu
         ours, theirs = (each.scorers[name].items[-2:] for each in (grown, expected))
         assert np.allclose(ours, theirs, atol=1e-6)
         own = before.scorers[name].told
-        near = likeness_to(
-            grown.catalog, grown.scorers["text"].vectors, own.rows, range(len(before.index), len(grown.index))
-        )
-        assert np.allclose(ours, own.of(near), atol=1e-5)
+        added = range(len(before.index), len(grown.index))
+        near = likeness_to(grown.catalog, grown.scorers["text"].vectors, own["text"].rows, added)
+        given = {part: own[part].of(near) for part in ("text", "factors")}
+        (heads,) = before._item_graphs[name].run(["heads"], given)
+        assert np.allclose(ours, np.concatenate([heads, own["bias"].of(near)], axis=1), atol=1e-5)
     assert not list((tmp_path / "grown" / "cf").glob("likeness*"))  # as large as all pairs of items
     facts, old = read_manifest(tmp_path / "grown"), read_manifest(tiny_bundle)
     assert facts["items_added"] == 2
