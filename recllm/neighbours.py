@@ -39,8 +39,8 @@ class NeighbourSettings(Settings):
     """An item with less than this share of the usual number of events (the median over items that have any) is new
     still, up to `MOST_FEW` events: they say less than its neighbours do. 0: it is known from its first event on."""
     regression: bool = True
-    """Whether regression on the likeness of all items tells what new ones are: the vectors by which sequence models
-    rank them (else the means of their neighbours'), and how popular they will be, which is one more scorer."""
+    """Whether regression on the likeness of all items tells what new ones are: that of which sequence models make the
+    vectors to rank them by (else the means of their neighbours'), and how popular they will be, one more scorer."""
 
 
 def few_events(counts: NDArray[np.int64], settings: NeighbourSettings) -> int:
