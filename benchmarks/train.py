@@ -289,7 +289,7 @@ def kills(place: Path, number: int) -> dict[str, int]:
             },
             ease={"max_items": 0},
             transitions={"max_items": 0},
-            neighbours={"neighbours": 0},
+            neighbours={"neighbours": 0, "regression": False},
         )
         files[name] = place / f"{name}.toml"
         write_run(run.model_copy(update={"name": name}), files[name])

@@ -14,7 +14,7 @@ from recllm.ranking import ItemIndex, Scores, dot_scores
 
 
 class ExpectedPopularity:
-    """log1p of the events that a new item is expected to have; NaN for items with events, the same for every query."""
+    """log1p of the events that a new item is expected to have; NaN for known items, the same for every query."""
 
     def __init__(self, items: ItemIndex, known: NDArray[np.bool_], values: NDArray[np.float32], told: Dual) -> None:
         """Keep the expected log1p of events, float32[items], and what tells that of further items.
@@ -38,7 +38,7 @@ class ExpectedPopularity:
         return np.ones((len(queries), 1), dtype=np.float32)
 
     def item_vectors(self, candidates: ItemIndex) -> NDArray[np.float32]:
-        """The values, float32[candidates, 1]; NaN for items with events."""
+        """The values, float32[candidates, 1]; NaN for known items."""
         return self._take(np.where(self.known, np.float32(np.nan), self.values), candidates)
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:

@@ -1,6 +1,6 @@
 """What the like of an item tell of it: kernel ridge regression on shared columns, words and text."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.data import Catalog
-from recllm.neighbours import Likeness
+from recllm.neighbours import TEXT_SHARE, SharedFeatures
 from recllm.priors import read_arrays, write_arrays
-from recllm.ranking import ItemIndex
 
 LIKENESS = "likeness"
 """The name of a run's file of it; no bundle has it."""
@@ -50,14 +49,27 @@ class Dual:
 
 
 def likeness_to(
-    catalog: Catalog, text: NDArray[np.float32], fitted: NDArray[np.int64], rows: Iterable[int]
+    catalog: Catalog, text: NDArray[np.float32], fitted: NDArray[np.int64], rows: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Likeness of some items to those that were learnt from, float64[rows, fitted]; text float32[items, width]."""
+    """Likeness of some items to those that were learnt from: the cosine by features, and a part of that by text.
+
+    Args:
+        catalog: columns and titles.
+        text: float32[items, width], text vectors of length 1; a NaN row for none.
+        fitted: which items were learnt from, int64[fitted].
+        rows: the items that are compared with them.
+
+    Returns:
+        float64[rows, fitted]; 0 for what is not alike.
+    """
     known = np.zeros(len(catalog), dtype=bool)
     known[fitted] = True
-    alike = Likeness(catalog, text, known)
-    found = [alike.of(row)[fitted] for row in rows]
-    return np.array(found, dtype=np.float64).reshape(len(found), len(fitted))
+    shared, vectors = SharedFeatures(catalog.frame.iter_rows(named=True), known, own=True), np.nan_to_num(text)
+    # Negative cosines stay: without them the matrix would not be positive definite.
+    found = TEXT_SHARE * (vectors[list(rows)] @ vectors[fitted].T).astype(np.float64)
+    for place, row in enumerate(rows):
+        found[place] += shared.cosines(row)[fitted]
+    return found
 
 
 class LikenessRidge:
@@ -65,8 +77,9 @@ class LikenessRidge:
 
     Kernel ridge regression (Saunders et al. 1998, "Ridge Regression Learning Algorithm in Dual Variables") of anything
     that an item with events has: its popularity, its vector in a model (as Gantner et al. 2010 map attributes to
-    factors). What an item with events would have is told by the others alone, in closed form: left out, item i is off
-    by αᵢ / (K + λN)⁻¹ᵢᵢ. That is linear in what is learnt, so that one matrix does for all of it.
+    factors). What an item with events would have is told by the others, in closed form: left out, item i is off by
+    αᵢ / (K + λN)⁻¹ᵢᵢ, beside a mean of all that it has its part in, as all others have. That is linear in what is
+    learnt, so that one matrix does for all of it.
     """
 
     def __init__(
@@ -112,7 +125,7 @@ class LikenessRidge:
         """
         rows = np.flatnonzero(counts > 0)
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_FITTED])
-        kernel = likeness_to(catalog, text, rows, range(len(ItemIndex(catalog.ids))))
+        kernel = likeness_to(catalog, text, rows, range(len(catalog)))
         inner, noise = kernel[rows], 1.0 + BY_CHANCE / (1.0 + counts[rows])
         wanted, share = np.log1p(counts[rows].astype(np.float64)), (1.0 / noise) / (1.0 / noise).sum()
         off = wanted - share @ wanted

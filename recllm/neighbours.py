@@ -45,7 +45,8 @@ class NeighbourSettings(Settings):
 
 def few_events(counts: NDArray[np.int64], settings: NeighbourSettings) -> int:
     """The number of events from which an item is known; at least 1."""
-    if settings.neighbours == 0 or len(counts) > settings.max_items or not (counts > 0).any():
+    apart = settings.neighbours > 0 or settings.regression
+    if not apart or len(counts) > settings.max_items or not (counts > 0).any():
         return 1
     return max(1, min(MOST_FEW, round(settings.few_share * float(np.median(counts[counts > 0])))))
 
@@ -67,8 +68,12 @@ def features_of(record: Mapping[str, object]) -> Iterator[str]:
 class SharedFeatures:
     """Cosines of items by the features that they share, rare ones counting more (tf-idf, Spärck Jones 1972)."""
 
-    def __init__(self, records: Iterable[Mapping[str, object]], known: NDArray[np.bool_]) -> None:
-        """Index the records; only `known` ones, bool[items], are found as neighbours and counted for the rarity."""
+    def __init__(self, records: Iterable[Mapping[str, object]], known: NDArray[np.bool_], *, own: bool = False) -> None:
+        """Index the records; only `known` ones, bool[items], are found as neighbours and counted for the rarity.
+
+        With `own`, what a record has and no known one counts in its length, as rare as what one of them has alone: else
+        records that are not known are shorter than those that are, and their cosines larger.
+        """
         self.features = [tuple(dict.fromkeys(features_of(record))) for record in records]
         postings: dict[str, list[int]] = {}
         for row in np.flatnonzero(known).tolist():
@@ -77,10 +82,11 @@ class SharedFeatures:
         self.postings = {feature: np.array(rows) for feature, rows in postings.items()}
         count = int(known.sum())
         self.rarity = {feature: np.log((1 + count) / (1 + len(rows))) for feature, rows in postings.items()}
+        self.of_unknown = float(np.log((1 + count) / 2)) if own else 0.0
         self.lengths = np.array([self._length(features) for features in self.features])
 
     def _length(self, features: Sequence[str]) -> float:
-        return float(np.sqrt(sum(self.rarity.get(feature, 0.0) ** 2 for feature in features))) or 1.0
+        return float(np.sqrt(sum(self.rarity.get(feature, self.of_unknown) ** 2 for feature in features))) or 1.0
 
     def cosines(self, row: int) -> NDArray[np.float64]:
         """Cosine of item `row` with every known item, float64[items]; 0 with the others."""
@@ -90,28 +96,6 @@ class SharedFeatures:
                 found[self.postings[feature]] += self.rarity[feature] ** 2
         cosines: NDArray[np.float64] = found / (self.lengths * self.lengths[row])
         return cosines
-
-
-class Likeness:
-    """How like items are: the cosine by shared columns and title words, and a part of that of their text vectors."""
-
-    def __init__(self, catalog: Catalog, text: NDArray[np.float32], known: NDArray[np.bool_]) -> None:
-        """Index the catalogue.
-
-        Args:
-            catalog: columns and titles.
-            text: float32[items, width], text vectors of length 1; a NaN row for none.
-            known: bool[items], the items that others are compared with.
-        """
-        self.shared, self.known = SharedFeatures(catalog.frame.iter_rows(named=True), known), known
-        self.vectors = np.nan_to_num(text)
-
-    def of(self, row: int) -> NDArray[np.float64]:
-        """Likeness of item `row` to every known item, itself too if it is known, float64[items]; 0 to the others."""
-        alike = self.shared.cosines(row)
-        alike += TEXT_SHARE * np.maximum(self.vectors @ self.vectors[row], 0.0)
-        alike[~self.known] = 0.0
-        return alike
 
 
 def nearest(
@@ -130,10 +114,11 @@ def nearest(
         Places int64[rows, count] and weights float32[rows, count] that sum to 1; all weights of an item that is like
         no other are 0.
     """
-    likeness = Likeness(catalog, text, known)
+    shared, vectors = SharedFeatures(catalog.frame.iter_rows(named=True), known), np.nan_to_num(text)
     places, weights = [], []
     for row in rows:
-        alike = likeness.of(row)
+        alike = shared.cosines(row) + TEXT_SHARE * np.maximum(vectors @ vectors[row], 0.0)
+        alike[~known] = 0.0
         alike[row] = 0.0
         best = np.argsort(-alike, kind="stable")[:count]
         total = alike[best].sum()

@@ -135,18 +135,20 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
         scorer.save(folder)
     if run.model.task == "next_item":
         base = cast(EASE | ImplicitMF, fading.get("ease", fading["mf"]))
-        _fit_likeness(run, task, cast(TextSimilarity, fading["text"]).vectors, base)
+        _fit_likeness(run, task, cast(TextSimilarity, fading["text"]).vectors, base, say)
     write_json(
         folder / HALF_LIVES, {name: {str(key): value for key, value in own.items()} for name, own in figures.items()}
     )
 
 
-def _fit_likeness(run: Run, task: Task, text: NDArray[np.float32], base: EASE | ImplicitMF) -> None:
+def _fit_likeness(run: Run, task: Task, text: NDArray[np.float32], base: EASE | ImplicitMF, say: Say) -> None:
     """Fit what new items are told by: those most like them, and how often the like of them were chosen."""
     folder, settings, catalog = run.folder / "cf", run.neighbours, task.dataset.catalog
     if len(task.index) > settings.max_items:
         return
     known = task.item_counts >= few_events(task.item_counts, settings)
+    if settings.neighbours or settings.regression:
+        say(f"Comparing {len(task.index):,} items by columns, words and text")
     if settings.neighbours:
         Neighbours.fit(catalog, text, known, base, count=settings.neighbours).save(folder)
     if settings.regression and (task.item_counts > 0).any():
@@ -160,7 +162,8 @@ def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
     limits = {"ease": run.ease.max_items}
     if run.model.task == "next_item":
         limits |= {"transitions": run.transitions.max_items}
-        limits |= {"neighbours": run.neighbours.max_items} if run.neighbours.neighbours else {}
+        told = run.neighbours.neighbours or run.neighbours.regression
+        limits |= {"neighbours": run.neighbours.max_items} if told else {}
     for name, most in limits.items():
         if 0 < most < len(task.index):
             say(f"Left out: '{name}', for {len(task.index):,} items are more than {name}.max_items = {most:,}")

@@ -44,7 +44,7 @@ def test_new_items_are_told_what_the_like_of_them_have(counts):
     ridge = LikenessRidge.fit(shop(), no_text(), counts, counts >= 5)
     new = ridge.means(events(counts), np.arange(50, ITEMS))[:, 0].reshape(-1, BRANDS)
     assert (np.diff(new, axis=1) < 0).all()
-    assert new == pytest.approx(np.tile(np.log1p(USUAL), (2, 1)), abs=0.6)
+    assert new == pytest.approx(np.tile(np.log1p(USUAL), (2, 1)), abs=1.2)  # of 4.3 in all, drawn to the middle
     assert np.isnan(ridge.means(events(counts), np.array([-1, 3]))).tolist() == [[True], [False]]
 
 
@@ -83,6 +83,30 @@ def test_what_an_item_has_itself_does_not_move_what_it_is_told(counts):
         shift = 100.0 * (ridge.share[ridge.rows == item].sum())
         assert moved[item] <= shift + 1e-3
         assert moved.max() > 3 * shift or item == 55  # those like it are told more
+
+
+def test_an_item_without_events_is_told_what_it_was_told_with_them():
+    """A word that it has alone counts in its length whether or not it has events: else new items were all too like."""
+    items = 400
+    counts = np.random.default_rng(3).poisson(USUAL[np.arange(items) % BRANDS]) + 1
+    before = LikenessRidge.fit(shop(items), no_text(items), counts, counts >= 5)
+    gone = np.arange(0, 50)
+    left = counts.copy()
+    left[gone] = 0
+    after = LikenessRidge.fit(shop(items), no_text(items), left, left >= 5)
+    told, left_out = (ridge.means(events(own), gone)[:, 0] for ridge, own in ((after, left), (before, counts)))
+    assert told == pytest.approx(left_out, abs=0.25)
+    assert told.std() == pytest.approx(left_out.std(), rel=0.05)
+
+
+def test_likeness_is_positive_definite_also_where_texts_are_opposite():
+    text = np.random.default_rng(0).normal(size=(ITEMS, 2)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    alike = likeness_to(shop(), text, np.arange(ITEMS), range(ITEMS))
+    assert alike.min() < -0.1
+    assert np.linalg.eigvalsh(alike).min() > -1e-6  # texts are float32
+    assert alike == pytest.approx(alike.T)
+    assert alike.diagonal() == pytest.approx(1.25)
 
 
 def test_an_item_that_is_like_no_other_is_told_nothing(counts):

@@ -71,7 +71,8 @@ def test_an_item_is_new_below_a_share_of_the_usual_number_of_events():
     assert few_events(np.array([0, 1, 2]), settings) == 1
     assert few_events(np.zeros(3, dtype=np.int64), settings) == 1
     assert few_events(counts, NeighbourSettings(few_share=0.0)) == 1
-    assert few_events(counts, NeighbourSettings(neighbours=0)) == 1
+    assert few_events(counts, NeighbourSettings(neighbours=0)) == 25
+    assert few_events(counts, NeighbourSettings(neighbours=0, regression=False)) == 1
 
 
 @pytest.fixture(scope="module", params=["ease", "mf"])
