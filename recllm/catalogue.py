@@ -72,10 +72,13 @@ def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.i
         "n_item": np.append(n_item, 0)[sides["items"]].astype(np.int64),
     }
     blocks: dict[str, list[Vectors]] = {side: [] for side in sides}
-    for name, own in vectors.items():
-        mean, centred = _centred(own)
+    for place, (name, own) in enumerate(vectors.items()):
+        scale = fusion.scales.get(name) if name in before else None
+        mean, centred = _centred(own, None if scale is None else scale[0])
         feeds[f"{name}_mean"] = mean[:, None].astype(np.float32)
-        if name in before:
+        if scale is not None:  # the root of so many squares in all
+            feeds[f"{name}_root"] = np.array([[scale[1] * np.sqrt(feeds["known"][place])]], dtype=np.float32)
+        elif name in before:
             feeds[f"{name}_root"] = _root(centred)
         for side, rows in sides.items():
             part = _columns(centred, rows)
@@ -104,10 +107,11 @@ def _placed(fusion: Fusion, popularity: Vectors, part: Vectors, rows: NDArray[np
     return np.where(known, np.float32(fusion.unseen * deviation.item()), np.float32(0.0))[None]
 
 
-def _centred(vectors: Vectors) -> tuple[NDArray[np.float64], Vectors]:
-    """The mean of the known rows, float64[width], and the rows less it, zero where unknown."""
+def _centred(vectors: Vectors, given: float | None = None) -> tuple[NDArray[np.float64], Vectors]:
+    """The mean of the known rows, or what is given, float64[width]; and the rows less it, zero where unknown."""
     known = ~np.isnan(vectors[:, 0])
     mean = vectors[known].mean(axis=0, dtype=np.float64) if known.any() else np.zeros(vectors.shape[1])
+    mean = mean if given is None else np.full(vectors.shape[1], given)
     return mean, np.where(known[:, None], vectors - mean, 0.0).astype(np.float32)
 
 

@@ -20,6 +20,8 @@ Counts = NDArray[np.int64]
 
 PLACING = "popularity"
 """The scorer whose weight for new items places them among known ones: it says the same of all of them."""
+ALIKE_FOR_ALL = ("expected_popularity",)
+"""Scorers that speak of new items alone and say the same of them to everybody."""
 BACKUP = 1e-6
 """Gate of the scorers beside a single chosen one: they speak only where it is silent (no history, unknown item), and so
 quietly that an item which it does not know stands where it would put an average one."""
@@ -83,6 +85,9 @@ class Fusion:
     """Events from which an item is known."""
     unseen: float | None = None
     """Popularity's z of an item without events while θnew was fitted, below 0; None leaves it as it comes."""
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean and deviation, while θnew was fitted, of the scorers that are `ALIKE_FOR_ALL`: taken over the new items
+    that there are, they would make of two that hardly differ the two ends, and nothing of a single one."""
     chosen_new: str = ""
     """Which of the candidates for new items this is."""
     candidates_new: Mapping[str, float] = field(default_factory=dict)
@@ -164,6 +169,8 @@ class Fusion:
         """A scorer's scores, float32[queries, candidates], on the common scale; 0 where it has none."""
         if self.standardise in RANKED:
             return RANKED[self.standardise](scores, places_of(scores))
+        if name in self.scales and self.standardise == "query":
+            return standardised(scores, *self.scales[name])
         place = self.names.index(name)
         given = self.standardise == "global"
         return standardised(scores, *((self.means[place], self.deviations[place]) if given else moments(scores)))
@@ -224,6 +231,7 @@ class Fusion:
         facts |= {key: tuple(facts.get(key, ())) for key in ("names", "gates", "levels", "means", "deviations")}
         facts |= {key: Evidence(**facts[key]) for key in ("user", "item")}
         facts["theta"] = np.array(facts["theta"], dtype=np.float64).reshape(-1, 3)
+        facts["scales"] = {name: tuple(own) for name, own in facts.get("scales", {}).items()}
         if facts.get("new") is not None:
             facts["new"] = np.array(facts["new"], dtype=np.float64).reshape(-1, 2)
         return cls(**facts)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recllm.fitting import Problem, cross_entropy, drop_scorers, minimise, moments, sample_candidates
-from recllm.fusion import PLACING, Counts, Fusion
+from recllm.fusion import ALIKE_FOR_ALL, PLACING, Counts, Fusion
 from recllm.metrics import ndcg
 from recllm.ranking import QUERY_BATCH, Scores, target_ranks, top_k
 from recllm.weighing import NDCG_AT, FusionSettings
@@ -67,7 +67,8 @@ def fit_new_items(
         warm & (rng.random((len(sample), len(n_item))) < settings.new_share),
         {name: as_new[name][sample] for name in fusion.names},
     )
-    before, fusion = fusion, replace(fusion, few=few, unseen=_unseen(mixed.scores.get(PLACING)))
+    before = fusion
+    fusion = replace(fusion, few=few, unseen=_unseen(mixed.scores.get(PLACING)), scales=_scales(mixed))
     # What lives on events has no say of a new item, also where it has seen its first few.
     speaks = np.array([[not np.isnan(as_new[name][sample]).all()] for name in fusion.names])
     made, figures = _fitted(fusion, mixed, speaks, settings, rng)
@@ -263,6 +264,17 @@ def _unseen(popularity: Scores | None) -> float | None:
     mean, deviation = moments(popularity)
     rows = (deviation > 0) & (mean > 0)
     return -float((mean[rows] / deviation[rows]).mean()) if rows.any() else None
+
+
+def _scales(mixed: _Queries) -> dict[str, tuple[float, float]]:
+    """Mean and deviation of what is said of new items, of scorers that say the same of them to everybody."""
+    result = {}
+    for name in ALIKE_FOR_ALL:
+        if name in mixed.scores:
+            mean, deviation = moments(mixed.scores[name])
+            if (rows := deviation > 0).any():
+                result[name] = float(mean[rows].mean()), float(deviation[rows].mean())
+    return result
 
 
 def _lowered(names: Sequence[str], chosen: str, theta: Theta) -> dict[str, Theta]:

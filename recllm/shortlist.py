@@ -272,18 +272,24 @@ class Shortlist:
         return self._rows[side][:, start : start + self._widths[name]]
 
     def _scale(self, name: str) -> float:
-        """Brings a scorer's queries to components of about 1, and its items to what they add: one scale suits all."""
-        known = self._block(name, "items")
-        parts = (known[start : start + ITEMS_IN_GRAPH] for start in range(0, len(known), ITEMS_IN_GRAPH))
-        squares = sum(float(np.einsum("iw,iw->", part, part, dtype=np.float64)) for part in parts)
-        return float(np.sqrt(squares / len(known))) or 1.0
+        """Brings a scorer's queries to components of about 1, and its items to what they add: one scale suits all.
+
+        By the known items, or by the new ones where it speaks of these alone; 0 where it speaks of none.
+        """
+        for side in self._bounds:
+            known = self._block(name, side)
+            parts = (known[start : start + ITEMS_IN_GRAPH] for start in range(0, len(known), ITEMS_IN_GRAPH))
+            squares = sum(float(np.einsum("iw,iw->", part, part, dtype=np.float64)) for part in parts)
+            if squares:
+                return float(np.sqrt(squares / len(known)))
+        return 0.0
 
     def _items(self, side: str, n_item: Counts) -> Vectors:
         """What is searched on a side, float32[places, all widths], weighted as for a usual user."""
         start, stop = self._bounds[side]
         weights = self.fusion.weights(self._usual_user, n_item[start:stop])
         blocks = [
-            self._block(name, side) * (weights[name] / self._scales[name]).astype(np.float32)[:, None]
+            self._block(name, side) * (weights[name] / (self._scales[name] or 1.0)).astype(np.float32)[:, None]
             for name in self.fusion.names
         ]
         return np.concatenate(blocks, axis=1)

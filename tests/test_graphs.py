@@ -177,6 +177,24 @@ def test_popularity_places_new_items_the_same_however_many_there_are(new_items, 
     assert of_new.sum() == new_items * USERS
 
 
+@EVEN
+@pytest.mark.parametrize("new_items", [1, 2, 9])
+def test_what_is_said_of_new_items_alone_does_not_hang_on_how_many_there_are(new_items, even, tmp_path):
+    """One of them, or two that hardly differ, would have a deviation of nothing, or the two ends of it."""
+    new = np.array([[0.5, 0.1], [2.0, 0.0], [1.0, 0.0]])
+    given = replace(fusion(3, even=even), new=new, few=5, scales={"b": (3.0, 0.5)})
+    feeds, (n_user, _) = vectors(3), counts(3)
+    n_item = np.where(np.arange(ITEMS) < new_items, 0, 40)
+    feeds["b_queries"][:], feeds["b_items"][:] = 1.0, np.nan
+    feeds["b_items"][:new_items] = 4.0 + 0.01 * np.arange(new_items)[:, None]
+    wanted = expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS)
+    agree(run(tmp_path, given, feeds, n_user, n_item, NONE_SEEN, ITEMS), wanted)
+    of_new = n_item[wanted[0]] < 5
+    assert wanted[2][:, 1][of_new] == pytest.approx(4.0, abs=0.4)  # twice the (4 − 3) / .5 of the fit
+    assert not wanted[2][:, 1][~of_new].any()
+    assert of_new.sum() == new_items * USERS
+
+
 @pytest.mark.parametrize(
     "other",
     [{"standardise": "reciprocal rank"}, {"standardise": "borda"}, {"levels": (2, 0, 1)}, {"signed": True}],

@@ -111,6 +111,24 @@ def test_new_items_get_weights_of_their_own_and_known_ones_keep_theirs():
     assert np.allclose(sum(shares.values()), fused)
 
 
+def test_what_is_said_alike_of_new_items_keeps_the_scale_of_the_fit(tmp_path):
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    popular = np.log1p(n_item.astype(np.float32))
+    scores["expected_popularity"] = np.full_like(as_new["popularity"], np.nan)
+    as_new["expected_popularity"] = np.tile(popular, (len(targets), 1))
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    by_the_fit = QUICK.model_copy(update={"new_cost": 1.0})
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, settings=by_the_fit)
+    assert before.scales == {}
+    mean, deviation = after.scales["expected_popularity"]
+    assert (mean, deviation) == pytest.approx((popular.mean(), popular.std()), rel=0.1)
+    after.save(tmp_path / "fusion.json")
+    assert Fusion.load(tmp_path / "fusion.json").scales == after.scales
+    told = np.full((1, 3), np.nan, dtype=np.float32)
+    told[0, 1] = mean + 2 * deviation
+    assert after.z("expected_popularity", told) == pytest.approx(np.array([[0.0, 2.0, 0.0]]), abs=1e-5)
+
+
 def test_idle_items_are_not_lifted_above_known_ones():
     scores, as_new, targets, n_user, n_item, seen = cold_start()
     idle = np.arange(ITEMS) % 2 == 0
