@@ -297,8 +297,9 @@ def _write_content(
         write_json(folder / f"{name}.json", history.to_dict())
         arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lender)
         if isinstance(lender, LikenessRidge):
-            for part, told in told_later(model, lender).items():
-                arrays |= {f"{name}.told.{part}.{key}": getattr(told, key) for key in TOLD}
+            for part, told in told_later(model, lender).items():  # all models have the same text vectors and factors
+                own = f"{name}.told" if part == "bias" else f"told.{part}"
+                arrays |= {f"{own}.{key}": getattr(told, key) for key in TOLD}
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
             arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()

@@ -82,7 +82,8 @@ def fit_new_items(
     price = _Price(before, now, later, settings.new_cost)
     tried = {best: made[best], **_lowered(fusion.names, best, made[best])}
     for limit in dict.fromkeys((few, 1)):
-        limited = replace(fusion, few=limit)
+        # The scorers speak of items of few events as well: where these count as known, theirs are the scales.
+        limited = replace(fusion, few=limit, scales=fusion.scales if limit == few else {})
         if (name := price.first_paid(limited, tried)) is not None:
             return replace(limited, new=tried[name], chosen_new=name, candidates_new=figures)
     return before

@@ -144,6 +144,11 @@ FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "recency.drift": (0,),
 }
 """What keys of `ONLY_FOR` were by default before; the files of runs that were trained then spell it out."""
+BEGUN_WITHOUT: dict[str, dict[str, Any]] = {
+    "recency": {"as_of": False, "drift": 0},
+    "neighbours": {"regression": False},
+}
+"""What the run file of a folder that was begun before these keys were there means by saying nothing of them."""
 
 
 class PromptSettings(Settings):
@@ -391,8 +396,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     values = read_toml(file)
     if folder:
         values |= {"name": path.name or folder.name, "output": str(path.parent if path.name else folder.parent)}
-        if (folder / ENVIRONMENT).is_file():  # what was begun before these keys were there has known no time
-            values["recency"] = {"as_of": False, "drift": 0} | values.get("recency", {})
+    own = folder or (file.resolve().parent if file.name == FILE else None)
+    if own and (own / ENVIRONMENT).is_file():  # begun, it may be before these keys were there
+        for table, keys in BEGUN_WITHOUT.items():
+            values[table] = keys | values.get(table, {})
     path = file
     values.setdefault("name", path.stem)
     for override in overrides:

@@ -605,6 +605,7 @@ def _load_scorer(
     if history.texts is not None:  # bundles that have grown before their texts did are still about
         history = replace(history, texts=history.texts + (None,) * (len(heads) - len(history.texts)))
     told: dict[str, Dual] | None = None  # bundles from before have none
-    if f"{name}.told.bias.rows" in arrays:
-        told = {part: Dual(*(arrays[f"{name}.told.{part}.{key}"] for key in TOLD)) for part in TOLD_OF}
+    if f"{name}.told.rows" in arrays:
+        at = {part: f"{name}.told" if part == "bias" else f"told.{part}" for part in TOLD_OF}
+        told = {part: Dual(*(arrays[f"{own}.{key}"] for key in TOLD)) for part, own in at.items()}
     return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item(), told)

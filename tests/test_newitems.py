@@ -129,6 +129,25 @@ def test_what_is_said_alike_of_new_items_keeps_the_scale_of_the_fit(tmp_path):
     assert after.z("expected_popularity", told) == pytest.approx(np.array([[0.0, 2.0, 0.0]]), abs=1e-5)
 
 
+def test_where_items_of_few_events_are_known_their_scores_keep_their_own_scale(monkeypatch):
+    scores, as_new, targets, n_user, n_item, seen = cold_start()
+    scores["expected_popularity"] = as_new["expected_popularity"] = np.tile(
+        np.log1p(n_item.astype(np.float32)), (len(targets), 1)
+    )
+    before = fit_ranking(scores, targets, n_user, n_item, seen, settings=QUICK)
+    tried = []
+
+    def paid(_, fusion, given):
+        tried.append((fusion.few, dict(fusion.scales)))
+        return next(iter(given)) if fusion.few == 1 else None
+
+    monkeypatch.setattr(newitems._Price, "first_paid", paid)
+    after = fit_new_items(before, scores, as_new, targets, n_user, n_item, seen, few=3, settings=QUICK)
+    assert [few for few, _ in tried] == [3, 1]
+    assert tried[0][1].keys() == {"expected_popularity"}
+    assert (after.few, after.scales) == (1, {})
+
+
 def test_idle_items_are_not_lifted_above_known_ones():
     scores, as_new, targets, n_user, n_item, seen = cold_start()
     idle = np.arange(ITEMS) % 2 == 0

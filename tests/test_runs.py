@@ -165,11 +165,13 @@ def test_a_run_that_was_begun_before_runs_knew_of_time_goes_on_without(file, tmp
     write_run(run, run.folder / "run.toml")
     own = run.folder / "run.toml"
     text = own.read_text(encoding="utf-8")
-    own.write_text(re.sub(r"(as_of|drift) = .*\n", "", text), encoding="utf-8")
+    own.write_text(re.sub(r"(as_of|drift|regression) = .*\n", "", text), encoding="utf-8")
+    assert load_run(run.folder).neighbours.regression
     assert (load_run(run.folder).recency.drift, load_run(run.folder).recency.as_of) == (32, True)  # not begun
     write_json(run.folder / "environment.json", {})
     begun = load_run(run.folder)
-    assert (begun.recency.drift, begun.recency.as_of) == (0, False)
+    assert (begun.recency.drift, begun.recency.as_of, begun.neighbours.regression) == (0, False, False)
+    assert load_run(own).recency.drift == 0  # by its file as well
     check_resumed(begun)
     own.write_text(text.replace('task = "next_item"', 'task = "relevance"'), encoding="utf-8")
     assert load_run(run.folder).recency.drift == 32  # it says so itself
