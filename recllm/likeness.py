@@ -89,6 +89,8 @@ class LikenessRidge:
         operator: NDArray[np.float32],
         share: NDArray[np.float64],
         scale: NDArray[np.float64],
+        *,
+        whole: bool = True,
     ) -> None:
         """Keep what was learnt.
 
@@ -99,8 +101,11 @@ class LikenessRidge:
                 NaN rows for items that are like no other.
             share: of each in their mean, float64[fitted], in all 1.
             scale: (K + λN)⁻¹ᵢᵢ, float64[fitted].
+            whole: all items with events were learnt from; where only some were, those most like an item are often not
+                among them, and the means of its neighbours say more of its vector (LOG.md).
         """
         self.known, self.rows, self.operator, self.share, self.scale = known, rows, operator, share, scale
+        self.whole = whole
 
     @classmethod
     def fit(
@@ -123,7 +128,7 @@ class LikenessRidge:
             known: bool[items], which have enough events.
             seed: of the draw.
         """
-        rows = np.flatnonzero(counts > 0)
+        every = rows = np.flatnonzero(counts > 0)
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MOST_FITTED])
         kernel = likeness_to(catalog, text, rows, range(len(catalog)))
         inner, noise = kernel[rows], 1.0 + BY_CHANCE / (1.0 + counts[rows])
@@ -141,7 +146,7 @@ class LikenessRidge:
         operator = kernel @ best
         operator[rows] = np.eye(len(rows)) - best / scale[:, None]
         operator[alone] = np.nan
-        return cls(known, rows, operator.astype(np.float32), share, scale)
+        return cls(known, rows, operator.astype(np.float32), share, scale, whole=len(rows) == len(every))
 
     def means(self, values: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """What the others tell of `rows` of the items by their own `values`, float32[items, width].
@@ -172,10 +177,10 @@ class LikenessRidge:
     def save(self, folder: Path) -> None:
         """Write `likeness.safetensors` and `likeness.json`."""
         arrays = {key: getattr(self, key) for key in ("known", "rows", "operator", "share", "scale")}
-        write_arrays(folder, LIKENESS, arrays, {})
+        write_arrays(folder, LIKENESS, arrays, {"whole": self.whole})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
-        arrays, _ = read_arrays(folder, LIKENESS)
-        return cls(*(arrays[key] for key in ("known", "rows", "operator", "share", "scale")))
+        arrays, facts = read_arrays(folder, LIKENESS)
+        return cls(*(arrays[key] for key in ("known", "rows", "operator", "share", "scale")), whole=facts["whole"])

@@ -40,7 +40,8 @@ class NeighbourSettings(Settings):
     still, up to `MOST_FEW` events: they say less than its neighbours do. 0: it is known from its first event on."""
     regression: bool = True
     """Whether regression on the likeness of all items tells what new ones are: that of which sequence models make the
-    vectors to rank them by (else the means of their neighbours'), and how popular they will be, one more scorer."""
+    vectors to rank them by (else, and where more than 5,000 items have events, the means of their neighbours'), and how
+    popular they will be, one more scorer."""
 
 
 def few_events(counts: NDArray[np.int64], settings: NeighbourSettings) -> int:

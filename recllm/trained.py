@@ -547,9 +547,12 @@ def _tellable(model: NextItemModel) -> dict[str, NDArray[np.float32]]:
 def lenders(run: Run, parts: Collaborative) -> Neighbours | LikenessRidge | None:
     """What tells new items' heads; nothing where a control takes items' text from the model, for text finds the like.
 
-    Runs from before there was regression have the means of neighbours.
+    The means of neighbours are for runs from before there was regression, and where it knows a part of the items.
     """
-    return (parts.ridge or parts.neighbours) if run.control.text == "own" else None
+    if run.control.text != "own":
+        return None
+    told = parts.ridge if parts.ridge is not None and parts.ridge.whole else None
+    return told or parts.neighbours or parts.ridge
 
 
 def sequence_scorer(

@@ -11,6 +11,7 @@ from recllm.cards import ADAPTER, CARD, write_adapter_card
 from recllm.control import ControlSettings, controlled
 from recllm.errors import RecllmError
 from recllm.export import export_run
+from recllm.likeness import LikenessRidge
 from recllm.lm import load_base
 from recllm.ranking import ItemIndex
 from recllm.runs import load_run
@@ -110,6 +111,11 @@ def test_a_controls_new_items_borrow_nothing_that_is_found_by_their_text(control
     plain = control.model_copy(update={"control": ControlSettings()})
     assert lenders(plain, parts) is parts.ridge
     assert lenders(plain, replace(parts, ridge=None)) is parts.neighbours  # as in runs from before
+    part = LikenessRidge(
+        *(getattr(parts.ridge, key) for key in ("known", "rows", "operator", "share", "scale")), whole=False
+    )
+    assert lenders(plain, replace(parts, ridge=part)) is parts.neighbours
+    assert lenders(plain, replace(parts, ridge=part, neighbours=None)) is part
     assert lenders(control, parts) is None  # whatever of the tiny items has too few events
     assert np.allclose(own, lent, equal_nan=True) is bool(parts.ridge.known.all())
 

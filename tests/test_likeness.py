@@ -126,6 +126,7 @@ def test_items_that_come_later_are_told_as_if_they_had_been_there(counts, tmp_pa
     values[4] = np.nan  # an item may have events and no vector
     whole = LikenessRidge.fit(shop(), no_text(), counts, counts >= 5).means(values, np.arange(50, ITEMS))
     again = LikenessRidge.load(tmp_path)
+    assert again.whole
     told = again.dual(values[:50]).of(likeness_to(shop(), no_text(), again.rows, range(50, ITEMS)))
     assert told == pytest.approx(whole, abs=1e-4)
     assert np.array_equal(again.means(values[:50], everything(counts[:50])), first.means(values[:50], np.arange(50)))
@@ -142,11 +143,14 @@ def test_text_tells_where_columns_do_not(counts):
     assert np.isnan(told[-1])
 
 
-def test_of_a_large_catalogue_a_part_is_learnt_from(counts, monkeypatch):
+def test_of_a_large_catalogue_a_part_is_learnt_from(counts, tmp_path, monkeypatch):
     assert MOST_FITTED < 20_000  # the largest catalogue that is compared at all
     monkeypatch.setattr("recllm.likeness.MOST_FITTED", 20)
     ridge = LikenessRidge.fit(shop(), no_text(), counts, counts >= 5, seed=1)
     assert len(ridge.rows) == 20 == ridge.operator.shape[1]
+    assert not ridge.whole
+    ridge.save(tmp_path)
+    assert not LikenessRidge.load(tmp_path).whole
     told = ridge.means(events(counts), everything(counts))[:, 0]
     assert np.isfinite(told).all()
     assert told[50] > told[54]
