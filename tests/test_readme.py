@@ -84,5 +84,6 @@ def test_every_command_of_the_readme_runs_in_its_order(place, small_cache):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
-        "10 (1, 10) ['ease', 'light', 'lm', 'mf', 'neighbours', 'popularity', 'text', 'transitions']"
+        "10 (1, 10) ['ease', 'expected_popularity', 'light', 'lm', 'mf', 'neighbours', 'popularity', 'text', "
+        "'transitions']"
     )
