@@ -73,7 +73,7 @@ def likeness_to(
 
 
 class LikenessRidge:
-    """Values of items as those with events tell them by their likeness, which is that of `Neighbours`.
+    """Values of items as those with events tell them by their likeness.
 
     Kernel ridge regression (Saunders et al. 1998, "Ridge Regression Learning Algorithm in Dual Variables") of anything
     that an item with events has: its popularity, its vector in a model (as Gantner et al. 2010 map attributes to
