@@ -59,6 +59,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
 }
 """Runs whose plan is compared with what they took."""
+SHORTER = {
+    "item tokens": {"max_steps": 16, "eval_steps": 8},
+    "accumulated": {"max_steps": 8, "eval_steps": 8},
+    "pairs": {"max_steps": 8, "eval_steps": 8},
+}
+"""The same in a quick run."""
 
 
 def say(line: str) -> None:
@@ -216,10 +222,11 @@ def child(kind: str, file: str, rounds: str = "0") -> None:
     print(json.dumps({"memory": peak_memory(), "seconds": time.monotonic() - began, "tokens": read[0]}))
 
 
-def plans(place: Path) -> dict[str, dict[str, float]]:
+def plans(place: Path, *, quick: bool) -> dict[str, dict[str, float]]:
     """Plan over outcome of every configuration: memory and time as ratios, the difference of tokens."""
     found = {}
-    for name, tables in CONFIGURATIONS.items():
+    for name, whole in CONFIGURATIONS.items():
+        tables = whole | {"train": whole["train"] | SHORTER[name]} if quick else whole
         said = {}
         for kind in ("plan", "outcome"):
             run = run_of(place / kind / name.replace(" ", "-"), **tables)
@@ -348,12 +355,19 @@ def main() -> None:
         child(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(prog="recllm bench train", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="10 kills in place of 100, three rounds, and bars alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="10 kills in place of 100, three rounds, shorter trainings, and bars alone"
+    )
     parser.add_argument("--only", choices=["targets", "padding", "plans", "kills"], help="one part")
     given = parser.parse_args()
     asked = [given.only] if given.only else ["targets", "padding", "plans", "kills"]
-    result: dict[str, Any] = {"benchmark": "train", "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"benchmark": "train", "threads": torch.get_num_threads(), "took": {}}
     bars: dict[str, Bar] = {}
+    began = time.monotonic()
+
+    def took(part: str) -> None:
+        result["took"][part] = round(time.monotonic() - began - sum(result["took"].values()))
+
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         if "targets" in asked:
@@ -366,17 +380,21 @@ def main() -> None:
             bars["bf16_to_fp32"] = bar(found["bf16_to_fp32"], 1.8, least=True)
             if not torch.cpu._is_amx_tile_supported():
                 bars["bf16_to_fp32"] |= {"holds": None, "why": "asked of a CPU with AMX; this one has none"}
+            took("targets")
         if "padding" in asked:
             result["padding"] = apart("padding", place)
             bars["padding"] = bar(max(result["padding"].values()), 0.02, least=False)
+            took("padding")
         if "plans" in asked:
-            result["plans"] = plans(place)
+            result["plans"] = plans(place, quick=given.quick)
             for name, limit in (("memory", 0.1), ("seconds", 0.25), ("tokens", 0.0)):
                 off = [abs(found[name] - (name != "tokens")) for found in result["plans"].values()]
                 bars[f"plan_{name}"] = bar(max(off), limit, least=False)
+            took("plans")
         if "kills" in asked:
             result["kills"] = kills(place, 10 if given.quick else 100)
             bars["runs_with_other_bits"] = bar(result["kills"]["wrong"], 0, least=False)
+            took("kills")
     print(json.dumps(result | {"bars": bars}))
 
 

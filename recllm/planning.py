@@ -43,12 +43,14 @@ LOOKED_AT = 1_000
 """Pairs among which one of the other label is looked for."""
 ITEMS_SHOWN = 8
 """Item tokens of a history that are shown, the last ones."""
-TRIED = (1.0, 1.0, 0.9, 0.75, 0.5, 0.5, 0.25, 0.1)
-"""Which batches are tried, by their place among all by length; the first one is not timed."""
-LONGEST = 3
-"""Steps of a round behind which the longest batches have been read."""
+TRIED = (0.1, 0.25, 0.5, 0.5, 0.75, 0.9, 1.0, 1.0)
+"""Which batches are tried, by their place among all by length; the first one is not timed.
+
+The longest stand last: what shorter ones have left free is too small for them, as it is in a training, which meets them
+in any order. Tried first, they would make room for all others.
+"""
 ROUNDS, STEADY = 3, 0.02
-"""The most rounds of all batches, and the growth of the peak behind a round's longest ones that asks for no other one:
+"""The most rounds of all batches, and the growth of the peak between a round's two longest that asks for no other one:
 in bf16 a CPU keeps kernels for every shape, and takes more memory for some twenty steps."""
 VALIDATED = 8
 """Batches of a validation that are read, from the longest to the shortest; the others are reckoned by their ids."""
@@ -240,7 +242,7 @@ def _count(
 
 
 class _Watch(TrainerCallback):
-    """Seconds of every optimiser step; ends the trial behind a round in which memory has stopped to grow."""
+    """Seconds of every optimiser step; ends the trial behind a round at whose end memory has stopped to grow."""
 
     def __init__(self, batches: int) -> None:
         self.batches = batches
@@ -258,8 +260,7 @@ class _Watch(TrainerCallback):
         _finish()
         self.seconds.append(time.monotonic() - self.began)
         self.peaks.append(peak_memory())
-        round_ = self.peaks[-self.batches :]
-        if len(self.peaks) % self.batches == 0 and round_[-1] <= (1 + STEADY) * round_[min(LONGEST, self.batches) - 1]:
+        if len(self.peaks) % self.batches == 0 and self.peaks[-1] <= (1 + STEADY) * self.peaks[-2]:
             control.should_training_stop = True
 
 
@@ -278,14 +279,15 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
         accumulation: batches of a step.
     """
     rows = [row for batch in batches for row in batch * accumulation]
+    rounds = min(ROUNDS, max(1, stage.steps // len(batches)))  # a short training is tried no longer than it is
     watch = _Watch(len(batches))
     kept = trained_values(stage.model)  # as training does, to be able to go back
     with tempfile.TemporaryDirectory() as place:
         off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
-        options = stage.options(Path(place)) | off | {"max_steps": ROUNDS * len(batches), "logging_steps": 1_000_000}
+        options = stage.options(Path(place)) | off | {"max_steps": rounds * len(batches), "logging_steps": 1_000_000}
         options.pop("eval_steps"), options.pop("save_steps")
         valid, share = _some_batches(stage, options["per_device_eval_batch_size"])
-        tried = replace(stage, train=Examples(rows * ROUNDS), valid=valid)
+        tried = replace(stage, train=Examples(rows * rounds), valid=valid)
         try:
             trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number", steps=stage.steps)
             trainer.train()

@@ -105,9 +105,12 @@ def test_a_plan_of_judging_shows_prompts_with_their_labels(together, tiny_run, t
     assert all("Will this person like" in example or "film" in example for example in plan.examples)
 
 
-@pytest.mark.parametrize(("growing", "rounds"), [(3, 1), (8, 2), (11, 2), (12, 3), (100, 3)])
-def test_steps_are_tried_until_memory_stops_to_grow(growing, rounds, tiny_run, tmp_path, monkeypatch):
-    run = again(tiny_run, tmp_path, "light.num_train_epochs=0")
+@pytest.mark.parametrize(
+    ("growing", "steps", "rounds"),
+    [(7, 100, 1), (8, 100, 2), (15, 100, 2), (16, 100, 3), (100, 100, 3), (100, 23, 2), (100, 5, 1)],
+)
+def test_steps_are_tried_until_memory_stops_to_grow(growing, steps, rounds, tiny_run, tmp_path, monkeypatch):
+    run = again(tiny_run, tmp_path, "light.num_train_epochs=0", f"train.max_steps={steps}")
     task = prepare(run, silent)
     stage = language_stage(run, task, load_collaborative(load_run(tiny_run), task).features, silent)
     asked = []
