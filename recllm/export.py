@@ -298,7 +298,7 @@ def _write_content(
         arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lender)
         if isinstance(lender, LikenessRidge):
             for part, told in told_later(model, lender).items():  # all models have the same text vectors and factors
-                own = f"{name}.told" if part == "bias" else f"told.{part}"
+                own = f"{name}.told" if part == "own" else f"told.{part}"
                 arrays |= {f"{own}.{key}": getattr(told, key) for key in TOLD}
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()

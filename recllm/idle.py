@@ -14,6 +14,8 @@ WITHOUT_TEACHER = ("light.taught", "light.taught_weight")
 """Keys of `[light]` that say how a teacher is learnt from."""
 WHERE_PAIRS_ARE_JUDGED = ("model.head_width", "light.per_device_train_batch_size")
 """Keys that say nothing where pairs are judged, beside two whole tables."""
+OF_SEQUENCE_MODELS = ("recency.drift", "model.learnt_width")
+"""Keys outside their own tables that both sequence models read, and nothing else."""
 OF_SPLITS = {
     "data.min_events": ("leave-last-out", "cold-items"),
     "data.cold_share": ("cold-items",),
@@ -57,7 +59,9 @@ def _idle(run: Run) -> Iterator[tuple[str, list[str]]]:
         # A teacher's own start still says which rows it has learnt.
         yield "light.num_train_epochs = 0", [key for key in light if key != "light.teacher"]
         if run.model.name == "none":
-            yield "there is no sequence model", _among(changed["recency"], ("recency.drift",))
+            yield "there is no sequence model", _among([*changed["recency"], *changed["model"]], OF_SEQUENCE_MODELS)
+    if run.control.factors != "own":
+        yield f"control.factors = {run.control.factors}", _among(changed["model"], OF_SEQUENCE_MODELS)
     if not run.recency.popularity_days:
         yield "recency.popularity_days is empty", _among(changed["recency"], ("recency.as_of",))
     if run.light.teacher is None:

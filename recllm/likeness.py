@@ -16,8 +16,9 @@ LIKENESS = "likeness"
 """The name of a run's file of it; no bundle has it."""
 TOLD = ("rows", "weights", "middle")
 """`Dual`'s own, as they are saved."""
-TOLD_OF = ("text", "factors", "bias")
-"""What is told of a new item for a sequence model, which makes the item's head of it."""
+TOLD_OF = ("text", "factors", "own")
+"""What is told of a new item for a sequence model, which makes the item's head of it; `own` is what the model has
+learnt of each item: a vector, if it learns such, and in the last column the bias."""
 MOST_FITTED = 5_000
 """Items that are learnt from; of a larger catalogue so many are drawn: the cost grows with their cube."""
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)

@@ -368,11 +368,12 @@ def next_item_model(
     *,
     repeats: bool = False,
     drift: int = 0,
+    learnt: int = 0,
 ) -> NextItemModel:
     """Put projections and heads around a causal base model; `recipe` None leaves it frozen without an adapter.
 
     `counts` are the items' training events, int64[items]; `repeats` says whether an item may come again, `drift` into
-    how many stretches the training time is cut.
+    how many stretches the training time is cut, `learnt` how wide a vector the model learns of each item.
 
     Raises:
         RecllmError: the base model is an encoder, whose hidden states see the items that they should predict.
@@ -395,6 +396,7 @@ def next_item_model(
         negatives=settings.negatives,
         repeats=repeats,
         drift=drift,
+        learnt=learnt,
     )
 
 

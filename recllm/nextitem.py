@@ -149,6 +149,8 @@ def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
     model.bias.data.copy_(light.bias.data)
     model.log_scale.data.copy_(light.log_scale.data)
     model.cold_bias.data.copy_(light.cold_bias.data)
+    if model.learnt is not None and light.learnt is not None:
+        model.learnt.data.copy_(light.learnt.data)
     if model.drift is not None and light.drift is not None:
         model.drift.load_state_dict(light.drift.state_dict())
 

@@ -147,10 +147,10 @@ def _right_sides(liked: NDArray[np.bool_], scores: NDArray[np.floating]) -> NDAr
 
 def _item_parity(path: Path, model: NextItemModel, rows: NDArray[np.int64]) -> dict[str, float]:
     """Fidelity of the similarities among item vectors as the item graph makes them."""
-    given = {"text": model.text_vectors[rows], "factors": model.item_factors[rows]}  # type: ignore[index]
+    given = {"text": model.text_vectors[rows], "factors": model.factors(torch.from_numpy(rows))}  # type: ignore[index]
     with torch.inference_mode():
         expected = model.heads(given["text"], given["factors"]).numpy()
-    found = open_session(path).run(["heads"], {name: value.numpy() for name, value in given.items()})[0]
+    found = open_session(path).run(["heads"], {name: value.detach().numpy() for name, value in given.items()})[0]
     return fidelity(_similarities(expected), _similarities(found))
 
 

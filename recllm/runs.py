@@ -95,6 +95,7 @@ ONLY_FOR: dict[Literal["next_item", "relevance"], tuple[str, ...]] = {
         "model.history",
         "model.negatives",
         "model.heads_from_light",
+        "model.learnt_width",
         "light.negatives",
         "light.teacher",
         "train.recent_windows",
@@ -209,6 +210,9 @@ class ModelSettings(Settings):
     """Items that are drawn in a step and stand for all others in the softmax; 0 takes all (next_item)."""
     heads_from_light: bool = True
     """Start from the light scorer's item vectors, where there is one and `head_width` is its width."""
+    learnt_width: int = Field(default=0, ge=0)
+    """Width of a vector of its own that the light scorer and the language model learn of each item with events, beside
+    its text vector and factors; 0 for none (next_item)."""
     relevance_rows: int = Field(default=20_000, ge=1)
     """The most rows of an epoch (relevance); a larger training set is sampled anew for every epoch."""
     rows_together: int = Field(default=1, ge=1)

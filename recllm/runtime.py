@@ -477,7 +477,7 @@ def _told(
         if not isinstance(scorer, TableScorer | ExpectedPopularity) or scorer.told is None:
             continue
         if near is None:  # a run has learnt from the same items in all of them
-            fitted = (scorer.told["bias"] if isinstance(scorer, TableScorer) else scorer.told).rows
+            fitted = (scorer.told["own"] if isinstance(scorer, TableScorer) else scorer.told).rows
             near = likeness_to(catalog, text, fitted, range(first, len(catalog)))
         if isinstance(scorer, ExpectedPopularity):
             result[name] = scorer.grown(index, near)
@@ -490,10 +490,10 @@ def _told_items(scorer: TableScorer, near: NDArray[np.float64], graph: Any) -> N
     """Heads and bias of the last items by their likeness to others, float32[items, head + 1]; NaN for all others."""
     assert scorer.told is not None
     told = {part: dual.of(near) for part, dual in scorer.told.items()}
-    (heads,) = graph.run(["heads"], {part: told[part] for part in ("text", "factors")})
-    items = np.full_like(scorer.items, np.nan)
-    new = np.concatenate([heads, told["bias"]], axis=1)
-    items[len(items) - len(near) :] = np.where(np.isnan(told["bias"]), np.float32(np.nan), new)
+    factors, bias = np.concatenate([told["factors"], told["own"][:, :-1]], axis=1), told["own"][:, -1:]
+    (heads,) = graph.run(["heads"], {"text": told["text"], "factors": factors})
+    items, new = np.full_like(scorer.items, np.nan), np.concatenate([heads, bias], axis=1)
+    items[len(items) - len(near) :] = np.where(np.isnan(bias), np.float32(np.nan), new)
     return items
 
 
@@ -606,6 +606,6 @@ def _load_scorer(
         history = replace(history, texts=history.texts + (None,) * (len(heads) - len(history.texts)))
     told: dict[str, Dual] | None = None  # bundles from before have none
     if f"{name}.told.rows" in arrays:
-        at = {part: f"{name}.told" if part == "bias" else f"told.{part}" for part in TOLD_OF}
+        at = {part: f"{name}.told" if part == "own" else f"told.{part}" for part in TOLD_OF}
         told = {part: Dual(*(arrays[f"{own}.{key}"] for key in TOLD)) for part, own in at.items()}
     return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item(), told)

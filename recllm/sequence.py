@@ -16,6 +16,8 @@ from recllm.vectors import ItemFeatures
 IGNORED = -100
 START_SCALE = 10.0
 """What the cosines of histories and items are multiplied by before training; one over the softmax's temperature."""
+LEARNT_START = 0.1
+"""Standard deviation of what an item's learnt vector starts with; text vectors and factors have about 1."""
 
 
 class ItemProjection(nn.Module):
@@ -135,9 +137,11 @@ class NextItemModel(nn.Module):
         factor_dropout: share of items that lose their factors in a training step, so that text learns to stand alone.
         counts: int64[items], training events, by which negatives are drawn.
         negatives: items that are drawn in a training step, in place of all; 0, or as many as there are, takes all. What
-            a step costs then hardly grows with the catalogue: but for drawing, and the biases' own steps.
+            a step costs then hardly grows with the catalogue: but for drawing, and the steps of what is learnt of each
+            item, its bias and its vector.
         repeats: whether what a window has shown may come again.
         drift: stretches of the training time in which people may turn to something else; 0 for none.
+        learnt: width of a vector of its own that every item with factors learns beside them; 0 for none.
     """
 
     def __init__(
@@ -155,17 +159,22 @@ class NextItemModel(nn.Module):
         negatives: int = 0,
         repeats: bool = False,
         drift: int = 0,
+        learnt: int = 0,
     ) -> None:
         super().__init__()
         self.body, self.repeats = body, repeats
-        self.tokens = ItemProjection(features.text.shape[1], features.factors.shape[1], width, token_scale)
-        self.heads = ItemProjection(features.text.shape[1], features.factors.shape[1], head_width, None)
+        text_width, factor_width = features.text.shape[1], features.factors.shape[1] + learnt
+        self.tokens = ItemProjection(text_width, factor_width, width, token_scale)
+        self.heads = ItemProjection(text_width, factor_width, head_width, None)
         self.query = nn.Linear(width, head_width)
         self.drift = Drift(drift, head_width) if drift else None
         # Vectors of one and no scalars: what is sharded over processes needs an axis to be cut along.
         self.log_scale = nn.Parameter(torch.tensor([math.log(START_SCALE)]))
         self.bias = nn.Parameter(torch.zeros(len(features.index)))
         self.cold_bias = nn.Parameter(torch.zeros(1))  # of an item without factors: what learns of events learns none
+        # One for both sides, as SASRec has; joined to the factors, so that an item loses both or none.
+        start = torch.randn(len(features.index), learnt) * LEARNT_START if learnt else None
+        self.learnt = None if start is None else nn.Parameter(start)
         self.lead, self.factor_dropout = lead, factor_dropout
         # Not persistent: the vectors are saved once for all models of a run, not in every checkpoint.
         self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)
@@ -175,9 +184,19 @@ class NextItemModel(nn.Module):
         events = torch.from_numpy(warm * (1 if counts is None else counts))
         self.register_buffer("odds", draw_odds(events) if self.negatives else None, persistent=False)
 
+    def factors(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Factors of items, beside them what the model has learnt of each, float32[items, factors + learnt].
+
+        NaN rows for items without factors, which have learnt nothing either.
+        """
+        fixed: Tensor = self.item_factors[rows]  # type: ignore[index]
+        if self.learnt is None:
+            return fixed
+        return torch.cat([fixed, torch.where(torch.isnan(fixed[:, :1]), torch.nan, self.learnt[rows])], dim=1)
+
     def table(self, factors: Tensor | None = None) -> Tensor:
         """The input vectors that ids point into: the lead's rows, then one token per item."""
-        items = self.tokens(self.text_vectors, self.item_factors if factors is None else factors)
+        items = self.tokens(self.text_vectors, self.factors() if factors is None else factors)
         return items if self.lead is None else torch.cat([self.lead().to(items.dtype), items])
 
     def encode(self, ids: Tensor, ends: Tensor, table: Tensor, asked: Tensor | None = None) -> Tensor:
@@ -237,7 +256,7 @@ class NextItemModel(nn.Module):
         if self.training and self.negatives:
             total, ranks = self._drawn_loss(ids, ends, asked, chosen, targets, barred)
         else:
-            factors = self._dropped(self.item_factors)  # type: ignore[arg-type]
+            factors = self._dropped(self.factors())
             queries = self.encode(ids, ends, self.table(factors), asked)
             heads = self.heads(self.text_vectors, factors)
             bias = torch.where(self.warm, self.biases(factors), -torch.inf)  # type: ignore[arg-type]
@@ -261,7 +280,7 @@ class NextItemModel(nn.Module):
         def place(items: Tensor) -> Tensor:
             return torch.searchsorted(rows, items)
 
-        factors = self._dropped(self.item_factors[rows])  # type: ignore[index]
+        factors = self._dropped(self.factors(rows))
         text: Tensor = self.text_vectors[rows]  # type: ignore[index]
         tokens = self.tokens(text, factors)
         table = tokens if lead is None else torch.cat([lead.to(tokens.dtype), tokens])

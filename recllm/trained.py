@@ -271,6 +271,11 @@ def stretches(run: Run, task: Task) -> int:
     return 0 if task.time is None else run.recency.drift
 
 
+def learnt_width(run: Run) -> int:
+    """Width of the vector that a run's sequence models learn of each item; 0 where a control is to know no events."""
+    return run.model.learnt_width if run.control.factors == "own" else 0
+
+
 def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemModel, HistoryFormat]:
     """The light sequence model, untrained."""
     settings = run.light
@@ -288,6 +293,7 @@ def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemM
         negatives=settings.negatives,
         repeats=task.repeats,
         drift=stretches(run, task),
+        learnt=learnt_width(run),
     )
     return model, HistoryFormat((), (), settings.max_history, 1)
 
@@ -423,6 +429,7 @@ def language_model(
         run.model,
         repeats=task.repeats,
         drift=stretches(run, task),
+        learnt=learnt_width(run),
     )
     return model, history, base
 
@@ -481,7 +488,7 @@ def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
 @torch.inference_mode()
 def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Item vectors float32[items, head] (NaN for an item with neither text nor factors) and bias float32[items]."""
-    heads = model.heads(model.text_vectors, model.item_factors)
+    heads = model.heads(model.text_vectors, model.factors())
     unknown = torch.isnan(model.text_vectors[:, 0]) & torch.isnan(model.item_factors[:, 0])  # type: ignore[index]
     heads = torch.where(unknown[:, None], torch.nan, heads)
     bias = model.biases(model.item_factors)  # type: ignore[arg-type]
@@ -492,7 +499,7 @@ def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.fl
 def text_heads(model: NextItemModel) -> NDArray[np.float32]:
     """Item vectors and bias from text alone, as of items without events: float32[items, head + 1], NaN without text."""
     text: torch.Tensor = model.text_vectors  # type: ignore[assignment]
-    heads = model.heads(text, torch.full_like(model.item_factors, torch.nan))  # type: ignore[arg-type]
+    heads = model.heads(text, torch.full_like(model.factors(), torch.nan))
     heads = torch.cat([heads, model.cold_bias.expand(len(heads), 1)], dim=1)
     return torch.where(torch.isnan(text[:, :1]), torch.nan, heads).float().cpu().numpy()
 
@@ -526,21 +533,23 @@ def _told(model: NextItemModel, ridge: LikenessRidge) -> NDArray[np.float32]:
     """Heads and bias of every item as those like it tell them, float32[items, head + 1]; NaN where nothing is alike."""
     rows = np.arange(len(ridge.operator))
     told = {part: torch.from_numpy(ridge.means(own, rows)) for part, own in _tellable(model).items()}
+    factors, bias = torch.cat([told["factors"], told["own"][:, :-1]], dim=1), told["own"][:, -1:]
     device = model.text_vectors.device
-    heads = model.heads(told["text"].to(device), told["factors"].to(device)).float().cpu()  # type: ignore[arg-type]
-    return torch.where(told["bias"].isnan(), torch.nan, torch.cat([heads, told["bias"]], dim=1)).numpy()
+    heads = model.heads(told["text"].to(device), factors.to(device)).float().cpu()  # type: ignore[arg-type]
+    return torch.where(bias.isnan(), torch.nan, torch.cat([heads, bias], dim=1)).numpy()
 
 
 def told_later(model: NextItemModel, ridge: LikenessRidge) -> dict[str, Dual]:
-    """What tells the text vector, the factors and the bias of items that come later, by `TOLD_OF`."""
+    """What tells the text vector, the factors and what a model has learnt of items that come later, by `TOLD_OF`."""
     return {part: ridge.dual(own) for part, own in _tellable(model).items()}
 
 
 @torch.inference_mode()
 def _tellable(model: NextItemModel) -> dict[str, NDArray[np.float32]]:
     """What a model makes heads and biases of, float32[items, width] each; what is told of new items, by `TOLD_OF`."""
-    bias: torch.Tensor = model.biases(model.item_factors)  # type: ignore[arg-type]
-    given: tuple[Any, ...] = (model.text_vectors, model.item_factors, bias[:, None])
+    fixed: Any = model.item_factors
+    own = torch.cat([model.factors()[:, fixed.shape[1] :], model.biases(fixed)[:, None]], dim=1)
+    given: tuple[Any, ...] = (model.text_vectors, fixed, own)
     return {part: own.float().cpu().numpy() for part, own in zip(TOLD_OF, given, strict=True)}
 
 

@@ -21,8 +21,9 @@ from recllm.vectors import VECTORS
 
 Say = Callable[[str], None]
 
-OF_ITEMS, OF_NEW_ITEMS, OF_TIME = "bias", "cold_bias", "drift.ends"
-"""The parameter with a value per item, and the one that an item without events has in its place."""
+OF_ITEMS, OF_NEW_ITEMS, OF_TIME, LEARNT = "bias", "cold_bias", "drift.ends", "learnt"
+"""The parameter with a value per item, the one that an item without events has in its place, the one with a vector per
+stretch of time, and the one with a vector per item."""
 SPLIT_KEYS = ("split", "min_events", "cold_share", "given_back", "shots")
 
 
@@ -69,6 +70,7 @@ def _facts(run: Run) -> dict[str, object]:
     return facts | {
         "model.task": run.model.task,
         "model.item_encoder": run.model.item_encoder or run.model.name,
+        "model.learnt_width": run.model.learnt_width,
         "cf.factors": run.cf.factors,
     }
 
@@ -152,12 +154,9 @@ def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -
         say(f"'{scorer}' starts from nothing: {earlier.folder} has none")
         return False
     weights = load_file(path)
-    if OF_ITEMS in weights:
-        ids = read_json((earlier.folder / VECTORS).with_suffix(".ids.json"))
-        rows, known = ItemIndex(ids).rows(index.ids), ImplicitMF.load(earlier.folder / "cf").items
-        # On its list without an event: what the parameter holds for such an item was never learnt.
-        weights[OF_ITEMS] = _biases(weights, np.where(known.rows(index.ids) >= 0, rows, -1))
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if OF_ITEMS in weights:
+        _bring_to_items(weights, own, earlier, index)
     if OF_TIME in weights:
         _bring_to_time(weights, own.get(OF_TIME))
     for name, value in weights.items():
@@ -176,6 +175,17 @@ def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -
     return True
 
 
+def _bring_to_items(weights: dict[str, Tensor], own: dict[str, nn.Parameter], earlier: Run, index: ItemIndex) -> None:
+    """What the earlier model has learnt of each item, in the order of the new catalogue."""
+    ids = read_json((earlier.folder / VECTORS).with_suffix(".ids.json"))
+    rows, known = ItemIndex(ids).rows(index.ids), ImplicitMF.load(earlier.folder / "cf").items
+    # On its list without an event: what the parameters hold for such an item was never learnt.
+    rows = np.where(known.rows(index.ids) >= 0, rows, -1)
+    weights[OF_ITEMS] = _biases(weights, rows)
+    if LEARNT in weights and LEARNT in own:
+        weights[LEARNT] = _learnt(weights[LEARNT], own[LEARNT], rows)
+
+
 def _bring_to_time(weights: dict[str, Tensor], own: nn.Parameter | None) -> None:
     """What the earlier model has learnt of time, for as many stretches as the new one has; gone where it has none.
 
@@ -192,6 +202,12 @@ def _biases(weights: dict[str, Tensor], rows: NDArray[np.int64]) -> Tensor:
     """Biases of new items float32[items] by their rows in the earlier run, −1 where it had none."""
     known = weights[OF_ITEMS][torch.from_numpy(np.maximum(rows, 0))]
     return torch.where(torch.from_numpy(rows >= 0), known, weights[OF_NEW_ITEMS].reshape(()))
+
+
+def _learnt(earlier: Tensor, drawn: nn.Parameter, rows: NDArray[np.int64]) -> Tensor:
+    """Learnt vectors float32[items, width] by rows in the earlier run; as they are drawn where it had none."""
+    there = torch.from_numpy(rows >= 0)[:, None]
+    return torch.where(there, earlier[torch.from_numpy(np.maximum(rows, 0))], drawn.detach().cpu())
 
 
 def _unfit(path: Path, why: str) -> RecllmError:

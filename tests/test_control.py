@@ -18,7 +18,15 @@ from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
+from recllm.trained import (
+    language_model,
+    lenders,
+    light_model,
+    load_collaborative,
+    load_language,
+    load_light,
+    sequence_scorer,
+)
 from recllm.vectors import ItemFeatures, Standard
 
 TEXT = np.array([[1, 2], [3, -1], [np.nan, np.nan], [-4, 0], [0, -1], [5, 5]], dtype=np.float32)
@@ -96,6 +104,18 @@ def test_a_control_trains_scores_and_says_what_it_lacks(control, tiny_lm_folder)
     frozen = merged.body.model.embed_tokens.weight  # no adapter is on it
     assert torch.equal(frozen, load_base(tiny_lm_folder, drawn_by=control.seed).model.embed_tokens.weight)
     assert not torch.equal(frozen, load_base(tiny_lm_folder).model.embed_tokens.weight)
+
+
+def test_a_control_that_is_to_know_no_events_learns_no_vectors_of_items(tiny_run):
+    for control, width in (("factors=same", 0), ("text=same", 3)):
+        run = load_run(tiny_run, ["model.learnt_width=3", f"control.{control}"])
+        task = prepare(run)
+        features = load_collaborative(run, task).features
+        for model, _, *_ in (
+            light_model(run, task, features),
+            language_model(run, task, features, None, lambda _: None),
+        ):
+            assert (0 if model.learnt is None else model.learnt.shape[1]) == width
 
 
 def test_a_controls_new_items_borrow_nothing_that_is_found_by_their_text(control):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import recllm
 from recllm.bundle import read_manifest, seal
@@ -18,6 +19,7 @@ from recllm.likeness import likeness_to
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
+from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
 
 NEW = [
     {"item_id": "new-red", "title": "Red film 99", "genres": "Drama", "colour": "red"},
@@ -55,11 +57,36 @@ def test_the_grown_bundle_answers_as_the_recommender_that_grew_in_memory(tiny_bu
         near = likeness_to(grown.catalog, grown.scorers["text"].vectors, own["text"].rows, added)
         given = {part: own[part].of(near) for part in ("text", "factors")}
         (heads,) = before._item_graphs[name].run(["heads"], given)
-        assert np.allclose(ours, np.concatenate([heads, own["bias"].of(near)], axis=1), atol=1e-5)
+        assert np.allclose(ours, np.concatenate([heads, own["own"].of(near)], axis=1), atol=1e-5)
     assert not list((tmp_path / "grown" / "cf").glob("likeness*"))  # as large as all pairs of items
     facts, old = read_manifest(tmp_path / "grown"), read_manifest(tiny_bundle)
     assert facts["items_added"] == 2
     assert {facts[key] == old[key] for key in ("name", "recipe", "scorers", "data")} == {True}
+
+
+def test_what_a_model_has_learnt_of_items_is_exported_and_told_of_new_ones(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
+    keys = ["light.num_train_epochs=2", "train.max_steps=3", "train.eval_steps=3", "model.learnt_width=3"]
+    run = load_run(tiny_run / "run.toml", ["name=learnt", f"output={tmp_path}", *keys])
+    task = train_run(run, say=lambda _: None)
+    (exported,) = export_run(run, task, ["fp32"], say=lambda _: None)
+    bundle, parts = recllm.load(exported.folder), load_collaborative(run, task)
+    grown = bundle.with_items([{k: v for k, v in item.items() if k != "colour"} for item in NEW])
+    near = likeness_to(grown.catalog, grown.scorers["text"].vectors, bundle.scorers["light"].told["own"].rows, [-2, -1])
+    for name, load in (("light", load_light), ("lm", load_language)):
+        model, history = load(run, task, parts.features)
+        assert model.learnt.shape == (len(task.index), 3)
+        torch_scorer = sequence_scorer(model, history, task, lenders(run, parts))
+        assert np.allclose(bundle.scorers[name].items, torch_scorer.items, atol=1e-4)
+        assert np.allclose(bundle.scorers[name].table, model.table().detach().numpy(), atol=1e-5)
+        told = bundle.scorers[name].told
+        assert told["own"].weights.shape[1] == 3 + 1  # and the bias
+        factors = torch.from_numpy(np.concatenate([told["factors"].of(near), told["own"].of(near)[:, :3]], axis=1))
+        with torch.inference_mode():
+            heads = model.heads(torch.from_numpy(told["text"].of(near)), factors).numpy()
+        expected = np.concatenate([heads, told["own"].of(near)[:, 3:]], axis=1)
+        assert np.allclose(grown.scorers[name].items[-2:], expected, atol=1e-4)
+        assert not np.allclose(told["own"].of(near)[:, :3], 0.0, atol=1e-4)
 
 
 def test_a_bundle_may_grow_in_its_own_place_and_again(tiny_bundle, new_items, tmp_path):

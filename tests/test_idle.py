@@ -64,10 +64,17 @@ def test_time_says_nothing_where_nothing_reads_it():
     recency = {"drift": 3}
     assert idle(**bare, recency=recency) == {}
     without = bare | {"light": {"num_train_epochs": 0}}
-    assert idle(**without, recency=recency) == {"there is no sequence model": ["recency.drift"]}
+    without["model"] = without["model"] | {"learnt_width": 4}
+    assert idle(**without, recency=recency) == {"there is no sequence model": ["recency.drift", "model.learnt_width"]}
     assert idle(recency={"as_of": False}) == {}
     found = idle(recency={"as_of": False, "popularity_days": []})
     assert found == {"recency.popularity_days is empty": ["recency.as_of"]}
+
+
+def test_a_control_without_factors_learns_no_vectors_of_items():
+    model = {"learnt_width": 4}
+    assert idle(model=model) == idle(model=model, control={"text": "shuffled"}) == {}
+    assert idle(model=model, control={"factors": "same"}) == {"control.factors = same": ["model.learnt_width"]}
 
 
 def test_where_pairs_are_judged_items_are_not_compared():

@@ -86,14 +86,15 @@ def test_items_that_cannot_be_written_are_left_out_of_what_is_learnt():
     assert [row.tolist() for row in nextitem._readable(timed, texts)] == [[[0, 5], [2, 7]]]
 
 
-def model_of(seed, head_width=8, drift=3):
+def model_of(seed, head_width=8, drift=3, learnt=2):
     random = np.random.default_rng(0)
     vectors = random.normal(size=(4, 6)).astype(np.float32)
     torch.manual_seed(seed)
     body = LightBody(8, layers=1, heads=2, positions=3, dropout=0.0)
     features = ItemFeatures(ItemIndex("abcd"), vectors, vectors[:, :2])
     warm = np.ones(4, dtype=bool)
-    model = NextItemModel(body, features, width=8, head_width=head_width, warm=warm, token_scale=1.0, drift=drift)
+    widths = {"width": 8, "head_width": head_width, "drift": drift, "learnt": learnt}
+    model = NextItemModel(body, features, warm=warm, token_scale=1.0, **widths)
     with torch.no_grad():
         for value in (model.bias, model.log_scale, model.cold_bias, *([model.drift.ends] if drift else [])):
             value.normal_()
@@ -108,8 +109,10 @@ def test_the_item_side_of_the_light_scorer_is_taken_over_and_nothing_else():
     model, light = model_of(1), model_of(2)
     before, wanted = weights(model), weights(light)
     nextitem._start_from(model, light, pytest.fail)
-    items = {name for name in before if name.startswith(("heads.", "bias", "log_scale", "cold_bias", "drift"))}
-    assert len(items) > 5
+    items = {
+        name for name in before if name.startswith(("heads.", "bias", "log_scale", "cold_bias", "drift", "learnt"))
+    }
+    assert len(items) > 6
     for name, value in weights(model).items():
         assert torch.equal(value, wanted[name] if name in items else before[name]), name
 

@@ -27,6 +27,7 @@ def light(
     negatives=0,
     repeats=False,
     drift=0,
+    learnt=0,
 ):
     """A light model over random item vectors."""
     random = np.random.default_rng(0)
@@ -45,6 +46,7 @@ def light(
             negatives=negatives,
             repeats=repeats,
             drift=drift,
+            learnt=learnt,
         )
 
 
@@ -182,6 +184,31 @@ def test_missing_parts_of_an_item_are_not_missing_numbers():
     assert all(torch.isfinite(value.grad).all() for value in projection.parameters())
 
 
+def test_a_learnt_vector_tells_items_apart_that_are_alike_and_one_without_events_has_none():
+    vectors = np.ones((ITEMS, 6), dtype=np.float32)
+    factors = np.ones((ITEMS, 4), dtype=np.float32)
+    factors[[7, 11]] = np.nan
+    warm = ~np.isnan(factors[:, 0])
+    model = light(warm, text=vectors, factors=factors, learnt=3)
+    assert torch.isnan(model.factors()[[7, 11]]).all()
+    assert torch.equal(model.factors()[:3], torch.cat([torch.ones(3, 4), model.learnt[:3]], dim=1))
+    for made in (model.heads(model.text_vectors, model.factors()), model.table()):
+        assert torch.equal(made[7], made[11])
+        others = made[torch.from_numpy(warm)]
+        assert len(torch.unique(others, dim=0)) == len(others)
+    model(**batch([1, 2, 7, 3]))["loss"].backward()
+    assert model.learnt.grad[[7, 11]].count_nonzero() == 0
+    assert (model.learnt.grad[torch.from_numpy(warm)] != 0).any(1).all()
+    assert light(text=vectors).learnt is None
+
+
+def test_a_learnt_vector_goes_with_the_factors_that_are_dropped():
+    vectors = np.ones((ITEMS, 6), dtype=np.float32)
+    model = light(text=vectors, learnt=3, factor_dropout=1.0).train()
+    model(**batch([1, 2, 3]))["loss"].backward()
+    assert not model.learnt.grad.any()
+
+
 def test_factors_are_dropped_in_training_only():
     model = light(factor_dropout=0.5)
     given = batch([1, 2, 3])
@@ -196,12 +223,13 @@ def test_the_item_vectors_are_not_in_the_state_that_is_saved():
     assert not {"text_vectors", "item_factors", "warm"} & set(light().state_dict())
 
 
-def test_drawn_negatives_give_the_whole_loss_where_all_are_drawn(monkeypatch):
+@pytest.mark.parametrize("learnt", [0, 3])
+def test_drawn_negatives_give_the_whole_loss_where_all_are_drawn(learnt, monkeypatch):
     warm = np.ones(ITEMS, dtype=bool)
     warm[[7, 11]] = False
     factors = np.random.default_rng(1).normal(size=(ITEMS, 4)).astype(np.float32)
     factors[[7, 11, 13]] = np.nan
-    whole, drawn = (light(warm, factors=factors, negatives=negatives) for negatives in (0, 21))
+    whole, drawn = (light(warm, factors=factors, negatives=negatives, learnt=learnt) for negatives in (0, 21))
     given = batch([1, 2, 3, 4, 2], [7, 9, 12], [13, 20, 0, 5])
     chance = torch.ones(int(warm.sum()))
     monkeypatch.setattr("recllm.sequence.draw_negatives", lambda *_: (torch.from_numpy(np.flatnonzero(warm)), chance))

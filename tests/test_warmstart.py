@@ -1,6 +1,7 @@
 """Warm starts: what an earlier run learnt is where the next one begins, item by item, or it is said why not."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -21,6 +22,7 @@ from recllm.scoring import known_scores
 from recllm.tasks import LEARNT, keep_learnt, prepare
 from recllm.train import train_run
 from recllm.trained import adapter_recipe, light_model, load_collaborative
+from recllm.vectors import ItemFeatures
 from recllm.warmstart import check_start, check_start_data, start, turned
 
 WEIGHTS = "model.safetensors"
@@ -110,6 +112,26 @@ def test_biases_go_with_their_items(tiny_run, checkerboard_folder, after, tmp_pa
     assert listed["7"] == before["cold_bias"].item()  # on the list, and without an event that it could learn of
     assert listed["9"] == by_id["9"]
     assert task.index.ids[:2] == ("new", "23")
+
+
+def test_learnt_vectors_go_with_their_items(tiny_run, tmp_path):
+    keys = ["model.name=none", f"model.item_encoder={load_run(tiny_run).model.name}", "model.learnt_width=3"]
+    earlier = load_run(tiny_run / "run.toml", ["name=earlier", f"output={tmp_path}", "light.num_train_epochs=1", *keys])
+    task = train_run(earlier, say=lambda _: None)
+    run = load_run(tiny_run / "run.toml", ["name=next", f"output={tmp_path}", f"start_from={earlier.folder}", *keys])
+    features = load_collaborative(earlier, task).features
+    ids = (*reversed(task.index.ids), "new")
+    rows = task.index.rows(ids)
+    grown = ItemFeatures(ItemIndex(ids), features.text[rows], features.factors[rows])
+    warm, counts = task.warm[rows], task.item_counts[rows]
+    model, _ = light_model(run, SimpleNamespace(warm=warm, item_counts=counts, repeats=False, time=task.time), grown)
+    drawn = model.learnt.detach().clone()
+    assert start(model, run, "light", grown.index, lambda _: None)
+    learnt = load_file(earlier.folder / "light" / WEIGHTS)["learnt"]
+    assert torch.equal(model.learnt[:-1], learnt.flip(0))
+    assert torch.equal(model.learnt[-1], drawn[-1])
+    with pytest.raises(RecllmError, match=r"model\.learnt_width is 4 here and 3 in start_from"):
+        check_start(run.model_copy(update={"model": run.model.model_copy(update={"learnt_width": 4})}))
 
 
 def test_a_text_adapter_first_and_soft_tokens_after_it(rated_checkerboard, tiny_lm_folder, tmp_path):
