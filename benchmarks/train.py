@@ -283,7 +283,7 @@ def kills(place: Path, number: int) -> dict[str, int]:
     for name in ("straight", "one", "other"):
         run = run_of(
             place,
-            model={"name": str(model), "max_history": 20, "head_width": 32},
+            model={"name": str(model), "max_history": 20, "head_width": 32, "learnt_width": 4},
             light={"width": 32, "num_train_epochs": 1, "per_device_train_batch_size": 64, "max_history": 20},
             train={
                 "per_device_train_batch_size": 8,

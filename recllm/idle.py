@@ -8,14 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from recllm.runs import LIGHT_READS, OF_LANGUAGE_MODEL, Run
+from recllm.runs import LIGHT_READS, OF_LANGUAGE_MODEL, OF_SEQUENCE_MODELS, Run
 
 WITHOUT_TEACHER = ("light.taught", "light.taught_weight")
 """Keys of `[light]` that say how a teacher is learnt from."""
 WHERE_PAIRS_ARE_JUDGED = ("model.head_width", "light.per_device_train_batch_size")
 """Keys that say nothing where pairs are judged, beside two whole tables."""
-OF_SEQUENCE_MODELS = ("recency.drift", "model.learnt_width")
-"""Keys outside their own tables that both sequence models read, and nothing else."""
 OF_SPLITS = {
     "data.min_events": ("leave-last-out", "cold-items"),
     "data.cold_share": ("cold-items",),

@@ -279,7 +279,7 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
         accumulation: batches of a step.
     """
     rows = [row for batch in batches for row in batch * accumulation]
-    rounds = min(ROUNDS, max(1, stage.steps // len(batches)))  # a short training is tried no longer than it is
+    rounds = min(ROUNDS, max(1, stage.steps // len(batches)))  # of a short training no more than it has steps for
     watch = _Watch(len(batches))
     kept = trained_values(stage.model)  # as training does, to be able to go back
     with tempfile.TemporaryDirectory() as place:

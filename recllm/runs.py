@@ -137,6 +137,8 @@ OF_LANGUAGE_MODEL = (
     "model.soft_tokens",
 )
 """Keys of `[model]` that only the language model's own training reads."""
+OF_SEQUENCE_MODELS = ("recency.drift", "model.learnt_width")
+"""Keys outside their own tables that the light scorer and the language model read, and nothing else."""
 LIGHT_READS = ("train.precision", "train.report_to")
 """Keys of `[train]` that the light sequence scorer reads as well; the light judge reads the second one only."""
 FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -281,7 +283,7 @@ class TrainSettings(Settings):
     learning_rate: float = Field(default=5e-4, ge=0)
     """Peak learning rate of the adapter; 0 leaves it as it starts, and only what is beside it trains."""
     head_learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of the projections and the bias."""
+    """Peak learning rate of the projections and of what is learnt of each item."""
     num_train_epochs: int = Field(default=1, ge=1)
     """Passes over the training windows; each pass cuts them anew."""
     max_steps: int = Field(default=-1, ge=-1)
@@ -402,13 +404,17 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         values |= {"name": path.name or folder.name, "output": str(path.parent if path.name else folder.parent)}
     own = folder or (file.resolve().parent if file.name == FILE else None)
     if own and (own / ENVIRONMENT).is_file():  # begun, it may be before these keys were there
-        for table, keys in BEGUN_WITHOUT.items():
-            values[table] = keys | values.get(table, {})
+        values = as_begun(values)
     path = file
     values.setdefault("name", path.stem)
     for override in overrides:
         set_key(values, override)
     return parse(Run, values, str(path))
+
+
+def as_begun(values: dict[str, Any]) -> dict[str, Any]:
+    """The tables of a run that was begun, it may be before some keys were there, with what their absence means."""
+    return values | {table: keys | values.get(table, {}) for table, keys in BEGUN_WITHOUT.items()}
 
 
 def set_key(values: dict[str, Any], override: str) -> None:

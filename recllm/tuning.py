@@ -21,7 +21,7 @@ from recllm.priors import EVENTS
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.results import Table
 from recllm.revisions import revision
-from recllm.runs import OF_LANGUAGE_MODEL, PROMPTS, Run, load_run, set_key, write_run
+from recllm.runs import OF_LANGUAGE_MODEL, OF_SEQUENCE_MODELS, PROMPTS, Run, as_begun, load_run, set_key, write_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task, prepare
 from recllm.train import train_run
@@ -175,6 +175,8 @@ def _changes_nothing(key: str, scorer: str, run: Run) -> bool:
         return not fused
     if scorer in (FUSION, language):
         return False
+    if key in OF_SEQUENCE_MODELS and scorer != "light" and not fused:
+        return True
     if key == "model.name" and run.model.item_encoder is None:
         return scorer == "light"  # it reads the items' text too; a search of the light scorer keeps to one that does
     if key in BESIDE_LIGHT and (fused or scorer == "light"):
@@ -372,12 +374,23 @@ def _with(run: Run, values: Mapping[str, Any], name: str, output: Path) -> Run:
 def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     """Check that a search goes on with what it was begun with; only the number of trials may change."""
     now = search.model_dump(mode="json", exclude={"trials"})
-    now["run"] = run.model_dump(mode="json", exclude={"name", "output"}, exclude_none=True)
-    if changed := _changed_since(study, "search", now):
+    now["run"] = _settled(run)
+
+    def as_now(before: dict[str, Any]) -> dict[str, Any]:
+        own = as_begun(before["run"]) | {"name": run.name, "output": run.output}
+        return before | {"run": _settled(parse(Run, own, "The run of this search"))}
+
+    if changed := _changed_since(study, "search", now, as_now):
         raise RecllmError(
             f"This search was begun with another {changed}. Undo the change, or give the run of the tune file another "
             "name to search anew."
         )
+
+
+def _settled(run: Run) -> dict[str, Any]:
+    """What a run is, wherever it lies."""
+    values: dict[str, Any] = run.model_dump(mode="json", exclude={"name", "output"}, exclude_none=True)
+    return values
 
 
 def _check_same_inputs(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
@@ -400,12 +413,21 @@ def _check_same_inputs(study: Any, search: Search, run: Run) -> None:  # noqa: A
         )
 
 
-def _changed_since(study: Any, kept: str, now: dict[str, Any]) -> str:  # noqa: ANN401
-    """Names of what differs from what the study was begun with; what no trial has gone by may change, and is kept."""
+def _changed_since(
+    study: Any,  # noqa: ANN401
+    kept: str,
+    now: dict[str, Any],
+    as_now: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before,
+) -> str:
+    """Names of what differs from what the study was begun with; what no trial has gone by may change, and is kept.
+
+    What was kept before some keys were there is read by `as_now`.
+    """
     before = study.user_attrs.get(kept)
     if before is None or not _begun(study):
         study.set_user_attr(kept, now)
         return ""
+    before = as_now(before)
     return ", ".join(name for name in before | now if now.get(name) != before.get(name))
 
 

@@ -133,8 +133,9 @@ def turned(mf: ImplicitMF, run: Run) -> ImplicitMF:
 def start(model: nn.Module, run: Run, scorer: str, index: ItemIndex, say: Say) -> bool:
     """Give a model, before it trains, the weights of the earlier run's model of the same name; whether there are any.
 
-    An item that the earlier run did not know starts with the bias of one without events. What only the new model has,
-    such as soft tokens, starts as it is drawn.
+    An item that the earlier run did not know starts with the bias of one without events, and with the learnt vector
+    that the model has: the drawn one, or the light scorer's in the language model. What only the new model has, such as
+    soft tokens, starts as it is drawn.
 
     Args:
         model: the model, of which only what trains is kept.
@@ -204,10 +205,10 @@ def _biases(weights: dict[str, Tensor], rows: NDArray[np.int64]) -> Tensor:
     return torch.where(torch.from_numpy(rows >= 0), known, weights[OF_NEW_ITEMS].reshape(()))
 
 
-def _learnt(earlier: Tensor, drawn: nn.Parameter, rows: NDArray[np.int64]) -> Tensor:
-    """Learnt vectors float32[items, width] by rows in the earlier run; as they are drawn where it had none."""
+def _learnt(earlier: Tensor, own: nn.Parameter, rows: NDArray[np.int64]) -> Tensor:
+    """Learnt vectors float32[items, width] by rows in the earlier run; where it had none the model's own stay."""
     there = torch.from_numpy(rows >= 0)[:, None]
-    return torch.where(there, earlier[torch.from_numpy(np.maximum(rows, 0))], drawn.detach().cpu())
+    return torch.where(there, earlier[torch.from_numpy(np.maximum(rows, 0))], own.detach().cpu())
 
 
 def _unfit(path: Path, why: str) -> RecllmError:

@@ -110,7 +110,8 @@ def test_a_plan_of_judging_shows_prompts_with_their_labels(together, tiny_run, t
     [(7, 100, 1), (8, 100, 2), (15, 100, 2), (16, 100, 3), (100, 100, 3), (100, 23, 2), (100, 5, 1)],
 )
 def test_steps_are_tried_until_memory_stops_to_grow(growing, steps, rounds, tiny_run, tmp_path, monkeypatch):
-    run = again(tiny_run, tmp_path, "light.num_train_epochs=0", f"train.max_steps={steps}")
+    short = ["model.max_history=5", "train.per_device_train_batch_size=4"]  # windows of one length and shorter ones
+    run = again(tiny_run, tmp_path, "light.num_train_epochs=0", f"train.max_steps={steps}", *short)
     task = prepare(run, silent)
     stage = language_stage(run, task, load_collaborative(load_run(tiny_run), task).features, silent)
     asked = []
@@ -120,9 +121,21 @@ def test_steps_are_tried_until_memory_stops_to_grow(growing, steps, rounds, tiny
         return 1000 + 100 * min(len(asked), growing)
 
     monkeypatch.setattr(planning, "peak_memory", peak)
+    read = []
+
+    def watch(model, _, batch):
+        if model.training:
+            read.append(batch["ids"].shape[1])
+
+    stage.model.register_forward_pre_hook(watch, with_kwargs=True)
     cost = measure(stage, silent)
     assert len(asked) == rounds * len(planning.TRIED) + 1  # behind every step, and at the end
     assert cost.memory == 1000 + 100 * min(len(asked), growing)
+    # From short to long, and the longest twice: what follows it finds room that it has left.
+    first = read[: len(planning.TRIED)]
+    assert read == first * rounds
+    assert first == sorted(first)
+    assert first[0] < first[-2] == first[-1] == max(read)
 
 
 def test_a_plan_reads_some_batches_of_a_long_validation_and_reckons_the_others(tiny_run, tmp_path, monkeypatch):

@@ -91,6 +91,7 @@ ZERO = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=
 def test_sharded_processes_learn_what_one_learns_and_resume_to_the_same_bits(profile, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
     without_dropout = ["light.dropout=0", "light.factor_dropout=0", "model.factor_dropout=0", "train.logging_steps=1"]
+    without_dropout += ["model.learnt_width=3"]
     without_dropout += ["adapter.lora_dropout=0", "train.precision=fp32", "train.save_steps=3", "train.eval_steps=3"]
     one = load_run(tiny_run, [f"output={tmp_path / 'one'}", *without_dropout, "light.per_device_train_batch_size=8"])
     train_run(one, say=lambda _: None)

@@ -243,6 +243,22 @@ def test_a_changed_run_file_begins_another_search(place):
         tune(written(place, 2), lambda _: None)
 
 
+def test_a_search_that_was_begun_before_a_key_was_there_goes_on(place):
+    search, run = load_search(written(place, 2))
+    done = SimpleNamespace(state=SimpleNamespace(name="COMPLETE"))
+    study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: [done])
+    study.set_user_attr = study.user_attrs.__setitem__
+    tuning._check_same(study, search, run)
+    kept = study.user_attrs["search"]
+    del kept["run"]["model"]["learnt_width"]  # 0 by default
+    tuning._check_same(study, search, run)
+    with pytest.raises(RecllmError, match=r"was begun with another run"):
+        tuning._check_same(study, search, run.model_copy(update={"model": run.model.model_copy(update={"layers": 3})}))
+    del kept["run"]["neighbours"]["regression"]  # there was none
+    with pytest.raises(RecllmError, match=r"was begun with another run"):
+        tuning._check_same(study, search, run)
+
+
 def test_a_scorer_that_no_trial_has_ends_the_search_at_once(place):
     path, said = written(place, 5), []
     path.write_text(path.read_text(encoding="utf-8").replace('scorer = "light"', 'scorer = "ligth"'), encoding="utf-8")
@@ -321,6 +337,9 @@ def test_keys_that_change_nothing_of_what_is_measured_are_refused(place, key, me
             "train.learning_rate prompt.next_item fusion.l2 model.name",
         ),
         ("mf", "cf.factors recency.queries", "light.layers train.precision adapter.r model.max_history fusion.l2"),
+        ("ease", "ease.regularization", "recency.drift model.learnt_width"),
+        ("light", "recency.drift model.learnt_width", "model.head_width"),
+        ("fusion without lm", "recency.drift model.learnt_width", "model.head_width"),
     ],
 )
 def test_what_comes_behind_a_scorer_changes_nothing_of_it(scorer, changed, unchanged):
