@@ -63,8 +63,8 @@ DATA: dict[str, dict[str, Any]] = {
         "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
     },
     "x-wines-slim": {"model": {"layers": 8}, "train": {"num_train_epochs": 6, "torch_compile": True}},
-    # A million events in long histories, 250 of a film: a wider light scorer that reads further back and learns a vector
-    # of each film, and the first layers of the language model, which then sees as many of them as it has time for.
+    # A million events in long histories, 250 of a film: a wider light scorer that reads further back and learns a
+    # vector of each film, and the first layers of the language model, which has time for as many more passes.
     "ml-1m": {
         "model": {"head_width": 256, "layers": 6, "max_history": 100, "learnt_width": 128},
         "light": {
