@@ -356,7 +356,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="recllm bench train", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="10 kills in place of 100, three rounds, shorter trainings, and bars alone"
+        "--quick", action="store_true", help="6 kills in place of 100, three rounds, shorter trainings, and bars alone"
     )
     parser.add_argument("--only", choices=["targets", "padding", "plans", "kills"], help="one part")
     given = parser.parse_args()
@@ -392,7 +392,7 @@ def main() -> None:
                 bars[f"plan_{name}"] = bar(max(off), limit, least=False)
             took("plans")
         if "kills" in asked:
-            result["kills"] = kills(place, 10 if given.quick else 100)
+            result["kills"] = kills(place, 6 if given.quick else 100)
             bars["runs_with_other_bits"] = bar(result["kills"]["wrong"], 0, least=False)
             took("kills")
     print(json.dumps(result | {"bars": bars}))
