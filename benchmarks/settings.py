@@ -64,7 +64,7 @@ DATA: dict[str, dict[str, Any]] = {
     },
     "x-wines-slim": {"model": {"layers": 8}, "train": {"num_train_epochs": 6, "torch_compile": True}},
     # A million events in long histories, 250 of a film: a wider light scorer that reads further back and learns a
-    # vector of each film, and the first layers of the language model, which has time for as many more passes.
+    # vector of each film, and the first layers of the language model, which so have time for more passes.
     "ml-1m": {
         "model": {"head_width": 256, "layers": 6, "max_history": 100, "learnt_width": 128},
         "light": {
