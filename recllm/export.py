@@ -22,7 +22,7 @@ from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_
 from recllm.graphs import catalogue_graph
 from recllm.histories import HistoryFormat
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER
-from recllm.likeness import LIKENESS, TOLD, LikenessRidge
+from recllm.likeness import LIKENESS, LikenessRidge
 from recllm.lm import BaseModel, load_base, mean_pool, model_folder, positions_of
 from recllm.names import NameModel
 from recllm.parity import measure
@@ -297,9 +297,7 @@ def _write_content(
         write_json(folder / f"{name}.json", history.to_dict())
         arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lender)
         if isinstance(lender, LikenessRidge):
-            for part, told in told_later(model, lender).items():  # all models have the same text vectors and factors
-                own = f"{name}.told" if part == "own" else f"told.{part}"
-                arrays |= {f"{own}.{key}": getattr(told, key) for key in TOLD}
+            arrays |= told_later(model, lender).arrays(name)
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
             arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()

@@ -23,7 +23,7 @@ from recllm.fusion import Fusion, evidence
 from recllm.histories import HistoryFormat, padded
 from recllm.itemitem import EASE, Transitions
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER, Likelihood, NameReader
-from recllm.likeness import TOLD, TOLD_OF, Dual, likeness_to
+from recllm.likeness import ToldVectors, likeness_to
 from recllm.mf import ImplicitMF
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
@@ -112,7 +112,7 @@ class TableScorer(SequenceScorer):
         heads: NDArray[np.float32],
         bias: NDArray[np.float32],
         cold_bias: float,
-        told: Mapping[str, Dual] | None = None,
+        told: ToldVectors | None = None,
     ) -> None:
         super().__init__(onnx_encode(graph, table), history, index, heads, bias)
         self.graph, self.table, self.cold_bias, self.told = graph, table, cold_bias, told
@@ -477,8 +477,7 @@ def _told(
         if not isinstance(scorer, TableScorer | ExpectedPopularity) or scorer.told is None:
             continue
         if near is None:  # a run has learnt from the same items in all of them
-            fitted = (scorer.told["own"] if isinstance(scorer, TableScorer) else scorer.told).rows
-            near = likeness_to(catalog, text, fitted, range(first, len(catalog)))
+            near = likeness_to(catalog, text, scorer.told.rows, range(first, len(catalog)))
         if isinstance(scorer, ExpectedPopularity):
             result[name] = scorer.grown(index, near)
         else:
@@ -489,11 +488,10 @@ def _told(
 def _told_items(scorer: TableScorer, near: NDArray[np.float64], graph: Any) -> NDArray[np.float32]:  # noqa: ANN401
     """Heads and bias of the last items by their likeness to others, float32[items, head + 1]; NaN for all others."""
     assert scorer.told is not None
-    told = {part: dual.of(near) for part, dual in scorer.told.items()}
-    factors, bias = np.concatenate([told["factors"], told["own"][:, :-1]], axis=1), told["own"][:, -1:]
-    (heads,) = graph.run(["heads"], {"text": told["text"], "factors": factors})
-    items, new = np.full_like(scorer.items, np.nan), np.concatenate([heads, bias], axis=1)
-    items[len(items) - len(near) :] = np.where(np.isnan(bias), np.float32(np.nan), new)
+    items = np.full_like(scorer.items, np.nan)
+    items[len(items) - len(near) :] = scorer.told.of(
+        near, lambda text, factors: graph.run(["heads"], {"text": text, "factors": factors})[0]
+    )
     return items
 
 
@@ -604,8 +602,5 @@ def _load_scorer(
     table, heads, bias, cold_bias = (arrays[f"{name}.{part}"] for part in ("table", "heads", "bias", "cold_bias"))
     if history.texts is not None:  # bundles that have grown before their texts did are still about
         history = replace(history, texts=history.texts + (None,) * (len(heads) - len(history.texts)))
-    told: dict[str, Dual] | None = None  # bundles from before have none
-    if f"{name}.told.rows" in arrays:
-        at = {part: f"{name}.told" if part == "own" else f"told.{part}" for part in TOLD_OF}
-        told = {part: Dual(*(arrays[f"{own}.{key}"] for key in TOLD)) for part, own in at.items()}
+    told = ToldVectors.read(arrays, name)
     return TableScorer(session(f"{name}.onnx"), table, history, index, heads, bias, cold_bias.item(), told)

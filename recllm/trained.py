@@ -24,7 +24,7 @@ from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
 from recllm.lean import round_frozen
 from recllm.likelihood import Likelihood, first_token
-from recllm.likeness import LIKENESS, TOLD_OF, Dual, LikenessRidge
+from recllm.likeness import LIKENESS, TOLD_OF, LikenessRidge, ToldVectors, shrinkage
 from recllm.lm import (
     BaseModel,
     LanguageBody,
@@ -522,26 +522,33 @@ def borrowed_heads(
     whole, new = np.concatenate([heads, bias[:, None]], axis=1), text_heads(model)
     if lender is None:
         return heads, bias, new
-    borrowed = lender.means(whole, np.arange(len(whole))) if isinstance(lender, Neighbours) else _told(model, lender)
+    borrowed = lender.means(whole, np.arange(len(whole))) if isinstance(lender, Neighbours) else _told(model, lender)[0]
     new = np.where(np.isnan(borrowed), new, borrowed)
     whole = np.where(lender.known[:, None], whole, new)
     return whole[:, :-1], whole[:, -1], new
 
 
 @torch.inference_mode()
-def _told(model: NextItemModel, ridge: LikenessRidge) -> NDArray[np.float32]:
-    """Heads and bias of every item as those like it tell them, float32[items, head + 1]; NaN where nothing is alike."""
+def _told(model: NextItemModel, ridge: LikenessRidge) -> tuple[NDArray[np.float32], float]:
+    """Heads and bias of every item as those like it tell them, and the shrinkage of these heads.
+
+    Returns:
+        float32[items, head + 1], NaN where nothing is alike; and what the heads were multiplied by.
+    """
     rows = np.arange(len(ridge.operator))
     told = {part: torch.from_numpy(ridge.means(own, rows)) for part, own in _tellable(model).items()}
     factors, bias = torch.cat([told["factors"], told["own"][:, :-1]], dim=1), told["own"][:, -1:]
     device = model.text_vectors.device
     heads = model.heads(told["text"].to(device), factors.to(device)).float().cpu()  # type: ignore[arg-type]
-    return torch.where(bias.isnan(), torch.nan, torch.cat([heads, bias], dim=1)).numpy()
+    found = torch.where(bias.isnan(), torch.nan, torch.cat([heads, bias], dim=1)).numpy()
+    smaller = shrinkage(item_heads(model)[0][ridge.known], found[ridge.known, :-1])
+    found[:, :-1] *= smaller
+    return found, smaller
 
 
-def told_later(model: NextItemModel, ridge: LikenessRidge) -> dict[str, Dual]:
-    """What tells the text vector, the factors and what a model has learnt of items that come later, by `TOLD_OF`."""
-    return {part: ridge.dual(own) for part, own in _tellable(model).items()}
+def told_later(model: NextItemModel, ridge: LikenessRidge) -> ToldVectors:
+    """What tells the heads and biases of items that come later."""
+    return ToldVectors({part: ridge.dual(own) for part, own in _tellable(model).items()}, _told(model, ridge)[1])
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from recllm.likeness import likeness_to
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
+from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer, told_later
 
 NEW = [
     {"item_id": "new-red", "title": "Red film 99", "genres": "Drama", "colour": "red"},
@@ -54,10 +54,11 @@ def test_the_grown_bundle_answers_as_the_recommender_that_grew_in_memory(tiny_bu
         assert np.allclose(ours, theirs, atol=1e-6)
         own = before.scorers[name].told
         added = range(len(before.index), len(grown.index))
-        near = likeness_to(grown.catalog, grown.scorers["text"].vectors, own["text"].rows, added)
-        given = {part: own[part].of(near) for part in ("text", "factors")}
+        near = likeness_to(grown.catalog, grown.scorers["text"].vectors, own.rows, added)
+        given = {part: own.parts[part].of(near) for part in ("text", "factors")}
         (heads,) = before._item_graphs[name].run(["heads"], given)
-        assert np.allclose(ours, np.concatenate([heads, own["own"].of(near)], axis=1), atol=1e-5)
+        assert 0 < own.shrinkage < 1
+        assert np.allclose(ours, np.concatenate([own.shrinkage * heads, own.parts["own"].of(near)], axis=1), atol=1e-5)
     assert not list((tmp_path / "grown" / "cf").glob("likeness*"))  # as large as all pairs of items
     facts, old = read_manifest(tmp_path / "grown"), read_manifest(tiny_bundle)
     assert facts["items_added"] == 2
@@ -72,19 +73,21 @@ def test_what_a_model_has_learnt_of_items_is_exported_and_told_of_new_ones(tiny_
     (exported,) = export_run(run, task, ["fp32"], say=lambda _: None)
     bundle, parts = recllm.load(exported.folder), load_collaborative(run, task)
     grown = bundle.with_items([{k: v for k, v in item.items() if k != "colour"} for item in NEW])
-    near = likeness_to(grown.catalog, grown.scorers["text"].vectors, bundle.scorers["light"].told["own"].rows, [-2, -1])
+    near = likeness_to(grown.catalog, grown.scorers["text"].vectors, bundle.scorers["light"].told.rows, [-2, -1])
     for name, load in (("light", load_light), ("lm", load_language)):
         model, history = load(run, task, parts.features)
         assert model.learnt.shape == (len(task.index), 3)
-        torch_scorer = sequence_scorer(model, history, task, lenders(run, parts))
+        lender = lenders(run, parts)
+        torch_scorer = sequence_scorer(model, history, task, lender)
         assert np.allclose(bundle.scorers[name].items, torch_scorer.items, atol=1e-4)
         assert np.allclose(bundle.scorers[name].table, model.table().detach().numpy(), atol=1e-5)
-        told = bundle.scorers[name].told
+        shrinkage, told = bundle.scorers[name].told.shrinkage, bundle.scorers[name].told.parts
+        assert shrinkage == pytest.approx(told_later(model, lender).shrinkage)
         assert told["own"].weights.shape[1] == 3 + 1  # and the bias
         factors = torch.from_numpy(np.concatenate([told["factors"].of(near), told["own"].of(near)[:, :3]], axis=1))
         with torch.inference_mode():
             heads = model.heads(torch.from_numpy(told["text"].of(near)), factors).numpy()
-        expected = np.concatenate([heads, told["own"].of(near)[:, 3:]], axis=1)
+        expected = np.concatenate([shrinkage * heads, told["own"].of(near)[:, 3:]], axis=1)
         assert np.allclose(grown.scorers[name].items[-2:], expected, atol=1e-4)
         assert not np.allclose(told["own"].of(near)[:, :3], 0.0, atol=1e-4)
 

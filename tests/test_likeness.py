@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from recllm.data import Catalog
-from recllm.likeness import BY_CHANCE, RIDGES, LikenessRidge, likeness_to
+from recllm.likeness import BY_CHANCE, RIDGES, Dual, LikenessRidge, ToldVectors, likeness_to, shrinkage
 
 BRANDS, ITEMS = 5, 60
 USUAL = np.array([300, 100, 30, 10, 3])
@@ -160,3 +160,51 @@ def test_of_one_item_nothing_is_learnt():
     counts = np.array([7, 0, 0])
     ridge = LikenessRidge.fit(shop(3), no_text(3), counts, counts >= 5)
     assert np.isnan(ridge.means(events(counts), everything(counts))).all()  # what all have tells nothing
+
+
+def test_told_vectors_count_for_as_much_as_they_are_right():
+    random = np.random.default_rng(0)
+    own = random.normal(size=(1000, 8)).astype(np.float32)
+    own[3] = np.nan  # an item without text and factors
+    right = own * np.array([[2.0]], dtype=np.float32)
+    for told, expected in (
+        (own, 1.0),
+        (right, 0.5),  # twice as long as they should be
+        (own / 2, 1.0),  # never longer than they are told
+        (own + random.normal(size=own.shape).astype(np.float32), 0.5),  # half of what is told is noise
+        (-own, 0.0),
+        (np.full_like(own, np.nan), 1.0),
+        (np.zeros_like(own), 1.0),
+    ):
+        assert shrinkage(own, told) == pytest.approx(expected, abs=0.02)
+
+
+def test_told_vectors_are_read_as_they_were_kept():
+    random = np.random.default_rng(0)
+    rows = np.array([0, 2, 3])
+    parts = {
+        part: Dual(rows, random.normal(size=(3, width)).astype(np.float32), np.zeros(width, dtype=np.float32))
+        for part, width in (("text", 4), ("factors", 2), ("own", 2))
+    }
+    kept = ToldVectors(parts, 0.25)
+    near = np.array([[0.5, 0.0, 0.1], [0.0, 0.0, 0.0]])
+    given = []
+
+    def make_heads(text, factors):
+        given.append(factors)
+        return text / 2
+
+    found = kept.of(near, make_heads)
+    assert found[0, :-1] == pytest.approx(parts["text"].of(near)[0] / 8)
+    assert found[0, -1] == pytest.approx(parts["own"].of(near)[0, -1])
+    assert np.isnan(found[1]).all()  # like nothing
+    learnt = parts["own"].of(near)[:, :1]
+    assert np.array_equal(given[0], np.concatenate([parts["factors"].of(near), learnt], axis=1), equal_nan=True)
+    arrays = kept.arrays("light")
+    again = ToldVectors.read(arrays, "light")
+    assert again.shrinkage == 0.25
+    assert again.rows.tolist() == [0, 2, 3]
+    assert np.array_equal(again.of(near, make_heads), found, equal_nan=True)
+    assert ToldVectors.read(arrays, "lm") is None
+    del arrays["light.told.shrinkage"]  # a bundle of before
+    assert ToldVectors.read(arrays, "light").shrinkage == 1.0

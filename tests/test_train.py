@@ -153,7 +153,7 @@ def test_a_new_items_head_is_that_of_what_the_like_of_it_tell(tiny_run):
     import torch
 
     from recllm.likeness import LikenessRidge
-    from recllm.trained import borrowed_heads, item_heads, text_heads
+    from recllm.trained import borrowed_heads, item_heads, text_heads, told_later
 
     run = load_run(tiny_run)
     task = prepare(run)
@@ -170,7 +170,11 @@ def test_a_new_items_head_is_that_of_what_the_like_of_it_tell(tiny_run):
     ridge = LikenessRidge(known, ridge.rows, operator, ridge.share, ridge.scale)
     heads, biases, new = borrowed_heads(model, ridge)
     others = rows != 3
-    assert np.allclose(new[others, :-1], told[others], atol=1e-5)
+    # As long as told heads are right: at known items they are on average as far along their own as those are long.
+    along = (own * told)[known & others].sum() / (told[known & others] ** 2).sum()
+    assert 0 < along < 1
+    assert told_later(model, ridge).shrinkage == pytest.approx(along, abs=1e-5)
+    assert np.allclose(new[others, :-1], along * told[others], atol=1e-5)
     assert np.allclose(new[others, -1:], ridge.means(bias[:, None], rows)[others], atol=1e-5)
     assert np.allclose(new[3], text_heads(model)[3])
     assert np.allclose(heads[5], new[5, :-1])
