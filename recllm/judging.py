@@ -126,6 +126,7 @@ def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudg
         heads=settings.heads,
         dropout=settings.dropout,
         limit=settings.max_history,
+        relative=settings.relative_positions,
         factor_dropout=settings.factor_dropout,
         inside=InsideUsers(settings.pairwise, settings.listwise),
     )

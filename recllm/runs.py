@@ -241,6 +241,8 @@ class LightSettings(Settings):
     """Attention heads."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Dropout in every layer."""
+    relative_positions: bool = False
+    """Whether every attention head also learns how much each distance between two items of a history counts."""
     max_history: int = Field(default=50, ge=1)
     """How many of the last items are read."""
     factor_dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -75,14 +75,46 @@ class Drift(nn.Module):
         return torch.lerp(self.ends[first], self.ends[first + 1], (place - first)[..., None])
 
 
-class LightBody(nn.Module):
-    """A small pre-norm causal transformer over item tokens (SASRec, Kang & McAuley 2018, with full softmax)."""
+class RelativePositions(nn.Module):
+    """What every attention head adds for how far back a place lies, one learnt number each.
 
-    def __init__(self, width: int, layers: int, heads: int, positions: int, dropout: float) -> None:
+    The bias of T5 (Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+    Transformer"), with every distance by itself, as the histories of a light scorer are short.
+    """
+
+    def __init__(self, positions: int, heads: int) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(positions, heads)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, length: int) -> Tensor:
+        """For every place and the one that it looks at, float32[heads, length, length]; −inf for what comes later."""
+        places = torch.arange(length, device=self.bias.weight.device)
+        back = places[:, None] - places
+        bias = self.bias(back.clamp(min=0)).permute(2, 0, 1)
+        return bias.masked_fill(back < 0, -torch.inf)
+
+
+class LightBody(nn.Module):
+    """A small pre-norm causal transformer over item tokens (SASRec, Kang & McAuley 2018, with full softmax).
+
+    Args:
+        width: of its hidden states.
+        layers: how many.
+        heads: of the attention.
+        positions: the most tokens that are read.
+        dropout: in every layer.
+        relative: whether every layer also learns how much each distance between two places counts.
+    """
+
+    def __init__(
+        self, width: int, layers: int, heads: int, positions: int, dropout: float, *, relative: bool = False
+    ) -> None:
         super().__init__()
         self.position = nn.Embedding(positions, width)
         nn.init.normal_(self.position.weight, std=0.02)
-        self.blocks = nn.ModuleList(LightBlock(width, heads, dropout) for _ in range(layers))
+        near = positions if relative else 0
+        self.blocks = nn.ModuleList(LightBlock(width, heads, dropout, near) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -96,15 +128,19 @@ class LightBody(nn.Module):
 
 
 class LightBlock(nn.Module):
-    """Causal self-attention and a feed-forward layer, each behind a layer norm with a residual around it."""
+    """Causal self-attention and a feed-forward layer, each behind a layer norm with a residual around it.
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    With `positions`, the most places that it sees, attention also learns how much their distance counts.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, positions: int = 0) -> None:
         super().__init__()
         self.heads = heads
         self.norm_in, self.norm_mid = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
+        self.relative = RelativePositions(positions, heads) if positions else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """One layer on float32[batch, length, width]."""
@@ -112,7 +148,8 @@ class LightBlock(nn.Module):
         qkv = self.qkv(self.norm_in(hidden)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, width / heads)
         # No dropout inside the attention: it would cost the fused kernel, and a fifth of a step's time on a CPU.
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        bias = None if self.relative is None else self.relative(length).to(query.dtype)
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=bias is None)
         hidden = hidden + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
         return hidden + self.dropout(self.down(functional.gelu(self.up(self.norm_mid(hidden)))))
 

@@ -280,7 +280,14 @@ def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemM
     """The light sequence model, untrained."""
     settings = run.light
     torch.manual_seed(run.seed)
-    body = LightBody(settings.width, settings.layers, settings.heads, settings.max_history, settings.dropout)
+    body = LightBody(
+        settings.width,
+        settings.layers,
+        settings.heads,
+        settings.max_history,
+        settings.dropout,
+        relative=settings.relative_positions,
+    )
     model = NextItemModel(
         body,
         features,

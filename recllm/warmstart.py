@@ -24,6 +24,7 @@ Say = Callable[[str], None]
 OF_ITEMS, OF_NEW_ITEMS, OF_TIME, LEARNT = "bias", "cold_bias", "drift.ends", "learnt"
 """The parameter with a value per item, the one that an item without events has in its place, the one with a vector per
 stretch of time, and the one with a vector per item."""
+LIGHT_SHAPE = ("width", "layers", "heads", "max_history", "relative_positions")
 SPLIT_KEYS = ("split", "min_events", "cold_share", "given_back", "shots")
 
 
@@ -66,7 +67,7 @@ def _facts(run: Run) -> dict[str, object]:
         facts["seed"] = run.seed
     facts |= {f"control.{key}": value for key, value in run.control.model_dump().items()}
     if run.light.num_train_epochs:
-        facts |= {f"light.{key}": getattr(run.light, key) for key in ("width", "layers", "heads", "max_history")}
+        facts |= {f"light.{key}": getattr(run.light, key) for key in LIGHT_SHAPE}
     return facts | {
         "model.task": run.model.task,
         "model.item_encoder": run.model.item_encoder or run.model.name,

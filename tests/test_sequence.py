@@ -8,7 +8,7 @@ from recllm.askedat import PARTS
 from recllm.examples import NextItemCollator
 from recllm.histories import HistoryFormat
 from recllm.ranking import ItemIndex
-from recllm.sequence import IGNORED, Drift, ItemProjection, LightBody, NextItemModel
+from recllm.sequence import IGNORED, Drift, ItemProjection, LightBody, NextItemModel, RelativePositions
 from recllm.splits import leave_last_out
 from recllm.vectors import ItemFeatures
 from recllm.windows import Windows
@@ -28,6 +28,7 @@ def light(
     repeats=False,
     drift=0,
     learnt=0,
+    relative=False,
 ):
     """A light model over random item vectors."""
     random = np.random.default_rng(0)
@@ -35,8 +36,9 @@ def light(
     factors = random.normal(size=(ITEMS, 4)).astype(np.float32) if factors is None else factors
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        body = LightBody(width, layers=2, heads=2, positions=POSITIONS, dropout=dropout, relative=relative)
         return NextItemModel(
-            LightBody(width, layers=2, heads=2, positions=POSITIONS, dropout=dropout),
+            body,
             ItemFeatures(ItemIndex(map(str, range(ITEMS))), text, factors),
             width=width,
             head_width=width,
@@ -61,15 +63,47 @@ def query_vectors(model, rows):
         return model.eval().encode(ids, torch.arange(len(rows))[None], model.table())[0].numpy()
 
 
-def test_a_later_item_does_not_change_an_earlier_position():
-    model = light()
+def far_and_near(model):
+    """The same model, after it has learnt that distances count."""
+    with torch.no_grad():
+        for block in model.body.blocks:
+            block.relative.bias.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def test_every_distance_has_a_bias_and_what_comes_later_is_not_seen():
+    positions = RelativePositions(3, 2)
+    with torch.no_grad():
+        positions.bias.weight.copy_(torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]))
+    later = -np.inf
+    first = [[1, later, later], [2, 1, later], [3, 2, 1]]
+    second = [[10, later, later], [20, 10, later], [30, 20, 10]]
+    assert positions(3).tolist() == [first, second]
+    assert positions(2).tolist() == [[row[:2] for row in head[:2]] for head in (first, second)]
+
+
+def test_distances_make_no_difference_until_that_is_learnt():
+    plain, near = light(), light(relative=True)
+    near.load_state_dict(plain.state_dict(), strict=False)
+    history = [3, 1, 4, 1]
+    assert query_vectors(near, history) == pytest.approx(query_vectors(plain, history), abs=1e-6)
+    near.train()(**batch(history))["loss"].backward()
+    learnt = near.body.blocks[0].relative.bias.weight.grad.abs().sum(dim=1)
+    assert (learnt[:3] > 0).all()
+    assert (learnt[3:] == 0).all()  # the window is no longer
+    assert np.abs(query_vectors(far_and_near(near), history) - query_vectors(plain, history)).max() > 1e-3
+
+
+@pytest.mark.parametrize("model", [light(), far_and_near(light(relative=True))], ids=["plain", "distances"])
+def test_a_later_item_does_not_change_an_earlier_position(model):
     one, other = query_vectors(model, [3, 1, 4, 1]), query_vectors(model, [3, 1, 20, 21])
     assert other[:2] == pytest.approx(one[:2], abs=1e-6)
     assert np.abs(other[2:] - one[2:]).max() > 1e-3
 
 
-def test_right_padding_is_harmless():
-    model = light().eval()
+@pytest.mark.parametrize("model", [light(), far_and_near(light(relative=True))], ids=["plain", "distances"])
+def test_right_padding_is_harmless(model):
+    model.eval()
     short, long = [3, 1, 4], [3, 1, 4, 1, 5, 9, 2]
     alone, together = batch(short), batch(short, long)
     with torch.inference_mode():
