@@ -63,14 +63,17 @@ DATA: dict[str, dict[str, Any]] = {
         "train": {"num_train_epochs": 6, "per_device_train_batch_size": 16, "torch_compile": True},
     },
     "x-wines-slim": {"model": {"layers": 8}, "train": {"num_train_epochs": 6, "torch_compile": True}},
-    # A million events in long histories, 250 of a film: a wider light scorer that reads further back and learns a
-    # vector of each film, and the first layers of the language model, which so have time for more passes.
+    # A million events in long histories, 250 of a film: a wider light scorer that reads further back, learns how much
+    # distances count and a vector of each film, and the first layers of the language model, which so have time for
+    # more passes.
     "ml-1m": {
         "model": {"head_width": 256, "layers": 6, "max_history": 100, "learnt_width": 128},
         "light": {
             "width": 256,
             "learning_rate": 1e-3,
             "max_history": 100,
+            "relative_positions": True,
+            "gated": True,
             "per_device_train_batch_size": 32,
             "num_train_epochs": 12,
         },

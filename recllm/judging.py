@@ -127,6 +127,7 @@ def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudg
         dropout=settings.dropout,
         limit=settings.max_history,
         relative=settings.relative_positions,
+        gated=settings.gated,
         factor_dropout=settings.factor_dropout,
         inside=InsideUsers(settings.pairwise, settings.listwise),
     )

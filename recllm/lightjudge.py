@@ -169,7 +169,7 @@ class LightJudge(nn.Module):
         features: the item vectors.
         width, layers, heads, dropout: of the transformer.
         limit: the longest history.
-        relative: whether attention also learns how much each distance counts.
+        relative, gated: whether attention also learns how much each distance counts, and gates what it mixes.
         factor_dropout: share of items that lose their factors in a training step.
         inside: weights of the losses over rows of one user.
     """
@@ -184,6 +184,7 @@ class LightJudge(nn.Module):
         dropout: float,
         limit: int,
         relative: bool = False,
+        gated: bool = False,
         factor_dropout: float = 0.0,
         inside: InsideUsers = NOTHING,
     ) -> None:
@@ -192,7 +193,7 @@ class LightJudge(nn.Module):
         self.kinds = nn.Embedding(4, width)
         nn.init.normal_(self.kinds.weight, std=0.02)
         self.facts = nn.Linear(FACTS, width)
-        self.body = LightBody(width, layers, heads, limit + 1, dropout, relative=relative)
+        self.body = LightBody(width, layers, heads, limit + 1, dropout, relative=relative, gated=gated)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
         self.factor_dropout, self.inside = factor_dropout, inside
         self.register_buffer("text_vectors", torch.from_numpy(features.text), persistent=False)

@@ -243,6 +243,8 @@ class LightSettings(Settings):
     """Dropout in every layer."""
     relative_positions: bool = False
     """Whether every attention head also learns how much each distance between two items of a history counts."""
+    gated: bool = False
+    """Whether every layer gates what its attention has mixed, as HSTU does."""
     max_history: int = Field(default=50, ge=1)
     """How many of the last items are read."""
     factor_dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -105,16 +105,25 @@ class LightBody(nn.Module):
         positions: the most tokens that are read.
         dropout: in every layer.
         relative: whether every layer also learns how much each distance between two places counts.
+        gated: whether every layer gates what its attention has mixed.
     """
 
     def __init__(
-        self, width: int, layers: int, heads: int, positions: int, dropout: float, *, relative: bool = False
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        positions: int,
+        dropout: float,
+        *,
+        relative: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.position = nn.Embedding(positions, width)
         nn.init.normal_(self.position.weight, std=0.02)
         near = positions if relative else 0
-        self.blocks = nn.ModuleList(LightBlock(width, heads, dropout, near) for _ in range(layers))
+        self.blocks = nn.ModuleList(LightBlock(width, heads, dropout, near, gated=gated) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -130,10 +139,12 @@ class LightBody(nn.Module):
 class LightBlock(nn.Module):
     """Causal self-attention and a feed-forward layer, each behind a layer norm with a residual around it.
 
-    With `positions`, the most places that it sees, attention also learns how much their distance counts.
+    With `positions`, the most places that it sees, attention also learns how much their distance counts. With `gated`,
+    what it has mixed is normed and multiplied by a gate of what it stands beside, as in HSTU (Zhai et al. 2024,
+    "Actions Speak Louder than Words"), whose other parts it does without.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float, positions: int = 0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, positions: int = 0, *, gated: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.norm_in, self.norm_mid = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -141,16 +152,22 @@ class LightBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
         self.relative = RelativePositions(positions, heads) if positions else None
+        self.gate = nn.Linear(width, width) if gated else None
+        self.norm_mixed = nn.LayerNorm(width) if gated else nn.Identity()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """One layer on float32[batch, length, width]."""
         batch, length, width = hidden.shape
-        qkv = self.qkv(self.norm_in(hidden)).view(batch, length, 3, self.heads, width // self.heads)
+        normed = self.norm_in(hidden)
+        qkv = self.qkv(normed).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, width / heads)
         # No dropout inside the attention: it would cost the fused kernel, and a fifth of a step's time on a CPU.
         bias = None if self.relative is None else self.relative(length).to(query.dtype)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=bias is None)
-        hidden = hidden + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
+        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+        if self.gate is not None:
+            mixed = self.norm_mixed(mixed) * functional.silu(self.gate(normed))
+        hidden = hidden + self.dropout(self.out(mixed))
         return hidden + self.dropout(self.down(functional.gelu(self.up(self.norm_mid(hidden)))))
 
 

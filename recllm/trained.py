@@ -287,6 +287,7 @@ def light_model(run: Run, task: Task, features: ItemFeatures) -> tuple[NextItemM
         settings.max_history,
         settings.dropout,
         relative=settings.relative_positions,
+        gated=settings.gated,
     )
     model = NextItemModel(
         body,

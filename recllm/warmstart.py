@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 OF_ITEMS, OF_NEW_ITEMS, OF_TIME, LEARNT = "bias", "cold_bias", "drift.ends", "learnt"
 """The parameter with a value per item, the one that an item without events has in its place, the one with a vector per
 stretch of time, and the one with a vector per item."""
-LIGHT_SHAPE = ("width", "layers", "heads", "max_history", "relative_positions")
+LIGHT_SHAPE = ("width", "layers", "heads", "max_history", "relative_positions", "gated")
 SPLIT_KEYS = ("split", "min_events", "cold_share", "given_back", "shots")
 
 

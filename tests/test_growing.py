@@ -68,7 +68,7 @@ def test_the_grown_bundle_answers_as_the_recommender_that_grew_in_memory(tiny_bu
 def test_what_a_model_has_learnt_of_items_is_exported_and_told_of_new_ones(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
     keys = ["light.num_train_epochs=2", "train.max_steps=3", "train.eval_steps=3", "model.learnt_width=3"]
-    keys.append("light.relative_positions=true")  # in the graph as well
+    keys += ["light.relative_positions=true", "light.gated=true"]  # in the graph as well
     run = load_run(tiny_run / "run.toml", ["name=learnt", f"output={tmp_path}", *keys])
     task = train_run(run, say=lambda _: None)
     (exported,) = export_run(run, task, ["fp32"], say=lambda _: None)

@@ -36,13 +36,13 @@ ROWS = [
 ]
 
 
-def judge(inside=NOTHING, seed=0, *, relative=False):
+def judge(inside=NOTHING, seed=0, **kind):
     random = np.random.default_rng(seed)
     text, factors = (random.normal(size=(ITEMS, width)).astype(np.float32) for width in (6, 3))
     text[:, 0] = np.where(np.arange(ITEMS) % 2, 3.0, -3.0)
     torch.manual_seed(seed)
     features = ItemFeatures(INDEX, text, factors)
-    return LightJudge(features, width=16, layers=1, heads=2, dropout=0.0, limit=4, relative=relative, inside=inside)
+    return LightJudge(features, width=16, layers=1, heads=2, dropout=0.0, limit=4, inside=inside, **kind)
 
 
 def form(limit=4):
@@ -107,7 +107,7 @@ def test_the_answer_depends_on_what_was_liked():
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_unknown_pairs_are_nan_and_a_batch_equals_its_rows(relative):
-    model = judge(relative=relative)
+    model = judge(relative=relative, gated=relative)
     if relative:  # the candidate is one place behind the last item of the longest history
         model.body.blocks[0].relative.bias.weight.data.normal_()
         assert len(model.body.blocks[0].relative.bias.weight) == 4 + 1
