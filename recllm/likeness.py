@@ -168,6 +168,7 @@ class LikenessRidge:
         scale: NDArray[np.float64],
         *,
         whole: bool = True,
+        shrunk: bool = True,
     ) -> None:
         """Keep what was learnt.
 
@@ -180,9 +181,10 @@ class LikenessRidge:
             scale: (K + λN)⁻¹ᵢᵢ, float64[fitted].
             whole: all items with events were learnt from; where only some were, those most like an item are often not
                 among them, and the means of its neighbours say more of its vector (LOG.md).
+            shrunk: whether told heads are multiplied by their `shrinkage`; not in runs whose scores were made without.
         """
         self.known, self.rows, self.operator, self.share, self.scale = known, rows, operator, share, scale
-        self.whole = whole
+        self.whole, self.shrunk = whole, shrunk
 
     @classmethod
     def fit(
@@ -254,10 +256,11 @@ class LikenessRidge:
     def save(self, folder: Path) -> None:
         """Write `likeness.safetensors` and `likeness.json`."""
         arrays = {key: getattr(self, key) for key in ("known", "rows", "operator", "share", "scale")}
-        write_arrays(folder, LIKENESS, arrays, {"whole": self.whole})
+        write_arrays(folder, LIKENESS, arrays, {"whole": self.whole, "shrunk": self.shrunk})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
         arrays, facts = read_arrays(folder, LIKENESS)
-        return cls(*(arrays[key] for key in ("known", "rows", "operator", "share", "scale")), whole=facts["whole"])
+        own = (arrays[key] for key in ("known", "rows", "operator", "share", "scale"))
+        return cls(*own, whole=facts["whole"], shrunk=facts.get("shrunk", False))

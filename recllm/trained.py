@@ -549,7 +549,8 @@ def _told(model: NextItemModel, ridge: LikenessRidge) -> tuple[NDArray[np.float3
     device = model.text_vectors.device
     heads = model.heads(told["text"].to(device), factors.to(device)).float().cpu()  # type: ignore[arg-type]
     found = torch.where(bias.isnan(), torch.nan, torch.cat([heads, bias], dim=1)).numpy()
-    smaller = shrinkage(item_heads(model)[0][ridge.known], found[ridge.known, :-1])
+    own = item_heads(model)[0]
+    smaller = shrinkage(own[ridge.known], found[ridge.known, :-1]) if ridge.shrunk else 1.0
     found[:, :-1] *= smaller
     return found, smaller
 

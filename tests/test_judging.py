@@ -11,6 +11,7 @@ import onnx
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import recllm
 from recllm import judging, rankexport
@@ -305,8 +306,12 @@ def test_without_an_adapter_a_causal_model_answers_zero_shot(
 def test_a_light_judge_alone_learns_what_is_liked(given_folder, tiny_encoder_folder, cache, tmp_path):
     run = settings(given_folder, "none", tmp_path, tiny_encoder_folder)
     light = {"width": 16, "heads": 2, "layers": 1, "num_train_epochs": 6, "learning_rate": 5e-3, "pairs_in_step": 16}
+    light |= {"relative_positions": True, "gated": True}
     run = run.model_copy(update={"light": run.light.model_validate(run.light.model_dump() | light)})
     task = train_run(run, say=lambda _: None)
+    weights = load_file(run.folder / "light" / "model.safetensors")
+    assert weights["body.blocks.0.relative.bias.weight"].shape == (run.light.max_history + 1, 2)
+    assert weights["body.blocks.0.gate.weight"].shape == (16, 16)
     table = tables(run, task)["test"]
     assert set(table.scorers) >= {"item_mean", "text", "light", FUSION}
     assert table.interval("light", "AUC")[0] > 0.95

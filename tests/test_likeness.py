@@ -1,5 +1,7 @@
 """Regression on likeness: told by columns, words and text, never by own events; later items are told alike."""
 
+import json
+
 import numpy as np
 import polars as pl
 import pytest
@@ -127,6 +129,7 @@ def test_items_that_come_later_are_told_as_if_they_had_been_there(counts, tmp_pa
     whole = LikenessRidge.fit(shop(), no_text(), counts, counts >= 5).means(values, np.arange(50, ITEMS))
     again = LikenessRidge.load(tmp_path)
     assert again.whole
+    assert again.shrunk
     told = again.dual(values[:50]).of(likeness_to(shop(), no_text(), again.rows, range(50, ITEMS)))
     assert told == pytest.approx(whole, abs=1e-4)
     assert np.array_equal(again.means(values[:50], everything(counts[:50])), first.means(values[:50], np.arange(50)))
@@ -208,3 +211,12 @@ def test_told_vectors_are_read_as_they_were_kept():
     assert ToldVectors.read(arrays, "lm") is None
     del arrays["light.told.shrinkage"]  # a bundle of before
     assert ToldVectors.read(arrays, "light").shrinkage == 1.0
+
+
+def test_what_was_learnt_before_told_heads_were_shrunk_stays_so(counts, tmp_path):
+    """Kept scores and a fusion that stands on them were made with heads of length 1."""
+    LikenessRidge.fit(shop(), no_text(), counts, counts >= 5).save(tmp_path)
+    facts = json.loads((tmp_path / "likeness.json").read_text(encoding="utf-8"))
+    del facts["shrunk"]
+    (tmp_path / "likeness.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert not LikenessRidge.load(tmp_path).shrunk

@@ -176,6 +176,9 @@ def test_a_new_items_head_is_that_of_what_the_like_of_it_tell(tiny_run):
     assert told_later(model, ridge).shrinkage == pytest.approx(along, abs=1e-5)
     assert np.allclose(new[others, :-1], along * told[others], atol=1e-5)
     assert np.allclose(new[others, -1:], ridge.means(bias[:, None], rows)[others], atol=1e-5)
+    before = LikenessRidge(known, ridge.rows, operator, ridge.share, ridge.scale, shrunk=False)
+    assert np.allclose(borrowed_heads(model, before)[2][others, :-1], told[others], atol=1e-5)
+    assert told_later(model, before).shrinkage == 1.0
     assert np.allclose(new[3], text_heads(model)[3])
     assert np.allclose(heads[5], new[5, :-1])
     assert np.allclose(heads[known], own[known])

@@ -132,8 +132,9 @@ def test_learnt_vectors_go_with_their_items(tiny_run, tmp_path):
     assert torch.equal(model.learnt[-1], drawn[-1])
     with pytest.raises(RecllmError, match=r"model\.learnt_width is 4 here and 3 in start_from"):
         check_start(run.model_copy(update={"model": run.model.model_copy(update={"learnt_width": 4})}))
-    with pytest.raises(RecllmError, match=r"light\.relative_positions is True here and False in start_from"):
-        check_start(run.model_copy(update={"light": run.light.model_copy(update={"relative_positions": True})}))
+    for key in ("relative_positions", "gated"):
+        with pytest.raises(RecllmError, match=rf"light\.{key} is True here and False in start_from"):
+            check_start(run.model_copy(update={"light": run.light.model_copy(update={key: True})}))
 
 
 def test_a_text_adapter_first_and_soft_tokens_after_it(rated_checkerboard, tiny_lm_folder, tmp_path):
