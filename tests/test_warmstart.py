@@ -14,6 +14,7 @@ from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.judging import relevance_model
 from recllm.mf import FactorSettings, ImplicitMF
+from recllm.nextitem import language_stage
 from recllm.outcome import evaluate_run
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
@@ -115,8 +116,8 @@ def test_biases_go_with_their_items(tiny_run, checkerboard_folder, after, tmp_pa
 
 
 def test_learnt_vectors_go_with_their_items(tiny_run, tmp_path):
-    keys = ["model.name=none", f"model.item_encoder={load_run(tiny_run).model.name}", "model.learnt_width=3"]
-    earlier = load_run(tiny_run / "run.toml", ["name=earlier", f"output={tmp_path}", "light.num_train_epochs=1", *keys])
+    keys = ["light.num_train_epochs=1", "train.max_steps=3", "train.eval_steps=3", "model.learnt_width=3"]
+    earlier = load_run(tiny_run / "run.toml", ["name=earlier", f"output={tmp_path}", *keys])
     task = train_run(earlier, say=lambda _: None)
     run = load_run(tiny_run / "run.toml", ["name=next", f"output={tmp_path}", f"start_from={earlier.folder}", *keys])
     features = load_collaborative(earlier, task).features
@@ -130,6 +131,11 @@ def test_learnt_vectors_go_with_their_items(tiny_run, tmp_path):
     learnt = load_file(earlier.folder / "light" / WEIGHTS)["learnt"]
     assert torch.equal(model.learnt[:-1], learnt.flip(0))
     assert torch.equal(model.learnt[-1], drawn[-1])
+    language = language_stage(run, task, features, lambda _: None, store=False).model
+    assert start(language, run, "lm", task.index, lambda _: None)
+    found = load_file(earlier.folder / "lm" / WEIGHTS)["learnt"]
+    assert torch.equal(language.learnt, found)
+    assert not torch.equal(found, learnt)  # which it had been given, and has trained since
     with pytest.raises(RecllmError, match=r"model\.learnt_width is 4 here and 3 in start_from"):
         check_start(run.model_copy(update={"model": run.model.model_copy(update={"learnt_width": 4})}))
     for key in ("relative_positions", "gated"):
