@@ -20,6 +20,7 @@ from recllm.files import alone, own_folder, write_json
 from recllm.fusion import Fusion
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_recipe
 from recllm.graphs import catalogue_graph
+from recllm.heads import borrowed_heads, told_later
 from recllm.histories import HistoryFormat
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER
 from recllm.likeness import LIKENESS, LikenessRidge
@@ -37,7 +38,6 @@ from recllm.tasks import Task
 from recllm.tracing import write_graph
 from recllm.trained import (
     Collaborative,
-    borrowed_heads,
     encoder_name,
     item_prompt,
     lenders,
@@ -46,7 +46,6 @@ from recllm.trained import (
     load_light,
     name_model,
     sequence_scorer,
-    told_later,
 )
 from recllm.weightonly import Feeds
 
@@ -295,9 +294,10 @@ def _write_content(
     lender = lenders(run, parts)
     for name, (model, history) in sequences.items():
         write_json(folder / f"{name}.json", history.to_dict())
-        arrays[f"{name}.heads"], arrays[f"{name}.bias"], _ = borrowed_heads(model, lender)
+        heads = borrowed_heads(model, lender)
+        arrays[f"{name}.heads"], arrays[f"{name}.bias"] = heads.items, heads.bias
         if isinstance(lender, LikenessRidge):
-            arrays |= told_later(model, lender).arrays(name)
+            arrays |= told_later(model, lender, heads.shrinkage).arrays(name)
         with torch.inference_mode():
             arrays[f"{name}.table"] = model.table().float().cpu().numpy()
             arrays[f"{name}.cold_bias"] = model.cold_bias.float().cpu().numpy()

@@ -15,10 +15,11 @@ from recllm.data.tables import open_table
 from recllm.errors import RecllmError, unknown
 from recllm.expectation import ExpectedPopularity
 from recllm.files import alone, write_json
+from recllm.graphscorer import TableScorer
 from recllm.likelihood import Likelihood
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
-from recllm.runtime import VECTORS, Recommender, TableScorer, load
+from recllm.runtime import VECTORS, Recommender, load
 
 Say = Callable[[str], None]
 SEALED = ("format", "recllm", "made", "files")

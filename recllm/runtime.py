@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from recllm.arriving import knowing
 from recllm.bundle import read_catalog, read_manifest, read_steadily, state
 from recllm.catalogue import KNOWN_BARRED, prepare
 from recllm.data import Catalog, Query
-from recllm.encoding import Encode, SequenceScorer
 from recllm.errors import RecllmError, unknown
 from recllm.expectation import ExpectedPopularity
 from recllm.files import read_json
 from recllm.fusion import Fusion, evidence
+from recllm.graphscorer import TableScorer
 from recllm.histories import HistoryFormat, padded
 from recllm.itemitem import EASE, Transitions
 from recllm.likelihood import NAME_GRAPH, NAME_PROMPT, NAME_TOKENIZER, Likelihood, NameReader
-from recllm.likeness import ToldVectors, likeness_to
+from recllm.likeness import ToldVectors
 from recllm.mf import ImplicitMF
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
@@ -98,53 +99,6 @@ def check_items(items: Sequence[str]) -> None:
         raise RecllmError(f"Items are a list of ids, and these are {items!r:.60}.")
     for wrong in (item for item in items if not isinstance(item, str)):
         raise RecllmError(f"Items have {wrong!r:.60} among them, and ids are text: str({wrong!r:.60}).")
-
-
-class TableScorer(SequenceScorer):
-    """A sequence scorer whose model is a graph; the table of input vectors goes in, so that items can be added."""
-
-    def __init__(
-        self,
-        graph: Any,  # noqa: ANN401  onnxruntime is untyped
-        table: NDArray[np.float32],
-        history: HistoryFormat,
-        index: ItemIndex,
-        heads: NDArray[np.float32],
-        bias: NDArray[np.float32],
-        cold_bias: float,
-        told: ToldVectors | None = None,
-    ) -> None:
-        super().__init__(onnx_encode(graph, table), history, index, heads, bias)
-        self.graph, self.table, self.cold_bias, self.told = graph, table, cold_bias, told
-
-    def grown(self, index: ItemIndex, tokens: NDArray[np.float32], heads: NDArray[np.float32]) -> "TableScorer":
-        """The same with new items at the end of `index`; their bias is that of every item without events.
-
-        A text history passes over new items: the table has no vectors for words that no old item has.
-        """
-        bias = np.concatenate([self.items[:, -1], np.full(len(heads), self.cold_bias, dtype=np.float32)])
-        table, heads = np.concatenate([self.table, tokens]), np.concatenate([self.items[:, :-1], heads])
-        history = self.history
-        if history.texts is not None:
-            history = replace(history, texts=history.texts + (None,) * len(tokens))
-        return TableScorer(self.graph, table, history, index, heads, bias, self.cold_bias, self.told)
-
-    def ranked_by(self, items: NDArray[np.float32]) -> "TableScorer":
-        """The same with other heads and biases where `items`, float32[items, head + 1], is not NaN."""
-        items = np.where(np.isnan(items), self.items, items)
-        heads, bias = items[:, :-1], items[:, -1]
-        return TableScorer(self.graph, self.table, self.history, self.index, heads, bias, self.cold_bias, self.told)
-
-
-def onnx_encode(session: Any, table: NDArray[np.float32]) -> Encode:  # noqa: ANN401  onnxruntime is untyped
-    """Read ids into query vectors with a sequence graph and its table of input vectors."""
-    there = placed(session, {"table": table})
-
-    def encode(ids: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
-        (vectors,) = compute(session, {"ids": ids, "ends": ends} | there)
-        return np.asarray(vectors, dtype=np.float32)
-
-    return encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -414,13 +368,9 @@ class Recommender:
         catalog = self.catalog.with_items(records)
         new = [catalog.record(item_id) for item_id in catalog.ids[len(self.index) :]]
         text = self._item_encoder(new)
-        scorers = {
-            name: _grown(scorer, catalog, text, self._item_graphs.get(name)) for name, scorer in self.scorers.items()
-        }
+        scorers = knowing(self.scorers, catalog, text, self._item_graphs)
         if isinstance(told := scorers.get("likelihood"), Likelihood) and self._name_reader is not None:
             scorers["likelihood"] = told.grown(ItemIndex(catalog.ids), self._name_reader(new))
-        if isinstance(similar := scorers.get("text"), TextSimilarity):
-            scorers = _told(scorers, catalog, similar.vectors, len(new), self._item_graphs)
         return Recommender(
             catalog=catalog,
             scorers=scorers,
@@ -434,72 +384,6 @@ class Recommender:
             kind=self._kind,
             threads=self._threads,
         )
-
-
-def _grown(scorer: VectorScorer, catalog: Catalog, text: NDArray[np.float32], graph: Any) -> VectorScorer:  # noqa: ANN401
-    """A scorer that knows the new items at the catalogue's end by their text; one that reads none stays as it is."""
-    index = ItemIndex(catalog.ids)
-    if isinstance(scorer, Popularity):
-        # Nobody has chosen them; of what has no text nothing at all is known, and it is never recommended.
-        return scorer.grown(index, np.where(np.isnan(text[:, 0]), np.float32(np.nan), np.float32(0.0)))
-    if isinstance(scorer, TextSimilarity):
-        return TextSimilarity(index, np.concatenate([scorer.vectors, text]), scorer.half_life)
-    if not isinstance(scorer, TableScorer):
-        return scorer
-    factors = np.full((len(text), graph.get_inputs()[1].shape[1]), np.nan, dtype=np.float32)
-    tokens, heads = graph.run(None, {"text": text, "factors": factors})
-    return scorer.grown(index, tokens, np.where(np.isnan(text[:, :1]), np.float32(np.nan), heads))
-
-
-def _told(
-    scorers: Mapping[str, VectorScorer],
-    catalog: Catalog,
-    text: NDArray[np.float32],
-    count: int,
-    graphs: Mapping[str, Any],
-) -> dict[str, VectorScorer]:
-    """The scorers with what the items that are like the last `count` ones tell of these.
-
-    Args:
-        scorers: that know the new items by their own text alone.
-        catalog: with the new items at its end.
-        text: text vectors of all items, float32[items, width].
-        count: of new items.
-        graphs: by sequence scorer, that of its items.
-    """
-    result = dict(scorers)
-    if isinstance(alike := result.get("neighbours"), Neighbours):
-        result["neighbours"] = alike = alike.grown(catalog, text)
-        result |= {name: _borrowing(scorer, alike) for name, scorer in result.items()}
-    index, first = ItemIndex(catalog.ids), len(catalog) - count
-    near: NDArray[np.float64] | None = None
-    for name, scorer in result.items():
-        if not isinstance(scorer, TableScorer | ExpectedPopularity) or scorer.told is None:
-            continue
-        if near is None:  # a run has learnt from the same items in all of them
-            near = likeness_to(catalog, text, scorer.told.rows, range(first, len(catalog)))
-        if isinstance(scorer, ExpectedPopularity):
-            result[name] = scorer.grown(index, near)
-        else:
-            result[name] = scorer.ranked_by(_told_items(scorer, near, graphs[name]))
-    return result
-
-
-def _told_items(scorer: TableScorer, near: NDArray[np.float64], graph: Any) -> NDArray[np.float32]:  # noqa: ANN401
-    """Heads and bias of the last items by their likeness to others, float32[items, head + 1]; NaN for all others."""
-    assert scorer.told is not None
-    items = np.full_like(scorer.items, np.nan)
-    items[len(items) - len(near) :] = scorer.told.of(
-        near, lambda text, factors: graph.run(["heads"], {"text": text, "factors": factors})[0]
-    )
-    return items
-
-
-def _borrowing(scorer: VectorScorer, alike: Neighbours) -> VectorScorer:
-    """A sequence scorer whose new items take the mean head and bias of their neighbours, where nothing else is told."""
-    if not isinstance(scorer, TableScorer) or scorer.told is not None:
-        return scorer
-    return scorer.ranked_by(alike.means(scorer.items, np.where(alike.known, -1, np.arange(len(alike.known)))))
 
 
 def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0, index: str = EXACT) -> Recommender:

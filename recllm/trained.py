@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from recllm.errors import RecllmError
 from recllm.expectation import ExpectedPopularity
 from recllm.fading import fade, faded_popularity, judges, ranks
 from recllm.files import read_json, write_json
+from recllm.heads import borrowed_heads
 from recllm.histories import HistoryFormat, item_token_history, text_history
 from recllm.itemitem import EASE, ItemItem, Transitions
 from recllm.lean import round_frozen
 from recllm.likelihood import Likelihood, first_token
-from recllm.likeness import LIKENESS, TOLD_OF, LikenessRidge, ToldVectors, shrinkage
+from recllm.likeness import LIKENESS, LikenessRidge
 from recllm.lm import (
     BaseModel,
     LanguageBody,
@@ -493,82 +494,6 @@ def torch_encode(model: NextItemModel, *, bf16: bool = False) -> Encode:
     return encode
 
 
-@torch.inference_mode()
-def item_heads(model: NextItemModel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Item vectors float32[items, head] (NaN for an item with neither text nor factors) and bias float32[items]."""
-    heads = model.heads(model.text_vectors, model.factors())
-    unknown = torch.isnan(model.text_vectors[:, 0]) & torch.isnan(model.item_factors[:, 0])  # type: ignore[index]
-    heads = torch.where(unknown[:, None], torch.nan, heads)
-    bias = model.biases(model.item_factors)  # type: ignore[arg-type]
-    return heads.float().cpu().numpy(), bias.float().cpu().numpy()
-
-
-@torch.inference_mode()
-def text_heads(model: NextItemModel) -> NDArray[np.float32]:
-    """Item vectors and bias from text alone, as of items without events: float32[items, head + 1], NaN without text."""
-    text: torch.Tensor = model.text_vectors  # type: ignore[assignment]
-    heads = model.heads(text, torch.full_like(model.factors(), torch.nan))
-    heads = torch.cat([heads, model.cold_bias.expand(len(heads), 1)], dim=1)
-    return torch.where(torch.isnan(text[:, :1]), torch.nan, heads).float().cpu().numpy()
-
-
-def borrowed_heads(
-    model: NextItemModel, lender: Neighbours | LikenessRidge | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Item vectors with those of items without events as the items like them tell.
-
-    A new item's own head, made from its text alone, ranks far worse among new items than the mean of its neighbours'
-    heads, and that one worse than the head of the text vector and the factors that regression on the likeness of all
-    items tells (LOG.md): the model has few items to learn from what text means, and learns them by heart. Its own is
-    kept where an item is like no other.
-
-    Returns:
-        Heads float32[items, head], bias float32[items], and both as they would be if no item had events,
-        float32[items, head + 1].
-    """
-    heads, bias = item_heads(model)
-    whole, new = np.concatenate([heads, bias[:, None]], axis=1), text_heads(model)
-    if lender is None:
-        return heads, bias, new
-    borrowed = lender.means(whole, np.arange(len(whole))) if isinstance(lender, Neighbours) else _told(model, lender)[0]
-    new = np.where(np.isnan(borrowed), new, borrowed)
-    whole = np.where(lender.known[:, None], whole, new)
-    return whole[:, :-1], whole[:, -1], new
-
-
-@torch.inference_mode()
-def _told(model: NextItemModel, ridge: LikenessRidge) -> tuple[NDArray[np.float32], float]:
-    """Heads and bias of every item as those like it tell them, and the shrinkage of these heads.
-
-    Returns:
-        float32[items, head + 1], NaN where nothing is alike; and what the heads were multiplied by.
-    """
-    rows = np.arange(len(ridge.operator))
-    told = {part: torch.from_numpy(ridge.means(own, rows)) for part, own in _tellable(model).items()}
-    factors, bias = torch.cat([told["factors"], told["own"][:, :-1]], dim=1), told["own"][:, -1:]
-    device = model.text_vectors.device
-    heads = model.heads(told["text"].to(device), factors.to(device)).float().cpu()  # type: ignore[arg-type]
-    found = torch.where(bias.isnan(), torch.nan, torch.cat([heads, bias], dim=1)).numpy()
-    own = item_heads(model)[0]
-    smaller = shrinkage(own[ridge.known], found[ridge.known, :-1]) if ridge.shrunk else 1.0
-    found[:, :-1] *= smaller
-    return found, smaller
-
-
-def told_later(model: NextItemModel, ridge: LikenessRidge) -> ToldVectors:
-    """What tells the heads and biases of items that come later."""
-    return ToldVectors({part: ridge.dual(own) for part, own in _tellable(model).items()}, _told(model, ridge)[1])
-
-
-@torch.inference_mode()
-def _tellable(model: NextItemModel) -> dict[str, NDArray[np.float32]]:
-    """What a model makes heads and biases of, float32[items, width] each; what is told of new items, by `TOLD_OF`."""
-    fixed: Any = model.item_factors
-    own = torch.cat([model.factors()[:, fixed.shape[1] :], model.biases(fixed)[:, None]], dim=1)
-    given: tuple[Any, ...] = (model.text_vectors, fixed, own)
-    return {part: own.float().cpu().numpy() for part, own in zip(TOLD_OF, given, strict=True)}
-
-
 def lenders(run: Run, parts: Collaborative) -> Neighbours | LikenessRidge | None:
     """What tells new items' heads; nothing where a control takes items' text from the model, for text finds the like.
 
@@ -590,7 +515,8 @@ def sequence_scorer(
 ) -> SequenceScorer:
     """A trained next-item model as a scorer; in float32, unless `bf16` trades digits for speed."""
     encode, time = torch_encode(model, bf16=bf16), task.time if model.drift is not None else None
-    return SequenceScorer(encode, history, task.index, *borrowed_heads(model, lender), time=time)
+    heads = borrowed_heads(model, lender)
+    return SequenceScorer(encode, history, task.index, heads.items, heads.bias, heads.new, time=time)
 
 
 def save_stage(folder: Path, facts: dict[str, object]) -> None:

@@ -18,11 +18,11 @@ TORCH_FREE = [
     "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "likeness", "expectation",
     "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting", "fusion", "weighing",
     "newitems", "runs", "resuming", "idle", "tasks", "fading", "pairs", "protocols", "bundle", "hub", "catalogue",
-    "sessions", "graphfiles", "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles",
-    "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
+    "sessions", "graphfiles", "graphscorer", "arriving", "shortlist", "reserved", "runtime", "onnxreader", "ranker",
+    "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
-    "softmax", "sequence", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",
+    "softmax", "sequence", "heads", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",
     "revisions", "names", "devices", "examples", "lean", "sharded", "checkpoints", "watching", "tracking",
     "trainerkeys", "recovery", "adalora", "cards", "loop", "eva", "cascade", "trees", "relevance", "warmstart",
     "trained", "judging", "scoring", "distil", "stored", "nextitem", "planning", "train", "outcome", "runreport",

@@ -15,11 +15,12 @@ from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.files import alone, read_json, write_json
 from recllm.growing import SEALED, add_items
+from recllm.heads import borrowed_heads
 from recllm.likeness import likeness_to
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer, told_later
+from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
 
 NEW = [
     {"item_id": "new-red", "title": "Red film 99", "genres": "Drama", "colour": "red"},
@@ -85,7 +86,7 @@ def test_what_a_model_has_learnt_of_items_is_exported_and_told_of_new_ones(tiny_
         assert np.allclose(bundle.scorers[name].items, torch_scorer.items, atol=1e-4)
         assert np.allclose(bundle.scorers[name].table, model.table().detach().numpy(), atol=1e-5)
         shrinkage, told = bundle.scorers[name].told.shrinkage, bundle.scorers[name].told.parts
-        assert shrinkage == pytest.approx(told_later(model, lender).shrinkage)
+        assert shrinkage == pytest.approx(borrowed_heads(model, lender).shrinkage)
         assert told["own"].weights.shape[1] == 3 + 1  # and the bias
         factors = torch.from_numpy(np.concatenate([told["factors"].of(near), told["own"].of(near)[:, :3]], axis=1))
         with torch.inference_mode():

@@ -20,6 +20,7 @@ from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.examples import NextItemCollator
+from recllm.heads import item_heads
 from recllm.histories import item_token_history, text_history
 from recllm.lm import (
     BaseModel,
@@ -35,7 +36,7 @@ from recllm.lm import (
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
 from recllm.runs import ModelSettings
-from recllm.trained import item_heads, torch_encode
+from recllm.trained import torch_encode
 from recllm.vectors import ItemFeatures
 
 LORA = AdapterRecipe(tuner="lora", config={"r": 2, "target_modules": "all-linear", "init_lora_weights": False})

@@ -20,12 +20,12 @@ from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.examples import Examples, NextItemCollator
 from recllm.export import SequenceGraph
+from recllm.graphscorer import onnx_encode
 from recllm.histories import item_token_history
 from recllm.lm import load_base, next_item_model
 from recllm.ranking import ItemIndex
 from recllm.recipes import recipe_names
 from recllm.runs import AdapterSettings, ModelSettings
-from recllm.runtime import onnx_encode
 from recllm.sessions import open_session
 from recllm.tracing import write_graph
 from recllm.trained import in_full_precision, merged, torch_encode

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 
 import recllm
-from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.ranking import ItemIndex
-from recllm.runtime import TableScorer
 from recllm.sessions import open_session
 
 ROOT = Path(__file__).parents[1]
@@ -383,20 +381,3 @@ def test_a_bundle_without_an_encoder_takes_no_new_items(bundle, monkeypatch):
     monkeypatch.setattr(bundle, "_item_encoder", None)
     with pytest.raises(RecllmError, match=r"has no item encoder, so it cannot take new items"):
         bundle.with_items(NEW)
-
-
-def test_a_text_history_passes_over_new_items_and_scores_them(bundle):
-    scorer = bundle.scorers["lm"]
-    texts = tuple((len(scorer.history.vocabulary) + row,) for row in range(len(bundle.index)))
-    history = replace(scorer.history, texts=texts)
-    text = TableScorer(
-        scorer.graph, scorer.table, history, scorer.index, scorer.items[:, :-1], scorer.items[:, -1], 0.0
-    )
-    index = ItemIndex([*bundle.index.ids, "new"])
-    width = scorer.table.shape[1], scorer.items.shape[1] - 1
-    grown = text.grown(index, np.ones((1, width[0]), np.float32), np.ones((1, width[1]), np.float32))
-    found = grown.score([Query(("2", "4")), Query(("2", "new", "4")), Query(("new",))], index)
-    assert np.isfinite(found[0]).all()
-    assert found[1] == pytest.approx(found[0])
-    assert np.isnan(found[2]).all()
-    assert found[0, :-1] == pytest.approx(scorer.score([Query(("2", "4"))], bundle.index)[0], abs=1e-5)

@@ -51,7 +51,8 @@ def features(dataset):
 
 
 def sequence(model, history, given):
-    from recllm.trained import item_heads, torch_encode
+    from recllm.heads import item_heads
+    from recllm.trained import torch_encode
 
     return SequenceScorer(torch_encode(model), history, given.index, *item_heads(model))
 

@@ -149,43 +149,6 @@ def test_the_moment_of_a_request_is_learnt_and_a_run_from_before_is_read_without
         assert np.array_equal(scorer.score(asked, task.index), scorer.score(now, task.index))
 
 
-def test_a_new_items_head_is_that_of_what_the_like_of_it_tell(tiny_run):
-    import torch
-
-    from recllm.likeness import LikenessRidge
-    from recllm.trained import borrowed_heads, item_heads, text_heads, told_later
-
-    run = load_run(tiny_run)
-    task = prepare(run)
-    parts = load_collaborative(run, task)
-    model, _ = load_light(run, task, parts.features)
-    ridge, rows, (own, bias) = parts.ridge, np.arange(len(task.index)), item_heads(model)
-    text, factors = (ridge.means(values.numpy(), rows) for values in (model.text_vectors, model.item_factors))
-    with torch.inference_mode():
-        told = model.heads(torch.from_numpy(text), torch.from_numpy(factors)).numpy()
-    known = ridge.known.copy()
-    known[5] = False
-    operator = ridge.operator.copy()
-    operator[3] = np.nan  # it is like no other
-    ridge = LikenessRidge(known, ridge.rows, operator, ridge.share, ridge.scale)
-    heads, biases, new = borrowed_heads(model, ridge)
-    others = rows != 3
-    # As long as told heads are right: at known items they are on average as far along their own as those are long.
-    along = (own * told)[known & others].sum() / (told[known & others] ** 2).sum()
-    assert 0 < along < 1
-    assert told_later(model, ridge).shrinkage == pytest.approx(along, abs=1e-5)
-    assert np.allclose(new[others, :-1], along * told[others], atol=1e-5)
-    assert np.allclose(new[others, -1:], ridge.means(bias[:, None], rows)[others], atol=1e-5)
-    before = LikenessRidge(known, ridge.rows, operator, ridge.share, ridge.scale, shrunk=False)
-    assert np.allclose(borrowed_heads(model, before)[2][others, :-1], told[others], atol=1e-5)
-    assert told_later(model, before).shrinkage == 1.0
-    assert np.allclose(new[3], text_heads(model)[3])
-    assert np.allclose(heads[5], new[5, :-1])
-    assert np.allclose(heads[known], own[known])
-    assert np.allclose(biases[known], bias[known])
-    assert not np.allclose(heads[5], own[5], atol=1e-2)
-
-
 def test_merging_keeps_the_scores_of_the_trained_adapter(tiny_run):
     """The merged model and the one with its adapter beside the base weights read a history alike."""
     import torch
