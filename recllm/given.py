@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,8 @@ def given_split(
     Columns: user_id, item_id (or target), label (0 or 1), history (item ids, oldest first); and where there are any
     history_label (one per history item, 0 or 1; or history_ratings, which are likes from `like_at` on) and timestamp.
     The training interactions are the train rows and their histories, in order of time, and nothing of the other two
-    parts. With `shots`, of so many train rows, drawn by `seed`.
+    parts, whose rows are asked after all of it, whatever their times. With `shots`, of so many train rows, drawn by
+    `seed`.
 
     With `rated_histories`, rows whose histories have no labels get them from the user's earlier train rows, and the
     items of such rows that the history leaves out, as the disliked ones, are put where they belong in it. A row of
@@ -99,16 +100,18 @@ def _file(folder: Path, part: str) -> Path:
 
 
 def _parts(paths: Sequence[Path], like_at: float) -> list[list[Row]]:
-    frames = _on_one_clock([_frame(path) for path in paths], paths)
-    labels = pl.concat(frame.select(pl.col("ratings").explode()) for frame in frames).to_series().drop_nulls()
-    if not labels.is_in([0.0, 1.0]).all():
+    read = [_frame(path) for path in paths]
+    frames, rated = _on_one_clock([frame for frame, _ in read], paths), [own for _, own in read]
+    labels = [frame["ratings"].explode() for frame, own in zip(frames, rated, strict=True) if own]
+    if labels and not pl.concat(labels).drop_nulls().is_in([0.0, 1.0]).all():
         # Beside labels of 0 and 1 ratings would be read on their scale.
         liked = pl.col("ratings").list.eval((pl.element() >= like_at).cast(pl.Float64))
-        frames = [frame.with_columns(liked) for frame in frames]
+        frames = [frame.with_columns(liked) if own else frame for frame, own in zip(frames, rated, strict=True)]
     return [list(frame.iter_rows()) for frame in frames]
 
 
-def _frame(path: Path) -> pl.DataFrame:
+def _frame(path: Path) -> tuple[pl.DataFrame, bool]:
+    """The rows of a part by our names, and whether its histories have ratings in place of labels."""
     table = open_table(path)
     found = {role: next((name for name in names if name in table.columns), None) for role, names in NAMES.items()}
     for role, name in found.items():
@@ -118,20 +121,25 @@ def _frame(path: Path) -> pl.DataFrame:
     frame = table.read(name for name in found.values() if name is not None)
     frame = frame.rename({name: role for role, name in found.items() if name is not None})
     frame = frame.with_columns(pl.lit(None).alias(role) for role in OPTIONAL if found[role] is None)
-    try:
-        frame = frame.select(
-            as_ids(frame["user_id"]),
-            as_ids(frame["item_id"]),
-            pl.col("label").cast(pl.Float64),
-            as_id_lists(frame["history"]),
-            pl.col("ratings").cast(pl.List(pl.Float64)).list.eval(pl.element().fill_nan(None)),
-            "timestamp",
-        )
-    except POLARS_FAILS as error:
-        reason = str(error).splitlines()[0]
-        raise RecllmError(f"{path}: a column has the wrong kind ({reason}); history must be a list of ids.") from None
-    _check(frame, path, "history_ratings" if found["ratings"] == "history_ratings" else "history_label")
-    return frame
+    numbers = pl.col("ratings").cast(pl.List(pl.Float64)).list.eval(pl.element().fill_nan(None))
+    made: dict[str, tuple[Callable[[], pl.Series | pl.Expr], str]] = {
+        "user_id": (lambda: as_ids(frame["user_id"]), "text or numbers"),
+        "item_id": (lambda: as_ids(frame["item_id"]), "text or numbers"),
+        "label": (lambda: pl.col("label").cast(pl.Float64), "0 or 1"),
+        "history": (lambda: as_id_lists(frame["history"]), "a list of ids"),
+        "ratings": (lambda: numbers, "a list of numbers"),
+    }
+    columns = [frame["timestamp"]]
+    for role, (make, wanted) in made.items():
+        try:
+            columns.append(frame.select(make()).to_series())
+        except POLARS_FAILS as error:
+            reason = str(error).splitlines()[0]
+            raise RecllmError(f"{path}: '{found[role]}' is expected to be {wanted} ({reason}).") from None
+    rated = found["ratings"] == "history_ratings"
+    result = pl.DataFrame(columns).select(*made, "timestamp")
+    _check(result, path, "history_ratings" if rated else "history_label")
+    return result, rated
 
 
 def _on_one_clock(frames: list[pl.DataFrame], paths: Sequence[Path]) -> list[pl.DataFrame]:

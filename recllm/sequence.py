@@ -306,7 +306,7 @@ class NextItemModel(nn.Module):
         else:
             counts = chosen.any(1)  # a row that only fills a batch has no end to learn from
             targets = Targets(taught[counts], shares[counts])
-        barred = Barred(seen.new_empty(0), seen.new_empty(0)) if self.repeats else _seen_before(chosen, seen, hidden)
+        barred = Barred(seen.new_empty(0), seen.new_empty(0)) if self.repeats else seen_before(chosen, seen, hidden)
         if self.training and self.negatives:
             total, ranks = self._drawn_loss(ids, ends, asked, chosen, targets, barred)
         else:
@@ -358,7 +358,7 @@ class NextItemModel(nn.Module):
         return drop_factors(factors, self.factor_dropout) if self.training else factors
 
 
-def _seen_before(chosen: Tensor, seen: Tensor, hidden: Tensor | None) -> Barred:
+def seen_before(chosen: Tensor, seen: Tensor, hidden: Tensor | None) -> Barred:
     """Which chosen end, counted through bool[batch, ends], must not choose which item.
 
     Those up to it in its window, and what is `hidden` from the window.

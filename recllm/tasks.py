@@ -122,6 +122,7 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: boo
             seed=run.seed,
         )
         _check_known(split, dataset, say)
+        _say_what_is_doubtful(split, say)
         split = _without_unknown(split, run, dataset, say)
     else:
         split = _split(dataset, settings, seed)
@@ -203,6 +204,24 @@ def _check_known(split: Split, dataset: Dataset, say: Callable[[str], None]) -> 
         )
     if strange:
         say(f"{len(strange):,} of {len(found):,} items of the given split are not in the catalogue ('{strange[0]}', …)")
+
+
+def _say_what_is_doubtful(split: Split, say: Callable[[str], None]) -> None:
+    """Tell of rows of a given split that say too much: of their own answer, or of what the other part asks."""
+    for name, rows in (("validation", split.valid), ("test", split.test)):
+        own = [row for row in rows if row.item_id in row.query.history]
+        if own:
+            say(
+                f"{len(own):,} of {len(rows):,} {name} rows have the item that they ask for in their own history (user "
+                f"'{own[0].query.user_id}', item '{own[0].item_id}'): the history tells it, and a list leaves it out"
+            )
+    fitted = {(row.query.user_id, row.item_id) for row in split.valid}
+    again = [row for row in split.test if (row.query.user_id, row.item_id) in fitted]
+    if again:
+        say(
+            f"{len(again):,} of {len(split.test):,} test rows are of a user and an item that stand in validation too "
+            f"(user '{again[0].query.user_id}', item '{again[0].item_id}'): what is chosen there knows them"
+        )
 
 
 def _without_unknown(split: Split, run: Run, dataset: Dataset, say: Callable[[str], None]) -> Split:

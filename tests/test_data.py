@@ -5,7 +5,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recllm.data import Catalog, Interactions, Query, read_dataset, read_interactions
+from recllm.data import Catalog, Interactions, Query, read_dataset, read_interactions, read_items
 from recllm.data.tables import open_table
 from recllm.errors import RecllmError
 from recllm.fetch import fetch
@@ -617,3 +617,33 @@ def test_rows_without_a_place_stand_last(tmp_path):
     (tmp_path / "interactions.csv").write_text("user_id,item_id,seq\nu,a,\nu,b,1\nu,c,2\n", encoding="utf-8")
     (tmp_path / "items.csv").write_text("item_id,title\na,A\nb,B\nc,C\n", encoding="utf-8")
     assert read_dataset(str(tmp_path)).interactions.frame["item_id"].to_list() == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("item_id,description,year\na,Long,1995\n", [("1995", None)]),
+        ("item_id,title,year\na,,1995\nb,Heat,1995\n", [("1995", None), (None, "Heat (1995)")]),
+        ("item_id,title,year\na,Old,c. 1890\nb,Heat,1995\n", [("c. 1890", "Old"), (None, "Heat (1995)")]),
+    ],
+)
+def test_a_year_that_goes_into_no_title_stays(tmp_path, text, expected):
+    path, said = tmp_path / "items.csv", []
+    path.write_text(text, encoding="utf-8")
+    assert read_items(path, say=said.append).frame.select("release_year", "title").rows() == expected
+    assert not any("without any text" in line for line in said)
+
+
+@pytest.mark.parametrize("columns", [{"item_id": "name", "title": "name"}, {"title": "name", "item_id": "name"}])
+def test_one_column_may_be_both_id_and_title(tmp_path, columns):
+    path = tmp_path / "items.csv"
+    path.write_text("name,colour\nHeat,red\n", encoding="utf-8")
+    assert read_items(path, columns=columns).frame.rows() == [("Heat", "Heat", "red")]
+
+
+def test_ids_that_only_a_fraction_keeps_apart_are_told(tmp_path):
+    events = "user_id,item_id\nu,1.0\nu,2\nu,3.0\nu,x.0\n"
+    folder = write(tmp_path, interactions__csv=events, items__csv="item_id,title\n1,A\n2,B\n3,C\n")
+    report = read_dataset(str(folder)).report
+    assert report.count("item_not_listed") == 3
+    assert report.count("id_with_fraction") == 2

@@ -8,11 +8,13 @@ from recllm.data import read_dataset, read_interactions
 from recllm.errors import RecllmError
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "", "much"])
+@pytest.mark.parametrize("weight", ["0", "-1", "", "much", "1e39"])
 def test_an_event_weight_that_is_no_positive_number_is_refused(tmp_path, weight):
     file = tmp_path / "log.csv"
     file.write_text(f"user_id,item_id,event_weight\na,x,0.5\na,y,{weight}\nb,x,1\n", encoding="utf-8")
-    with pytest.raises(RecllmError, match=r"row 2 has an event weight that is no positive number \(as 1 of 3 rows\)"):
+    with pytest.raises(
+        RecllmError, match=r"line 3 has an event weight that is no positive number .*\(as 1 of 3 rows\)"
+    ):
         read_interactions(file)
 
 
@@ -99,3 +101,69 @@ def test_the_further_events_that_are_told_are_those_that_the_rule_leaves_out(tmp
     report = read_dataset("", interactions=str(tmp_path / "log.csv"), duplicates=rule).report
     (told,) = [finding for finding in report.findings if finding.code == "duplicate_event"]
     assert told.lines == (line,)
+
+
+def items_of(path, text, **options):
+    """The items of a log of one user in order, and what is doubtful in it."""
+    path.write_text(text, encoding="utf-8")
+    said = []
+    frame = read_interactions(path, say=said.append, **options).frame
+    return frame["item_id"].to_list(), "\n".join(said)
+
+
+def test_blanks_around_numbers_and_empty_quotes_are_nothing(tmp_path):
+    text = "user_id, item_id, rating, timestamp, event_weight\nu, a, 5, 1577836900, 2\nu, b, 4, 1577836800, 3\n"
+    path = tmp_path / "log.csv"
+    path.write_text(text.replace(", ", ",", 4), encoding="utf-8")
+    frame = read_interactions(path).frame
+    assert frame.select("item_id", "rating", "weight").rows() == [("b", 4.0, 3.0), ("a", 5.0, 2.0)]
+    quoted = '"user_id","item_id","timestamp"\n"u","a",""\n"u","b",""\n'
+    assert items_of(path, quoted)[0] == ["a", "b"]  # as if no time were there
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(" 2", " 1"), ("2020-01-02", "2020-01-01"), ("2020-01-01T10:00:00Z", "2020-01-01")]
+)
+def test_places_in_the_order_may_have_blanks_around_them_and_be_dates(tmp_path, first, second):
+    rows = f"user_id,item_id,seq,timestamp\nu,a,{first},1577836800\nu,b,{second},1577836900\n"
+    assert items_of(tmp_path / "log.csv", rows)[0] == ["b", "a"]
+
+
+def test_a_place_that_is_none_is_told_and_time_orders_its_users_events(tmp_path):
+    rows = "user_id,item_id,seq,timestamp\n"
+    rows += "u,a,x3,1577836900\nu,b,2,1577836800\nu,c,1,1577836950\nv,d,2,1577836800\nv,e,1,1577836900\n"
+    found, said = items_of(tmp_path / "log.csv", rows)
+    assert found == ["b", "a", "c", "e", "d"]
+    assert "that are neither numbers nor times, taken as missing: 1 (log.csv, line 2)" in said
+    assert "rows without a place in the order (seq), so that all events of their users are in order of time: 1" in said
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "interactions.csv").write_text(rows, encoding="utf-8")
+    facts = read_dataset(str(folder)).report.facts
+    assert facts["order"] == "by column 'seq', for users with rows without one time, ties in file order"
+
+
+def test_one_event_with_a_place_does_not_go_before_all_that_have_a_time(tmp_path):
+    rows = "user_id,item_id,seq,timestamp\nu,a,,1577836900\nu,b,,1577836800\nu,c,1,1577836950\n"
+    assert items_of(tmp_path / "log.csv", rows)[0] == ["b", "a", "c"]
+
+
+def test_a_rating_that_is_left_out_with_its_event_is_told(tmp_path):
+    rows = "user_id,item_id,rating,timestamp\nu,a,,1577836800\nu,a,5,1577836900\nu,a,,1577837000\nu,b,3,1577837100\n"
+    for rule, line in (("first", 2), ("last", 4)):
+        said = items_of(tmp_path / "log.csv", rows, duplicates=rule)[1]
+        assert "where one that is left out has a rating" in said
+        assert f"takes the rating over): 1 (log.csv, line {line})" in said
+    assert "rating" not in items_of(tmp_path / "log.csv", rows, duplicates="keep")[1]
+
+
+def test_a_rating_beyond_single_precision_is_missing(tmp_path):
+    said = items_of(tmp_path / "log.csv", "user_id,item_id,rating\nu,a,1e39\nu,b,4\n")[1]
+    assert "ratings that are no number, or too large a one, taken as missing: 1 (log.csv, line 2)" in said
+
+
+def test_a_blank_line_is_a_row_without_ids_in_a_log_with_weights_too(tmp_path):
+    rows = "user_id,item_id,event_weight\nu,a,1\n\nu,b,2\n"
+    assert items_of(tmp_path / "log.csv", rows)[0] == ["a", "b"]
+    with pytest.raises(RecllmError, match=r"line 4 has an event weight .*as 1 of 2 rows"):
+        items_of(tmp_path / "log.csv", rows.replace("u,b,2", "u,b,0"))

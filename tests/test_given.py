@@ -122,7 +122,8 @@ def test_a_missing_part_is_named(folder):
         ({"history_label": [1, 3]}, "row 1 has a history_label that is neither 0 nor 1"),
         ({"history": ["b", " "]}, "row 1 has an empty id in its history"),
         ({"user_id": None}, "row 1 needs a user_id, an item_id and a label"),
-        ({"history": "b c"}, "a column has the wrong kind .*history must be a list of ids"),
+        ({"label": "yes"}, "'label' is expected to be 0 or 1"),
+        ({"history": "b c"}, "'history' is expected to be a list of ids"),
     ],
 )
 def test_a_wrong_row_is_named(folder, changed, message):
@@ -296,3 +297,11 @@ def test_neighbouring_rows_know_the_earlier_ones_up_to_the_same_point(tmp_path):
     assert points.count(0.0) > 10
     assert points.count(1.0) > 20
     assert sum(0.0 < point < 1.0 for point in points) > 5
+
+
+def test_ratings_in_one_part_leave_the_labels_of_the_others_alone(folder):
+    rated = [{**row, "history_ratings": [2 + 3 * own for own in row["history_label"]]} for row in TRAIN]
+    write(folder, "train", [{key: own for key, own in row.items() if key != "history_label"} for row in rated])
+    split = given_split(folder)
+    assert split.valid[0].query.ratings == (1.0, 0.0)
+    assert split.train_rows[2].query.ratings == (0.0, 1.0, 1.0)

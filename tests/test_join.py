@@ -345,3 +345,62 @@ def test_users_stand_in_the_order_of_their_first_events_each_ones_events_togethe
 def test_a_clock_of_part_of_a_second_moves_to_the_nearest_second(tmp_path):
     log = "user_id,item_id,timestamp\nu,1,100\n"
     assert joined_one(tmp_path, log, "clock = -0.25")["timestamp"].to_list() == [100]
+
+
+PAIR = """
+{head}
+[[source]]
+name = "shop"
+interactions = "{folder}/shop.csv"
+users = "people"
+{shop}
+[[source]]
+name = "app"
+interactions = "{folder}/app.csv"
+users = "people"
+"""
+
+
+def paired(folder, shop, app, *, head="", of_shop=""):
+    """What is said when two logs are joined, and the events."""
+    (folder / "shop.csv").write_text(shop, encoding="utf-8")
+    (folder / "app.csv").write_text(app, encoding="utf-8")
+    (folder / "pair.toml").write_text(PAIR.format(folder=folder, head=head, shop=of_shop), encoding="utf-8")
+    said = []
+    join_sources(folder / "pair.toml", folder / "pair", said.append)
+    return "\n".join(said), pl.read_parquet(folder / "pair" / "interactions.parquet")
+
+
+def test_the_scale_of_ratings_is_that_of_the_kinds_that_are_taken(tmp_path):
+    shop = "user_id,item_id,kind,rating,timestamp\n1,a,view,0,100\n1,b,rate,3,110\n"
+    keys = 'event = "kind"\nevents = { rate = {} }\nrating_scale = [1, 5]'
+    said, events = paired(tmp_path, shop, "user_id,item_id,timestamp\n1,c,100\n", of_shop=keys)
+    assert "1 events of kinds that [source.events] does not name" in said
+    assert events["rating"].drop_nulls().to_list() == [3.0]
+
+
+def test_sources_of_one_namespace_whose_ids_never_meet_are_told(tmp_path):
+    shop, app = "user_id,item_id,timestamp\n17.0,a,100\n", "user_id,item_id,timestamp\n17,c,100\n"
+    said, _ = paired(tmp_path, shop, app)
+    assert "app: warning: no user_id is that of another source of its namespace 'people' ('people:17' here" in said
+    assert "'people:17.0' there); are they written alike?" in said
+    assert "no item_id" not in said  # each has a namespace of its own
+
+
+def test_weights_beyond_single_precision_are_refused(tmp_path):
+    log = "user_id,item_id,timestamp,event_weight\n1,a,100,1e30\n"
+    with pytest.raises(RecllmError, match=r"Source 'shop': 1 events weigh more than single precision holds"):
+        paired(tmp_path, log, log, of_shop="weight = 1e30")
+
+
+def test_how_to_read_a_join_that_keeps_all_events_is_said(tmp_path):
+    log = "user_id,item_id,timestamp\n1,a,100\n"
+    said, _ = paired(tmp_path, log, log, head='duplicates = "keep"')
+    assert "--set data.duplicates=keep" in said
+
+
+def test_a_mistake_in_a_source_is_told_in_the_words_of_a_join_file(tmp_path):
+    with pytest.raises(
+        RecllmError, match=r"Source 'shop': .* has no column for 'user_id'.*columns and item_columns of the"
+    ):
+        paired(tmp_path, "who,item_id\n1,a\n", "user_id,item_id\n1,a\n")

@@ -1,10 +1,12 @@
 """Tables of files: what parts their columns, texts that are kept once, and how much memory they would take."""
 
+import csv
+
 import polars as pl
 import pytest
 
-from recllm.data import read_interactions
-from recllm.data.tables import open_table
+from recllm.data import read_interactions, read_items
+from recllm.data.tables import LINE, open_table
 from recllm.errors import RecllmError
 
 
@@ -22,7 +24,7 @@ def test_texts_that_a_parquet_file_keeps_once_are_texts(tmp_path, kind):
     file = tmp_path / "log.parquet"
     frame = pl.DataFrame({"user_id": ["a", "b"], "item_id": ["x", "x"], "rating": ["4", "5"]})
     frame.select(pl.all().cast(kind)).write_parquet(file)
-    assert open_table(file).read(frame.columns).drop("_line").equals(frame)
+    assert open_table(file).read(frame.columns).drop(LINE).equals(frame)
     assert read_interactions(file).frame["rating"].to_list() == [4.0, 5.0]
 
 
@@ -90,7 +92,7 @@ def test_a_line_of_json_that_is_no_object_is_named_and_blank_ones_are_none(tmp_p
 )
 def test_a_row_behind_a_text_of_several_lines_has_the_line_on_which_it_begins(tmp_path, text, lines):
     (tmp_path / "items.csv").write_text("item_id,title\n" + text, encoding="utf-8")
-    assert open_table(tmp_path / "items.csv").read(["item_id"])["_line"].to_list() == lines
+    assert open_table(tmp_path / "items.csv").read(["item_id"])[LINE].to_list() == lines
 
 
 def test_a_text_of_several_lines_and_a_blank_one_are_read_in_one_file(tmp_path):
@@ -110,3 +112,63 @@ def test_a_text_of_several_lines_and_a_blank_one_are_read_in_one_file(tmp_path):
 def test_the_name_of_a_dat_file_says_what_its_columns_are(tmp_path, name, columns):
     (tmp_path / name).write_text("::".join("1234"[: len(columns)]) + "\n", encoding="utf-8")
     assert open_table(tmp_path / name).columns == columns
+
+
+@pytest.mark.parametrize("sign", ["\t", ","])
+def test_rows_that_an_open_quote_has_swallowed_are_told(tmp_path, sign):
+    rows = ["user_id\titem_id\tquery\ttimestamp", 'u\ta\t"foo\t1577836800', "u\tb\tbar\t1577836801"]
+    rows += ['u\tc\tbaz"\t1577836802', "u\td\tz\t1577836803"]
+    path, said = tmp_path / ("log.tsv" if sign == "\t" else "log.csv"), []
+    path.write_text("\n".join(rows).replace("\t", sign), encoding="utf-8")
+    assert len(read_interactions(path, say=said.append)) == 2
+    assert any("hold what look like whole rows" in line and f"1 ({path.name}, line 2)" in line for line in said)
+
+
+def test_a_text_of_several_lines_is_no_row(tmp_path):
+    path, said = tmp_path / "items.csv", []
+    path.write_text('item_id,title,story\na,A,"Long, and\nlonger, and sad\n"\nb,B,short\n', encoding="utf-8")
+    assert len(read_items(path, say=said.append)) == 2
+    assert not said
+
+
+def test_texts_may_be_longer_than_the_csv_module_reads_by_itself(tmp_path):
+    path = tmp_path / "items.csv"
+    before, long = csv.field_size_limit(), "word " * 40_000
+    path.write_text(f'item_id,title,story\na,A,"{long}\nend"\nb,,\n', encoding="utf-8")
+    said = []
+    assert len(read_items(path, say=said.append)) == 2
+    assert any("items without title: 1 (items.csv, line 4)" in line for line in said)
+    path.write_text(f'item_id,title,story\na,A,"{long}\nend"\nb,B,x,y\n', encoding="utf-8")
+    with pytest.raises(RecllmError, match="line 4 has 4 fields"):
+        read_items(path)
+    assert csv.field_size_limit() == before
+
+
+def test_a_quote_inside_a_field_is_named(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text('item_id,title,colour\n0,"A ""good"" one, and\nlong",red\n1,TV 55" für,x\n', encoding="utf-8")
+    with pytest.raises(RecllmError, match=r'line 4 has a quote inside a field, TV 55" für; .* doubled, "TV 55"" für"'):
+        read_items(path)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_lines_are_those_of_the_file_with_and_without_its_last_end(tmp_path, end):
+    path, said = tmp_path / "log.csv", []
+    path.write_text(f'user_id,item_id,rating,text\nu,a,5,"x\ny"\nu,b,zz,k{end}', encoding="utf-8")
+    read_interactions(path, say=said.append)
+    assert any("taken as missing: 1 (log.csv, line 4)" in line for line in said)
+
+
+def test_a_column_may_have_any_name(tmp_path):
+    for path in (tmp_path / "log.csv", tmp_path / "log.parquet", tmp_path / "log.jsonl"):
+        frame = pl.DataFrame({"user_id": ["u"], "item_id": ["a"], "_line": ["1"]})
+        {"csv": frame.write_csv, "parquet": frame.write_parquet, "jsonl": frame.write_ndjson}[path.suffix[1:]](path)
+        assert open_table(path).columns == ["user_id", "item_id", "_line"]
+        assert len(read_interactions(path)) == 1
+
+
+def test_utf_16_without_a_mark_is_refused(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes("user_id,item_id\nu,a\n".encode("utf-16-le"))
+    with pytest.raises(RecllmError, match=r"log.csv has bytes of 0 in its first lines, as UTF-16 has"):
+        read_interactions(path)

@@ -158,3 +158,18 @@ def test_what_reading_warns_of_is_told(folder):
 def test_unknown_data_is_named(tmp_path):
     with pytest.raises(RecllmError, match=r"ml-100"):
         task_of("ml-100")
+
+
+def test_rows_of_a_given_split_that_tell_their_own_answer_or_stand_in_both_parts_are_told(folder):
+    row = {"user_id": "u0", "item_id": "5", "label": 1, "history": ["0", "2"]}
+    for part, rows in (("train", [row]), ("valid", [row | {"item_id": "7"}]), ("test", [row | {"item_id": "9"}])):
+        pl.DataFrame(rows).write_parquet(folder / f"{part}.parquet")
+    values, said = {"name": "x", "data": {"name": str(folder), "split": "given"}}, []
+    prepare(Run.model_validate(values), said.append)
+    assert not any("rows" in line for line in said)
+    said.clear()
+    again = [row | {"item_id": "7"}, row | {"item_id": "2"}, row | {"item_id": "9"}]
+    pl.DataFrame(again).write_parquet(folder / "test.parquet")
+    prepare(Run.model_validate(values), said.append)
+    assert "1 of 3 test rows have the item that they ask for in their own history (user 'u0', item '2')" in said[-2]
+    assert "1 of 3 test rows are of a user and an item that stand in validation too (user 'u0', item '7')" in said[-1]

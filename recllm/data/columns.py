@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
+import polars as pl
+
 from recllm.data.tables import Table
 from recllm.errors import RecllmError, unknown
 
@@ -75,7 +77,9 @@ def map_columns(
             raise unknown(f"column for {key}.{role}: {table.path.name} has no column", column, table.columns)
         mapping[role] = column
     by_name: dict[str, str] = {}
-    for column in table.columns:
+    kinds = table.frame.collect_schema()
+    # Nothing is told by a time of day without its day.
+    for column in (name for name in table.columns if kinds[name] not in (pl.Time, pl.Duration)):
         by_name.setdefault(squeezed(column), column)
     for role, names in guesses.items():
         free = [by_name[name] for name in names if name in by_name and by_name[name] not in mapping.values()]

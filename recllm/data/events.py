@@ -7,8 +7,8 @@ from typing import Literal
 import polars as pl
 
 from recllm.data.checks import LINES_SHOWN, Checks
-from recllm.data.tables import LINE, Table, check_kinds
-from recllm.data.texts import as_ids
+from recllm.data.tables import LINE, Table, check_kinds, note_rows_in_quotes
+from recllm.data.texts import as_ids, stripped
 from recllm.data.times import as_seconds, holds_times
 from recllm.errors import RecllmError
 
@@ -40,16 +40,18 @@ def normalise_events(
 
     Columns of the file that are named in `extra` are kept as they are, under their name behind `EXTRA`.
 
-    A user's events are ordered by `seq` where the file has one, else by time, ties in file order; without both, file
-    order. Users stand in the order of their first event in time (then by id), without times in file order, so that
-    the same events give the same table in whatever order the file holds the users.
+    A user's events are ordered by `seq` where the file has one for each of them, else by time, ties in file order;
+    without times by `seq`, those that have none last, and without both as in the file. Users stand in the order of
+    their first event in time (then by id), without times in file order, so that the same events give the same table in
+    whatever order the file holds the users.
 
     Raises:
-        RecllmError: a column holds no single values, or no row is left.
+        RecllmError: a column holds no single values, an event weight is no positive number, or no row is left.
     """
     raw = table.read(dict.fromkeys([*mapping.values(), *extra]))
     check_kinds(table, raw, [*mapping.values(), *extra])
-    columns = {role: raw[column].alias(role) for role, column in mapping.items()}
+    note_rows_in_quotes(table, raw.height, checks)
+    columns = {role: stripped(raw[column].alias(role)) for role, column in mapping.items()}
     frame = pl.DataFrame(
         [
             raw[LINE],
@@ -57,8 +59,8 @@ def normalise_events(
             as_ids(columns["item_id"]),
             _ratings(columns.get("rating"), raw[LINE], checks, table.path.name),
             _times(columns.get("timestamp"), raw.height, checks, table.path.name),
-            _places(columns.get("seq"), raw.height),
-            *([_weights(columns["event_weight"], table)] if "event_weight" in columns else []),
+            _places(columns.get("seq"), raw[LINE], checks, table.path.name),
+            *([_numbers(columns["event_weight"], WEIGHT, raw.height)] if "event_weight" in columns else []),
             *(raw[name].alias(EXTRA + name) for name in extra),
         ]
     )
@@ -67,8 +69,11 @@ def normalise_events(
     checks.facts["columns_left_out"] = [name for name in table.columns if name not in mapping.values()]
     timed = frame[TIME].null_count() < frame.height
     frame = _drop_bad(frame, timed or _has_text(columns.get("timestamp")), checks, table)
+    if WEIGHT in frame.columns:
+        frame = frame.with_columns(_weights(frame, table))
     if not timed and frame["seq"].null_count() == frame.height:
         _warn_of_order(table, mapping, checks)
+    _note_missing_places(frame, timed, checks, table.path.name)
     ordered = _ordered(frame, timed)
     kept = _without_duplicates(ordered, duplicates, checks, table.path.name)
     _note_facts(kept, timed, checks)
@@ -91,37 +96,48 @@ def _numbers(column: pl.Series | None, name: str, height: int) -> pl.Series:
     return number.to_frame().select(pl.when(pl.col(name).is_finite()).then(pl.col(name))).to_series()
 
 
-def _places(column: pl.Series | None, height: int) -> pl.Series:
+def _single(number: pl.Series) -> pl.Series:
+    """In single precision, float32; null where that has no number so large."""
+    single = number.cast(pl.Float32).to_frame()
+    return single.select(pl.when(pl.col(number.name).is_finite()).then(pl.col(number.name))).to_series()
+
+
+def _places(column: pl.Series | None, lines: pl.Series, checks: Checks, file: str) -> pl.Series:
     """What a user's events are ordered by; whole numbers stay whole, for floats tell large ones not apart."""
     if column is None:
-        return _numbers(None, "seq", height)
+        return _numbers(None, "seq", len(lines))
     kind = column.dtype
     without_fraction = isinstance(kind, pl.Decimal) and kind.scale == 0
     if kind.is_integer() or kind.is_temporal() or kind == pl.String or without_fraction:
         whole = column.cast(pl.Int64, strict=False).alias("seq")
         if whole.null_count() == column.null_count():
             return whole
-    return _numbers(column, "seq", height)
+    places = _numbers(column, "seq", len(lines))
+    if kind == pl.String:
+        dates = as_seconds(column, Checks(), file)
+        places = dates if dates.null_count() < places.null_count() else places
+    bad = lines.filter(places.is_null() & column.is_not_null())
+    message = "places in the order (seq) that are neither numbers nor times, taken as missing"
+    checks.add("warning", "bad_seq", message, len(bad), file=file, lines=bad.head(LINES_SHOWN))
+    return places.alias("seq")
 
 
-def _weights(column: pl.Series, table: Table) -> pl.Series:
-    weight = _numbers(column, WEIGHT, len(column)).cast(pl.Float32)
-    bad = (weight.is_null() | (weight <= 0)).arg_true()
+def _weights(frame: pl.DataFrame, table: Table) -> pl.Series:
+    weight = _single(frame[WEIGHT])
+    bad = frame[LINE].filter(weight.is_null() | (weight <= 0))
     if len(bad):
         raise RecllmError(
-            f"{table.path}: row {bad[0] + 1} has an event weight that is no positive number (as {len(bad):,} of "
-            f"{len(column):,} rows). Mend it, or give the column another name."
+            f"{table.path}: line {bad[0]} has an event weight that is no positive number of single precision (as "
+            f"{len(bad):,} of {len(weight):,} rows). Mend it, or give the column another name."
         )
     return weight
 
 
 def _ratings(column: pl.Series | None, lines: pl.Series, checks: Checks, file: str) -> pl.Series:
-    if column is not None and column.dtype == pl.String:
-        column = column.str.strip_chars().replace("", None)
-    rating = _numbers(column, "rating", len(lines))
+    rating = _single(_numbers(column, "rating", len(lines)))
     if column is not None:
         bad = lines.filter(rating.is_null() & column.is_not_null())
-        message = "ratings that are no number, taken as missing"
+        message = "ratings that are no number, or too large a one, taken as missing"
         checks.add("warning", "bad_rating", message, len(bad), file=file, lines=bad.head(LINES_SHOWN))
     return rating
 
@@ -189,11 +205,25 @@ def _note_large_floats(columns: Mapping[str, pl.Series], checks: Checks, file: s
             checks.add("warning", "large_float_id", message, large, file=file)
 
 
+def _has_places(frame: pl.DataFrame) -> bool:
+    return frame["seq"].null_count() < frame.height
+
+
+def _note_missing_places(frame: pl.DataFrame, timed: bool, checks: Checks, file: str) -> None:
+    lines = frame[LINE].filter(frame["seq"].is_null()) if _has_places(frame) else frame[LINE].head(0)
+    way = "so that all events of their users are in order of time" if timed else "which stand last"
+    message = f"rows without a place in the order (seq), {way}"
+    checks.add("warning", "missing_seq", message, len(lines), file=file, lines=lines.head(LINES_SHOWN))
+
+
 def _ordered(frame: pl.DataFrame, timed: bool) -> pl.DataFrame:
-    within = "seq" if frame["seq"].null_count() < frame.height else TIME
+    # One event without a place, and those that have one could be put on either side of it: time says more.
+    whole = pl.col("seq").is_not_null().all().over("user_id")
+    placed = whole if timed and frame["seq"].null_count() else pl.lit(True)
+    within = (pl.when(placed).then("seq"), pl.when(~placed).then(TIME))
     users = frame.group_by("user_id").agg(pl.col(TIME if timed else LINE).min().alias("_first"))
     users = users.sort("_first", "user_id").select("user_id").with_row_index("_user")
-    return frame.join(users, on="user_id").sort("_user", within, LINE, nulls_last=True)
+    return frame.join(users, on="user_id").sort("_user", *within, LINE, nulls_last=True)
 
 
 def _warn_of_order(table: Table, mapping: Mapping[str, str], checks: Checks) -> None:
@@ -218,15 +248,25 @@ def _without_duplicates(frame: pl.DataFrame, duplicates: Duplicates, checks: Che
     done = {"keep": "kept", "first": "only the first kept", "last": "only the last kept"}[duplicates]
     message = f"further events of one user with one item, {done}"
     checks.add("info", "duplicate_event", message, len(lines), file=file, lines=lines.head(LINES_SHOWN))
-    return frame if duplicates == "keep" else frame.filter(kept)
+    if duplicates == "keep":
+        return frame
+    rated = pl.col("rating").is_not_null()
+    lost = frame.filter(kept & frame.select(~rated & rated.any().over(pair)).to_series())[LINE].sort()
+    message = "events without a rating that are kept of a user with an item where one that is left out has a rating"
+    message += " (duplicates = keep keeps both; a join with duplicates = last takes the rating over)"
+    checks.add("warning", "lost_rating", message, len(lost), file=file, lines=lost.head(LINES_SHOWN))
+    return frame.filter(kept)
 
 
 def _note_facts(frame: pl.DataFrame, timed: bool, checks: Checks) -> None:
-    by_seq = frame["seq"].null_count() < frame.height
+    by_seq = _has_places(frame)
     rule = "time, ties in file order" if timed else "file order"
     facts = checks.facts
     facts |= {"rows_kept": frame.height, "users": frame["user_id"].n_unique(), "items": frame["item_id"].n_unique()}
-    facts["order"] = f"by column '{facts['columns']['seq']}'" if by_seq else rule
+    if by_seq:
+        others = f", for users with rows without one {rule}" if timed and checks.report().count("missing_seq") else ""
+        rule = f"by column '{facts['columns']['seq']}'{others}"
+    facts["order"] = rule
     ratings = frame["rating"].drop_nulls().to_numpy()
     facts["ratings"] = f"{ratings.min():g} to {ratings.max():g}" if len(ratings) else "none"
     if not timed:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import polars as pl
 
 from recllm.data.checks import LINES_SHOWN, Checks
-from recllm.data.tables import LINE, Table, check_kinds
+from recllm.data.tables import LINE, Table, check_kinds, note_rows_in_quotes
 from recllm.data.texts import PLACEHOLDERS, as_ids, as_text
 
 GENRE_LIKE = ("genres", "categories", "category", "tags", "keywords")
@@ -18,8 +18,8 @@ MOSTLY = 0.5
 def normalise_items(table: Table, mapping: Mapping[str, str], checks: Checks) -> pl.DataFrame:
     """Items as `Catalog.frame` describes them; what was dropped, left out or odd goes to `checks`.
 
-    A release year goes into the title, `Heat (1995)`. Columns that are no text (addresses, dates, ids of elsewhere,
-    empty ones) are left out and named.
+    A release year goes into the title, `Heat (1995)`; what is no year, or has no title, stays in its column. Columns
+    that are no text (addresses, dates, ids of elsewhere, empty ones) are left out and named.
 
     Args:
         table: the file.
@@ -29,14 +29,18 @@ def normalise_items(table: Table, mapping: Mapping[str, str], checks: Checks) ->
     file = table.path.name
     raw = table.read(table.columns)
     check_kinds(table, raw, [mapping["item_id"]])
+    note_rows_in_quotes(table, raw.height, checks)
     ids = as_ids(raw[mapping["item_id"]].alias("item_id"))
     lines = raw[LINE].filter(ids.is_null())
     checks.add("warning", "missing_item_id", "items without id, dropped", len(lines), file=file, lines=lines.head(5))
     texts, left_out = _texts(table, mapping, raw, checks)
     title = texts.pop("title", pl.Series("title", [None], dtype=pl.String).new_from_index(0, raw.height))
     if "release_year" in texts:
-        title = _with_year(title, texts.pop("release_year"))
-        left_out[mapping["release_year"]] = "a year, now in the title"
+        title, rest = _with_year(title, texts.pop("release_year"))
+        if rest.null_count() < len(rest):
+            texts["release_year"] = rest
+        else:
+            left_out[mapping["release_year"]] = "a year, now in the title"
     frame = pl.DataFrame([raw[LINE], ids, title, *texts.values()]).filter(pl.col("item_id").is_not_null())
     repeated = frame.filter(~pl.col("item_id").is_first_distinct())[LINE]
     message = "further rows of one item, only the first kept"
@@ -56,19 +60,18 @@ def _texts(
     table: Table, mapping: Mapping[str, str], raw: pl.DataFrame, checks: Checks
 ) -> tuple[dict[str, pl.Series], dict[str, str]]:
     """The text columns by our names, and the file's columns that are no text with the reason."""
-    ours = {column: role for role, column in mapping.items()}
+    ours = [(role, column) for role, column in mapping.items() if role != "item_id"]
+    named = [column for column in table.columns if column not in mapping.values()]
+    places = {column: place for place, column in enumerate(table.columns)}
     texts: dict[str, pl.Series] = {}
     left_out: dict[str, str] = {}
     empty = 0
-    for column in table.columns:
-        name = ours.get(column, column)
-        if name == "item_id":
-            continue
-        if column not in ours and (name in mapping or name == LINE):
-            left_out[column] = f"'{mapping.get(name, name)}' was given for it"
+    for name, column in sorted([*ours, *zip(named, named, strict=True)], key=lambda pair: places[pair[1]]):
+        if column in named and name in mapping:
+            left_out[column] = f"'{mapping[name]}' was given for it"
             continue
         text = as_text(raw[column].alias(name))
-        why = "no text" if text is None else _no_text(text) if column not in ours else ""
+        why = "no text" if text is None else _no_text(text) if column in named else ""
         if text is None or why:
             left_out[column] = why
             continue
@@ -106,13 +109,21 @@ def _listed(text: pl.Series, kind: str) -> pl.Series:
     return text.str.replace_all(r"\s*\|\s*", ", ")
 
 
-def _with_year(title: pl.Series, year: pl.Series) -> pl.Series:
-    """Put the year back behind the title; RecBole cut off the last brackets, be it a year or a mark as in `(V)`."""
+def _with_year(title: pl.Series, year: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """Put the year back behind the title; RecBole cut off the last brackets, be it a year or a mark as in `(V)`.
+
+    Returns:
+        The titles, and the years that are in none.
+    """
     known = pl.col("title").str.ends_with(pl.concat_str(pl.lit("("), "release_year", pl.lit(")")))
     dated = pl.col("title").str.contains(r"\(\d{4}\)$") & pl.col("release_year").str.contains(r"^\d")
     add = pl.col("release_year").str.contains(r"^(\d{4}|[A-Z]{1,2})$") & ~known & ~dated
     joined = pl.concat_str("title", pl.lit(" ("), "release_year", pl.lit(")"))
-    return pl.DataFrame([title, year]).select(pl.when(add).then(joined).otherwise("title").alias("title")).to_series()
+    inside = pl.col("title").is_not_null() & (add | known | dated)
+    frame = pl.DataFrame([title, year]).select(
+        pl.when(add).then(joined).otherwise("title").alias("title"), pl.when(~inside).then("release_year")
+    )
+    return frame["title"], frame["release_year"]
 
 
 def _note_missing(frame: pl.DataFrame, checks: Checks, file: str) -> None:

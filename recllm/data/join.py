@@ -4,7 +4,7 @@ Shops, apps and platforms log the same people and things under other ids, with o
 A join file names each source once; what comes out is one data set that every other command reads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -147,6 +147,7 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
         frame = _weighted(source, _with_kinds(source, frame, kinds), say)
         events.append(frame)
         items.append(_named_items(source, dataset))
+    _say_who_never_meets(join, events, say)
     joined = _without_duplicates(_in_time(pl.concat(events), names, events), join)
     catalog = _merged(items)
     with whole_folder(target) as part:
@@ -155,8 +156,26 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
     users, count = joined["user_id"].n_unique(), joined["item_id"].n_unique()
     for first in joined.head(1).iter_rows(named=True):
         say(f"Ids are written with their namespaces: user '{first['user_id']}', item '{first['item_id']}'")
+    if join.duplicates == "keep":
+        say("A run keeps several events of one user with one item by --set data.duplicates=keep; else the first stays")
     say(f"{target}: {len(joined):,} events of {users:,} users with {count:,} items, {len(catalog):,} items in all")
     return len(joined)
+
+
+def _say_who_never_meets(join: Join, events: Sequence[pl.DataFrame], say: Callable[[str], None]) -> None:
+    """Tell where a source has no id of the others in its namespace: they are written differently, or it is another."""
+    for column, spaces in (
+        ("user_id", [source.of_users for source in join.source]),
+        ("item_id", [source.of_items for source in join.source]),
+    ):
+        ids = [frame[column].unique(maintain_order=True) for frame in events]
+        for place, (source, space) in enumerate(zip(join.source, spaces, strict=True)):
+            others = [own for at, own in enumerate(ids) if at != place and spaces[at] == space and len(own)]
+            if others and len(ids[place]) and not ids[place].is_in(pl.concat(others).implode()).any():
+                say(
+                    f"{source.name}: warning: no {column} is that of another source of its namespace '{space}' "
+                    f"('{ids[place][0]}' here, '{others[0][0]}' there); are they written alike?"
+                )
 
 
 def _read(source: Source) -> Dataset:
@@ -172,7 +191,10 @@ def _read(source: Source) -> Dataset:
             items_beside=bool(source.data),  # beside a log may lie the items of another source
         )
     except RecllmError as error:
-        raise RecllmError(f"Source '{source.name}': {error}") from None
+        raise RecllmError(
+            f"Source '{source.name}': {error} (A join file names columns in columns and item_columns of the "
+            "[[source]], files in interactions and items.)"
+        ) from None
 
 
 def _say_warnings(source: Source, dataset: Dataset, say: Callable[[str], None]) -> None:
@@ -188,7 +210,8 @@ def _with_kinds(source: Source, frame: pl.DataFrame, kinds: pl.Series | None) ->
     given = pl.col("weight") if "weight" in frame.columns else pl.lit(1.0)  # of a set that was joined before
     if source.rating_scale is not None:
         low, high = source.rating_scale
-        outside = frame["rating"].drop_nulls().filter(~frame["rating"].drop_nulls().is_between(low, high))
+        ratings = frame["rating"] if kinds is None else frame["rating"].filter(kinds.is_in(list(source.events)))
+        outside = ratings.drop_nulls().filter(~ratings.drop_nulls().is_between(low, high))
         if len(outside):
             raise RecllmError(
                 f"Source '{source.name}': {len(outside):,} ratings lie outside of rating_scale = [{low:g}, {high:g}], "
@@ -201,10 +224,10 @@ def _with_kinds(source: Source, frame: pl.DataFrame, kinds: pl.Series | None) ->
     if missing:
         raise unknown(f"kind of event in '{source.name}'", missing[0], kinds.drop_nulls().unique().sort().to_list())
     weights = {kind: source.weight * worth.weight for kind, worth in source.events.items()}
-    ratings = {kind: worth.rating for kind, worth in source.events.items()}
+    by_kind = {kind: worth.rating for kind, worth in source.events.items()}
     return frame.with_columns(
         weight=(given * kinds.replace_strict(weights, default=None, return_dtype=pl.Float32)).cast(pl.Float32),
-        rating=pl.coalesce(pl.col("rating"), kinds.replace_strict(ratings, default=None, return_dtype=pl.Float32)),
+        rating=pl.coalesce(pl.col("rating"), kinds.replace_strict(by_kind, default=None, return_dtype=pl.Float32)),
     )
 
 
@@ -214,6 +237,12 @@ def _weighted(source: Source, frame: pl.DataFrame, say: Callable[[str], None]) -
     if left_out:
         say(f"{source.name}: {left_out:,} events of kinds that [source.events] does not name, left out")
     frame = frame.filter(pl.col("weight").is_not_null())
+    heavy = int((~frame["weight"].is_finite()).sum())
+    if heavy:
+        raise RecllmError(
+            f"Source '{source.name}': {heavy:,} events weigh more than single precision holds, by their own weight "
+            "times those of the source and of their kind. Give smaller ones."
+        )
     time = (pl.col("timestamp").cast(pl.Float64) + source.clock).round()
     outside = frame.select(time.is_between(0, YEAR_2200, closed="left").not_().sum()).item()
     if outside:

@@ -178,6 +178,10 @@ def _completed(events: pl.DataFrame, items: pl.DataFrame | None, file: str, chec
     message = f"events whose item is in no row of the items ({len(ids):,} items), kept without text"
     lines = unlisted[LINE].sort().head(LINES_SHOWN)
     checks.add("warning", "item_not_listed", message, unlisted.height, file=file, lines=lines)
+    whole = ids.str.replace(r"\.0+$", "")
+    alike = ids.filter((whole != ids) & whole.is_in(items["item_id"].implode()))
+    message = "items of these that are listed without the .0 at their end, as a column with a missing number has it"
+    checks.add("warning", "id_with_fraction", message, len(alike), file=file)
     idle = int((~items["item_id"].is_in(events["item_id"].unique().implode())).sum())
     checks.add("info", "item_without_event", "items without any event", idle)
     frame = pl.concat([items, ids.to_frame()], how="diagonal")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
+from recllm.data.checks import Checks
 from recllm.errors import RecllmError, unknown
 
 POLARS_FAILS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
@@ -24,7 +25,10 @@ UNDEFINED = frozenset(b"\x81\x8d\x8f\x90\x9d")
 """Bytes that Windows-1252 has no letter for."""
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What bytes that are not UTF-8 are read as (surrogateescape)."""
-LINE = "_line"
+LINE = "\x1fline"
+"""The column of line numbers: no file has one of this name."""
+LONGEST = 2**31 - 1
+"""Characters that a field of CSV may have; the csv module stops at 131,072 by itself."""
 BUDGET = 8 << 30
 """Most bytes that a file may take in memory."""
 
@@ -98,10 +102,19 @@ def open_table(path: Path, budget: int = BUDGET) -> Table:
     if kind not in SUFFIXES:
         raise unknown("kind of file", path.name, [f"*.{suffix}" for suffix in SUFFIXES])
     _fits(path, size, budget)
+    if kind != "parquet":
+        _check_no_zeros(path)
     try:
         return _open(path, kind, budget)
     except POLARS_FAILS as error:
         raise _broken(path, error) from None
+
+
+def _check_no_zeros(path: Path) -> None:
+    with path.open("rb") as stream:
+        start = stream.read(1 << 12)
+    if b"\0" in start and not start.startswith(UTF_16):  # marked, it is told when it is decoded
+        raise RecllmError(f"{path} has bytes of 0 in its first lines, as UTF-16 has. Write it as UTF-8.")
 
 
 def _open(path: Path, kind: str, budget: int) -> Table:
@@ -259,24 +272,80 @@ def _starts(path: Path, rows: int) -> list[int] | None:
     header = {".csv": 1, ".tsv": 1, ".jsonl": 0, ".ndjson": 0}.get(kind)
     if header is None:
         return None
-    with path.open("rb") as stream:
-        lines = sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
-    if rows + header - lines in (0, 1):  # the last line may lack its end
+    if rows + header == _count_lines(path):
         return None
     starts = _csv_starts(path)[1:] if header else [number for number, line in _lines(path) if line.strip()]
     return starts if len(starts) == rows else None
 
 
+def _count_lines(path: Path) -> int:
+    """Lines of a file; the last one may lack its end."""
+    lines, last = 0, b"\n"
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            lines, last = lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n")
+
+
 def _csv_starts(path: Path) -> list[int]:
-    with path.open(encoding="latin-1", newline="") as stream:
-        rows = csv.reader(stream, delimiter=delimiter_of(path))
-        starts: list[int] = []
-        before = 0
-        for row in rows:
-            if row or starts:  # a blank line behind the header is a row too, of nothing
-                starts.append(before + 1)
-            before = rows.line_num
-    return starts
+    try:
+        # A blank line behind the header is a row too, of nothing.
+        starts = [(first, bool(row)) for first, _, row in _csv_rows(path)]
+    except csv.Error:  # Polars has read it, in a way of its own
+        return []
+    header = next((place for place, (_, filled) in enumerate(starts) if filled), len(starts))
+    return [first for first, _ in starts[header:]]
+
+
+def _csv_rows(path: Path, *, strict: bool = False) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Rows of a CSV file: the line on which each starts, from 1, its lines as they stand, and its fields.
+
+    Raises:
+        csv.Error: a row cannot be read.
+    """
+    before = csv.field_size_limit(LONGEST)
+    held: list[str] = []
+
+    def kept(lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            held.append(line)
+            yield line
+
+    try:
+        with path.open(encoding="latin-1", newline="") as stream:
+            first = 1
+            for row in csv.reader(kept(stream), delimiter=delimiter_of(path), strict=strict):
+                yield first, held, row
+                first += len(held)
+                held.clear()
+    finally:
+        csv.field_size_limit(before)
+
+
+def note_rows_in_quotes(table: Table, rows: int, checks: Checks) -> None:
+    """Tell of quoted texts that hold what look like whole rows, as where a quote is not closed.
+
+    A text may well have several lines, but hardly as many separators in each as the header has.
+
+    Args:
+        table: of any kind; quotes mean something in CSV and TSV alone.
+        rows: how many were read.
+        checks: takes the finding.
+    """
+    path, width = table.path, len(table.columns)
+    if path.suffix.lower() not in (".csv", ".tsv") or rows + 1 >= _count_lines(path) or width == 1:
+        return
+    sign = delimiter_of(path)
+    try:
+        found = [
+            first
+            for first, lines, _ in _csv_rows(path)
+            if len(lines) > 1 and all(line.count(sign) + 1 == width for line in lines)
+        ]
+    except csv.Error:
+        return
+    message = "quoted texts that hold what look like whole rows, which are not read as such; is a quote not closed?"
+    checks.add("warning", "rows_in_quotes", message, len(found), file=path.name, lines=found)
 
 
 def _broken(path: Path, error: BaseException) -> RecllmError:
@@ -288,20 +357,28 @@ def _broken(path: Path, error: BaseException) -> RecllmError:
 
 
 def _bad_row(path: Path) -> str | None:
-    with path.open(encoding="latin-1", newline="") as stream:
-        rows = csv.reader(stream, delimiter=delimiter_of(path), strict=True)
-        width, first = None, 1
-        try:
-            for row in rows:
-                width = width or len(row)
-                if len(row) > width:
-                    sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter_of(path)]
-                    return _too_wide(first, row, width, f"a text with {sign} needs quotes")
-                first = rows.line_num + 1
-        except csv.Error as error:
-            return (
-                f"line {first} is not CSV ({error}); a quote opens and closes a whole field, and is doubled inside one"
-            )
+    width, behind = None, 1
+    try:
+        for first, lines, row in _csv_rows(path, strict=True):
+            width = width or len(row)
+            if len(row) > width:
+                sign = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter_of(path)]
+                return _too_wide(first, row, width, f"a text with {sign} needs quotes")
+            behind = first + len(lines)
+    except csv.Error as error:
+        return f"line {behind} is not CSV ({error}); a quote opens and closes a whole field, and is doubled inside one"
+    return _quote_inside(path)
+
+
+def _quote_inside(path: Path) -> str | None:
+    """The first field that has a quote inside without being in quotes: to Polars it opens one."""
+    for first, lines, row in _csv_rows(path):
+        text = "".join(lines)
+        for value in row:
+            if '"' in value and value in text:  # of one in quotes they are doubled there
+                shown = value.encode("latin-1").decode(errors="replace")[:60]
+                doubled = shown.replace('"', '""')
+                return f'line {first} has a quote inside a field, {shown}; write it in quotes and doubled, "{doubled}"'
     return None
 
 

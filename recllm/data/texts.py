@@ -14,6 +14,11 @@ NAMING = ("name", "title", "label")
 NUMBER_WITHOUT_FRACTION = r"^(-?\d+)\.0+$"
 
 
+def stripped(column: pl.Series) -> pl.Series:
+    """A column of text without the blanks around it, null where nothing else is there; any other as it is."""
+    return column.str.strip_chars().replace("", None) if column.dtype == pl.String else column
+
+
 def as_ids(column: pl.Series) -> pl.Series:
     """Ids as stripped text, null where empty.
 
@@ -30,7 +35,8 @@ def as_id_lists(column: pl.Series) -> pl.Series:
         pl.exceptions.PolarsError: no column of lists of text or numbers.
     """
     column = column.cast(pl.List(pl.String)) if column.dtype == pl.Null else column
-    inner: pl.DataType | None = column.dtype.inner if isinstance(column.dtype, pl.List | pl.Array) else None  # type: ignore[assignment]
+    column = column.arr.to_list() if isinstance(column.dtype, pl.Array) else column
+    inner: pl.DataType | None = column.dtype.inner if isinstance(column.dtype, pl.List) else None  # type: ignore[assignment]
     text = _id_text(pl.element(), inner)
     return column.to_frame().select(pl.col(column.name).list.eval(text).fill_null([])).to_series()
 
@@ -49,6 +55,7 @@ def _id_text(ids: pl.Expr, kind: pl.DataType | None) -> pl.Expr:
 def as_text(column: pl.Series) -> pl.Series | None:
     """Item text: white space squeezed, numbers short, lists joined with commas; None for a type that is no text.
 
+    Lists of fractions are none: they are vectors.
     Of structures (`{"id": 16, "name": "Animation"}`), alone or in lists, it is the name, the title or the label.
     """
     frame, text = column.to_frame(), pl.col(column.name)
@@ -59,6 +66,8 @@ def as_text(column: pl.Series) -> pl.Series | None:
         inner: pl.DataType = kind.inner  # type: ignore[assignment]
         if isinstance(inner, pl.List):  # Amazon's categories: a list of paths
             text, inner = text.list.eval(pl.element().explode()), inner.inner  # type: ignore[assignment]
+        if inner.is_float():  # an embedding
+            return None
         if isinstance(inner, pl.Struct):
             name = _names(inner)
             if name is None:

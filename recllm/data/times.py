@@ -3,6 +3,7 @@
 import polars as pl
 
 from recllm.data.checks import Checks
+from recllm.errors import RecllmError
 
 YEAR_2200 = 7_258_118_400
 YEAR_1980 = 315_532_800
@@ -13,12 +14,21 @@ SURE = 1e8
 ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 OFFSET = r"([+-])(\d{2})(?::?(\d{2}))?$"
 """Hours with or without minutes: PostgreSQL writes +00."""
+FARTHEST = 14
+"""No clock is set farther from UTC, in hours."""
 
 
 def as_seconds(column: pl.Series, checks: Checks, file: str) -> pl.Series:
-    """Seconds, float64, with the fraction; null where the value is no time between 1970 and 2200."""
+    """Seconds, float64, with the fraction; null where the value is no time between 1970 and 2200.
+
+    Raises:
+        RecllmError: the column is of times of day or of durations.
+    """
     kind = column.dtype
-    if kind.is_temporal() and kind != pl.Duration and kind != pl.Time:
+    if kind in (pl.Time, pl.Duration):
+        what = "times of day" if kind == pl.Time else "durations"
+        raise RecllmError(f"{file}: the column of time stamps holds {what}, and no day is known of them. Name another.")
+    if kind.is_temporal():
         seconds = column.cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64) / 1e6
     else:
         seconds = _from_numbers(column, checks, file)
@@ -71,6 +81,8 @@ def _from_iso(column: pl.Series) -> pl.Series:
     local = pl.when(timed).then(plain.str.replace(r"\s*" + OFFSET, "")).otherwise(plain)
     hours, minutes = (plain.str.extract(OFFSET, group).cast(pl.Float64, strict=False) for group in (2, 3))
     sign = pl.when(plain.str.extract(OFFSET, 1) == "-").then(-1.0).otherwise(1.0)
-    offset = pl.when(timed).then(sign * (hours * 3600 + minutes.fill_null(0.0) * 60)).otherwise(0.0)
+    minutes = minutes.fill_null(0.0)
+    there = pl.when((hours <= FARTHEST) & (minutes < 60)).then(hours * 3600 + minutes * 60)
+    offset = pl.when(timed).then(sign * there).otherwise(0.0)
     parsed = pl.coalesce(local.str.to_datetime(form, strict=False, time_unit="us") for form in ISO_FORMATS)
     return column.to_frame().select(parsed.dt.epoch("us").cast(pl.Float64) / 1e6 - offset).to_series()
