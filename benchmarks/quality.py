@@ -216,6 +216,7 @@ def command() -> str:
     if "--runs" in words:
         place = words.index("--runs")
         words = words[:place] + words[place + 2 :]
+    words = [word for word in words if not word.startswith("--runs=")]
     return "recllm bench quality -- " + shlex.join(words)
 
 
@@ -252,8 +253,16 @@ def lost(given: argparse.Namespace) -> str:
     references = kept["references"][0] if isinstance(kept["references"], list) else kept["references"]
     gone = [f"seed {seed}" for seed in kept["seeds"] if seed not in given.seeds]
     gone += [name for name in references if name not in given.references]
-    gone += ["a language model"] if kept["language_model"] != "none" and given.lm == "none" else []
+    model = kept["language_model"]
+    gone += [f"the language model {model}"] if model not in ("none", given.lm) else []
+    gone += [f"--set {key}" for key in set_of(kept["command"]) if key not in given.set]
     return ", ".join(gone)
+
+
+def set_of(command: str) -> list[str]:
+    """The overrides of a kept command."""
+    words = shlex.split(command)
+    return [words[place + 1] for place, word in enumerate(words[:-1]) if word == "--set"]
 
 
 def commit() -> str | None:

@@ -16,7 +16,7 @@ from recllm.data import Query
 from recllm.files import written
 from recllm.histories import padded
 from recllm.ranking import ItemIndex, Scorer, Scores
-from recllm.sequence import LightBody
+from recllm.sequence import LightBody, seen_before
 from recllm.softmax import Barred, Targets, catalogue_loss
 from recllm.tasks import Task
 from recllm.windows import Windows
@@ -110,6 +110,7 @@ class Trial:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98))
         self.progress = Progress()
         self.of = {"settings": settings, "seed": seed, "data": task.fingerprints(), "train": len(task.split.train)}
+        self.of |= {"seen": "barred"}  # states from before had all items in the softmax
         name = " ".join(f"{key}={value}" for key, value in settings.items())
         self.path = None if folder is None else folder / f"SASRec {name}.pt"
 
@@ -149,10 +150,14 @@ class Trial:
             part = rows[start : start + batch]
             ids = torch.from_numpy(padded([row[:-1].tolist() for row in part]))
             labels = torch.from_numpy(padded([row[1:].tolist() for row in part], -100))
+            chosen = labels != -100
+            # Its authors draw no negatives from what a user has chosen either.
+            seen = torch.where(chosen, ids, -100)
+            barred = Barred(none, none) if self.task.repeats else seen_before(chosen, seen, None)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                hidden, own = self.model(ids)[labels != -100], labels[labels != -100][:, None]
+                hidden, own = self.model(ids)[chosen], labels[chosen][:, None]
                 targets = Targets(own, torch.ones(own.shape))
-                total, _ = catalogue_loss(hidden, self.model.items.weight, bias, targets, Barred(none, none))
+                total, _ = catalogue_loss(hidden, self.model.items.weight, bias, targets, barred)
             loss = total / len(own)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

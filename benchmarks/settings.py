@@ -150,6 +150,16 @@ def _bar(value: float, bar: float) -> Bar:
     return {"value": round(float(value), 4), "bar": bar, "holds": bool(value >= bar)}
 
 
+def _above_nothing(low: float) -> Bar:
+    """The lower end of a difference's interval: of two fusions that are the same it is 0, and that is no gain."""
+    return {"value": round(float(low), 4), "bar": 0.0, "holds": bool(low > 0.0)}
+
+
+def _ratio(value: float, other: float, bar: float) -> Bar:
+    """How many times another figure; without a value where that is 0."""
+    return _bar(value / other, bar) if other else {"value": None, "bar": bar, "holds": bool(value > 0.0)}
+
+
 def bars(given: argparse.Namespace, tables: dict[str, Table]) -> dict[str, Bar]:
     """The bars of a protocol and data set, each with what was measured and whether it holds."""
     table = tables["all"]
@@ -185,16 +195,16 @@ def _topk(given: argparse.Namespace, table: Table) -> dict[str, Bar]:
     if references:
         best = max(references, key=lambda name: table.interval(name, "NDCG@10")[0])
         wanted = {"x-wines-slim": 1.10, "ml-1m": 1.15}.get(Path(given.data).name, 1.0)
-        result["ratio_to_best_reference"] = _bar(ndcg / table.interval(best, "NDCG@10")[0], wanted) | {"best": best}
-        result["above_best_reference_low_end"] = _bar(table.difference(FUSION, best, "NDCG@10")[1], 0.0)
+        result["ratio_to_best_reference"] = _ratio(ndcg, table.interval(best, "NDCG@10")[0], wanted) | {"best": best}
+        result["above_best_reference_low_end"] = _above_nothing(table.difference(FUSION, best, "NDCG@10")[1])
     if "lm" in table.scorers:
         low = table.difference(FUSION, f"{FUSION} without lm", "NDCG@10")[1]
-        result["language_model_contributes_low_end"] = _bar(low, 0.0)
+        result["language_model_contributes_low_end"] = _above_nothing(low)
     return result
 
 
 def _cold(tables: dict[str, Table]) -> dict[str, Bar]:
     table = tables["among cold items"]
     text = "ref text cosine" if "ref text cosine" in table.scorers else "text"
-    ratio = table.interval(FUSION, "NDCG@10")[0] / table.interval(text, "NDCG@10")[0]
-    return {"ratio_to_text_cosine_among_cold_items": _bar(ratio, 2.0)}
+    ndcg, other = (table.interval(name, "NDCG@10")[0] for name in (FUSION, text))
+    return {"ratio_to_text_cosine_among_cold_items": _ratio(ndcg, other, 2.0)}

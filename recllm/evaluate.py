@@ -59,9 +59,10 @@ class KnownPairs:
 def warm_and_cold(
     examples: Sequence[Example], *, item_counts: Mapping[str, int] | None = None, cold_items: Collection[str] = ()
 ) -> dict[str, NDArray[np.bool_]]:
-    """Slices of the rows: "warm", "cold item" (no train event) and "no history" (the last two may share rows).
+    """Slices of the rows: "warm", "cold item" (no train event), "no history" and "with history".
 
-    With nothing cold there is nothing to tell apart, and the result is empty.
+    A row may be of a cold item and of either of the last two, which are there where some have no history. With nothing
+    cold there is nothing to tell apart, and the result is empty.
     """
     cold = np.array(
         [e.item_id in cold_items or (item_counts is not None and not item_counts.get(e.item_id)) for e in examples],
@@ -69,6 +70,8 @@ def warm_and_cold(
     )
     new = np.array([not e.query.history for e in examples], dtype=bool)
     slices = {"warm": ~(cold | new), "cold item": cold, "no history": new}
+    if new.any() and (cold & ~new).any():  # else those with a history are the warm ones
+        slices["with history"] = ~new
     return {name: mask for name, mask in slices.items() if mask.any()} if (cold | new).any() else {}
 
 

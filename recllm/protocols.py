@@ -98,7 +98,8 @@ class WholeCatalogue:
         """Fit to rank the targets, by NDCG@10."""
         counts, seen = self._evidence(examples), self._seen(examples)
         targets = self._targets(examples, seen)
-        return fit_ranking(scores, targets, *counts, seen, settings=self.run.fusion, seed=self.run.seed)
+        users = user_codes(examples)
+        return fit_ranking(scores, targets, *counts, seen, users=users, settings=self.run.fusion, seed=self.run.seed)
 
     def fit_new_items(
         self, fusion: Fusion, scores: Mapping[str, Scores], as_new: Mapping[str, Scores], examples: Sequence[Example]

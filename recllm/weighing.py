@@ -52,7 +52,7 @@ class FusionSettings(Settings):
     reciprocal ranks or of Borda points, and scorers one after the other (levels), each only where those before it are
     silent. An item on which a scorer alone is silent stands at the mean of those that it knows. What has weights is
     measured on rows that it was not fitted on; with "best single" among the kinds no scorer alone is better than the
-    fusion on the rows that choose."""
+    fusion on the rows that choose, but for what weights of new items may cost known ones (`new_cost`)."""
     queries: int = Field(5000, ge=1)
     """The most validation queries to fit on."""
     choosing: int = Field(5000, ge=1)
@@ -98,6 +98,7 @@ def fit_ranking(
     n_item: Counts,
     seen: NDArray[np.bool_] | None = None,
     *,
+    users: NDArray[np.int64] | None = None,
     settings: FusionSettings | None = None,
     seed: int = 0,
 ) -> Fusion:
@@ -107,8 +108,8 @@ def fit_ranking(
     (`sample_candidates`): an even sample says little of who is among the first ten.
 
     Weights look better on the queries that they were fitted on, the more so the more of them there are. So what is
-    tried is measured on others, in `FOLDS` parts, and the best of `settings.kinds`, on a tie the earlier, is fitted on
-    all in the end; if a single scorer then is better on these rows, it is kept instead.
+    tried is measured on others, of other users, in `FOLDS` parts, and the best of `settings.kinds`, on a tie the
+    earlier, is fitted on all in the end; if a single scorer then is better on these rows, it is kept instead.
 
     Args:
         scores: by scorer, float32[queries, candidates].
@@ -116,6 +117,7 @@ def fit_ranking(
         n_user: length of each query's known history, int[queries]; see `evidence`.
         n_item: train events per candidate, int[candidates].
         seen: candidates that are not ranked, bool[queries, candidates]; a target is ranked always.
+        users: number of each query's user, int[queries]; every query its own when not given.
         settings: how to fit.
         seed: of sampling and dropping.
 
@@ -126,6 +128,7 @@ def fit_ranking(
     rows = np.flatnonzero(targets >= 0)
     if not scores or not len(rows):
         raise RecllmError("The fusion needs at least one scorer and one validation query with a target candidate.")
+    users = np.arange(len(targets)) if users is None else users
     barred = np.zeros((len(targets), len(n_item)), dtype=bool) if seen is None else seen.copy()
     barred[rows, targets[rows]] = False
     base = replace(Fusion.plain(tuple(scores)), user=Evidence.of(n_user[rows]), item=Evidence.of(n_item))
@@ -156,7 +159,7 @@ def fit_ranking(
     def made(part: NDArray[np.bool_]) -> dict[str, Fusion]:
         """What is tried, fitted on this part of the sample, bool[queries]."""
         problem = Problem(z[:, part], user[part], item[part], cross_entropy(stands_for[part]))
-        known = ~np.isin(choosing, sample[~part])
+        known = ~np.isin(users[choosing], users[sample[~part]])
         return _made(base, problem, settings, lambda name: float(singles()[name][known].mean()) if known.any() else 0.0)
 
     def figures_of(fusions: Mapping[str, Fusion], part: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
@@ -167,9 +170,10 @@ def fit_ranking(
         return {name: found[name] for name in fusions}  # in their order: of a tie the earlier is taken
 
     every = made(np.ones(len(sample), dtype=bool))
-    others = np.setdiff1d(choosing, sample)  # nothing was fitted on these
+    others = choosing[~np.isin(users[choosing], users[sample])]  # nothing was fitted on these
     measured = {name: [found] for name, found in figures_of(every, others).items()}
-    folds = np.arange(len(sample)) % min(FOLDS, len(sample))
+    known = np.unique(users[sample], return_inverse=True)[1]
+    folds = known % min(FOLDS, known.max() + 1)
     for fold in np.unique(folds):
         inside = folds == fold
         fitted = every if inside.all() else made(~inside)
@@ -263,11 +267,15 @@ def fit_labels(
     def figure(fusion: Fusion) -> float:
         return auc(label, fused(fusion))
 
+    @cache
+    def single(name: str) -> NDArray[np.float64]:
+        return fused(alone(base, name))
+
     def made(rows: NDArray[np.int64]) -> dict[str, Fusion]:
         rows = rows[np.argsort(numbers[rows], kind="stable")]  # blocks are cut between users, not through all of them
         loss = inside_users(label[rows], numbers[rows], settings.pairwise)
         problem = Problem(z[:, rows], user[rows], item[rows], loss)
-        return _made(base, problem, settings, lambda name: figure(alone(base, name)))
+        return _made(base, problem, settings, lambda name: auc(label[rows], single(name)[rows]))
 
     outside: dict[str, NDArray[np.float64]] = {}
     for inside in _folds(numbers, label, rng):

@@ -70,10 +70,12 @@ def test_other_settings_do_not_take_a_kept_results_name(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "missing"),
     [
-        (["--seeds", "0", "--lm", "x"], "seed 1"),
-        (["--seeds", "0", "1", "--lm", "x", "--references", "ref ALS"], "ref EASE"),
-        (["--seeds", "0", "1"], "a language model"),
-        (["--seeds", "0", "1", "2", "--lm", "y"], None),
+        (["--seeds", "0", "--lm", "x", "--set", "a=1", "--result", "topk-ml-100k"], "seed 1"),
+        (["--seeds", "0", "1", "--lm", "x", "--references", "ref ALS"], "ref EASE, --set a=1"),
+        (["--seeds", "0", "1"], "the language model x, --set a=1"),
+        (["--seeds", "0", "1", "--lm", "y", "--set", "a=1", "--result", "topk-ml-100k"], "the language model x"),
+        (["--seeds", "0", "1", "2", "--lm", "x"], "--set a=1"),
+        (["--seeds", "0", "1", "2", "--lm", "x", "--set", "a=1", "--set", "b=2", "--result", "topk-ml-100k"], None),
         (["--seeds", "0", "--result", "mine"], None),
     ],
     ids=str,
@@ -82,6 +84,7 @@ def test_a_kept_result_is_not_replaced_by_a_lesser_one(words, missing, tmp_path,
     monkeypatch.syspath_prepend(str(FOLDER))
     quality = load("quality")
     kept = {"seeds": [0, 1], "language_model": "x", "references": [{"ref ALS": {}, "ref EASE": {}}, {}]}
+    kept["command"] = "recllm bench quality -- --seeds 0 1 --lm x --set a=1 --result topk-ml-100k"
     write_json(tmp_path / "topk-ml-100k.json", kept)
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["quality", "--data", "ml-100k", *words])
@@ -185,6 +188,32 @@ def test_bars_of_a_ranking():
     low = settings.bars(given, {"all": made(**{FUSION: 0.21, "ref EASE": 0.2})})
     assert not low["ratio_to_best_reference"]["holds"]
     assert "language_model_contributes_low_end" not in low
+
+
+def test_nothing_is_no_gain_and_no_figure_is_divided_by_nothing():
+    settings = load("settings")
+    given = argparse.Namespace(protocol="topk", data="x-wines-slim", control=None)
+    same = settings.bars(given, {"all": made(**{FUSION: 0.24, WITHOUT_LM: 0.24, "lm": 0.2, "ref EASE": 0.0})})
+    assert same["language_model_contributes_low_end"] == {"value": 0.0, "bar": 0.0, "holds": False}
+    assert same["ratio_to_best_reference"] == {"value": None, "bar": 1.1, "holds": True, "best": "ref EASE"}
+    nothing = settings.bars(given, {"all": made(**{FUSION: 0.0, "ref EASE": 0.0})})
+    assert not nothing["ratio_to_best_reference"]["holds"]
+
+
+@pytest.mark.parametrize("words", [["--runs", "place"], ["--runs=place"]], ids=str)
+def test_the_kept_command_does_not_say_where_the_runs_are(words, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr("sys.argv", ["quality", "--data", "ml-100k", *words, "--seeds", "0"])
+    assert load("quality").command() == "recllm bench quality -- --data ml-100k --seeds 0"
+
+
+def test_half_lives_are_the_mean_of_the_seeds():
+    seeds = [
+        {"mf": {"None": 0.1, "3.0": 0.4, "10.0": 0.2}, "popularity": {}},
+        {"mf": {"None": 0.2, "3.0": 0.1, "10.0": 0.4}, "popularity": {}},
+    ]
+    result = {"protocol": "topk", "data": "d", "half_lives": seeds}
+    assert load("tables").table("fading", {"topk-d": result})[2:] == ["| d | mf | .1500 | .3000 | 10 events |"]
 
 
 def test_bars_of_cold_items_are_against_the_text_cosine():
@@ -292,6 +321,45 @@ def test_scores_with_places_for_new_items_rank_as_the_list_does(monkeypatch):
     for listed, before, kept in zip(rows, known, others, strict=True):
         count = int((kept >= 0).sum())
         assert listed.tolist() == [*before[: 4 - count].tolist(), *kept[:count].tolist()]
+
+
+def test_sasrec_learns_nothing_of_what_was_chosen_before(checkerboard_folder, monkeypatch):
+    """But where items come again: there it has to be found again."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import sasrec
+
+    from recllm.recipes import parse
+    from recllm.runs import Run
+    from recllm.tasks import prepare
+
+    given = []
+
+    def loss(hidden, weight, bias, targets, barred):
+        given.append((len(hidden), barred))
+        return hidden.sum(), None
+
+    monkeypatch.setattr(sasrec, "catalogue_loss", loss)
+    for rule in ("first", "keep"):
+        data = {"name": str(checkerboard_folder), "duplicates": rule}
+        task = prepare(parse(Run, {"name": "x", "data": data}, "test"))
+        given.clear()
+        settings = {"dropout": 0.2, "width": 8, "positions": 4, "batch": 3}
+        trial = sasrec.Trial(task, 0, None, settings)
+        windows = list(trial.windows.epoch(0))
+        trial.epoch()
+        queries, barred = given[0]
+        expected = [(row, item) for row, item in _seen(windows[:3])] if rule == "first" else []
+        assert sorted(zip(barred.rows.tolist(), barred.items.tolist(), strict=True)) == sorted(expected)
+        assert queries == sum(len(window) - 1 for window in windows[:3])
+
+
+def _seen(windows):
+    """What each place of some windows, counted through all, has chosen up to it."""
+    place = 0
+    for window in windows:
+        for end in range(1, len(window)):
+            yield from ((place, item) for item in window[:end].tolist())
+            place += 1
 
 
 def test_a_killed_sasrec_goes_on_to_the_same_scores(checkerboard_folder, monkeypatch, tmp_path):

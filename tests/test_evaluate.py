@@ -104,12 +104,20 @@ def test_slices_tell_warm_from_cold():
         "warm": [True, False, False],
         "cold item": [False, True, False],
         "no history": [False, False, True],
+        "with history": [True, True, False],
     }
     assert warm_and_cold(rows, item_counts={"i1": 3})["cold item"].tolist() == [False, True, False]
+    assert "with history" not in warm_and_cold([rows[0], rows[2]])  # they are the warm ones
     assert warm_and_cold(rows[:1]) == {}
     scorer = KnownScores([e.query for e in rows], ITEMS, np.tile(-np.arange(30, dtype=np.float32), (3, 1)))
     table = evaluate_ranking({"s": scorer}, rows, ITEMS, cold_items={"i9"}, resamples=10)
-    assert table.counts == {"all": (3, 3), "warm": (1, 1), "cold item": (1, 1), "no history": (1, 1)}
+    assert table.counts == {
+        "all": (3, 3),
+        "warm": (1, 1),
+        "cold item": (1, 1),
+        "no history": (1, 1),
+        "with history": (2, 2),
+    }
     assert table.interval("s", "HitRate@10", "cold item")[0] == 1.0
     assert table.interval("s", "MRR", "no history")[0] == 0.5
     own = evaluate_ranking({"s": scorer}, rows, ITEMS, slices={"first": np.array([True, False, False])}, resamples=10)

@@ -137,3 +137,44 @@ def test_rows_of_a_user_are_compared_wherever_they_stand(monkeypatch):
         given = {name: own[order] for name, own in scores.items()}
         found.append(fit_labels(given, labels[order], nine, nine, users=users[order], settings=settings).theta)
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+def test_rankings_are_measured_on_other_users(monkeypatch):
+    rng, parts = np.random.default_rng(0), []
+    users, nine = np.repeat(np.arange(6), 4), np.full(24, 9)
+    scores = {name: rng.normal(size=(24, 30)).astype(np.float32) for name in "ab"}
+    made = weighing._made
+
+    def noted(base, problem, settings, single):
+        parts.append(problem.z.shape[1])
+        return made(base, problem, settings, single)
+
+    monkeypatch.setattr(weighing, "_made", noted)
+    settings = FusionSettings(kinds=("without counts",), negatives=8)
+    fit_ranking(scores, rng.integers(30, size=24), nine, np.full(30, 9), users=users, settings=settings)
+    assert parts == [24, 16, 20, 20, 20, 20]  # all; then each part without the users 0 and 5, 1, 2, 3, 4
+
+
+def test_levels_are_put_in_order_by_other_users_than_they_are_measured_on():
+    """Of two scorers each knows half of the users, and is blind to the others."""
+    rng, users = np.random.default_rng(0), np.repeat(np.arange(10), 8)
+    labels = np.tile([0, 1], 40)
+    knows = {name: users % 2 == part for part, name in enumerate("ab")}
+    scores = {
+        name: np.where(own, labels + 0.1 * rng.normal(size=80), rng.normal(size=80)).astype(np.float32)
+        for name, own in knows.items()
+    }
+    counts, orders = np.full(80, 9), []
+    made = weighing._made
+
+    def noted(base, problem, settings, single):
+        orders.append([single(name) for name in "ab"])
+        return made(base, problem, settings, single)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weighing, "_made", noted)
+        fit_labels(scores, labels, counts, counts, users=users, settings=FusionSettings(kinds=("levels",)))
+    whole = [auc(labels, scores[name]) for name in "ab"]
+    assert orders[-1] == pytest.approx(whole, abs=1e-6)
+    assert len(orders) == 6
+    assert all(own != pytest.approx(whole, abs=1e-6) for own in orders[:-1])
