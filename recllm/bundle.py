@@ -50,7 +50,8 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        what = "is not a bundle (it has no manifest.json)" if folder.is_dir() else "is not there"
+        what = "is a file, and a bundle is a folder" if folder.is_file() else "is not there"
+        what = "is not a bundle (it has no manifest.json)" if folder.is_dir() else what
         raise RecllmError(f"'{folder}' {what}. Make a bundle from a trained run with: recllm export runs/NAME")
     damaged = f"{path} is damaged ({{}}). Export the bundle again."
     try:

@@ -456,7 +456,11 @@ def push_folder(folder: Path, repository: str, *, private: bool, revision: str |
 def pull_folder(repository: str, folder: Path, *, revision: str | None, overwrite: bool) -> None:
     """Download a bundle or an adapter and say what to do with it."""
     kind = pull(repository, folder, revision=revision, overwrite=overwrite)
-    use = f"recllm recommend {folder} --history 'ID ID'" if kind == "bundle" else "its card says how to load it"
+    use = "its card says how to load it"
+    if kind == "bundle" and is_ranker(folder):
+        use = f"recllm score ROWS OUT --bundle {folder}, or behind a bundle that recommends: --ranker {folder}"
+    elif kind == "bundle":
+        use = f"recllm recommend {folder} --history 'ID ID'"
     say(f"{folder}: the {kind} of {repository}. Next: {use}")
 
 

@@ -102,6 +102,8 @@ class BatchRecommender:
 def _row(line: int, fields: dict[str, Any], *, ratings: bool) -> QueryRow | BadRow:
     if fields["user_id"] is None or not str(fields["user_id"]).strip():
         return BadRow(line, "no 'user_id', by which an answer of a cluster is known", fields)
+    if fields["history"] is None:
+        return BadRow(line, "no 'history'; an empty list is one", fields)
     return parse_row(line, fields, ratings=ratings)
 
 
@@ -115,8 +117,8 @@ def _shown(user: Any) -> str | None:  # noqa: ANN401
     """The user as answers have it; what is no id as it stands."""
     try:
         return None if user is None else identifier(user)
-    except ValueError:
-        return str(user)
+    except ValueError:  # half of a surrogate pair, too, which no frame holds
+        return str(user).encode("utf-8", "backslashreplace").decode()
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

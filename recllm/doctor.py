@@ -16,6 +16,8 @@ from recllm import __version__
 from recllm.bundle import read_manifest
 from recllm.errors import RecllmError
 from recllm.fetch import cache_folder
+from recllm.ranker import load_ranker
+from recllm.runtime import load
 from recllm.sessions import INTEGERS, PROVIDERS, check_integer_products, open_session
 
 RUNTIMES = tuple(
@@ -161,6 +163,7 @@ def _bundle(folder: Path) -> Iterator[Finding]:
         yield _tried(f"graph {path.name}", partial(open_session, path))
     if (folder / INTEGERS).exists():
         yield _tried("integer products", partial(check_integer_products, folder, "cpu"))
+    yield _tried("the bundle as a whole", partial(load if "scorers" in manifest else load_ranker, folder))
 
 
 def _tried(text: str, work: Callable[[], object]) -> Finding:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from recllm.bundle import MANIFEST, read_manifest, write_catalog
+from recllm.bundle import MANIFEST, write_catalog
 from recllm.cards import write_bundle_card
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
-from recllm.files import alone, own_folder, write_json
+from recllm.files import alone, own_folder, read_json, write_json
 from recllm.fusion import Fusion
 from recllm.gate import Exported, ExportRecipe, Parity, data_facts, gated, load_recipe
 from recllm.graphs import catalogue_graph
@@ -166,12 +166,18 @@ def _check_not_grown(folder: Path) -> None:
     """Check that no added item would be lost.
 
     Raises:
-        RecllmError: items were added to the bundle that is there.
+        RecllmError: items were added to the bundle that is there, or nobody can tell.
     """
-    try:
-        added = read_manifest(folder, verify=False).get("items_added", 0)
-    except RecllmError:
-        return  # none, or one that nothing can be read from
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:  # whatever the format: also a bundle of another recllm may have grown
+        added = read_json(path).get("items_added", 0)
+    except (ValueError, AttributeError):
+        raise RecllmError(
+            f"{path} is damaged, so that nobody can tell whether items were added to the bundle after it was made. "
+            "Rename it, or export with --overwrite."
+        ) from None
     if added:
         raise RecllmError(
             f"{added:,} items were added to '{folder}' after it was made, and a new export would not have them. Rename "

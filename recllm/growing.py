@@ -38,7 +38,8 @@ def add_items(
 ) -> int:
     """Write the bundle `target`: `source` with the items of a file, known by their text alone.
 
-    Items that the bundle has already are left as they are; columns that its catalogue has not are left out.
+    Items that the bundle has already are left as they are; items without text and columns that its catalogue has not
+    are left out.
 
     Args:
         source: a bundle.
@@ -60,14 +61,19 @@ def add_items(
     if any((folder / MANIFEST).is_file() for folder in target.resolve().parents):
         raise RecllmError(f"'{target}' would lie in a bundle, which holds its own files only. Name another folder.")
     read_manifest(source, verify=False)
-    if target.exists() and not target.samefile(source):
-        if not (target / MANIFEST).is_file():
-            raise RecllmError(f"'{target}' is there already, and is no bundle. Name another folder.")
-        if not overwrite:
-            raise RecllmError(f"'{target}' is another bundle. Replace it by --overwrite, or name another folder.")
     # One after the other: of two that add to the same bundle at once, the second would take away the first one's items.
     with alone(target, say):
+        _check_target(source, target, overwrite)
         return _add(source, items, target, columns, provider, say)
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if not target.exists() or target.samefile(source):
+        return
+    if not (target / MANIFEST).is_file():
+        raise RecllmError(f"'{target}' is there already, and is no bundle. Name another folder.")
+    if not overwrite:
+        raise RecllmError(f"'{target}' is another bundle. Replace it by --overwrite, or name another folder.")
 
 
 def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | None, provider: str, say: Say) -> int:
@@ -100,26 +106,27 @@ def _new_records(
     say: Say,
 ) -> list[dict[str, str]]:
     """What a file says of the items that a bundle does not have, in the columns that it has."""
-    ours = ["item_id", *known.frame.columns]
+    ours = list(dict.fromkeys(["item_id", *known.frame.columns]))
     for column in columns or {}:
         if column not in ours:
             raise unknown(f"column of '{source}'", column, ours, "Write --item-column OURS=THEIRS.")
     found = read_items(items, columns={**told_columns(items, manifest, "item_columns"), **(columns or {})}, say=say)
-    records = [_fitting(found, item, known) for item in found.ids if item not in known]
-    if not records:
+    new = [_fitting(found, item, known) for item in found.ids if item not in known]
+    records = [record for record in new if len(record) > 1]
+    if not new:
         raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
-    if not any(len(record) > 1 for record in records):
+    if not records:
         raise RecllmError(
             f"{items} says nothing of its items in a column that '{source}' knows: it has "
             f"{', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Say which is which by "
             "--item-column OURS=THEIRS; nothing was written."
         )
-    if there := len(found.ids) - len(records):
+    if there := len(found.ids) - len(new):
         say(f"{there:,} items are in the bundle already, and are left as they are there")
     if left := [name for name in found.frame.columns if name not in ours]:
         say(f"Columns that the bundle has not, left out: {', '.join(left)}")
-    if untold := sum(len(record) < 2 for record in records):
-        say(f"{untold:,} items have no text, and cannot be recommended")
+    if untold := len(new) - len(records):
+        say(f"{untold:,} items have no text, without which nothing recommends them, and are left out")
     return records
 
 

@@ -75,6 +75,8 @@ def pull(repository: str, folder: Path, *, revision: str | None = None, overwrit
         RecllmError: the folder is there, the hub refuses or cannot be reached, or it is neither or damaged.
     """
     _check_name(repository)
+    if any((parent / MANIFEST).is_file() for parent in folder.resolve().parents):
+        raise RecllmError(f"'{folder}' would lie in a bundle, which holds its own files only. Name another folder.")
     if folder.exists():
         if not overwrite:
             raise RecllmError(f"'{folder}' is there already. Name another folder, or give --overwrite.")

@@ -1,10 +1,12 @@
 """Answers of a batch job, part by part beside the target, until all are there: killed at any moment, it goes on."""
 
+import glob
 import json
 import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -66,7 +68,6 @@ class Parts:
         self.target, self.suffix = target, target.suffix.lower()
         self.folder = folder_of(target)
         self.counts, self.done, self.first = Counts(), 0, ""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._journal = self._locked()
         self._kept: list[Counts] = []
         before = self._lines()
@@ -93,7 +94,7 @@ class Parts:
     def add(self, frame: pl.DataFrame | None, rejects: Sequence[Mapping[str, Any]], counts: Counts) -> None:
         """Keep the next part: its answers (None for none), rejected rows, and what became of its rows."""
         if rejects:
-            text = "".join(json.dumps(_json(row), ensure_ascii=False, default=str) + "\n" for row in rejects)
+            text = "".join(_reject(row) + "\n" for row in rejects)
             # Half of a surrogate pair, as a cut emoji is, stays an escape, which is what JSON has for it.
             data = text.encode("utf-8", "backslashreplace")
             _keep(self._rejects(self.done), lambda path: path.write_bytes(data))
@@ -162,16 +163,20 @@ class Parts:
 
     def remove(self) -> None:
         """Take the parts away: in one step from under their name, so that a kill leaves all of them or none."""
+        if self._journal.closed:
+            return  # what is there by now is another job's
         gone = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.gone")
-        self.folder.replace(gone)
+        with suppress(FileNotFoundError):
+            self.folder.replace(gone)
         self._journal.close()
         shutil.rmtree(gone, ignore_errors=True)
 
     def close(self) -> None:
         """Leave the parts, where there are any, for another time."""
-        self._journal.close()
-        if not self.done:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.done:
+            self._journal.close()
+        else:
+            self.remove()
 
     def _answers(self, part: int) -> Path:
         return self.folder / f"{part:08}{self.suffix}"
@@ -181,11 +186,20 @@ class Parts:
 
     def _locked(self) -> IO[str]:
         """The journal, held by this process alone; the system lets go of it however the process ends."""
-        journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
-        if locked(journal.fileno()) is False:
-            journal.close()
-            raise RecllmError(f"Another process is writing '{self.target}' at this moment. Wait for it.")
-        return journal
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
+            except (FileNotFoundError, FileExistsError):
+                if self.folder.parent.is_dir() and not self.folder.is_file():
+                    continue  # a job that has finished took it away at this moment
+                raise
+            if locked(journal.fileno()) is False:
+                journal.close()
+                raise RecllmError(f"Another process is writing '{self.target}' at this moment. Wait for it.")
+            if _is_still(journal, self.folder / JOURNAL):
+                return journal
+            journal.close()  # of a job that has finished in between: this lock keeps nobody out
 
     def _lines(self) -> list[dict[str, Any]]:
         """The journal's lines; a last one that was cut off is taken away."""
@@ -197,6 +211,21 @@ class Parts:
         self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
+
+
+def _is_still(opened: IO[str], path: Path) -> bool:
+    """Whether a path is still that of the file that was opened there."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _reject(row: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(_json(row), ensure_ascii=False, default=str)
+    except RecursionError:  # lists in lists, as deep as a reader takes and no writer
+        return json.dumps({**row, "row": "too deep to be written"})
 
 
 def _json(value: Any) -> Any:  # noqa: ANN401  anything that a row holds
@@ -221,7 +250,7 @@ def is_ours(target: Path) -> bool:
 
 def sweep(target: Path) -> None:
     """Take away what a kill left while the parts of a finished job were being removed."""
-    for path in target.parent.glob(f"{folder_of(target).name}.*.gone"):
+    for path in target.parent.glob(f"{glob.escape(folder_of(target).name)}.*.gone"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ class QueryRow:
 
     Attributes:
         line: its line in the file, from 1, the header counted; in Parquet the row.
-        user_id: as it was given, else "line 3", which no user is called.
+        user_id: as it was given, without the blanks around it; else "line 3", which no user is called.
         history: item ids, oldest first.
         ratings: one for each item of the history, None for an item without one; None where the row has none.
         candidates: the items to score, where rows name them.
@@ -91,6 +91,9 @@ def _check_columns(path: Path, columns: list[str], lookup: bool, need: tuple[str
             f"{path} has no column '{wanted}'. Its columns: {', '.join(columns)}. "
             "'history' holds item ids, oldest first."
         )
+    twice = next((name for name in (*COLUMNS, *need) if columns.count(name) > 1), None)
+    if twice is not None:
+        raise RecllmError(f"{path} has two columns called '{twice}'. Rename the one that is not meant.")
     if "history" not in columns and not lookup:
         raise RecllmError(
             f"{path} has 'user_id' and no 'history', and a bundle does not hold users' histories. Add a "

@@ -1,5 +1,6 @@
 """The ranker: a relevance model from its bundle, and a catalogue's best reordered by it; neither needs torch."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ Say = Callable[[str], None]
 SETTINGS, PROMPT = "ranker.json", "relevance.toml"
 KIND = "ranker"
 """The manifest's `kind` of a bundle that ranks; one that recommends has none."""
+ROUNDED = 1e-4
+"""Answers that differ by less than this part of the largest do not: standardised, their last digits, which hang on what
+is computed beside them, would decide."""
 RANKER_SHARE = "ranker"
 """The ranker's name among the shares."""
 CANDIDATES_AT_ONCE = 25
@@ -206,10 +210,10 @@ class TwoStage:
 
     def __post_init__(self) -> None:
         # Asked so that NaN fails too.
-        if not (self.top >= 1 and self.weight >= 0 and (self.seconds is None or self.seconds > 0)):
+        if not (self.top >= 1 and 0 <= self.weight < math.inf and (self.seconds is None or self.seconds > 0)):
             raise RecllmError(
                 f"top={self.top}, weight={self.weight} and seconds={self.seconds}: the first must be at least 1, the "
-                "second not negative, the third positive."
+                "second finite and not negative, the third positive."
             )
 
     @property
@@ -266,7 +270,7 @@ class TwoStage:
                 another length than their history.
         """
         self.recommender.check_k(k, new_items)
-        queries = _queries(histories, ratings)
+        queries = [self.recommender.learnt(query) for query in _queries(histories, ratings)]
         depth = min(max(self.top, k), len(self.recommender.index))
         first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen, new_items=new_items)
         if self.top < depth:
@@ -333,7 +337,9 @@ class TwoStage:
         }
         total = _scaled(scores, float(mean[0, 0]), scale)
         ranker = np.zeros(len(scores), dtype=np.float32)
-        ranker[:count] = self.weight * standardised(judged[None], *moments(judged[None]))[0]
+        middle, spread = moments(judged[None])
+        if spread[0, 0] > ROUNDED * np.fmax.reduce(np.abs(judged), initial=0.0):
+            ranker[:count] = self.weight * standardised(judged[None], middle, spread)[0]
         if 0 < count < len(scores):
             least = (total + ranker)[:count].min()
             ranker[count:] = min(0.0, float(least - total[count:].max()))
@@ -347,6 +353,7 @@ class TwoStage:
 def _queries(
     histories: Sequence[Sequence[str]], ratings: Sequence[Sequence[float | None] | None] | None
 ) -> list[Query]:
+    check_histories(histories)
     if ratings is not None and len(ratings) != len(histories):
         raise RecllmError(f"{len(ratings)} lists of ratings for {len(histories)} histories; each needs one, or None.")
     given = [None] * len(histories) if ratings is None else [None if own is None else _rated(own) for own in ratings]

@@ -65,11 +65,13 @@ def columns_of(path: Path) -> list[str] | None:
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return None
     with _opened(path) as stream:
-        return next(csv.reader(stream, delimiter=delimiter_of(path)), [])
+        return _header(_Lines(stream), path)
 
 
 def raw_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """Line and fields of every row; `Unreadable` in place of fields where the row cannot be read.
+
+    Of text a line at a time is in memory, of Parquet a row group.
 
     Args:
         path: a file that `check_source` takes.
@@ -149,15 +151,19 @@ class _Lines:
         self.number -= len(lines)
 
 
-def _csv(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
+def _header(lines: _Lines, path: Path) -> list[str]:
     csv.field_size_limit(FIELD)
+    header, _ = _record(lines, delimiter_of(path))
+    if isinstance(header, Unreadable):
+        raise RecllmError(f"{path}: the header is {header.reason}.")
+    return header or []
+
+
+def _csv(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
     delimiter = delimiter_of(path)
     with _opened(path) as stream:
         lines = _Lines(stream)
-        header, _ = _record(lines, delimiter)
-        if isinstance(header, Unreadable):
-            raise RecllmError(f"{path}: the header is {header.reason}.")
-        header = header or []
+        header = _header(lines, path)
         while True:
             row, number = _record(lines, delimiter, [name in wanted for name in header])
             if row is None:

@@ -165,6 +165,17 @@ class Recommender:
         """Whether lists leave out what the history has: not where items were chosen again in training."""
         return not self.manifest.get("repeats", False)
 
+    def learnt(self, query: Query) -> Query:
+        """The query with a history such as training had: each item once, the first time or the last, or all events."""
+        rule = self.manifest.get("duplicates", "keep" if self.manifest.get("repeats") else "first")
+        if rule == "keep" or len(set(query.history)) == len(query.history):
+            return query
+        places = range(len(query.history))
+        at = {query.history[place]: place for place in (places if rule == "last" else reversed(places))}
+        kept = sorted(at.values())
+        ratings = None if query.ratings is None else tuple(query.ratings[place] for place in kept)
+        return replace(query, history=tuple(query.history[place] for place in kept), ratings=ratings)
+
     @property
     def share_names(self) -> tuple[str, ...]:
         """Whose shares a score has."""
@@ -189,7 +200,7 @@ class Recommender:
         self.check_k(k, new_items)
         exclude_seen = self.exclude_seen if exclude_seen is None else exclude_seen
         check_histories(histories)
-        queries = [Query(tuple(history)) for history in histories]
+        queries = [self.learnt(Query(tuple(history))) for history in histories]
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)
         shares = {name: np.full((len(queries), k), np.nan, dtype=np.float32) for name in self.scorers}
@@ -246,7 +257,7 @@ class Recommender:
         """
         self.check_k(k)
         check_histories([] if histories is None else histories)
-        queries = self._sample(SAMPLED) if histories is None else [Query(tuple(history)) for history in histories]
+        queries = self._sample(SAMPLED) if histories is None else [self.learnt(Query(tuple(own))) for own in histories]
         if self._shortlist is None or not queries:
             return 1.0
         parts = [queries[start : start + SAMPLED] for start in range(0, len(queries), SAMPLED)]
@@ -345,7 +356,7 @@ class Recommender:
         shares = {name: np.zeros_like(scores) for name in self.scorers}
         # Every scorer's scores of the whole catalogue are in memory at once.
         for start in range(0, len(histories), USERS_IN_BATCH):
-            queries = [Query(tuple(history)) for history in histories[start : start + USERS_IN_BATCH]]
+            queries = [self.learnt(Query(tuple(own))) for own in histories[start : start + USERS_IN_BATCH]]
             place = slice(start, start + len(queries))
             own = {name: scorer.score(queries, self.index) for name, scorer in self.scorers.items()}
             fused, parts = self.fusion.fuse(own, *evidence(queries, self.index, self.item_counts))

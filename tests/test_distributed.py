@@ -42,10 +42,18 @@ def test_a_batch_is_answered_as_by_the_batch_runner(tiny_bundle, tmp_path, kind)
 
 
 def test_a_bad_row_says_why_and_stops_nothing(tiny_bundle):
-    rows = {"user_id": ["a", "b", None, pd.NA], "history": [["0"], 7, ["1"], ["1"]]}
+    rows = {"user_id": ["a", "b", None, pd.NA, "c\ud83d", "d"], "history": [["0"], 7, ["1"], ["1"], ["1"], None]}
     found = pl.DataFrame(BatchRecommender(tiny_bundle, k=2)(rows))
     bad = found.filter(pl.col("error").is_not_null())
-    assert bad.select("user_id", "rank", "item_id").rows() == [("b", 0, None), (None, 0, None), (None, 0, None)]
+    assert bad.select("user_id", "rank", "item_id").rows() == [
+        ("b", 0, None),
+        (None, 0, None),
+        (None, 0, None),
+        ("c\\ud83d", 0, None),
+        ("d", 0, None),
+    ]
+    assert "half of a character" in bad["error"][3]
+    assert bad["error"][4] == "no 'history'; an empty list is one"
     assert "'history' is 7, not a list" in bad["error"][0]
     assert "no 'user_id'" in bad["error"][1]
     assert found.filter(user_id="a")["rank"].to_list() == [1, 2]

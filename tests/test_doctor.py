@@ -11,6 +11,7 @@ from recllm import doctor
 from recllm.bundle import seal
 from recllm.cli import main
 from recllm.doctor import Finding, examine
+from recllm.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,3 +124,14 @@ def test_a_damaged_bundle_and_one_of_another_opset(tiny_bundle, tmp_path):
 def test_a_finding_is_a_line_and_its_mend():
     assert Finding("wrong", "a", "b").line() == "WRONG  a\n         b"
     assert Finding("none", "a").line() == "-      a"
+
+
+def test_a_bundle_that_is_whole_and_does_not_load_is_wrong(tiny_bundle, tmp_path):
+    place = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, place)
+    manifest = read_json(place / "manifest.json")
+    manifest["scorers"]["mf"] = "newer"
+    write_json(place / "manifest.json", manifest)
+    (last,) = [found for found in examine(place) if found.mark == "wrong"]
+    assert last.text == "the bundle as a whole"
+    assert "Unknown kind of scorer in the bundle 'newer'" in last.mend

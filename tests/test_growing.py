@@ -3,6 +3,7 @@
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import polars as pl
@@ -203,7 +204,9 @@ def test_what_is_passed_over_of_a_file_of_items_is_said(tiny_bundle, tmp_path):
     path, said = tmp_path / "new.csv", []
     rows = ["item_id,title,colour", "n1,Red film 99,red", "n1,Blue film 98,blue", "n2,,", "3,known,", ",Nobody,"]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    assert add_items(tiny_bundle, path, tmp_path / "grown", say=said.append) == 2
+    assert add_items(tiny_bundle, path, tmp_path / "grown", say=said.append) == 1
+    path.write_text("item_id,title\nn2,Red film 97\n", encoding="utf-8")
+    assert add_items(tmp_path / "grown", path, tmp_path / "grown") == 1  # its text may come another day
     told = "\n".join(said)
     for part in ("1 items are in the bundle already", "left out: colour", "1 items have no text", "new.csv: warning"):
         assert part in told, told
@@ -321,3 +324,21 @@ def test_a_column_that_the_bundle_has_not_is_named(tiny_bundle, new_items, tmp_p
     with pytest.raises(RecllmError, match=r"'titel'. Did you mean 'title'.*--item-column OURS=THEIRS"):
         add_items(tiny_bundle, new_items, tmp_path / "grown", columns={"titel": "title"})
     assert not (tmp_path / "grown").exists()
+
+
+def test_of_two_that_make_one_new_bundle_the_second_is_refused(tiny_bundle, tmp_path, monkeypatch):
+    import recllm.growing as module
+
+    target, alone = tmp_path / "grown", module.alone
+
+    @contextmanager
+    def waiting(folder, say):
+        with alone(folder, say):
+            shutil.copytree(tiny_bundle, target)  # the first one's, which was there when the second had waited
+            yield
+
+    path = tmp_path / "new.csv"
+    path.write_text("item_id,title\nn2,Red film 97\n", encoding="utf-8")
+    monkeypatch.setattr(module, "alone", waiting)
+    with pytest.raises(RecllmError, match=r"is another bundle\. Replace it by --overwrite"):
+        add_items(tiny_bundle, path, target)

@@ -134,3 +134,10 @@ def test_nothing_private_goes_to_a_repository_that_is_public(hub, tiny_bundle):
     assert not (hub.place / "acme" / "open" / "manifest.json").exists()
     push(tiny_bundle, "acme/open", private=False)
     assert (hub.place / "acme" / "open" / "manifest.json").is_file()
+
+
+def test_nothing_is_pulled_into_a_bundle(hub, tiny_bundle, tmp_path):
+    push(tiny_bundle, "acme/films")
+    pull("acme/films", tmp_path / "there")
+    with pytest.raises(RecllmError, match="would lie in a bundle"):
+        pull("acme/films", tmp_path / "there" / "inner")

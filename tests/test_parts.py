@@ -1,6 +1,13 @@
 """Parts of a batch job: what a kill tears is taken away, so that the job can go on as often as it is killed."""
 
-from recllm.parts import JOURNAL, Counts, Parts, folder_of
+import json
+
+import polars as pl
+import pytest
+
+from recllm import parts as module
+from recllm.errors import RecllmError
+from recllm.parts import JOURNAL, Counts, Parts, folder_of, sweep
 
 
 def test_a_torn_line_of_the_journal_is_in_the_way_of_no_later_one(tmp_path):
@@ -15,3 +22,53 @@ def test_a_torn_line_of_the_journal_is_in_the_way_of_no_later_one(tmp_path):
     last = Parts(target, {"k": 1}, overwrite=False)
     assert (last.done, last.first) == (3, "line 1: bad")
     last.remove()
+
+
+def test_a_lock_on_what_is_no_longer_there_keeps_nobody_out_and_is_not_taken(tmp_path, monkeypatch):
+    target, real, begun = tmp_path / "out.csv", module.locked, []
+    first = Parts(target, {"k": 1}, overwrite=False)
+
+    def locked(opened):
+        if not begun:  # between opening and locking the first job ends, and another one begins
+            begun.append(None)
+            first.remove()
+            begun.append(Parts(target, {"k": 2}, overwrite=False))
+        return real(opened)
+
+    monkeypatch.setattr(module, "locked", locked)
+    with pytest.raises(RecllmError, match="Another process is writing"):
+        Parts(target, {"k": 3}, overwrite=True)
+    begun[1].remove()
+
+
+def test_a_job_without_rows_leaves_the_next_ones_parts_alone(tmp_path):
+    target, empty = tmp_path / "out.csv", pl.DataFrame({"user_id": ["a"]})
+    first = Parts(target, {"k": 1}, overwrite=False)
+    first.finish(tmp_path / "rejects", empty)
+    second = Parts(target, {"k": 2}, overwrite=False)
+    second.add(empty, [], Counts(answered=1, written=1))
+    first.close()
+    assert second.finish(tmp_path / "rejects", empty) is None
+    assert not folder_of(target).exists()
+    third = Parts(target, {"k": 3}, overwrite=False)
+    third.close()  # with no part there is nothing to go on with
+    assert not folder_of(target).exists()
+
+
+@pytest.mark.parametrize("depth", [3, 700])
+def test_lists_in_lists_are_set_aside_however_deep(depth, tmp_path):
+    row = json.loads("[" * depth + "]" * depth)
+    parts = Parts(tmp_path / "out.csv", {}, overwrite=False)
+    parts.add(None, [{"line": 1, "reason": "bad", "row": row}], Counts(rejected=1))
+    parts.refuse(tmp_path / "rejects")
+    found = json.loads((tmp_path / "rejects").read_text(encoding="utf-8"))
+    assert found == {"line": 1, "reason": "bad", "row": row if depth == 3 else "too deep to be written"}
+    parts.remove()
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path):
+    target = tmp_path / "out[1].csv"
+    left = folder_of(target).with_name(f"{folder_of(target).name}.7.gone")
+    left.mkdir()
+    sweep(target)
+    assert not left.exists()

@@ -126,3 +126,10 @@ def test_a_blank_history_is_looked_up_where_there_is_a_log_and_a_user_and_else_i
     assert [(row.user_id, row.history) for row in alone] == [("u", ()), ("line 3", ()), ("u", ("7",))]
     logged = read_rows(source, histories={"u": Query(("1", "2"), "u")})
     assert [(row.user_id, row.history) for row in logged] == [("u", ("1", "2")), ("line 3", ()), ("u", ("7",))]
+
+
+def test_of_two_columns_of_one_name_none_is_guessed(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("user_id,history,history\na,2 4,3 5\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"has two columns called 'history'\. Rename"):
+        read_rows(path)

@@ -8,7 +8,7 @@ import recllm
 from recllm import ranker
 from recllm.batch import Job, recommend_file
 from recllm.errors import RecllmError
-from recllm.ranker import TwoStage, load_ranker
+from recllm.ranker import RANKER_SHARE, TwoStage, load_ranker
 
 HISTORIES = [["0", "2", "4"], ["1"], [], ["x"]]
 KNOWN = {str(item) for item in range(1000)} - {"7"}
@@ -165,3 +165,27 @@ def test_a_batch_in_two_stages_has_the_rankers_share(recommender, tmp_path):
     expected = stages.recommend([["0", "2"], ["1"]], 3)
     assert frame["item_id"].to_list() == [item for ids in expected.ids for item in ids]
     assert frame["share_ranker"].to_list() == pytest.approx(expected.shares["ranker"].ravel(), abs=1e-5)
+
+
+def test_a_ranker_that_hardly_tells_items_apart_has_no_say(recommender):
+    """Its last digits hang on what is computed beside them."""
+
+    class Flat:
+        def score_lists(self, queries, items):
+            drawn = np.random.default_rng(0)
+            return [(1.009 + 1e-5 * drawn.random(len(own))).astype(np.float32) for own in items]
+
+    found = TwoStage(recommender, Flat(), top=8, weight=1e3).recommend(HISTORIES, 5)
+    assert found.ids == recommender.recommend(HISTORIES, 5).ids
+    assert not found.shares[RANKER_SHARE].any()
+
+
+@pytest.mark.parametrize("given", [None, [["1"], 5]], ids=str)
+def test_what_are_no_histories_is_one_message_behind_a_ranker_too(recommender, given):
+    with pytest.raises(RecllmError, match="Histories are"):
+        TwoStage(recommender, Opinionated()).recommend(given)
+
+
+def test_a_weight_is_finite(recommender):
+    with pytest.raises(RecllmError, match="the second finite and not negative"):
+        TwoStage(recommender, Opinionated(), weight=float("inf"))

@@ -127,3 +127,18 @@ def test_a_line_of_blanks_is_blank(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(' \t\n{"user_id": "u0"}\n  \r\n', encoding="utf-8")
     assert rows_of(path) == [(2, {"user_id": "u0"})]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ('"user_id,history\n' + "a,1 2\n" * 40_000, r"the header is not CSV \(unexpected end of data\)"),
+        ("user_id,history,größe\na,1,2\n", "the header is not UTF-8; write the file as UTF-8"),
+    ],
+    ids=["quote", "latin-1"],
+)
+def test_a_header_that_cannot_be_read_says_why(raw, reason, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(raw.encode("latin-1"))
+    with pytest.raises(RecllmError, match=reason):
+        columns_of(path)

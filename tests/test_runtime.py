@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import recllm
+from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.ranking import ItemIndex
@@ -381,3 +382,20 @@ def test_a_bundle_without_an_encoder_takes_no_new_items(bundle, monkeypatch):
     monkeypatch.setattr(bundle, "_item_encoder", None)
     with pytest.raises(RecllmError, match=r"has no item encoder, so it cannot take new items"):
         bundle.with_items(NEW)
+
+
+@pytest.mark.parametrize(("rule", "once"), [("first", ["2", "4", "6"]), ("last", ["2", "6", "4"]), ("keep", None)])
+def test_a_history_has_each_item_as_often_as_in_training(bundle, rule, once, monkeypatch):
+    given = ["2", "4", "2", "2", "6", "4"]
+    monkeypatch.setattr(bundle, "manifest", {**bundle.manifest, "duplicates": rule})
+    found = bundle.recommend([given], k=5, exclude_seen=True)
+    if once is None:
+        assert bundle.learnt(Query(tuple(given))).history == tuple(given)
+        return
+    expected = bundle.recommend([once], k=5, exclude_seen=True)
+    assert found.ids == expected.ids
+    assert found.scores == pytest.approx(expected.scores)
+    assert bundle.score([given], ["8"])[0] == pytest.approx(bundle.score([once], ["8"])[0])
+    rated = bundle.learnt(Query(tuple(given), "u", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)))
+    assert rated.history == tuple(once)
+    assert rated.ratings == ((1.0, 2.0, 5.0) if rule == "first" else (4.0, 5.0, 6.0))
