@@ -54,6 +54,8 @@ from recllm.vectors import ItemFeatures
 from recllm.warmstart import start
 from recllm.watching import Watch
 
+WHOLE = 2**31
+"""A history as long as it is."""
 ROWS_OF_A_USER = 8
 """Training rows of one user that stand in a step together, for the loss inside users."""
 EVALUATED = 32
@@ -182,7 +184,7 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures, say: Say = l
         task,
         items=frozenset(task.index.ids),
         like_at=run.data.like_at,
-        max_history=settings.max_history,
+        max_history=WHOLE,  # the model cuts it, and is told how long it is, as when it is asked
         limit=run.model.relevance_rows,
         epochs=settings.num_train_epochs,
         at_least=rows_at_least(arguments),

@@ -45,7 +45,10 @@ def lean(model: nn.Module, kind: torch.dtype | None, *, cpu: bool) -> None:
     if cpu:
         _draw_cheaply(model)
         for module in model.modules():
-            if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
+            # Falcon and others ask for "sdpa" by its name, and add up their masks in another way where it is not so.
+            if not isinstance(module, PreTrainedModel) or not module._supports_attention_backend:
+                continue
+            if module.config._attn_implementation == "sdpa":
                 module.config._attn_implementation = NAME
 
 

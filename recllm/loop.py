@@ -20,12 +20,13 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from recllm.adalora import RankBudget, orthogonality
-from recllm.checkpoints import WEIGHTS, Seal, SoundBest, load_trained, save_trained, trained_values
+from recllm.checkpoints import SEAL, WEIGHTS, Seal, SoundBest, damage, load_trained, save_trained, trained_values
 from recllm.devices import on_cpu, process_state, sharded
 from recllm.errors import RecllmError
 from recllm.examples import Examples, WholeBatches, collate_counted
@@ -123,10 +124,11 @@ class OrderedTrainer(Trainer):
         if self.args.world_size > 1:
             bad = self.accelerator.reduce(bad, "sum")
         if bad.item():
-            step = self.state.global_step + 1
-            if not torch.isfinite(loss).item():
+            step, here = self.state.global_step + 1, not torch.isfinite(loss).item()
+            if here:
                 self._keep_batch(inputs, step)
-            raise NonFiniteLossError("loss", float(loss), step)
+            process_state().wait_for_everyone()  # the first one names the batches that all have kept
+            raise NonFiniteLossError("loss", float(loss) if here else math.nan, step)
         return loss
 
     def _keep_batch(self, inputs: dict[str, Any], step: int) -> None:
@@ -171,6 +173,27 @@ class OrderedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / WEIGHTS)
+
+    def ended(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is behind the last of `max_steps` or the end of patience; its weights are loaded then.
+
+        Trainer would take one step more before it asks. With `load_best_model_at_end` it is the best ones' weights.
+        """
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        patience = [own for own in self.callback_handler.callbacks if isinstance(own, Patience)]
+        kept = state.stateful_callbacks.get("Patience", {})
+        spent = kept.get("attributes", {}).get("early_stopping_patience_counter", 0) if isinstance(kept, dict) else 0
+        stopped = any(spent >= own.early_stopping_patience for own in patience)
+        if sharded() or not (stopped or 0 < self.args.max_steps <= state.global_step):
+            return False
+        best = self.args.load_best_model_at_end and state.best_global_step is not None
+        name = f"checkpoint-{state.best_global_step if best else state.global_step}"
+        folder = Path(str(self.args.output_dir)) / name
+        if not (folder / SEAL).is_file() or damage(folder) is not None:
+            return False  # what follows tells of it
+        self.state = state
+        self._load_from_checkpoint(str(folder))
+        return True
 
     def _load_best_model(self) -> None:
         load_trained(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
@@ -292,7 +315,7 @@ class Stage:
             "eval_steps": every,
         } | self.arguments
         options.setdefault("save_steps", options["eval_steps"])
-        if options["load_best_model_at_end"] and options.get("eval_delay", 0) >= self.steps:
+        if options["load_best_model_at_end"] and options.get("eval_delay", 0) > self.steps:
             raise RecllmError(
                 f"train.eval_delay = {options['eval_delay']} leaves no validation in the {self.steps:,} steps of "
                 f"'{self.scorer}', and so no best one to end with. Lower it."

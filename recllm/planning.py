@@ -27,10 +27,11 @@ from recllm.lm import load_config, load_tokenizer, model_folder, stream_width
 from recllm.loop import Stage, stage_trainer
 from recllm.nextitem import language_stage, light_stage
 from recllm.protocols import evaluation_protocol
+from recllm.recovery import LESS, LIGHT
 from recllm.runs import Run
 from recllm.tasks import Task, prepare
 from recllm.trained import Say, check_names, encoder_name
-from recllm.trainerkeys import COMPILING, check_options
+from recllm.trainerkeys import COMPILING, MEASURES, check_options
 from recllm.trees import TreeCollator
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import check_start
@@ -288,6 +289,7 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
         options.pop("eval_steps"), options.pop("save_steps")
         valid, share = _some_batches(stage, options["per_device_eval_batch_size"])
         tried = replace(stage, train=Examples(rows * rounds), valid=valid)
+        trainer = None
         try:
             trainer = stage_trainer(tried, options, [watch], Path(place) / "no-number", steps=stage.steps)
             trainer.train()
@@ -299,21 +301,36 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
             validation = (time.monotonic() - began) / share
             trainer.save_model(place)
         except NonFiniteLossError as error:
+            rates = "light.learning_rate" if stage.scorer == LIGHT else "train.learning_rate, train.head_learning_rate"
             raise RecllmError(
                 f"The {error.key} of '{stage.scorer}' is {error.value} within a few steps. Lower the learning rate "
-                "(train.learning_rate, train.head_learning_rate)."
+                f"({rates})."
             ) from None
         except Exception as error:  # the device's libraries raise many kinds
             if not should_reduce_batch_size(error):
                 raise
-            raise RecllmError(
-                f"A step of '{stage.scorer}' with {most} rows does not fit into memory. Take fewer (--set "
-                f"train.per_device_train_batch_size={max(1, most // 2)} --set "
-                f"train.gradient_accumulation_steps={2 * accumulation}), or train.gradient_checkpointing = true."
-            ) from None
+            validating = trainer is not None and trainer.validating
+            read = int(options["per_device_eval_batch_size"]) if validating else None
+            raise _too_large(stage, most, accumulation, read) from None
     memory = peak_memory()
     del kept
     return watch.seconds, validation, memory
+
+
+def _too_large(stage: Stage, rows: int, accumulation: int, validating: int | None) -> RecllmError:
+    """What does not fit into memory, and what would: so many rows of a step, or of a validation."""
+    what = f"A step of '{stage.scorer}' with {rows} rows"
+    if validating is not None:
+        what = f"Validating {validating} rows of '{stage.scorer}' at once"
+        ways = f"fewer (--set train.per_device_eval_batch_size={max(1, validating // 2)})"
+        ways = LESS if stage.scorer == LIGHT else ways
+    elif stage.scorer == LIGHT:
+        key = "pairs_in_step" if stage.measures == MEASURES["relevance"] else "per_device_train_batch_size"
+        ways = f"fewer (--set light.{key}={max(1, rows // 2)}), {LESS}"
+    else:
+        ways = f"fewer (--set train.per_device_train_batch_size={max(1, rows // 2)} --set "
+        ways += f"train.gradient_accumulation_steps={2 * accumulation}), or train.gradient_checkpointing = true"
+    return RecllmError(f"{what} does not fit into memory. Take {ways}.")
 
 
 def _some_batches(stage: Stage, most: int) -> tuple[Examples, float]:

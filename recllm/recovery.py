@@ -57,6 +57,9 @@ class Attempt(Protocol):
     validating: bool
     """Whether it is validating, or was when it failed."""
 
+    def ended(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is the end of the training; its weights, or the best ones, are loaded then."""
+
     def train(self, resume_from_checkpoint: str | None = None) -> object:
         """Train to the end, from a checkpoint where one is named."""
 
@@ -95,8 +98,7 @@ def train_on(
         made = trainer(adjusted)
         found = last_checkpoint(checkpoints, say) if resume else None
         try:
-            with _quiet_about(adjusted):
-                made.train(resume_from_checkpoint=found)
+            _train(made, adjusted, found)
         except NonFiniteLossError as error:
             adjusted = _slower(adjusted, error, kept, scorer, say)
         except Exception as error:  # the device's libraries raise many kinds
@@ -106,7 +108,7 @@ def train_on(
                 adjusted = _smaller_validation(adjusted, made.args.per_device_eval_batch_size, scorer, say)
             else:
                 whole = made.args.per_device_train_batch_size * adjusted.parts
-                adjusted = _smaller(adjusted, whole, scorer, say)
+                adjusted = _smaller(adjusted, whole, made.args.gradient_accumulation_steps, scorer, say)
         else:
             return int(made.state.global_step)
         fsdp = made.is_fsdp_enabled
@@ -125,6 +127,13 @@ def train_on(
             )
         put(model, start)  # where there is no checkpoint yet
         resume = True
+
+
+def _train(made: Attempt, adjusted: Adjusted, checkpoint: str | None) -> None:
+    if checkpoint is not None and made.ended(checkpoint):
+        return
+    with _quiet_about(adjusted):
+        made.train(resume_from_checkpoint=checkpoint)
 
 
 def _slower(
@@ -147,7 +156,7 @@ def _slower(
     return replace(adjusted, rate=0.5)
 
 
-def _smaller(adjusted: Adjusted, whole: int, scorer: str, say: Callable[[str], None]) -> Adjusted:
+def _smaller(adjusted: Adjusted, whole: int, accumulation: int, scorer: str, say: Callable[[str], None]) -> Adjusted:
     """More and smaller micro-batches of the `whole` rows of a device, all of one size: a step has the same rows.
 
     Raises:
@@ -155,18 +164,19 @@ def _smaller(adjusted: Adjusted, whole: int, scorer: str, say: Callable[[str], N
     """
     rows = whole // adjusted.parts
     parts = next((parts for parts in range(2 * adjusted.parts, whole + 1) if whole % parts == 0), whole)
-    if process_state().num_processes > 1:
-        keys = f"--set {'light' if scorer == LIGHT else 'train'}.per_device_train_batch_size={max(1, rows // 2)}"
-        keys += ", or light.pairs_in_step where pairs are judged" if scorer == LIGHT else ""
-        keys += "" if scorer == LIGHT else " --set train.gradient_accumulation_steps=2"
-        raise RecllmError(
-            f"Out of memory with {rows} rows at once on a device. Take fewer ({keys}): with several processes this is "
-            "not done by itself."
-        ) from None
     if rows == 1:
         ways = "shorter histories (model.max_history), fewer model.rows_together, a smaller model, the recipe 'qlora', "
         ways += "or train.gradient_checkpointing = true"
         raise RecllmError(f"Out of memory with a single row. Take {LESS if scorer == LIGHT else ways}.") from None
+    if process_state().num_processes > 1:
+        keys = f"--set {'light' if scorer == LIGHT else 'train'}.per_device_train_batch_size={rows // 2}"
+        keys += ", or light.pairs_in_step where pairs are judged" if scorer == LIGHT else ""
+        keys += "" if scorer == LIGHT else f" --set train.gradient_accumulation_steps={2 * accumulation}"
+        anew = ", and begin anew by --overwrite" if scorer == LIGHT else ""
+        raise RecllmError(
+            f"Out of memory with {rows} rows at once on a device. Take fewer ({keys}{anew}): with several processes "
+            "this is not done by itself."
+        ) from None
     say(f"Out of memory with {rows} rows at once: going on with {whole // parts}, and the same rows in a step")
     return replace(adjusted, parts=parts)
 
@@ -177,16 +187,16 @@ def _smaller_validation(adjusted: Adjusted, rows: int, scorer: str, say: Callabl
     Raises:
         RecllmError: a single row does not fit, or several processes train.
     """
-    if process_state().num_processes > 1:
-        fewer = f"fewer (--set train.per_device_eval_batch_size={max(1, rows // 2)})"
-        raise RecllmError(
-            f"Out of memory while validating {rows} rows at once on a device. Take {LESS if scorer == LIGHT else fewer}"
-            ": with several processes fewer rows are not taken by themselves."
-        ) from None
     if rows == 1:
         ways = "shorter histories (model.max_history), fewer model.rows_together or a smaller model"
         raise RecllmError(
             f"Out of memory while validating a single row. Take {LESS if scorer == LIGHT else ways}."
+        ) from None
+    if process_state().num_processes > 1:
+        fewer = f"fewer (--set train.per_device_eval_batch_size={rows // 2})"
+        raise RecllmError(
+            f"Out of memory while validating {rows} rows at once on a device. Take {LESS if scorer == LIGHT else fewer}"
+            ": with several processes fewer rows are not taken by themselves."
         ) from None
     say(f"Out of memory while validating {rows} rows at once: going on with {rows // 2}")
     return replace(adjusted, valid_parts=2 * adjusted.valid_parts)

@@ -70,7 +70,7 @@ class DataSettings(Settings):
     """Train on so many of the train rows, drawn by the run's seed (given)."""
     rated_histories: bool = True
     """Where histories come without labels, take those of the user's earlier train rows (given)."""
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
     """Draws the split; the run's own seed when not given."""
 
     @model_validator(mode="after")
@@ -337,7 +337,7 @@ class Run(Settings):
             raise ValueError("a run's name is the name of its folder: not empty, not . or .., without slashes")
         return name
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """The one seed; everything random is drawn from it."""
     start_from: str | None = None
     """Folder of a finished run of the same models; light scorer and language model start from what it learnt."""
@@ -452,7 +452,7 @@ def write_run(run: Run, path: Path) -> None:
 def _write_table(values: dict[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in values.items():
         if not isinstance(value, dict) or not value:  # an empty table says something else than none
-            lines.append(f"{_key(key)} = {_toml(value)}")
+            lines.append(f"{_key(key)} = {as_toml(value)}")
     for key, value in values.items():
         if isinstance(value, dict) and value:
             lines.extend(["", f"[{prefix}{_key(key)}]"])
@@ -460,19 +460,20 @@ def _write_table(values: dict[str, Any], prefix: str, lines: list[str]) -> None:
 
 
 def _key(name: str) -> str:
-    return name if BARE_KEY.fullmatch(name) else _toml(name)
+    return name if BARE_KEY.fullmatch(name) else as_toml(name)
 
 
-def _toml(value: JsonValue) -> str:
+def as_toml(value: JsonValue) -> str:
+    """A value as a run file has it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for the delete character, which TOML does not take as it is.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(as_toml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {as_toml(item)}" for key, item in value.items()) + "}"
     return repr(value)
 
 

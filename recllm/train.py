@@ -15,7 +15,7 @@ from recllm.cards import write_adapter_card
 from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError, place_error
-from recllm.files import only_one, read_json
+from recllm.files import only_one, read_json, write_json
 from recllm.idle import idle_lines
 from recllm.judging import train_light_judge, train_relevance
 from recllm.nextitem import train_language, train_light
@@ -34,7 +34,7 @@ from recllm.runs import ENVIRONMENT, FILE, RECIPES, Run, load_run, write_environ
 from recllm.scoring import fit_fusion
 from recllm.sharded import check_shardable
 from recllm.tasks import LEARNT, Task, keep_learnt, prepare
-from recllm.trained import check_names, collaborative
+from recllm.trained import check_names, collaborative, stage_done
 from recllm.trainerkeys import COMPILING, check_options
 from recllm.warmstart import check_start, check_start_data
 from recllm.watching import Watch
@@ -247,6 +247,15 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -
     if not (run.folder / ENVIRONMENT).is_file():
         facts = task.fingerprints(), revisions(run)
         write_environment(run, *facts, device=_device(), processes=processes, sharding=sharding())
+    elif _unfinished(run) and not any((run.folder / "checkpoints").glob("*/checkpoint-*")):
+        kept = read_json(run.folder / ENVIRONMENT)
+        write_json(run.folder / ENVIRONMENT, kept | {"processes": processes, "sharding": sharding()})
+
+
+def _unfinished(run: Run) -> bool:
+    """Whether a model of the run is still to be trained."""
+    trains = {"light": run.light.num_train_epochs > 0, "lm": run.model.name != "none"}
+    return any(asked and not stage_done(run.folder / name) for name, asked in trains.items())
 
 
 def _describe(task: Task, say: Say, *, judges: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils.logging import get_log_levels_dict
 
 from recllm.devices import check_precision, on_cpu, precision_keys, sharded
 from recllm.errors import RecllmError, unknown
@@ -37,6 +38,8 @@ REFUSED = {
     "fsdp": "it is named to the launcher: recllm train RUN.toml --profile fsdp2",
     "bf16": 'train.precision says it, of all that trains: train.precision = "bf16"',
     "fp16": 'train.precision says it, of all that trains: train.precision = "fp16"',
+    "bf16_full_eval": "validation is in the precision of training",
+    "fp16_full_eval": "validation is in the precision of training",
     "seed": "everything random is drawn from the run's one seed: --set seed=…",
     "resume_from_checkpoint": "recllm train RUN.toml --resume goes on from the run's own",
 }
@@ -44,6 +47,7 @@ REFUSED = {
 COUNTS = {
     "gradient_accumulation_steps": "so many batches make a step",
     "per_device_eval_batch_size": "so many rows are validated at once",
+    "eval_accumulation_steps": "so many batches of a validation are moved off the device at once",
 }
 """Keys of Trainer that are counts, and of what."""
 APART = (
@@ -62,7 +66,7 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     for key in keys:
         if key not in known:
             raise unknown("key in [train]", key, known)
-        if key in REFUSED and (keys[key] or key == "seed"):  # what is empty asks for nothing
+        if key in REFUSED and (keys[key] or key in ("seed", "bf16", "fp16")):  # what else is empty asks for nothing
             raise RecllmError(f"train.{key} is not supported: {REFUSED[key]}. Leave it out.")
     _check_values(keys)
     check_trackers(keys.get("report_to", "none"))
@@ -79,6 +83,9 @@ def _check_values(keys: dict[str, Any]) -> None:
         names = [str(name.value) for name in known]
         if key in keys and str(keys[key]) not in names:
             raise unknown(f"train.{key}", str(keys[key]), names)
+    for key in (key for key in ("log_level", "log_level_replica") if key in keys):
+        if keys[key] not in (levels := [*get_log_levels_dict(), "passive"]):
+            raise unknown(f"train.{key}", str(keys[key]), levels)
     _check_numbers(keys)
     if keys.get("eval_do_concat_batches") is False:
         raise RecllmError("train.eval_do_concat_batches = false: the metrics are of all rows together. Leave it out.")
@@ -113,7 +120,7 @@ def check_options(run: Run) -> None:
 
 def _check_numbers(keys: dict[str, Any]) -> None:
     for key, what in COUNTS.items():
-        if key in keys and (not _is_number(keys[key]) or keys[key] != int(keys[key]) or keys[key] < 1):
+        if key in keys and (type(keys[key]) is not int or keys[key] < 1):
             raise RecllmError(f"train.{key} = {keys[key]!r}: a whole number of at least 1 is expected, {what}.")
     for key in ("eval_steps", "save_steps", "logging_steps"):
         if key in keys and (not _is_number(keys[key]) or keys[key] <= 0):

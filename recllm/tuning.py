@@ -1,5 +1,8 @@
 """Search over the keys of a run file with Optuna: `recllm tune TUNE.toml`."""
 
+import hashlib
+import json
+import math
 import shutil
 import statistics
 import time
@@ -21,7 +24,17 @@ from recllm.priors import EVENTS
 from recllm.recipes import Settings, find_recipe, parse, read_toml
 from recllm.results import Table
 from recllm.revisions import revision
-from recllm.runs import OF_LANGUAGE_MODEL, OF_SEQUENCE_MODELS, PROMPTS, Run, as_begun, load_run, set_key, write_run
+from recllm.runs import (
+    OF_LANGUAGE_MODEL,
+    OF_SEQUENCE_MODELS,
+    PROMPTS,
+    Run,
+    as_begun,
+    as_toml,
+    load_run,
+    set_key,
+    write_run,
+)
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task, prepare
 from recllm.train import train_run
@@ -233,7 +246,7 @@ def tune(path: Path, say: Say = print) -> Run:
     while len(_finished(study)) < search.trials:
         trial = study.ask()
         # By the trial's number: workers that begin together draw different values, and a search can be made again.
-        seed = run.seed * 100_003 + trial.number
+        seed = (run.seed * 100_003 + trial.number) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
         try:
             study.tell(trial, _try(search, run, folder, trial, say))
@@ -246,6 +259,7 @@ def tune(path: Path, say: Say = print) -> Run:
         except RecllmError as error:
             say(f"Trial {trial.number} failed: {error}")
             trial.set_user_attr("error", str(error))
+            trial.set_user_attr("by", _digest(study))
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         finally:
             for name in ("checkpoints", "scores"):
@@ -254,9 +268,8 @@ def tune(path: Path, say: Say = print) -> Run:
     best = _best(study)
     errors = [trial.user_attrs["error"] for trial in _finished(study) if "error" in trial.user_attrs]
     if best is None and errors:
-        raise RecllmError(
-            f"No trial has kept the limits of {path}, and {len(errors)} failed, the first one by: {errors[0]}"
-        )
+        limited = "has kept the limits" if search.limits.model_dump(exclude_none=True) else "of those has a result"
+        raise RecllmError(f"No trial {limited} of {path}, and {len(errors)} failed, the first one by: {errors[0]}")
     if best is None:
         raise RecllmError(f"None of {search.trials} trials keeps the limits of {path}. See {folder / RESULT}.")
     say(
@@ -300,6 +313,11 @@ def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:
     table = evaluate_run(tried, task, scores, part="valid")
     _check(table, search.scorer, metric)
     value = table.interval(search.scorer, metric)[0]
+    if math.isnan(value):
+        raise WrongSearchError(
+            f"{metric} of '{search.scorer}' is not known on these validation rows ({len(task.split.valid):,}), so that "
+            "no trial could be compared. Search by another metric."
+        )
     for name, cost in _costs(search, tried, task).items():
         trial.set_user_attr(name, cost)
     for name, limit in search.limits.model_dump(exclude_none=True).items():
@@ -364,10 +382,7 @@ def _costs(search: Search, run: Run, task: Task) -> dict[str, float]:
 def _with(run: Run, values: Mapping[str, Any], name: str, output: Path) -> Run:
     changed = run.model_dump(mode="json", exclude_none=True) | {"name": name, "output": str(output)}
     for key, value in values.items():
-        written_value = (
-            f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else value
-        )
-        set_key(changed, f"{key}={written_value}")
+        set_key(changed, f"{key}={as_toml(value)}")
     return parse(Run, changed, f"{run.name} with {', '.join(f'{key} = {value}' for key, value in values.items())}")
 
 
@@ -436,11 +451,21 @@ def _begun(study: Any) -> bool:  # noqa: ANN401
     return any(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.get_trials(deepcopy=False))
 
 
+def _digest(study: Any) -> str:  # noqa: ANN401
+    """What trials go by, in few letters."""
+    told = {kept: study.user_attrs.get(kept) for kept in ("search", "inputs")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def _finished(study: Any) -> list[Any]:  # noqa: ANN401
-    """The trials that count: not one that failed by a mistake in the tune file, which no error is kept of."""
-    trials = study.get_trials(deepcopy=False)
+    """The trials that count.
+
+    Not one that failed by a mistake in the tune file, which no error is kept of, nor by what has been mended since.
+    """
+    trials, now = study.get_trials(deepcopy=False), _digest(study)
     done = [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
     failed = [trial for trial in trials if trial.state.name == "FAIL" and "error" in trial.user_attrs]
+    failed = [trial for trial in failed if trial.user_attrs.get("by", now) == now]
     return sorted([*done, *failed], key=lambda trial: trial.number)
 
 

@@ -55,6 +55,11 @@ def check_start(run: Run) -> Run | None:
                 f"{key} is {own!r} here and {other!r} in start_from = '{run.start_from}'. A run starts from one of the "
                 "same models and the same kind of split: give both the same, or leave start_from out."
             )
+    if "none" not in (run.model.name, earlier.model.name) and earlier.model.soft_tokens and not run.model.soft_tokens:
+        raise RecllmError(
+            f"start_from = '{run.start_from}' has soft tokens, and this run has none to go on with. Set "
+            "model.soft_tokens = true, or leave start_from out."
+        )
     return earlier
 
 

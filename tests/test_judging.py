@@ -33,6 +33,7 @@ from recllm.scoring import known_scores
 from recllm.tasks import prepare
 from recllm.train import train_run
 from recllm.trained import load_collaborative
+from recllm.vectors import ItemFeatures
 
 WITHOUT = "fusion without relevance"
 
@@ -540,3 +541,19 @@ def test_rows_without_a_rating_are_counted_and_said(rated_checkerboard, tiny_lm_
         train_run(run.model_copy(update={"data": data}), say=say)
     assert said[-1] == f"3 of {len(users)} test rows have no rating, and are left out: pairs are judged here"
     assert not any("validation rows have no rating" in line for line in said)
+
+
+def test_the_light_judge_learns_from_histories_as_long_as_it_is_asked_about(rated_checkerboard, tmp_path):
+    rated_checkerboard.interactions.frame.write_csv(tmp_path / "interactions.csv")
+    rated_checkerboard.catalog.frame.write_csv(tmp_path / "items.csv")
+    light = {"width": 8, "layers": 1, "heads": 2, "max_history": 3, "num_train_epochs": 1}
+    values = {"name": "x", "output": str(tmp_path), "data": {"name": str(tmp_path)}, "light": light}
+    run = Run.model_validate(values | {"model": {"task": "relevance", "name": "none", "item_encoder": "minilm-l6"}})
+    task = prepare(run)
+    count = len(task.index)
+    features = ItemFeatures(task.index, np.ones((count, 4), np.float32), np.ones((count, 2), np.float32))
+    stage = judging.light_judge_stage(run, task, features, lambda _: None)
+    trained, asked = ([stage_part[row] for row in range(len(stage_part))] for stage_part in (stage.train, stage.valid))
+    assert all(len(pair.ids) <= 4 for pair in trained)
+    longest, last = (max(np.expm1(pair.facts[4]) for pair in pairs) for pairs in (trained, asked))
+    assert 3 < longest == pytest.approx(last, abs=2)

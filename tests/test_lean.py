@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconModel
 
 from recllm.adapters import attach, load_adapter
 from recllm.errors import RecllmError
@@ -177,3 +178,15 @@ def test_without_a_compiler_or_layers_compiling_is_refused(tiny_lm_folder, monke
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RecllmError, match="needs a C\\+\\+ compiler on a CPU, and there is no 'no-such-compiler'"):
         compile_layers(load_base(tiny_lm_folder).model, cpu=True)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_a_family_that_knows_attention_by_its_name_keeps_it(alibi):
+    """Falcon adds up its mask in another way where attention is not called "sdpa"."""
+    shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": alibi}
+    torch.manual_seed(0)
+    model = FalconModel(FalconConfig(**shape, hidden_dropout=0.0, attention_dropout=0.0)).train()
+    before, _ = gradients(model)
+    lean(model, None, cpu=True)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(gradients(model)[0], before)

@@ -265,6 +265,34 @@ def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(step_of_deat
     assert done == [5, 5]
 
 
+@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize("ends", ["max_steps", "patience"])
+def test_a_training_that_was_killed_behind_its_end_takes_no_further_step(best, ends, tmp_path, monkeypatch):
+    figures = {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6}
+    keys = {"max_steps": 3} if ends == "max_steps" else {"patience": 2}
+    step, done, train_on = [], [], loop.train_on
+
+    class Counting(loop.OrderedTrainer):
+        def evaluate(self, *given, **named):
+            step.append(self.state.global_step)
+            return super().evaluate(*given, **named)
+
+    monkeypatch.setattr(loop, "OrderedTrainer", Counting)
+    monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": figures[step[-1]]})
+    monkeypatch.setattr(loop, "train_on", lambda *given, **named: done.append(train_on(*given, **named)) or done[-1])
+
+    def run(folder, resume=False):
+        own = {"eval_steps": 1, "load_best_model_at_end": best, "lr_scheduler_type": "constant"}
+        return train(light(), folder, resume=resume, **own, **keys)
+
+    whole = run(tmp_path / "straight")
+    killed_at(3, monkeypatch, lambda: run(tmp_path / "killed"))
+    again = run(tmp_path / "killed", resume=True)
+    assert done == [3, 3]
+    assert max(step) == 3
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch):
     straight = train(light(), tmp_path / "straight", max_steps=12)
     killed_at(8, monkeypatch, lambda: train(light(), tmp_path / "killed", max_steps=12))
@@ -422,7 +450,7 @@ def test_a_single_validation_row_that_does_not_fit_is_one_message(tmp_path):
 def test_micro_batches_divide_a_batch_evenly(rows, found):
     adjusted, given = recovery.UNCHANGED, {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 32}
     for fewer in found:
-        adjusted = recovery._smaller(adjusted, rows, "lm", lambda _: None)
+        adjusted = recovery._smaller(adjusted, rows, 1, "lm", lambda _: None)
         divided = recovery.divided(given, adjusted)
         assert divided["per_device_train_batch_size"] == fewer
         assert fewer * divided["gradient_accumulation_steps"] == rows

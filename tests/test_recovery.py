@@ -35,8 +35,10 @@ def attempts(tmp_path, monkeypatch):
                     raise error
 
             args = SimpleNamespace(per_device_train_batch_size=8 // adjusted.parts, per_device_eval_batch_size=8)
-            state = SimpleNamespace(global_step=7)
-            return SimpleNamespace(train=train, args=args, state=state, is_fsdp_enabled=fsdp, validating=validating)
+            args.gradient_accumulation_steps = 1
+            made = SimpleNamespace(train=train, ended=lambda _: False, args=args, state=SimpleNamespace(global_step=7))
+            made.is_fsdp_enabled, made.validating = fsdp, validating
+            return made
 
         folder = tmp_path / "checkpoints"
         folder.mkdir(exist_ok=True)
@@ -100,18 +102,23 @@ def test_a_batch_is_divided_beside_the_batches_that_make_a_step():
     [
         (
             "lm",
-            r"\(--set train\.per_device_train_batch_size=4 --set train\.gradient_accumulation_steps=2\)",
+            r"\(--set train\.per_device_train_batch_size=4 --set train\.gradient_accumulation_steps=8\)",
         ),
         (
             "light",
-            r"\(--set light\.per_device_train_batch_size=4, or light\.pairs_in_step where pairs are judged\)",
+            r"\(--set light\.per_device_train_batch_size=4, or light\.pairs_in_step where pairs are judged, "
+            r"and begin anew by --overwrite\)",
         ),
     ],
 )
 def test_several_processes_are_told_to_take_fewer_rows(scorer, ways, monkeypatch):
     monkeypatch.setattr(recovery, "process_state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(RecllmError, match=rf"with 8 rows at once on a device\. Take fewer {ways}: with several"):
-        recovery._smaller(UNCHANGED, 8, scorer, pytest.fail)
+        recovery._smaller(UNCHANGED, 8, 4, scorer, pytest.fail)
+    with pytest.raises(RecllmError, match="with a single row"):
+        recovery._smaller(UNCHANGED, 1, 4, scorer, pytest.fail)
+    with pytest.raises(RecllmError, match="validating a single row"):
+        recovery._smaller_validation(UNCHANGED, 1, scorer, pytest.fail)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from recllm.recipes import Settings
-from recllm.runs import Run, _toml
+from recllm.runs import Run, as_toml
 
 PAGE = Path(__file__).parents[1] / "docs" / "run-file.md"
 BEGIN, END = "<!-- keys -->\n", "<!-- end -->\n"
@@ -33,7 +33,7 @@ def default(field):
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "needed"
-    return "–" if value is None else f"`{_toml(list(value) if isinstance(value, tuple) else value)}`"
+    return "–" if value is None else f"`{as_toml(list(value) if isinstance(value, tuple) else value)}`"
 
 
 def rows(settings):

@@ -514,6 +514,22 @@ def test_another_number_of_processes_is_refused_where_checkpoints_are(tiny_run, 
         train_run(run, resume=True, say=silent)
 
 
+def test_a_run_without_checkpoints_goes_on_with_any_number_of_processes_and_keeps_it(tiny_run, tmp_path):
+    run = again(tiny_run, tmp_path)
+    shutil.copytree(tiny_run, run.folder)
+    facts = read_json(run.folder / "environment.json")
+
+    def begun(processes):
+        train._begin(run, prepare(run), overwrite=False, processes=processes, say=silent)
+        return read_json(run.folder / "environment.json")
+
+    assert begun(2) == facts  # it is finished, by one
+    (run.folder / "lm" / "done.json").unlink()
+    assert begun(2) == facts | {"processes": 2}
+    (run.folder / "checkpoints" / "lm" / "checkpoint-3").mkdir(parents=True)
+    assert begun(1) == facts | {"processes": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "accumulated", "scorers"),

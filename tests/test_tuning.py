@@ -1,6 +1,7 @@
 """The search finds the better setting, goes on where it was, keeps limits, and refuses what is no key."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from recllm.errors import RecllmError
 from recllm.fetch import resolve_data
 from recllm.lm import model_folder
 from recllm.priors import Popularity
+from recllm.results import Table
 from recllm.runs import Run, load_run, write_run
 from recllm.tasks import prepare
 from recllm.tuning import Range, Search, load_search, tune
@@ -170,7 +172,7 @@ def tries(monkeypatch, figures):
         for name in ("checkpoints", "scores", "light"):
             (folder / f"trial-{trial.number}" / name).mkdir(parents=True)
         if figures[trial.number] is None:
-            raise RecllmError("it does not go")
+            raise RecllmError(f"it does not go with {run.light.dropout}")
         return figures[trial.number]
 
     monkeypatch.setattr(tuning, "_try", tried)
@@ -190,6 +192,49 @@ def test_of_trials_that_are_as_good_the_first_is_the_best(place, monkeypatch):
     assert said[-1].startswith("Best: trial 1, NDCG@10 0.5000 of 'light'")
     values = found(place)["trials"][1]["values"]
     assert (best.light.learning_rate, best.light.layers) == (values["light.learning_rate"], values["light.layers"])
+
+
+def test_what_failed_by_a_mistake_that_is_mended_does_not_count(place, monkeypatch):
+    tries(monkeypatch, [None, None, 0.5, 0.4])
+    path, said = written(place, 2), []
+    with pytest.raises(
+        RecllmError, match=r"No trial of those has a result of .*, and 2 failed, the first one by: it"
+    ):
+        tune(path, said.append)
+    file = place / "base.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace("dropout = 0.2", "dropout = 0.1"), encoding="utf-8")
+    tune(path, said.append)
+    assert "Tuning base: 0 of 2 trials are done" in said
+    assert said[-1].startswith("Best: trial 2, NDCG@10 0.5000")
+
+
+@pytest.mark.parametrize("text", [r".*\.(q|v)_proj", 'a"b', "C:\\models\\new", "true"])
+def test_a_text_is_tried_as_it_stands(text, place):
+    run = load_run(place / "base.toml")
+    assert tuning._with(run, {"model.item_encoder": text}, "x", place).model.item_encoder == text
+
+
+def test_a_search_of_any_seed_has_one_that_numpy_takes(place, monkeypatch):
+    file = place / "base.toml"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("\nseed = 0", f"\nseed = {2**32 - 1}", 1), encoding="utf-8")
+    tries(monkeypatch, [0.5])
+    assert tune(written(place, 1), lambda _: None).seed == 2**32 - 1
+    file.write_text(text.replace("\nseed = 0", f"\nseed = {2**32}", 1), encoding="utf-8")
+    with pytest.raises(RecllmError, match="seed"):
+        tune(place / "tune.toml", lambda _: None)
+
+
+def test_a_metric_that_nobody_knows_ends_the_search(place, monkeypatch):
+    table = Table(("light",), ("NDCG@10",), {"all": (1, 1)}, {("light", "NDCG@10", "all"): math.nan}, {})
+    nothing = dict.fromkeys(("train_run", "load_collaborative", "known_scores", "evaluate_run"))
+    for name in nothing:
+        monkeypatch.setattr(tuning, name, lambda *_, **__: None)
+    monkeypatch.setattr(tuning, "train_run", lambda *_, **__: SimpleNamespace(split=SimpleNamespace(valid=[1, 2])))
+    monkeypatch.setattr(tuning, "known_scores", lambda *_: {"valid": {}})
+    monkeypatch.setattr(tuning, "evaluate_run", lambda *_, **__: table)
+    with pytest.raises(RecllmError, match=r"NDCG@10 of 'light' is not known on these validation rows \(2\)"):
+        tune(written(place, 2), lambda _: None)
 
 
 @pytest.mark.parametrize(

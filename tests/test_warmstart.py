@@ -184,6 +184,9 @@ def test_a_text_adapter_first_and_soft_tokens_after_it(rated_checkerboard, tiny_
     assert len(soft) == len(later) - len(earlier)
     moved = [not torch.equal(later[name], value) for name, value in drawn.named_parameters() if name in soft]
     assert any(moved)
+    back = first.model_dump(exclude_none=True) | {"name": "back", "start_from": str(run.folder)}
+    with pytest.raises(RecllmError, match=r"has soft tokens, and this run has none to go on with"):
+        check_start(Run.model_validate(back))
     with pytest.raises(RecllmError, match=r"learning_rate = 0 leaves the adapter as it is.*soft_tokens = true"):
         train_run(Run.model_validate(second | {"name": "no", "model": first.model.model_dump(exclude_none=True)}))
 
