@@ -262,7 +262,8 @@ def lost(given: argparse.Namespace) -> str:
 def set_of(command: str) -> list[str]:
     """The overrides of a kept command."""
     words = shlex.split(command)
-    return [words[place + 1] for place, word in enumerate(words[:-1]) if word == "--set"]
+    after = [words[place + 1] for place, word in enumerate(words[:-1]) if word == "--set"]
+    return after + [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
 
 
 def commit() -> str | None:

@@ -273,6 +273,7 @@ def _facts(run: Run, task: Task, name: str, sequences: dict[str, Any]) -> dict[s
         "data": data_facts(task),
         "repeats": task.repeats,
         "duplicates": run.data.duplicates,
+        "each_once": None if task.repeats or run.data.split == "given" else run.data.duplicates,
         "columns": run.data.columns,
         "item_columns": run.data.item_columns,
     }

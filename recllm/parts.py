@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from recllm.files import locked, written
 from recllm.sheets import join_frames, write_frame
 
 JOURNAL = "journal.jsonl"
+ATTEMPTS, PAUSE = 100, 0.01
+"""How often a folder is tried that others take away, and how many seconds lie between."""
 COMPLETE = {"complete": True}
 """The journal's line behind the last part."""
 
@@ -186,20 +189,23 @@ class Parts:
 
     def _locked(self) -> IO[str]:
         """The journal, held by this process alone; the system lets go of it however the process ends."""
-        while True:
+        path = self.folder / JOURNAL
+        for _ in range(ATTEMPTS):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
+                journal = path.open("a+", encoding="utf-8")
             except (FileNotFoundError, FileExistsError):
-                if self.folder.parent.is_dir() and not self.folder.is_file():
-                    continue  # a job that has finished took it away at this moment
-                raise
+                time.sleep(PAUSE)  # a job that has finished may take it away at this moment
+                continue
             if locked(journal.fileno()) is False:
                 journal.close()
                 raise RecllmError(f"Another process is writing '{self.target}' at this moment. Wait for it.")
-            if _is_still(journal, self.folder / JOURNAL):
+            if _is_still(journal, path):
                 return journal
             journal.close()  # of a job that has finished in between: this lock keeps nobody out
+        raise RecllmError(
+            f"The folder '{self.folder}', where parts are kept, cannot be made. Is something in its place?"
+        )
 
     def _lines(self) -> list[dict[str, Any]]:
         """The journal's lines; a last one that was cut off is taken away."""

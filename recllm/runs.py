@@ -309,8 +309,9 @@ class TrainSettings(Settings):
         return steps
 
     def trainer_keys(self) -> dict[str, Any]:
-        """The keys that are Trainer's own."""
-        return dict(self.model_extra or {})
+        """The keys that are Trainer's own; what does not ask for half precision leaves that to `precision`."""
+        given = self.model_extra or {}
+        return {key: own for key, own in given.items() if own or key not in ("bf16", "fp16")}
 
 
 class ExportSettings(Settings):

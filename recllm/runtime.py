@@ -166,9 +166,9 @@ class Recommender:
         return not self.manifest.get("repeats", False)
 
     def learnt(self, query: Query) -> Query:
-        """The query with a history such as training had: each item once, the first time or the last, or all events."""
-        rule = self.manifest.get("duplicates", "keep" if self.manifest.get("repeats") else "first")
-        if rule == "keep" or len(set(query.history)) == len(query.history):
+        """The query with a history as training had it: each item once, at its first or its last place, or as it is."""
+        rule = self.manifest.get("each_once")  # bundles from before do not say it, and take histories as they are
+        if rule is None or len(set(query.history)) == len(query.history):
             return query
         places = range(len(query.history))
         at = {query.history[place]: place for place in (places if rule == "last" else reversed(places))}

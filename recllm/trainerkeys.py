@@ -66,7 +66,7 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     for key in keys:
         if key not in known:
             raise unknown("key in [train]", key, known)
-        if key in REFUSED and (keys[key] or key in ("seed", "bf16", "fp16")):  # what else is empty asks for nothing
+        if key in REFUSED and (keys[key] or key == "seed"):  # what is empty asks for nothing
             raise RecllmError(f"train.{key} is not supported: {REFUSED[key]}. Leave it out.")
     _check_values(keys)
     check_trackers(keys.get("report_to", "none"))

@@ -177,7 +177,7 @@ def fit_ranking(
     for fold in np.unique(folds):
         inside = folds == fold
         fitted = every if inside.all() else made(~inside)
-        for name, found in figures_of(fitted, np.intersect1d(sample[inside], choosing)).items():
+        for name, found in figures_of(fitted, choosing[np.isin(users[choosing], users[sample[inside]])]).items():
             measured[name].append(found)
     outside = {name: float(np.concatenate(found).mean()) for name, found in measured.items()}
     return _best(every, outside, lambda fusion: float(figures({"": fusion}, choosing)[""].mean()))

@@ -84,7 +84,7 @@ def test_a_kept_result_is_not_replaced_by_a_lesser_one(words, missing, tmp_path,
     monkeypatch.syspath_prepend(str(FOLDER))
     quality = load("quality")
     kept = {"seeds": [0, 1], "language_model": "x", "references": [{"ref ALS": {}, "ref EASE": {}}, {}]}
-    kept["command"] = "recllm bench quality -- --seeds 0 1 --lm x --set a=1 --result topk-ml-100k"
+    kept["command"] = "recllm bench quality -- --seeds 0 1 --lm x --set=a=1 --result topk-ml-100k"
     write_json(tmp_path / "topk-ml-100k.json", kept)
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["quality", "--data", "ml-100k", *words])

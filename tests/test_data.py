@@ -625,6 +625,10 @@ def test_rows_without_a_place_stand_last(tmp_path):
         ("item_id,description,year\na,Long,1995\n", [("1995", None)]),
         ("item_id,title,year\na,,1995\nb,Heat,1995\n", [("1995", None), (None, "Heat (1995)")]),
         ("item_id,title,year\na,Old,c. 1890\nb,Heat,1995\n", [("c. 1890", "Old"), (None, "Heat (1995)")]),
+        (
+            "item_id,title,year\na,Old,0\nb,New,1995-03-02\nc,Film,1990s\n",
+            [(None, "Old"), (None, "New"), ("1990s", "Film")],
+        ),
     ],
 )
 def test_a_year_that_goes_into_no_title_stays(tmp_path, text, expected):
@@ -647,3 +651,13 @@ def test_ids_that_only_a_fraction_keeps_apart_are_told(tmp_path):
     report = read_dataset(str(folder)).report
     assert report.count("item_not_listed") == 3
     assert report.count("id_with_fraction") == 2
+
+
+@pytest.mark.parametrize(("year", "why"), [("0", "no years"), ("1995-03-02", "no years"), ("1995", "now in the title")])
+def test_years_that_say_nothing_are_left_out(tmp_path, year, why):
+    folder = write(
+        tmp_path, interactions__csv="user_id,item_id\nu,a\n", items__csv=f"item_id,title,year\na,Heat,{year}\n"
+    )
+    dataset = read_dataset(str(folder))
+    assert dataset.catalog.frame.columns == ["item_id", "title"]
+    assert why in str(dataset.report.facts["item_columns_left_out"])

@@ -167,3 +167,15 @@ def test_a_blank_line_is_a_row_without_ids_in_a_log_with_weights_too(tmp_path):
     assert items_of(tmp_path / "log.csv", rows)[0] == ["a", "b"]
     with pytest.raises(RecllmError, match=r"line 4 has an event weight .*as 1 of 2 rows"):
         items_of(tmp_path / "log.csv", rows.replace("u,b,2", "u,b,0"))
+
+
+def test_of_events_of_one_time_those_with_a_place_stand_by_it(tmp_path):
+    rows = "user_id,item_id,seq,timestamp\n" + "".join(f"u,i{seq},{seq},2020-01-01\n" for seq in (3, 2, 1))
+    assert items_of(tmp_path / "log.csv", rows + "u,last,,2020-01-01\n")[0] == ["i1", "i2", "i3", "last"]
+
+
+def test_a_place_in_the_order_may_be_a_duration(tmp_path):
+    path = tmp_path / "log.parquet"
+    frame = pl.DataFrame({"user_id": ["u", "u"], "item_id": ["a", "b"], "seq": [2, 1]})
+    frame.with_columns(pl.col("seq").cast(pl.Duration("ms"))).write_parquet(path)
+    assert read_interactions(path).frame["item_id"].to_list() == ["b", "a"]

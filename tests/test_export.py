@@ -385,3 +385,13 @@ def test_what_breaks_a_tolerance_is_said(measured, words):
     assert failures_of({"lm": fine | {"least_loss": 0.01}}, tolerance) == []
     (said,) = failures_of({"lm": fine | measured}, tolerance)
     assert words in said
+
+
+def test_bundles_say_how_training_had_its_histories(tiny_run):
+    """Those of a given split stand as they are, whatever is made of a log."""
+    run = load_run(tiny_run)
+    task = prepare(run)
+    given = run.model_copy(update={"data": run.data.model_copy(update={"split": "given"})})
+    said = [export._facts(own, of, "fp32", {})["each_once"] for own, of in ((run, task), (given, task))]
+    assert said == ["first", None]
+    assert export._facts(run, replace(task, repeats=True), "fp32", {})["each_once"] is None

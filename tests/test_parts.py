@@ -72,3 +72,11 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path):
     left.mkdir()
     sweep(target)
     assert not left.exists()
+
+
+def test_something_in_the_place_of_the_parts_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    target = tmp_path / "out.csv"
+    folder_of(target).symlink_to(tmp_path / "gone" / "far")
+    with pytest.raises(RecllmError, match="where parts are kept, cannot be made"):
+        Parts(target, {}, overwrite=False)

@@ -146,8 +146,10 @@ def test_texts_may_be_longer_than_the_csv_module_reads_by_itself(tmp_path):
 
 def test_a_quote_inside_a_field_is_named(tmp_path):
     path = tmp_path / "items.csv"
-    path.write_text('item_id,title,colour\n0,"A ""good"" one, and\nlong",red\n1,TV 55" für,x\n', encoding="utf-8")
-    with pytest.raises(RecllmError, match=r'line 4 has a quote inside a field, TV 55" für; .* doubled, "TV 55"" für"'):
+    path.write_text(
+        'item_id,title,colour\n0,"A ""good"" 22""",y\n2,"one, and\nlong",red\n1,TV 55" für,x\n', encoding="utf-8"
+    )
+    with pytest.raises(RecllmError, match=r'line 5 has a quote inside a field, TV 55" für; .* doubled, "TV 55"" für"'):
         read_items(path)
 
 
@@ -170,5 +172,11 @@ def test_a_column_may_have_any_name(tmp_path):
 def test_utf_16_without_a_mark_is_refused(tmp_path):
     path = tmp_path / "log.csv"
     path.write_bytes("user_id,item_id\nu,a\n".encode("utf-16-le"))
-    with pytest.raises(RecllmError, match=r"log.csv has bytes of 0 in its first lines, as UTF-16 has"):
+    with pytest.raises(RecllmError, match=r"log.csv has bytes of 0 between its letters, as UTF-16 has"):
         read_interactions(path)
+
+
+def test_a_byte_of_nought_in_a_note_is_no_utf_16(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"user_id,item_id,note\nu,a,x\0y\nu,b,z\n")
+    assert len(read_interactions(path)) == 2

@@ -3,7 +3,7 @@
 import pytest
 
 from recllm.errors import RecllmError
-from recllm.runs import load_run
+from recllm.runs import TrainSettings, load_run
 from recllm.train import train_run
 from recllm.trainerkeys import MEASURES, check_best, check_options, check_trainer_keys, try_trainer_keys
 
@@ -47,7 +47,6 @@ def test_a_schedule_that_hangs_on_validations_is_refused():
         ({"eval_accumulation_steps": 0}, "= 0: a whole number of at least 1"),
         ({"log_level": "wrning"}, r"train\.log_level 'wrning'\. Did you mean 'warning'"),
         ({"bf16_full_eval": True}, "validation is in the precision of training"),
-        ({"bf16": False}, "train.precision says it"),
         ({"per_device_eval_batch_size": 0}, "so many rows are validated at once"),
         ({"eval_steps": 0}, r"train\.eval_steps = 0: so many steps are expected"),
         ({"logging_steps": True}, r"train\.logging_steps = True: so many steps are expected"),
@@ -121,3 +120,8 @@ def test_a_mistake_for_the_language_model_leaves_no_folder(tiny_run, tmp_path):
     assert not run.folder.exists()
     # Nobody reads it where no language model trains.
     check_options(load_run(tiny_run, ["model.name=none", "model.item_encoder=minilm-l6", "train.eval_strategy=epoch"]))
+
+
+def test_what_does_not_ask_for_half_precision_leaves_it_to_precision():
+    settings = TrainSettings(precision="bf16", bf16=False, fp16=False, weight_decay=0)
+    assert settings.trainer_keys() == {"weight_decay": 0}

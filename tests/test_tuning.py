@@ -197,9 +197,7 @@ def test_of_trials_that_are_as_good_the_first_is_the_best(place, monkeypatch):
 def test_what_failed_by_a_mistake_that_is_mended_does_not_count(place, monkeypatch):
     tries(monkeypatch, [None, None, 0.5, 0.4])
     path, said = written(place, 2), []
-    with pytest.raises(
-        RecllmError, match=r"No trial of those has a result of .*, and 2 failed, the first one by: it"
-    ):
+    with pytest.raises(RecllmError, match=r"No trial of those has a result of .*, and 2 failed, the first one by: it"):
         tune(path, said.append)
     file = place / "base.toml"
     file.write_text(file.read_text(encoding="utf-8").replace("dropout = 0.2", "dropout = 0.1"), encoding="utf-8")

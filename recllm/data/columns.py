@@ -77,12 +77,13 @@ def map_columns(
             raise unknown(f"column for {key}.{role}: {table.path.name} has no column", column, table.columns)
         mapping[role] = column
     by_name: dict[str, str] = {}
-    kinds = table.frame.collect_schema()
-    # Nothing is told by a time of day without its day.
-    for column in (name for name in table.columns if kinds[name] not in (pl.Time, pl.Duration)):
+    for column in table.columns:
         by_name.setdefault(squeezed(column), column)
+    kinds = table.frame.collect_schema()
     for role, names in guesses.items():
         free = [by_name[name] for name in names if name in by_name and by_name[name] not in mapping.values()]
+        if role == "timestamp":  # nothing is told by a time of day without its day
+            free = [column for column in free if kinds[column] not in (pl.Time, pl.Duration)]
         if role not in mapping and free:
             mapping[role] = free[0]
     return mapping

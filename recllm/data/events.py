@@ -220,7 +220,7 @@ def _ordered(frame: pl.DataFrame, timed: bool) -> pl.DataFrame:
     # One event without a place, and those that have one could be put on either side of it: time says more.
     whole = pl.col("seq").is_not_null().all().over("user_id")
     placed = whole if timed and frame["seq"].null_count() else pl.lit(True)
-    within = (pl.when(placed).then("seq"), pl.when(~placed).then(TIME))
+    within = (pl.when(placed).then("seq"), pl.when(~placed).then(TIME), pl.when(~placed).then("seq"))
     users = frame.group_by("user_id").agg(pl.col(TIME if timed else LINE).min().alias("_first"))
     users = users.sort("_first", "user_id").select("user_id").with_row_index("_user")
     return frame.join(users, on="user_id").sort("_user", *within, LINE, nulls_last=True)
@@ -250,11 +250,12 @@ def _without_duplicates(frame: pl.DataFrame, duplicates: Duplicates, checks: Che
     checks.add("info", "duplicate_event", message, len(lines), file=file, lines=lines.head(LINES_SHOWN))
     if duplicates == "keep":
         return frame
-    rated = pl.col("rating").is_not_null()
-    lost = frame.filter(kept & frame.select(~rated & rated.any().over(pair)).to_series())[LINE].sort()
+    left_out = frame.filter(~kept & frame["rating"].is_not_null()).select("_user", "item_id")
+    lost = frame.filter(kept & frame["rating"].is_null()) if len(left_out) else frame.head(0)
+    lines = lost.join(left_out, on=["_user", "item_id"], how="semi")[LINE].sort()
     message = "events without a rating that are kept of a user with an item where one that is left out has a rating"
     message += " (duplicates = keep keeps both; a join with duplicates = last takes the rating over)"
-    checks.add("warning", "lost_rating", message, len(lost), file=file, lines=lost.head(LINES_SHOWN))
+    checks.add("warning", "lost_rating", message, len(lines), file=file, lines=lines.head(LINES_SHOWN))
     return frame.filter(kept)
 
 

@@ -12,14 +12,15 @@ GENRE_LIKE = ("genres", "categories", "category", "tags", "keywords")
 """Columns that list words: joined with commas, whether the file has bars or (RecBole's token_seq) blanks."""
 
 DATE = r"^(\d{4}-\d{2}-\d{2}.*|\d{1,2}-[A-Z][a-z]{2}-\d{4}|\d{1,2}/\d{1,2}/\d{4})$"
+YEAR = r"[12]\d{3}"
 MOSTLY = 0.5
 
 
 def normalise_items(table: Table, mapping: Mapping[str, str], checks: Checks) -> pl.DataFrame:
     """Items as `Catalog.frame` describes them; what was dropped, left out or odd goes to `checks`.
 
-    A release year goes into the title, `Heat (1995)`; what is no year, or has no title, stays in its column. Columns
-    that are no text (addresses, dates, ids of elsewhere, empty ones) are left out and named.
+    A release year goes into the title, `Heat (1995)`; what has a year and no title, or more words than a year, stays in
+    its column. Columns that are no text (addresses, dates, ids of elsewhere, empty ones) are left out and named.
 
     Args:
         table: the file.
@@ -36,11 +37,13 @@ def normalise_items(table: Table, mapping: Mapping[str, str], checks: Checks) ->
     texts, left_out = _texts(table, mapping, raw, checks)
     title = texts.pop("title", pl.Series("title", [None], dtype=pl.String).new_from_index(0, raw.height))
     if "release_year" in texts:
+        before = title
         title, rest = _with_year(title, texts.pop("release_year"))
+        dated_titles = not title.equals(before) or title.str.contains(r"\(\d{4}\)$").any()
         if rest.null_count() < len(rest):
             texts["release_year"] = rest
         else:
-            left_out[mapping["release_year"]] = "a year, now in the title"
+            left_out[mapping["release_year"]] = "a year, now in the title" if dated_titles else "no years"
     frame = pl.DataFrame([raw[LINE], ids, title, *texts.values()]).filter(pl.col("item_id").is_not_null())
     repeated = frame.filter(~pl.col("item_id").is_first_distinct())[LINE]
     message = "further rows of one item, only the first kept"
@@ -120,8 +123,9 @@ def _with_year(title: pl.Series, year: pl.Series) -> tuple[pl.Series, pl.Series]
     add = pl.col("release_year").str.contains(r"^(\d{4}|[A-Z]{1,2})$") & ~known & ~dated
     joined = pl.concat_str("title", pl.lit(" ("), "release_year", pl.lit(")"))
     inside = pl.col("title").is_not_null() & (add | known | dated)
+    said = pl.col("release_year").str.contains(YEAR) & ~pl.col("release_year").str.contains(DATE)
     frame = pl.DataFrame([title, year]).select(
-        pl.when(add).then(joined).otherwise("title").alias("title"), pl.when(~inside).then("release_year")
+        pl.when(add).then(joined).otherwise("title").alias("title"), pl.when(~inside & said).then("release_year")
     )
     return frame["title"], frame["release_year"]
 

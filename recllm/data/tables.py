@@ -27,6 +27,8 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What bytes that are not UTF-8 are read as (surrogateescape)."""
 LINE = "\x1fline"
 """The column of line numbers: no file has one of this name."""
+WIDE = 4
+"""Columns from which as many separators in each line of a text are hardly by chance."""
 LONGEST = 2**31 - 1
 """Characters that a field of CSV may have; the csv module stops at 131,072 by itself."""
 BUDGET = 8 << 30
@@ -113,8 +115,9 @@ def open_table(path: Path, budget: int = BUDGET) -> Table:
 def _check_no_zeros(path: Path) -> None:
     with path.open("rb") as stream:
         start = stream.read(1 << 12)
-    if b"\0" in start and not start.startswith(UTF_16):  # marked, it is told when it is decoded
-        raise RecllmError(f"{path} has bytes of 0 in its first lines, as UTF-16 has. Write it as UTF-8.")
+    # Every other one in what is written in Latin letters; marked, it is told when it is decoded.
+    if 4 * start.count(0) > len(start) and not start.startswith(UTF_16):
+        raise RecllmError(f"{path} has bytes of 0 between its letters, as UTF-16 has. Write it as UTF-8.")
 
 
 def _open(path: Path, kind: str, budget: int) -> Table:
@@ -288,13 +291,14 @@ def _count_lines(path: Path) -> int:
 
 
 def _csv_starts(path: Path) -> list[int]:
+    starts: list[int] = []
     try:
-        # A blank line behind the header is a row too, of nothing.
-        starts = [(first, bool(row)) for first, _, row in _csv_rows(path)]
+        for first, _, row in _csv_rows(path):
+            if row or starts:  # a blank line behind the header is a row too, of nothing
+                starts.append(first)
     except csv.Error:  # Polars has read it, in a way of its own
         return []
-    header = next((place for place, (_, filled) in enumerate(starts) if filled), len(starts))
-    return [first for first, _ in starts[header:]]
+    return starts
 
 
 def _csv_rows(path: Path, *, strict: bool = False) -> Iterator[tuple[int, list[str], list[str]]]:
@@ -333,7 +337,7 @@ def note_rows_in_quotes(table: Table, rows: int, checks: Checks) -> None:
         checks: takes the finding.
     """
     path, width = table.path, len(table.columns)
-    if path.suffix.lower() not in (".csv", ".tsv") or rows + 1 >= _count_lines(path) or width == 1:
+    if path.suffix.lower() not in (".csv", ".tsv") or rows + 1 >= _count_lines(path) or width < WIDE:
         return
     sign = delimiter_of(path)
     try:
@@ -372,13 +376,15 @@ def _bad_row(path: Path) -> str | None:
 
 def _quote_inside(path: Path) -> str | None:
     """The first field that has a quote inside without being in quotes: to Polars it opens one."""
-    for first, lines, row in _csv_rows(path):
-        text = "".join(lines)
-        for value in row:
-            if '"' in value and value in text:  # of one in quotes they are doubled there
-                shown = value.encode("latin-1").decode(errors="replace")[:60]
-                doubled = shown.replace('"', '""')
-                return f'line {first} has a quote inside a field, {shown}; write it in quotes and doubled, "{doubled}"'
+    sign = delimiter_of(path)
+    quoted = re.compile(rf'(?:^|(?<={sign}))"(?:[^"]|"")*"(?=[{sign}\r\n]|$)')
+    for first, lines, _ in _csv_rows(path):
+        rest = quoted.sub("", "".join(lines)).rstrip("\r\n").split(sign)
+        wrong = next((field for field in rest if '"' in field), None)
+        if wrong is not None:
+            shown = wrong.encode("latin-1").decode(errors="replace")[:60]
+            doubled = shown.replace('"', '""')
+            return f'line {first} has a quote inside a field, {shown}; write it in quotes and doubled, "{doubled}"'
     return None
 
 
