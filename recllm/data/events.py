@@ -217,10 +217,11 @@ def _note_missing_places(frame: pl.DataFrame, timed: bool, checks: Checks, file:
 
 
 def _ordered(frame: pl.DataFrame, timed: bool) -> pl.DataFrame:
-    # One event without a place, and those that have one could be put on either side of it: time says more.
-    whole = pl.col("seq").is_not_null().all().over("user_id")
-    placed = whole if timed and frame["seq"].null_count() else pl.lit(True)
-    within = (pl.when(placed).then("seq"), pl.when(~placed).then(TIME), pl.when(~placed).then("seq"))
+    within: list[str | pl.Expr] = ["seq" if _has_places(frame) else TIME]
+    if timed and _has_places(frame) and frame["seq"].null_count():
+        # One event without a place, and those that have one could be put on either side of it: time says more.
+        placed = pl.col("seq").is_not_null().all().over("user_id")
+        within = [pl.when(placed).then("seq"), pl.when(~placed).then(TIME), "seq"]
     users = frame.group_by("user_id").agg(pl.col(TIME if timed else LINE).min().alias("_first"))
     users = users.sort("_first", "user_id").select("user_id").with_row_index("_user")
     return frame.join(users, on="user_id").sort("_user", *within, LINE, nulls_last=True)
