@@ -41,7 +41,7 @@ def save_adapter(run: Run, model: nn.Module, values: Mapping[str, Tensor], folde
     if found is None or start.startswith(OWN_START):
         return
     repository, found.active_peft_config.revision = pinned(run.model.name)
-    found.active_peft_config.base_model_name_or_path = repository
+    found.active_peft_config.base_model_name_or_path = _shown(repository)
     with whole_folder(folder / ADAPTER) as part:
         # False: it would ask the hub whether the vocabulary was enlarged.
         own = {name.removeprefix(f"{place}."): value for name, value in values.items()}
@@ -72,8 +72,12 @@ def write_adapter_card(run: Run) -> None:
     repository, commit = pinned(run.model.name)
     head = _front(run, "peft")
     # A name of recllm's own means nothing to transformers.
-    base = "FOLDER" if run.model.name in ASSETS else repository
-    where = f"  # FOLDER: where {run.model.name} lies, as a model that transformers loads" if base == "FOLDER" else ""
+    base = repository if on_hub(run.model.name) else "FOLDER"
+    where = (
+        f"  # FOLDER: where {_shown(run.model.name)} lies, as a model that transformers loads"
+        if base == "FOLDER"
+        else ""
+    )
     kept = f', revision="{commit}"' if commit else ""
     kept += f", num_hidden_layers={run.model.layers}" if run.model.layers else ""
     loading = [
@@ -130,10 +134,10 @@ def card(run: Run, title: str, only: str | None = None) -> list[str]:
     facts = read_json(run.folder / ENVIRONMENT)
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     rows = {
-        "base model": f"{run.model.name}, weights sha256 {known_revision(run, run.model.name)}"
+        "base model": f"{_shown(run.model.name)}, weights sha256 {known_revision(run, run.model.name)}"
         if run.model.name != "none"
         else "none",
-        "item text by": run.model.item_encoder or run.model.name,
+        "item text by": _shown(run.model.item_encoder or run.model.name),
         **(
             {"likelihood by": f"{run.model.likelihood}, weights sha256 {known_revision(run, run.model.likelihood)}"}
             if run.model.likelihood is not None
@@ -159,6 +163,11 @@ def _language(run: Run) -> dict[str, str]:
     told = ", ".join(f"{key} {value:,}" for key, value in read_json(done).items()) if done.is_file() else "none"
     layers = f"the first {run.model.layers}" if run.model.layers else "all"
     return {"layers": layers, "adapter": run.adapter.recipe, "training": told}
+
+
+def _shown(model: str) -> str:
+    """A model's name; of a folder the last part, for where it lies is nobody's business."""
+    return Path(model).resolve().name if Path(model).is_dir() and model not in ASSETS else model
 
 
 def _called(run: Run) -> str:

@@ -40,6 +40,7 @@ from recllm.runs import load_run
 from recllm.runtime import Recommender, load
 from recllm.shortlist import EXACT
 from recllm.splits import LIKE_AT, like_threshold
+from recllm.tokens import open_tokenizer
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
@@ -81,7 +82,8 @@ def fetch_names(names: Sequence[str]) -> None:
         say(str(fetch(name, tell)))
     if not names:
         for asset in ASSETS.values():
-            there = "in the cache" if (cache_folder() / asset.kind / asset.name).is_dir() else "not fetched"
+            place = cache_folder() / asset.kind / asset.name
+            there = "in the cache" if place.is_dir() and any(place.iterdir()) else "not fetched"
             say(f"{asset.name:24}{asset.kind:8}{there:14}{asset.licence}")
 
 
@@ -128,7 +130,7 @@ def model_tokenizer(name: str) -> Tokenizer:
     if isinstance(folder, Path):
         for place in (folder, folder / "converted"):
             if (place / "tokenizer.json").is_file():
-                return Tokenizer.from_file(str(place / "tokenizer.json"))
+                return open_tokenizer(place / "tokenizer.json")
     needs(f"Converting the model '{name}'", TRAINING)
     from recllm.lm import load_tokenizer, model_folder
 
@@ -458,7 +460,7 @@ def pull_folder(repository: str, folder: Path, *, revision: str | None, overwrit
     kind = pull(repository, folder, revision=revision, overwrite=overwrite)
     use = "its card says how to load it"
     if kind == "bundle" and is_ranker(folder):
-        use = f"recllm score ROWS OUT --bundle {folder}, or behind a bundle that recommends: --ranker {folder}"
+        use = f"recllm score --bundle {folder} --users ROWS --out OUT, or behind another one: --ranker {folder}"
     elif kind == "bundle":
         use = f"recllm recommend {folder} --history 'ID ID'"
     say(f"{folder}: the {kind} of {repository}. Next: {use}")
@@ -522,6 +524,11 @@ def score_zero_shot(
     catalog = Catalog(both)
     scorer = zero_shot_scorer(model, prompt, catalog, tell, like_at=like_at)
     marks = load_prompt(prompt).liked or load_prompt(prompt).disliked
+    if like_at is not None and not marks:
+        raise RecllmError(
+            f"--like-at says from which rating on an item was liked, and the prompt '{prompt}' marks nothing as liked "
+            "or disliked. Leave it out, or take a prompt with 'liked' and 'disliked'."
+        )
     # Every row costs a pass per item: few rows at once keep the progress lines coming.
     job = job.by(4).knowing(
         model=model,

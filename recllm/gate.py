@@ -32,6 +32,10 @@ class ExportRecipe(Settings):
     def _bits_are_the_precisions(self) -> "ExportRecipe":
         if self.precision in ("int8", "int4") and self.precision != f"int{self.causal.bits}":
             raise ValueError(f"precision '{self.precision}' and [causal] bits = {self.causal.bits} do not fit together")
+        if (unread := self.causal.model_fields_set) and self.precision in ("fp32", "fp16"):
+            raise ValueError(
+                f"[causal] {', '.join(sorted(unread))} is for 8 and 4 bits, and the precision is {self.precision}"
+            )
         if self.causal.activations == "int8" and self.opset < ROUNDED_ROWS:
             raise ValueError(f"[causal] activations = 'int8' needs opset {ROUNDED_ROWS} or more, and not {self.opset}")
         return self

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from recllm.loftq import round_layers, start_from_rounding
 from recllm.prompts import CompiledPrompt
 from recllm.runs import ModelSettings
 from recllm.sequence import NextItemModel
+from recllm.tokens import open_tokenizer
 from recllm.vectors import ItemFeatures, RawVectors
 
 SCALE_SAMPLE = 4096
@@ -162,7 +164,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise RecllmError(f"{folder} has no tokenizer.json: recllm needs a fast tokenizer to compile prompts exactly.")
-    return Tokenizer.from_file(str(path))
+    return open_tokenizer(path)
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -213,7 +215,8 @@ def load_base(
         else:
             try:
                 model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
-            except (OSError, SafetensorError) as error:
+            # The last three of weights of another shape than the configuration says, and of damaged .bin files.
+            except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
                 reason = str(error).splitlines()[0]
                 raise RecllmError(f"The weights of '{folder}' cannot be loaded: {reason}") from None
     body = _body(model) if causal else model

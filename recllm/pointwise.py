@@ -140,8 +140,8 @@ class PairPrompts:
         return [item for item, ids in self._items.items() if ids is not None]
 
     def knows(self, query: Query) -> bool:
-        """Whether an item of the history can be written."""
-        return any(self._items.get(item) is not None for item in query.history)
+        """Whether an item of the history can be written, and has room beside the longest candidate."""
+        return any(self._items.get(item) is not None for item in query.history) and bool(self._fitting(query)[0])
 
     def prefix(self, query: Query) -> list[int]:
         """Everything up to the candidate."""

@@ -154,7 +154,10 @@ def _export(run: Run, task: Task, say: Say) -> Exported:
             say(f"'{recipe}' is left out. {failure}")
         if exported.folder is not None:
             return exported
-    raise AssertionError("the fp32 graphs differ from torch: " + "; ".join(exported.failures))
+    raise RecllmError(
+        f"The fp32 graphs differ from torch, which they should nowhere: {'; '.join(exported.failures)}. Please report "
+        "it with what `recllm doctor` says."
+    )
 
 
 def unfaded(mf: ImplicitMF) -> ImplicitMF:

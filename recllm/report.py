@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from recllm import charts
+from recllm.files import written
 
 Interval = tuple[float, float, float]
 """A value and the two ends of its confidence interval."""
@@ -88,7 +89,9 @@ class Report:
 def write_report(path: Path, report: Report) -> None:
     """Write the page to `path`; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(report), encoding="utf-8")
+    page = render(report)
+    with written(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def render(report: Report) -> str:

@@ -2,9 +2,26 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from recllm.errors import RecllmError
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+        RecllmError: it is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises this very kind
+        raise RecllmError(
+            f"{path} cannot be read as a tokenizer ({error}). Fetch the model again, or copy it."
+        ) from None
 
 
 class Tokens:

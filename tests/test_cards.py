@@ -1,6 +1,7 @@
 """Cards say what was trained and how good it is; adapters load in plain PEFT."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,7 +225,8 @@ def test_a_card_says_what_read_the_text_and_what_was_taken_away(run):
     lines = card(changed(run, likelihood="smollm2-135m", item_encoder="minilm-l6"), "A title")
     assert "| item text by | minilm-l6 |" in lines
     assert f"| likelihood by | smollm2-135m, weights sha256 {'f' * 16} |" in lines
-    assert f"| item text by | {run.model.name} |" in card(run, "A title")
+    assert f"| item text by | {Path(run.model.name).name} |" in card(run, "A title")  # of a path the last part
+    assert run.model.name not in "\n".join(card(run, "A title"))
     assert not [line for line in card(run, "A title") if line.startswith(("| likelihood by |", "| control |"))]
     control = run.control.model_copy(update={"text": "shuffled"})
     lines = card(run.model_copy(update={"control": control}), "A title")

@@ -395,3 +395,12 @@ def test_bundles_say_how_training_had_its_histories(tiny_run):
     said = [export._facts(own, of, "fp32", {})["each_once"] for own, of in ((run, task), (given, task))]
     assert said == ["first", None]
     assert export._facts(run, replace(task, repeats=True), "fp32", {})["each_once"] is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("causal", ['activations = "int8"\nmax_damage = 0.01', "bits = 4", "max_damage = 0.01"])
+def test_a_recipe_of_floats_says_nothing_of_bits(precision, causal, tmp_path):
+    text = find_recipe("export", precision).read_text(encoding="utf-8")
+    (tmp_path / "own.toml").write_text(f"{text}\n[causal]\n{causal}\n", encoding="utf-8")
+    with pytest.raises(RecllmError, match=rf"is for 8 and 4 bits, and the precision is {precision}"):
+        load_recipe(str(tmp_path / "own.toml"))

@@ -1,5 +1,7 @@
 """Language models: encoders told from causal models, item vectors pooled exactly, control tokens stay text."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
 from recllm.examples import NextItemCollator
+from recllm.files import read_json, write_json
 from recllm.heads import item_heads
 from recllm.histories import item_token_history, text_history
 from recllm.lm import (
@@ -316,3 +319,20 @@ def test_more_layers_than_there_are_is_refused_before_any_work(tiny_lm_folder):
     check_layers(tiny_lm_folder, 2)
     with pytest.raises(RecllmError, match=r"model.layers = 3, and .* has 2 layers"):
         check_layers(tiny_lm_folder, 3)
+
+
+def test_a_damaged_tokenizer_is_named(tiny_lm_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_lm_folder, folder)
+    (folder / "tokenizer.json").write_text('{"a": 1', encoding="utf-8")
+    with pytest.raises(RecllmError, match=r"tokenizer.json cannot be read as a tokenizer \(.*Fetch the model again"):
+        load_tokenizer(folder)
+
+
+def test_weights_of_another_shape_than_the_configuration_says_are_named(tiny_lm_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_lm_folder, folder)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"intermediate_size": config["intermediate_size"] + 16})
+    with pytest.raises(RecllmError, match=r"The weights of '.*model' cannot be loaded"):
+        load_base(folder)

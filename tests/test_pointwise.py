@@ -71,6 +71,14 @@ def test_a_candidate_that_leaves_no_room_is_named(make, monkeypatch):
         scorer.prompts.prefix(Query(("1",)))
 
 
+def test_a_history_of_which_nothing_has_room_is_not_known(make):
+    scorer = make()
+    scorer.prompts._items["1"] = [1] * CountingReader.max_tokens
+    queries, items = [Query(("1",)), Query(("1", "2"))], ItemIndex(["3", "5"])
+    assert [scorer.prompts.knows(query) for query in queries] == [False, True]
+    assert np.isnan(scorer.score(queries, items)).tolist() == [[True, True], [False, False]]
+
+
 QUERIES = [Query(tuple(map(str, range(count)))) for count in (3, 9, 1, 5, 5)] + [Query(("x",)), Query(())]
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -280,3 +281,18 @@ def test_write_report_makes_the_folder(tmp_path):
     path = tmp_path / "new" / "report.html"
     write_report(path, full_report())
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old", encoding="utf-8")
+
+    def full(self, text, **_):
+        self.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        write_report(path, full_report())
+    assert path.read_bytes() == b"old"
+    assert [own.name for own in tmp_path.iterdir()] == ["report.html"]
