@@ -89,7 +89,8 @@ def bars(found: dict[str, Result]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, result in found.items():
         for bar, facts in result["bars"].items():
-            yield f"| {name} | {bar} | {facts['bar']} | {facts['value']} | {'yes' if facts['holds'] else 'no'} |"
+            value = "–" if facts["value"] is None else facts["value"]  # against a figure of 0
+            yield f"| {name} | {bar} | {facts['bar']} | {value} | {'yes' if facts['holds'] else 'no'} |"
 
 
 def fading(found: dict[str, Result]) -> Iterator[str]:

@@ -99,7 +99,10 @@ class Watched(TrainerCallback):
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that stays: a run resumed from the checkpoint at which it stopped has nothing left to do."""
+    """Early stopping that stays: a run resumed from the checkpoint at which it stopped has nothing left to do.
+
+    One that is not sharded does not come here again (`OrderedTrainer.ended`).
+    """
 
     spent = False
     ended = 0

@@ -196,6 +196,8 @@ def test_nothing_is_no_gain_and_no_figure_is_divided_by_nothing():
     same = settings.bars(given, {"all": made(**{FUSION: 0.24, WITHOUT_LM: 0.24, "lm": 0.2, "ref EASE": 0.0})})
     assert same["language_model_contributes_low_end"] == {"value": 0.0, "bar": 0.0, "holds": False}
     assert same["ratio_to_best_reference"] == {"value": None, "bar": 1.1, "holds": True, "best": "ref EASE"}
+    shown = load("tables").table("bars", {"topk-d": {"bars": same}})
+    assert "| topk-d | ratio_to_best_reference | 1.1 | – | yes |" in shown
     nothing = settings.bars(given, {"all": made(**{FUSION: 0.0, "ref EASE": 0.0})})
     assert not nothing["ratio_to_best_reference"]["holds"]
 

@@ -233,10 +233,9 @@ def killed_at(step, monkeypatch, train_it):
             train_it()
 
 
-@pytest.mark.parametrize("step_of_death", [4, 5], ids=["on the way", "at the stop itself"])
-def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(step_of_death, tmp_path, monkeypatch):
-    figures = {1: 0.5, 2: 0.9, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.4}
-    step = []
+def counted(figures, monkeypatch):
+    """Validations have the `figures` of their steps; lists of the steps that were validated, and of those done."""
+    step, done, train_on = [], [], loop.train_on
 
     class Counting(loop.OrderedTrainer):
         def evaluate(self, *given, **named):
@@ -245,9 +244,14 @@ def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(step_of_deat
 
     monkeypatch.setattr(loop, "OrderedTrainer", Counting)
     monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": figures[step[-1]]})
-
-    done, train_on = [], loop.train_on
     monkeypatch.setattr(loop, "train_on", lambda *given, **named: done.append(train_on(*given, **named)) or done[-1])
+    return step, done
+
+
+@pytest.mark.parametrize("step_of_death", [4, 5], ids=["on the way", "at the stop itself"])
+def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(step_of_death, tmp_path, monkeypatch):
+    figures = {1: 0.5, 2: 0.9, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.4}
+    step, done = counted(figures, monkeypatch)
 
     def run(folder, resume=False):
         train(light(), folder, eval_steps=1, patience=3, resume=resume)
@@ -270,16 +274,7 @@ def test_a_resumed_run_stops_early_where_the_uninterrupted_one_does(step_of_deat
 def test_a_training_that_was_killed_behind_its_end_takes_no_further_step(best, ends, tmp_path, monkeypatch):
     figures = {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6}
     keys = {"max_steps": 3} if ends == "max_steps" else {"patience": 2}
-    step, done, train_on = [], [], loop.train_on
-
-    class Counting(loop.OrderedTrainer):
-        def evaluate(self, *given, **named):
-            step.append(self.state.global_step)
-            return super().evaluate(*given, **named)
-
-    monkeypatch.setattr(loop, "OrderedTrainer", Counting)
-    monkeypatch.setattr(loop, "ranking_metrics", lambda _: {"ndcg@10": figures[step[-1]]})
-    monkeypatch.setattr(loop, "train_on", lambda *given, **named: done.append(train_on(*given, **named)) or done[-1])
+    step, done = counted(figures, monkeypatch)
 
     def run(folder, resume=False):
         own = {"eval_steps": 1, "load_best_model_at_end": best, "lr_scheduler_type": "constant"}
