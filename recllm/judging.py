@@ -27,7 +27,7 @@ from recllm.loop import Stage, adapter_names, fit, rows_at_least, rows_read
 from recllm.metrics import auc
 from recllm.mf import ExplicitMF
 from recllm.pairs import Blocks, Made, each_of, earlier_events, in_blocks, labelled_rows, training_blocks, user_of
-from recllm.pointwise import PairPrompts
+from recllm.pointwise import PairPrompts, Traits
 from recllm.priors import ItemMean, UserMean
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.ranking import ItemIndex, Scorer, Scores
@@ -196,7 +196,7 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures, say: Say = l
     return Stage(
         "light",
         model,
-        Examples(Made(len(rows), lambda place: _pair(form, rows[place]))),
+        Examples(Made(len(rows), partial(_pair, form, rows))),
         Examples([form.pair(row.query, row.item_id)._replace(label=row.label or 0.0) for (row,) in valid]),
         collator=PairCollator(),
         valid_collator=PairCollator(),
@@ -206,7 +206,8 @@ def light_judge_stage(run: Run, task: Task, features: ItemFeatures, say: Say = l
     )
 
 
-def _pair(form: PairFormat, row: Example) -> Pair:
+def _pair(form: PairFormat, rows: Sequence[Example], place: int) -> Pair:
+    row = rows[place]
     return form.pair(row.query, row.item_id, row.label)
 
 
@@ -289,7 +290,7 @@ def relevance_stage(run: Run, task: Task, features: ItemFeatures, say: Say) -> S
         RecllmError: as `train_relevance`.
     """
     model, prompt = relevance_model(run, task, features, adapter_recipe(run), say, stride=run.model.history_stride)
-    prompts = PairPrompts(prompt, task.dataset.catalog, model)
+    prompts = PairPrompts(prompt, task.dataset.catalog, Traits.of(model))
     settings, inside = run.train, InsideUsers(run.model.pairwise, run.model.listwise)
     arguments = {
         "learning_rate": settings.head_learning_rate,
@@ -363,21 +364,23 @@ def _check_together(run: Run, model: RelevanceModel) -> None:
 
 def written_rows(blocks: Sequence[Sequence[Example]], prompts: PairPrompts) -> Examples:
     """Prompt ids, label and user of every row of the blocks, written when they are asked for."""
-    write = RowWriter(prompts)
-
-    def whole(row: Example) -> tuple[list[int], float, int]:
-        stem, branch, label, user = write(row)
-        return stem + branch, label, user
-
     sizes = blocks.sizes if isinstance(blocks, Blocks) else list(map(len, blocks))
-    return Examples(each_of(blocks, sizes, whole))
+    return Examples(each_of(blocks, sizes, partial(_whole, RowWriter(prompts))))
+
+
+def _whole(write: "RowWriter", row: Example) -> tuple[list[int], float, int]:
+    stem, branch, label, user = write(row)
+    return stem + branch, label, user
 
 
 def written_blocks(blocks: Sequence[Sequence[Example]], prompts: PairPrompts) -> Examples:
     """The rows of every block, written when they are asked for."""
-    write = RowWriter(prompts)
     rows = sum(blocks.sizes if isinstance(blocks, Blocks) else map(len, blocks))
-    return Examples(Made(len(blocks), lambda place: [write(row) for row in blocks[place]]), rows)
+    return Examples(Made(len(blocks), partial(_written_block, RowWriter(prompts), blocks)), rows)
+
+
+def _written_block(write: "RowWriter", blocks: Sequence[Sequence[Example]], place: int) -> list[Written]:
+    return [write(row) for row in blocks[place]]
 
 
 class RowWriter:

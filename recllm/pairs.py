@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import TypeVar, overload
+from functools import partial
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,10 @@ DRAWS = 100
 
 
 class Made(Sequence[T]):
-    """A sequence whose entries are made when they are asked for: all prompts at once would not fit into memory."""
+    """A sequence whose entries are made when they are asked for: all prompts at once would not fit into memory.
+
+    It can be pickled to a worker that reads ahead, if `make` can: no lambda, then, and no function inside another.
+    """
 
     def __init__(self, rows: int, make: Callable[[int], T]) -> None:
         """Keep `make`, which gives the entry of a row 0 … `rows` − 1."""
@@ -44,9 +47,26 @@ class Made(Sequence[T]):
 
 def each_of(blocks: Sequence[Sequence[Example]], sizes: Sequence[int], write: Callable[[Example], T]) -> Made[T]:
     """What `write` makes of every row of the blocks, one after the other; a block is made once for all of its rows."""
-    places = [(number, row) for number, rows in enumerate(sizes) for row in range(rows)]
-    last = lru_cache(1)(blocks.__getitem__)
-    return Made(len(places), lambda place: write(last(places[place][0])[places[place][1]]))
+    return Made(sum(sizes), _EachOf(blocks, sizes, write))
+
+
+class _EachOf(Generic[T]):
+    """Makes the rows of `each_of`."""
+
+    def __init__(
+        self, blocks: Sequence[Sequence[Example]], sizes: Sequence[int], write: Callable[[Example], T]
+    ) -> None:
+        self.blocks, self.write = blocks, write
+        self.places = [(number, row) for number, rows in enumerate(sizes) for row in range(rows)]
+        self.last: tuple[int, Sequence[Example]] = (-1, [])
+
+    def __call__(self, place: int) -> T:
+        number, row = self.places[place]
+        last, block = self.last
+        if last != number:
+            block = self.blocks[number]
+            self.last = (number, block)
+        return self.write(block[row])
 
 
 def user_of(query: Query) -> str | None:
@@ -58,16 +78,18 @@ def earlier_events(task: Task, *, like_at: float, max_history: int, stride: int 
     """Every training event that has an earlier one, its history the last events before it, as `window_start` cuts."""
     queries, threshold = list(task.split.train.histories().values()), like_threshold(task.split.train, like_at)
     places = [(user, place) for user, query in enumerate(queries) for place in range(1, len(query.history))]
+    return Made(len(places), partial(_earlier_event, queries, places, threshold, max_history, stride))
 
-    def make(row: int) -> Example:
-        user, place = places[row]
-        query, first = queries[user], window_start(place, max_history, stride)
-        ratings = None if query.ratings is None else query.ratings[first:place]
-        rating = None if query.ratings is None else query.ratings[place]
-        label = None if rating is None else float(rating >= threshold)
-        return Example(Query(query.history[first:place], query.user_id, ratings), query.history[place], label)
 
-    return Made(len(places), make)
+def _earlier_event(
+    queries: Sequence[Query], places: Sequence[tuple[int, int]], like_at: float, max_history: int, stride: int, row: int
+) -> Example:
+    user, place = places[row]
+    query, first = queries[user], window_start(place, max_history, stride)
+    ratings = None if query.ratings is None else query.ratings[first:place]
+    rating = None if query.ratings is None else query.ratings[place]
+    label = None if rating is None else float(rating >= like_at)
+    return Example(Query(query.history[first:place], query.user_id, ratings), query.history[place], label)
 
 
 class Blocks(Made[list[Example]]):
@@ -80,7 +102,11 @@ class Blocks(Made[list[Example]]):
     @property
     def each(self) -> Sequence[Example]:
         """Their rows, one after the other."""
-        return each_of(self, self.sizes, lambda row: row)
+        return each_of(self, self.sizes, _itself)
+
+
+def _itself(row: Example) -> Example:
+    return row
 
 
 def training_blocks(
@@ -156,14 +182,21 @@ def training_blocks(
         places = np.random.default_rng((seed, epoch, len(blocks))).permutation(len(blocks))
         before = np.cumsum([0, *(len(blocks[place]) for place in places)])[:-1]
         order += [(epoch, blocks[place]) for place, so_far in zip(places, before, strict=True) if so_far < count]
+    each = 1 if negatives is None else 2
+    return Blocks([each * len(own) for _, own in order], partial(_block, base, order, negatives, seed))
+
+
+def _block(
+    base: Sequence[Example],
+    order: Sequence[tuple[int, list[int]]],
+    negatives: "Negatives | None",
+    seed: int,
+    place: int,
+) -> list[Example]:
+    epoch, own = order[place]
     if negatives is None:
-        return Blocks([len(own) for _, own in order], lambda place: [base[row] for row in order[place][1]])
-
-    def make(place: int) -> list[Example]:
-        epoch, own = order[place]
-        return [row for event in own for row in negatives.pair(base[event], (seed, epoch, event))]
-
-    return Blocks([2 * len(own) for _, own in order], make)
+        return [base[event] for event in own]
+    return [row for event in own for row in negatives.pair(base[event], (seed, epoch, event))]
 
 
 def _with_negatives(

@@ -53,6 +53,20 @@ class Reads(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What prompts have to know of a model, without the model: a worker that writes prompts gets no copy of it."""
+
+    causal: bool
+    max_tokens: int
+    soft_from: int | None = None
+
+    @classmethod
+    def of(cls, model: Reads) -> "Traits":
+        """What they have to know of `model`."""
+        return cls(model.causal, model.max_tokens, model.soft_from)
+
+
 class Reader(Reads, Protocol):
     """A language model that answers one question: logit of the positive answer minus logit of the negative one."""
 

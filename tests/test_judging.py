@@ -1,6 +1,7 @@
 """Judging: a language model learns who likes what, on labelled pairs, beside the scorers of ratings."""
 
 import json
+import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -223,6 +224,13 @@ def together(run, **model):
     return run.model_copy(update={"model": run.model.model_copy(update=keys)})
 
 
+def in_a_worker(examples):
+    """What a worker that is not forked reads (Trainer's `dataloader_num_workers`), which has no use for the model."""
+    data = pickle.dumps(examples)
+    assert b"torch.nn" not in data
+    return pickle.loads(data)
+
+
 def test_rows_behind_one_history_are_the_rows_and_the_loss_of_whole_prompts(
     given_folder, tiny_lm_folder, tiny_encoder_folder, cache, tmp_path
 ):
@@ -237,6 +245,8 @@ def test_rows_behind_one_history_are_the_rows_and_the_loss_of_whole_prompts(
     assert max(map(len, trees.train)) == 4  # as many as begin alike
     assert sum(map(len, trees.valid)) == len(whole.valid) == 80
     assert trees.options(tmp_path)["per_device_eval_batch_size"] == 6
+    assert list(in_a_worker(trees.train)) == list(trees.train)
+    assert list(in_a_worker(whole.train)) == list(whole.train)
     trees.model.eval()
     with torch.inference_mode():
         losses = [float(trees.model(**own.collator(list(own.valid)))["loss"]) for own in (trees, whole)]
@@ -347,6 +357,7 @@ def test_without_ratings_negatives_are_sampled(checkerboard, tiny_lm_folder, tin
     assert table.interval("mf", "AUC")[0] > 0.85  # the halves of the board
     stage = relevance_stage(run, task, load_collaborative(run, task).features, lambda _: None)
     assert stage.train.rows_of_data == 3 * 2 * (40 * 7)
+    assert list(in_a_worker(stage.train)) == list(stage.train)
     read = 2 * run.train.per_device_train_batch_size
     assert read_json(run.folder / "lm" / "done.json")["rows"] == read
 
@@ -555,5 +566,7 @@ def test_the_light_judge_learns_from_histories_as_long_as_it_is_asked_about(rate
     stage = judging.light_judge_stage(run, task, features, lambda _: None)
     trained, asked = ([stage_part[row] for row in range(len(stage_part))] for stage_part in (stage.train, stage.valid))
     assert all(len(pair.ids) <= 4 for pair in trained)
+    again = in_a_worker(stage.train)
+    assert [list(again[row].ids) for row in range(len(again))] == [list(pair.ids) for pair in trained]
     longest, last = (max(np.expm1(pair.facts[4]) for pair in pairs) for pairs in (trained, asked))
     assert 3 < longest == pytest.approx(last, abs=2)
