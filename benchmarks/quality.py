@@ -21,6 +21,7 @@ import settings
 from numpy.typing import NDArray
 from references import GRIDS, Reference, tuned_references
 
+from recllm.collaborative import load_collaborative
 from recllm.data import Query
 from recllm.evaluate import KnownScores, evaluate_ranking
 from recllm.files import read_json, write_json
@@ -35,7 +36,6 @@ from recllm.runs import ENVIRONMENT, Run, set_key
 from recllm.scoring import known_scores
 from recllm.tasks import Task
 from recllm.train import train_run
-from recllm.trained import load_collaborative
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN_SUM = "plain sum"

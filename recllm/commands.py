@@ -230,12 +230,12 @@ def evaluate_folder(folder: Path, part: str) -> None:
     run = load_run(folder)
     needs("Evaluating a run", TRAINING)
     from recllm.cards import without_figures, write_adapter_card
+    from recllm.collaborative import load_collaborative
     from recllm.outcome import evaluate_run, save_evaluation
     from recllm.report import write_report
     from recllm.runreport import MEASURED, run_report
     from recllm.scoring import known_scores
     from recllm.tasks import prepare
-    from recllm.trained import load_collaborative
 
     trained(run.folder)
     task = prepare(run, tell)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
+from recllm.collaborative import load_collaborative
 from recllm.data import Query
 from recllm.devices import process_state
 from recllm.errors import RecllmError
@@ -26,7 +27,6 @@ from recllm.revisions import check_same_models
 from recllm.runs import Run, load_run
 from recllm.scoring import known_scores, scorer_makers
 from recllm.tasks import Task, prepare
-from recllm.trained import load_collaborative
 from recllm.windows import Rows, Taught
 
 Say = Callable[[str], None]

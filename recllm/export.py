@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recllm.bundle import MANIFEST, write_catalog
 from recllm.cards import write_bundle_card
+from recllm.collaborative import Collaborative, encoder_name, item_prompt, load_collaborative, name_model
 from recllm.data import Query
 from recllm.encoding import SequenceScorer
 from recllm.errors import RecllmError
@@ -36,17 +37,7 @@ from recllm.runtime import VECTORS
 from recllm.sequence import NextItemModel
 from recllm.tasks import Task
 from recllm.tracing import write_graph
-from recllm.trained import (
-    Collaborative,
-    encoder_name,
-    item_prompt,
-    lenders,
-    load_collaborative,
-    load_language,
-    load_light,
-    name_model,
-    sequence_scorer,
-)
+from recllm.trained import lenders, load_language, load_light, sequence_scorer
 from recllm.weightonly import Feeds
 
 Say = Callable[[str], None]

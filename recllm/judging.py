@@ -13,6 +13,7 @@ from transformers import EvalPrediction
 from recllm.adapters import AdapterRecipe, merge
 from recllm.cards import save_adapter
 from recllm.checkpoints import has_checkpoint, load_trained, save_trained, trained_values
+from recllm.collaborative import Collaborative, load_collaborative
 from recllm.data import Query
 from recllm.devices import fast_bf16, precision_keys, process_state
 from recllm.errors import RecllmError
@@ -38,16 +39,7 @@ from recllm.sequence import IGNORED
 from recllm.softtokens import add_soft_tokens, bake_soft_tokens
 from recllm.splits import Example, like_threshold, liked_part
 from recllm.tasks import Task
-from recllm.trained import (
-    Collaborative,
-    Say,
-    adapter_recipe,
-    in_full_precision,
-    load_collaborative,
-    own_base,
-    save_stage,
-    stage_done,
-)
+from recllm.trained import Say, adapter_recipe, in_full_precision, own_base, save_stage, stage_done
 from recllm.trainerkeys import MEASURES
 from recllm.trees import TreeCollator, Written, reads_trees
 from recllm.vectors import ItemFeatures

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from recllm.askedat import moments_of
 from recllm.cards import save_adapter
 from recllm.checkpoints import has_checkpoint, save_trained, trained_values
+from recllm.collaborative import Collaborative
 from recllm.devices import precision_keys, process_state
 from recllm.distil import taught_windows
 from recllm.errors import RecllmError
@@ -22,16 +23,7 @@ from recllm.runs import Run
 from recllm.sequence import NextItemModel
 from recllm.stored import training_windows
 from recllm.tasks import Task
-from recllm.trained import (
-    Collaborative,
-    Say,
-    adapter_recipe,
-    language_model,
-    light_model,
-    load_light,
-    save_stage,
-    stage_done,
-)
+from recllm.trained import Say, adapter_recipe, language_model, light_model, load_light, save_stage, stage_done
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import start
 from recllm.watching import Watch

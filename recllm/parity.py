@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from recllm.collaborative import Collaborative, item_prompt
 from recllm.encoding import SequenceScorer
 from recllm.fusion import FusedScorer
 from recllm.histories import HistoryFormat
@@ -25,7 +26,6 @@ from recllm.sequence import NextItemModel
 from recllm.sessions import open_session
 from recllm.splits import Example
 from recllm.tasks import Task
-from recllm.trained import Collaborative, item_prompt
 
 GRID = 1e-5
 """Scores nearer than this, or this share of the largest one, are equal: of their order float32 says nothing."""

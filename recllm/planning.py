@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recllm.checkpoints import trained_values
+from recllm.collaborative import encoder_name
 from recllm.devices import on_cpu
 from recllm.distil import planned_windows
 from recllm.errors import RecllmError
@@ -26,11 +27,12 @@ from recllm.judging import light_judge_stage, relevance_stage
 from recllm.lm import load_config, load_tokenizer, model_folder, stream_width
 from recllm.loop import Stage, stage_trainer
 from recllm.nextitem import language_stage, light_stage
+from recllm.preflight import check_names
 from recllm.protocols import evaluation_protocol
 from recllm.recovery import LESS, LIGHT
 from recllm.runs import Run
 from recllm.tasks import Task, prepare
-from recllm.trained import Say, check_names, encoder_name
+from recllm.trained import Say
 from recllm.trainerkeys import COMPILING, MEASURES, check_options
 from recllm.trees import TreeCollator
 from recllm.vectors import ItemFeatures

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from recllm.cards import write_adapter_card
+from recllm.collaborative import load_collaborative
 from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.gate import Exported
@@ -25,7 +26,6 @@ from recllm.runtime import Recommender, load
 from recllm.scoring import known_scores
 from recllm.tasks import Task
 from recllm.train import Clock, train_run
-from recllm.trained import load_collaborative
 
 Say = Callable[[str], None]
 SECONDS = 480

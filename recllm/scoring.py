@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from recllm.collaborative import Collaborative
 from recllm.devices import fast_bf16
 from recllm.encoding import SequenceScorer
 from recllm.files import read_json, write_json, written
@@ -24,7 +25,7 @@ from recllm.runs import Run
 from recllm.sequence import NextItemModel
 from recllm.splits import Example
 from recllm.tasks import Task
-from recllm.trained import Collaborative, Say, lenders, load_language, load_light, sequence_scorer, stage_done
+from recllm.trained import Say, lenders, load_language, load_light, sequence_scorer, stage_done
 from recllm.vectors import ItemFeatures
 from recllm.weighing import FusionSettings
 

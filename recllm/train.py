@@ -12,6 +12,7 @@ import torch
 
 from recllm.adapters import load_adapter
 from recllm.cards import write_adapter_card
+from recllm.collaborative import collaborative
 from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError, place_error
@@ -19,6 +20,7 @@ from recllm.files import only_one, read_json, write_json
 from recllm.idle import idle_lines
 from recllm.judging import train_light_judge, train_relevance
 from recllm.nextitem import train_language, train_light
+from recllm.preflight import check_names
 from recllm.process import set_up
 from recllm.resuming import (
     LANGUAGE_STAGES,
@@ -34,7 +36,7 @@ from recllm.runs import ENVIRONMENT, FILE, RECIPES, Run, load_run, write_environ
 from recllm.scoring import fit_fusion
 from recllm.sharded import check_shardable
 from recllm.tasks import LEARNT, Task, keep_learnt, prepare
-from recllm.trained import check_names, collaborative, stage_done
+from recllm.trained import stage_done
 from recllm.trainerkeys import COMPILING, check_options
 from recllm.warmstart import check_start, check_start_data
 from recllm.watching import Watch

@@ -11,34 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
-
 from recllm.charts import Line, line_chart, picture
+from recllm.collaborative import encoder_name, load_collaborative
 from recllm.errors import RecllmError, require, unknown
 from recllm.files import sha256_of, write_json, written
-from recllm.idle import idle_keys
 from recllm.likeness import LIKENESS
 from recllm.lm import model_folder
 from recllm.outcome import FUSION, evaluate_run
 from recllm.priors import EVENTS
-from recllm.recipes import Settings, find_recipe, parse, read_toml
+from recllm.recipes import find_recipe, parse
 from recllm.results import Table
 from recllm.revisions import revision
-from recllm.runs import (
-    OF_LANGUAGE_MODEL,
-    OF_SEQUENCE_MODELS,
-    PROMPTS,
-    Run,
-    as_begun,
-    as_toml,
-    load_run,
-    set_key,
-    write_run,
-)
+from recllm.runs import PROMPTS, Run, as_begun, write_run
 from recllm.scoring import known_scores, scorer_makers
+from recllm.searches import Limits, Search, load_search, metric_of, with_values
 from recllm.tasks import Task, prepare
 from recllm.train import train_run
-from recllm.trained import encoder_name, load_collaborative, stage_done
+from recllm.trained import stage_done
 from recllm.trainerkeys import MEASURES
 from recllm.vectors import VECTORS, RawVectors
 
@@ -49,174 +38,12 @@ FITTED = {"data", "cf", "recency", "ease", "transitions", "neighbours", "prompt"
 """Tables that change what is fitted before training; where none is searched it is fitted once for all trials."""
 TIMED_QUERIES, TIMED_ROUNDS = 64, 3
 """Validation queries that are scored together to time a user, and how often."""
-FITTED_SCORERS = ("popularity", "likelihood", "mf", "ease", "text")
-OF_RATINGS = ("item_mean", "user_mean", "explicit", "rated_neighbours")
-MEASURED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "next_item": (
-        (*FITTED_SCORERS, "transitions", "neighbours", "expected_popularity", "light", "lm"),
-        ("NDCG@10", "HitRate@10", "Recall@10", "MRR", "Coverage@10"),
-    ),
-    "relevance": ((*FITTED_SCORERS, *OF_RATINGS, "light", "relevance"), ("AUC", "UAUC", "scored")),
-}
-"""By task, the scorers that a run of it may have, the language model's last, and what they are measured by."""
 STARTUP = 5
 """Trials that are drawn at random and never cut short, before the search learns from them."""
 
 
 class WrongSearchError(RecllmError):
     """The search asks for what no trial of it can have."""
-
-
-class Range(Settings):
-    """The values of one key: from `low` to `high`, or `choices`."""
-
-    low: int | float | None = None
-    """The least value; whole numbers are drawn where both ends are written as such (1, not 1.0)."""
-    high: int | float | None = None
-    """The greatest value."""
-    log: bool = False
-    """Drawn evenly by its logarithm."""
-    choices: tuple[str | bool | int | float, ...] | None = None
-    """One of these."""
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> "Range":
-        ends = (self.low is not None) + (self.high is not None)
-        if (ends == 2) == (self.choices is not None) or ends == 1:
-            raise ValueError("either low and high, or choices")
-        if self.low is not None and self.high is not None and (self.low > self.high or (self.log and self.low <= 0)):
-            raise ValueError("low is above high, or not above 0 with log")
-        return self
-
-    def tried(self) -> tuple[Any, ...]:
-        """Values that show whether the key takes this range."""
-        if self.choices is not None:
-            return self.choices
-        assert self.low is not None
-        assert self.high is not None
-        whole = isinstance(self.low, int) and isinstance(self.high, int)
-        return (self.low, self.high) if whole else (self.low, self.high, (self.low + self.high) / 2)
-
-    def draw(self, trial: Any, key: str) -> Any:  # noqa: ANN401  optuna comes without types here
-        """A value of the key for a trial."""
-        if self.choices is not None:
-            return trial.suggest_categorical(key, list(self.choices))
-        assert self.low is not None
-        assert self.high is not None
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return trial.suggest_int(key, self.low, self.high, log=self.log)
-        return trial.suggest_float(key, self.low, self.high, log=self.log)
-
-
-class Limits(Settings):
-    """What the best run may cost at most."""
-
-    milliseconds_per_user: float | None = Field(default=None, gt=0)
-    """To score one user on this machine with all scorers, 64 users at once."""
-    megabytes: float | None = Field(default=None, gt=0)
-    """Of everything that is needed to score: factors, weights, and the base model where one is used per user."""
-
-
-DECIDING, HARMLESS = ("data", "seed", "start_from", "control", "model.task"), ("data.rated_histories",)
-"""Tables and keys that decide what a run is measured on, and those among them that do not."""
-
-
-OWN = ("name", "output")
-"""Keys that the search sets for every trial."""
-SWITCHES = frozenset({"model.name", "model.soft_tokens", "light.num_train_epochs", "light.teacher"})
-"""Keys that decide whether other ones are read."""
-BEHIND_LIGHT = ("train.", "adapter.", "model.name", "prompt.next_item", "prompt.relevance", *OF_LANGUAGE_MODEL)
-"""Keys, or their beginnings, of the language model that is trained, behind all else that is fitted."""
-BESIDE_LIGHT = ("train.precision",)
-"""The one among them that is the light scorer's too."""
-
-
-class Search(Settings):
-    """One tune file."""
-
-    run: str
-    """The run file that is searched from, relative to the tune file; its values hold where nothing is searched."""
-    metric: str | None = None
-    """A metric of the validation table; the protocol's first by default (NDCG@10, or AUC where pairs are judged)."""
-    scorer: str = FUSION
-    """Whose metric."""
-    trials: int = Field(default=20, ge=1)
-    """Trials in all, over all workers and all calls."""
-    prune: bool = True
-    """Cut a trial short whose validation is below the median of the others, where `scorer` is one that trains."""
-    search: dict[str, Range] = Field(min_length=1)
-    """By `table.key`, what is tried."""
-    limits: Limits = Limits()
-    """What the best run may cost at most."""
-
-
-def load_search(path: Path) -> tuple[Search, Run]:
-    """Read a tune file and its run file, and try both ends of every range on it.
-
-    Raises:
-        RecllmError: a mistake in either, or a key that the run file has not.
-    """
-    search = parse(Search, read_toml(path), str(path))
-    file = path.parent / search.run
-    run = load_run(file)
-    _check_measured(search, run, path)
-    for key, values in search.search.items():
-        if key in OWN:
-            raise RecllmError(f'{path}: [search."{key}"] is where a trial lies, which the search sets itself.')
-        if _changes_nothing(key, search.scorer, run):
-            raise RecllmError(
-                f"{path}: [search.\"{key}\"] changes nothing of scorer = '{search.scorer}', which is fitted or trained "
-                "before it. Search over it with scorer = 'fusion' or that of what it changes."
-            )
-        if not {key, key.partition(".")[0]}.isdisjoint(DECIDING) and key not in HARMLESS:
-            raise RecllmError(
-                f'{path}: [search."{key}"] would decide which rows a trial is measured on, so that trials could not '
-                "be compared. Set it in the run file."
-            )
-        for value in values.tried():
-            _check_read(search, _with(run, {key: value}, run.name, Path(run.output)), key, path)
-    return search, run
-
-
-def _changes_nothing(key: str, scorer: str, run: Run) -> bool:
-    """Whether a key is of what comes behind a scorer of `run`."""
-    language = MEASURED[run.model.task][0][-1]
-    fused = scorer.startswith(FUSION)
-    if key.startswith("export."):
-        return True
-    if key.startswith("fusion."):
-        return not fused
-    if scorer in (FUSION, language):
-        return False
-    if key in OF_SEQUENCE_MODELS and scorer != "light" and not fused:
-        return True
-    if key == "model.name" and run.model.item_encoder is None:
-        return scorer == "light"  # it reads the items' text too; a search of the light scorer keeps to one that does
-    if key in BESIDE_LIGHT and (fused or scorer == "light"):
-        return not fused and run.model.task == "relevance"
-    return key.startswith(BEHIND_LIGHT if fused or scorer == "light" else ("light.", *BEHIND_LIGHT))
-
-
-def _check_read(search: Search, tried: Run, key: str, path: Path) -> None:
-    if not SWITCHES.isdisjoint(search.search):
-        return  # what a trial reads is up to what it draws
-    for why, keys in idle_keys(tried).items():
-        if key in keys:
-            raise RecllmError(
-                f'{path}: [search."{key}"] changes nothing, for it is not read: {why}. Leave it out, or change that in '
-                "the run file."
-            )
-
-
-def _check_measured(search: Search, run: Run, path: Path) -> None:
-    """Check that a run of this task can have the search's scorer and metric; which it has, its first trial shows."""
-    scorers, metrics = MEASURED[run.model.task]
-    if run.model.name == "none" and "model.name" not in search.search:
-        scorers = scorers[:-1]
-    scorers = (*scorers, FUSION, f"{FUSION} without {MEASURED[run.model.task][0][-1]}")
-    for key, value, known in (("scorer", search.scorer, scorers), ("metric", _metric(search, run), metrics)):
-        if value not in known:
-            raise unknown(f"{key} in {path}:", value, known)
 
 
 def tune(path: Path, say: Say = print) -> Run:
@@ -241,8 +68,8 @@ def tune(path: Path, say: Say = print) -> Run:
     study.pruner = median if search.prune else optuna.pruners.NopPruner()
     say(f"Tuning {run.name}: {len(_finished(study))} of {search.trials} trials are done")
     told = [f"eval_{name}" for name in MEASURES[run.model.task]]
-    if search.prune and not search.scorer.startswith(FUSION) and _as_told(_metric(search, run)) not in told:
-        say(f"No trial is cut short: {_metric(search, run)} is not measured while it trains")
+    if search.prune and not search.scorer.startswith(FUSION) and _as_told(metric_of(search, run)) not in told:
+        say(f"No trial is cut short: {metric_of(search, run)} is not measured while it trains")
     while len(_finished(study)) < search.trials:
         trial = study.ask()
         # By the trial's number: workers that begin together draw different values, and a search can be made again.
@@ -273,7 +100,7 @@ def tune(path: Path, say: Say = print) -> Run:
     if best is None:
         raise RecllmError(f"None of {search.trials} trials keeps the limits of {path}. See {folder / RESULT}.")
     say(
-        f"Best: trial {best.number}, {_metric(search, run)} {best.value:.4f} of '{search.scorer}' on validation; "
+        f"Best: trial {best.number}, {metric_of(search, run)} {best.value:.4f} of '{search.scorer}' on validation; "
         f"run file: {folder / BEST}"
     )
     return _write(study, search, run, folder) or run
@@ -291,11 +118,11 @@ def _alone(search: Search, run: Run) -> dict[str, Any]:
 
 def _try(search: Search, run: Run, folder: Path, trial: Any, say: Say) -> float:  # noqa: ANN401
     values = {key: own.draw(trial, key) for key, own in search.search.items()}
-    tried = _with(run, _alone(search, run) | values, f"trial-{trial.number}", folder)
+    tried = with_values(run, _alone(search, run) | values, f"trial-{trial.number}", folder)
     say(f"Trial {trial.number}: " + ", ".join(f"{key} = {value}" for key, value in values.items()))
     _share_fitted(search, folder, tried)
     seen: dict[int, int] = {}
-    metric = _metric(search, run)
+    metric = metric_of(search, run)
 
     def watch(stage: str, step: int, metrics: Mapping[str, float]) -> None:
         # By what is searched for, and nothing else: another scorer's metric would cut the wrong ones.
@@ -338,10 +165,6 @@ def _check(table: Table, scorer: str, metric: str) -> None:
         raise WrongSearchError(str(unknown("metric", metric, table.metrics)))
 
 
-def _metric(search: Search, run: Run) -> str:
-    return search.metric or ("AUC" if run.model.task == "relevance" else "NDCG@10")
-
-
 def _share_fitted(search: Search, folder: Path, tried: Run) -> None:
     """Take what an earlier trial has fitted before its training, where no searched key changes it."""
     if any(key.split(".")[0] in FITTED for key in search.search) or (tried.folder / VECTORS).is_file():
@@ -379,13 +202,6 @@ def _costs(search: Search, run: Run, task: Task) -> dict[str, float]:
     return costs
 
 
-def _with(run: Run, values: Mapping[str, Any], name: str, output: Path) -> Run:
-    changed = run.model_dump(mode="json", exclude_none=True) | {"name": name, "output": str(output)}
-    for key, value in values.items():
-        set_key(changed, f"{key}={as_toml(value)}")
-    return parse(Run, changed, f"{run.name} with {', '.join(f'{key} = {value}' for key, value in values.items())}")
-
-
 def _check_same(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     """Check that a search goes on with what it was begun with; only the number of trials may change."""
     now = search.model_dump(mode="json", exclude={"trials"})
@@ -410,7 +226,7 @@ def _settled(run: Run) -> dict[str, Any]:
 
 def _check_same_inputs(study: Any, search: Search, run: Run) -> None:  # noqa: ANN401
     """Check that trials of before were fitted and measured on the data, models and recipes that there are now."""
-    run = _with(run, _alone(search, run), run.name, Path(run.output))
+    run = with_values(run, _alone(search, run), run.name, Path(run.output))
     now = {f"data ({name})": digest for name, digest in prepare(run).fingerprints().items()}
     models = {run.model.item_encoder, run.model.likelihood}
     models |= set() if "model.name" in search.search else {run.model.name}  # else a trial names it
@@ -495,20 +311,20 @@ def _write(study: Any, search: Search, run: Run, folder: Path) -> Run | None:  #
         }
         for trial in finished
     ]
-    write_json(folder / RESULT, {"metric": _metric(search, run), "scorer": search.scorer, "trials": rows})
+    write_json(folder / RESULT, {"metric": metric_of(search, run), "scorer": search.scorer, "trials": rows})
     complete = [row for row in rows if row["state"] == "complete" and row["keeps_the_limits"]]
     if complete:
         numbers, values = [row["trial"] for row in complete], [row["value"] for row in complete]
         leading = [max(values[: place + 1]) for place in range(len(values))]
         lines = [Line("trial", numbers, values, 0), Line("best so far", numbers, leading, 1)]
-        chart = line_chart(f"Trials of {run.name}", lines, "trial", _metric(search, run))
+        chart = line_chart(f"Trials of {run.name}", lines, "trial", metric_of(search, run))
         with written(folder / PICTURE) as temporary:
             temporary.write_text(picture(chart), encoding="utf-8")
     best = _best(study)
     if best is None:
         return None
     # A name of its own: beside the run that was searched from it can be trained as it is.
-    found = _with(run, best.params, f"{run.name}-best", Path(run.output))
+    found = with_values(run, best.params, f"{run.name}-best", Path(run.output))
     write_run(found, folder / BEST)
     return found
 

@@ -25,9 +25,9 @@ TORCH = [
     "softmax", "sequence", "heads", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",
     "revisions", "names", "devices", "examples", "lean", "sharded", "checkpoints", "watching", "tracking",
     "trainerkeys", "recovery", "adalora", "cards", "loop", "eva", "cascade", "trees", "relevance", "warmstart",
-    "trained", "judging", "scoring", "distil", "stored", "nextitem", "planning", "train", "outcome", "runreport",
-    "repeated", "unfolding", "tracing", "graphs", "rankgraphs", "weightonly", "quantise", "turning", "integer",
-    "parity", "gate", "rankexport", "export", "quickstart", "tuning", "commands",
+    "collaborative", "preflight", "trained", "judging", "scoring", "distil", "stored", "nextitem", "planning", "train",
+    "outcome", "runreport", "repeated", "unfolding", "tracing", "graphs", "rankgraphs", "weightonly", "quantise",
+    "turning", "integer", "parity", "gate", "rankexport", "export", "quickstart", "searches", "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

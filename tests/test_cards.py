@@ -9,11 +9,12 @@ import torch
 from recllm.adapters import AdapterRecipe, attach
 from recllm.cards import ADAPTER, CARD, card, save_adapter, without_figures, write_adapter_card, write_bundle_card
 from recllm.checkpoints import trained_values
+from recllm.collaborative import load_collaborative
 from recllm.files import read_json, write_json
 from recllm.lm import load_base
 from recllm.runs import ENVIRONMENT, load_run
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative, load_language
+from recllm.trained import load_language
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 
 from recllm import checkpoints, loop
 from recllm.checkpoints import SEAL, Seal, last_checkpoint, seal
+from recllm.collaborative import load_collaborative
 from recllm.runs import load_run
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from recllm.cards import ADAPTER, CARD, write_adapter_card
+from recllm.collaborative import load_collaborative
 from recllm.control import ControlSettings, controlled
 from recllm.errors import RecllmError
 from recllm.export import export_run
@@ -18,15 +19,7 @@ from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import (
-    language_model,
-    lenders,
-    light_model,
-    load_collaborative,
-    load_language,
-    load_light,
-    sequence_scorer,
-)
+from recllm.trained import language_model, lenders, light_model, load_language, load_light, sequence_scorer
 from recllm.vectors import ItemFeatures, Standard
 
 TEXT = np.array([[1, 2], [3, -1], [np.nan, np.nan], [-4, 0], [0, -1], [5, 5]], dtype=np.float32)

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from recllm import distil
+from recllm.collaborative import load_collaborative
 from recllm.data import Query
 from recllm.distil import FILE, LEFT_OUT, TransferHistories, check_teacher, taught_windows
 from recllm.errors import RecllmError
@@ -24,7 +25,6 @@ from recllm.scoring import known_scores, scorer_makers
 from recllm.sequence import IGNORED, LightBody, NextItemModel
 from recllm.tasks import LEARNT_BEFORE, keep_learnt, prepare
 from recllm.train import train_run
-from recllm.trained import load_collaborative
 from recllm.vectors import ItemFeatures
 from recllm.windows import Taught, with_taught
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from recllm import eva
+from recllm.collaborative import load_collaborative
 from recllm.errors import RecllmError
 from recllm.eva import start_from_data
 from recllm.judging import relevance_stage
@@ -12,7 +13,6 @@ from recllm.loop import Stage
 from recllm.nextitem import language_stage
 from recllm.runs import load_run
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import recllm
 from recllm import export
 from recllm.bundle import read_manifest
+from recllm.collaborative import load_collaborative
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.export import export_run
@@ -30,7 +31,7 @@ from recllm.recipes import find_recipe
 from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
-from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
+from recllm.trained import lenders, load_language, load_light, sequence_scorer
 from recllm.weightonly import WeightSettings
 
 IMPOSSIBLE = """

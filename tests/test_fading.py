@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from recllm.collaborative import HALF_LIVES, collaborative
 from recllm.data import Interactions, Query
 from recllm.fading import fade, faded_popularity, judges
 from recllm.files import read_json
@@ -14,7 +15,6 @@ from recllm.ranking import ItemIndex
 from recllm.runs import Run
 from recllm.splits import Example
 from recllm.tasks import prepare
-from recllm.trained import HALF_LIVES, collaborative
 
 
 def run_of(half_lives=(0.5,), queries=100, days=(), task="next_item", as_of=True):

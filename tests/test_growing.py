@@ -12,6 +12,7 @@ import torch
 
 import recllm
 from recllm.bundle import read_manifest, seal
+from recllm.collaborative import load_collaborative
 from recllm.errors import RecllmError
 from recllm.export import export_run
 from recllm.files import alone, read_json, write_json
@@ -21,7 +22,7 @@ from recllm.likeness import likeness_to
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import lenders, load_collaborative, load_language, load_light, sequence_scorer
+from recllm.trained import lenders, load_language, load_light, sequence_scorer
 
 NEW = [
     {"item_id": "new-red", "title": "Red film 99", "genres": "Drama", "colour": "red"},

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from recllm.collaborative import load_collaborative
 from recllm.heads import borrowed_heads, item_heads, text_heads, told_later
 from recllm.likeness import LikenessRidge
 from recllm.runs import load_run
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative, load_light
+from recllm.trained import load_light
 
 
 @pytest.fixture

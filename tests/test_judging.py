@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import recllm
 from recllm import judging, rankexport
 from recllm.cli import main
+from recllm.collaborative import load_collaborative
 from recllm.commands import evaluate_folder
 from recllm.data import Catalog, Query
 from recllm.doctor import Finding, examine
@@ -33,7 +34,6 @@ from recllm.runs import Run, load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import load_collaborative
 from recllm.vectors import ItemFeatures
 
 WITHOUT = "fusion without relevance"

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 import recllm
+from recllm.collaborative import load_collaborative, name_model
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.export import export_run
@@ -19,7 +20,6 @@ from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
 from recllm.runs import Run
 from recllm.train import train_run
-from recllm.trained import load_collaborative, name_model
 
 VALUES = Likelihood(ItemIndex(["a", "b", "c"]), np.array([-1.0, np.nan, -3.0], dtype=np.float32))
 

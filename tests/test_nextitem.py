@@ -9,6 +9,7 @@ import torch
 
 from recllm import nextitem
 from recllm.askedat import PARTS, TrainingTime
+from recllm.collaborative import load_collaborative
 from recllm.data import Query
 from recllm.histories import HistoryFormat
 from recllm.nextitem import language_stage, light_stage
@@ -16,7 +17,6 @@ from recllm.ranking import ItemIndex
 from recllm.runs import load_run
 from recllm.sequence import LightBody, NextItemModel
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 from recllm.vectors import ItemFeatures
 
 HISTORY = HistoryFormat((), (), 3, 1)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from recllm.collaborative import load_collaborative
 from recllm.files import read_json
 from recllm.fusion import Fusion
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run, learning_curves, save_evaluation
@@ -15,7 +16,6 @@ from recllm.runreport import run_report
 from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 
 
 @pytest.fixture(scope="module")

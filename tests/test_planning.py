@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recllm import planning
+from recllm.collaborative import load_collaborative
 from recllm.errors import RecllmError
 from recllm.examples import lengths_of
 from recllm.judging import relevance_stage
@@ -12,7 +13,6 @@ from recllm.nextitem import language_stage
 from recllm.planning import Cost, Plan, measure, peak_memory, plan_run
 from recllm.runs import load_run
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 
 
 def silent(_):

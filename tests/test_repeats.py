@@ -3,13 +3,13 @@
 import polars as pl
 import pytest
 
+from recllm.collaborative import load_collaborative
 from recllm.export import export_run
 from recllm.outcome import FUSION, evaluate_run
 from recllm.runs import Run
 from recllm.runtime import load
 from recllm.scoring import known_scores
 from recllm.train import train_run
-from recllm.trained import load_collaborative
 
 USERS, OWN, GROUPS, EVENTS = 32, 6, 4, 15
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from recllm import scoring
+from recllm.collaborative import load_collaborative
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
 from recllm.runs import ENVIRONMENT, load_run
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 from recllm.weighing import FusionSettings
 
 

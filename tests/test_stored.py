@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from recllm import stored
+from recllm.collaborative import load_collaborative
 from recllm.loop import fit
 from recllm.nextitem import light_stage
 from recllm.runs import load_run
 from recllm.stored import StoredWindows, training_windows
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 from recllm.windows import Windows
 
 SEQUENCES = [np.arange(start, start + 9 + start % 7) for start in range(40)]

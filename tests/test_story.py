@@ -1,11 +1,11 @@
 """The whole story on the checkerboard: train, evaluate, export, load, recommend."""
 
 import recllm
+from recllm.collaborative import load_collaborative
 from recllm.outcome import FUSION, WITHOUT_LM, evaluate_run
 from recllm.runs import load_run
 from recllm.scoring import known_scores
 from recllm.tasks import prepare
-from recllm.trained import load_collaborative
 
 
 def test_from_a_run_file_to_recommendations(tiny_run, tiny_bundle):

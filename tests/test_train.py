@@ -14,25 +14,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from recllm import loop, nextitem, train
+from recllm.collaborative import load_collaborative
 from recllm.commands import profile_flags
 from recllm.errors import RecllmError
 from recllm.files import only_one, read_json, write_json
 from recllm.fusion import Fusion
 from recllm.judging import relevance_stage
 from recllm.lm import load_base, model_folder
+from recllm.preflight import check_names
 from recllm.recipes import find_recipe
 from recllm.runs import load_run
 from recllm.tasks import prepare
 from recllm.train import train_run
-from recllm.trained import (
-    check_names,
-    language_history,
-    load_collaborative,
-    load_language,
-    load_light,
-    sequence_scorer,
-    stage_done,
-)
+from recllm.trained import language_history, load_language, load_light, sequence_scorer, stage_done
 
 ROOT = Path(__file__).parents[1]
 TREES = [

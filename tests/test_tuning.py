@@ -16,8 +16,9 @@ from recllm.lm import model_folder
 from recllm.priors import Popularity
 from recllm.results import Table
 from recllm.runs import Run, load_run, write_run
+from recllm.searches import Range, Search, changes_nothing, load_search, with_values
 from recllm.tasks import prepare
-from recllm.tuning import Range, Search, load_search, tune
+from recllm.tuning import tune
 from recllm.vectors import VECTORS
 
 TUNE = """
@@ -209,7 +210,7 @@ def test_what_failed_by_a_mistake_that_is_mended_does_not_count(place, monkeypat
 @pytest.mark.parametrize("text", [r".*\.(q|v)_proj", 'a"b', "C:\\models\\new", "true"])
 def test_a_text_is_tried_as_it_stands(text, place):
     run = load_run(place / "base.toml")
-    assert tuning._with(run, {"model.item_encoder": text}, "x", place).model.item_encoder == text
+    assert with_values(run, {"model.item_encoder": text}, "x", place).model.item_encoder == text
 
 
 def test_a_search_of_any_seed_has_one_that_numpy_takes(place, monkeypatch):
@@ -387,18 +388,18 @@ def test_keys_that_change_nothing_of_what_is_measured_are_refused(place, key, me
 )
 def test_what_comes_behind_a_scorer_changes_nothing_of_it(scorer, changed, unchanged):
     run = Run.model_validate({"name": "films", "data": {"name": "ml-100k"}, "model": {"item_encoder": "minilm-l6"}})
-    assert [key for key in changed.split() if tuning._changes_nothing(key, scorer, run)] == []
-    assert [key for key in unchanged.split() if not tuning._changes_nothing(key, scorer, run)] == []
+    assert [key for key in changed.split() if changes_nothing(key, scorer, run)] == []
+    assert [key for key in unchanged.split() if not changes_nothing(key, scorer, run)] == []
 
 
 def test_a_language_model_that_reads_the_items_too_changes_every_scorer_of_text():
     run = Run.model_validate({"name": "films", "data": {"name": "ml-100k"}})
     apart = run.model_copy(update={"model": run.model.model_copy(update={"item_encoder": "minilm-l6"})})
     for scorer in ("text", "neighbours", "fusion without lm"):
-        assert not tuning._changes_nothing("model.name", scorer, run)
-        assert tuning._changes_nothing("model.name", scorer, apart)
+        assert not changes_nothing("model.name", scorer, run)
+        assert changes_nothing("model.name", scorer, apart)
     judged = run.model_copy(update={"model": run.model.model_copy(update={"task": "relevance"})})
-    assert tuning._changes_nothing("train.precision", "light", judged)  # the light judge has one precision
+    assert changes_nothing("train.precision", "light", judged)  # the light judge has one precision
 
 
 @pytest.mark.slow

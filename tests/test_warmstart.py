@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recllm import warmstart
+from recllm.collaborative import load_collaborative
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.judging import relevance_model
@@ -22,7 +23,7 @@ from recllm.runs import ENVIRONMENT, Run, load_run
 from recllm.scoring import known_scores
 from recllm.tasks import LEARNT, keep_learnt, prepare
 from recllm.train import train_run
-from recllm.trained import adapter_recipe, light_model, load_collaborative
+from recllm.trained import adapter_recipe, light_model
 from recllm.vectors import ItemFeatures
 from recllm.warmstart import check_start, check_start_data, start, turned
 
