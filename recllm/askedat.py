@@ -20,8 +20,11 @@ PARTS = 1 << 20
 
 
 def log_end(times: pl.Series) -> float:
-    """Where all but one event of a thousand are over: some clocks are ahead. Of times in seconds, without nulls."""
-    return float(np.quantile(times.to_numpy().astype(np.float64), BEFORE_THE_END, method="lower"))
+    """Where all but one event of a thousand are over: some clocks are ahead. Of times in seconds, without nulls.
+
+    Of fewer events than a thousand it is the last.
+    """
+    return float(np.quantile(times.to_numpy().astype(np.float64), BEFORE_THE_END, method="inverted_cdf"))
 
 
 def moments_of(queries: Sequence[Query]) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
 from recllm.runs import Run
-from recllm.splits import like_threshold, liked_part
+from recllm.splits import liked_part
 from recllm.tasks import Task
 from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_features
 from recllm.warmstart import turned
@@ -99,7 +99,7 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     if run.model.task == "next_item":
         figure = ranks(run, task)
     else:
-        asked = partial(liked_part, threshold=like_threshold(task.split.train, run.data.like_at))
+        asked = partial(liked_part, threshold=task.liked_from(run.data.like_at))
         figure = judges(run, labelled_rows(task, "valid", run.seed), asked)
     figures = {name: fade(run, scorer, figure) for name, scorer in fading.items()}
     if run.model.task == "next_item" and len(task.index) <= run.transitions.max_items:

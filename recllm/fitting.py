@@ -68,10 +68,20 @@ def standardised(scores: Scores, mean: ArrayLike, deviation: ArrayLike) -> Score
 
 
 def places_of(scores: Scores) -> Array:
-    """Place of each candidate in its row by score, float64[queries, candidates], 1 first; a tie goes to the earlier."""
-    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=1, kind="stable")
+    """Place of each candidate in its row by score, float64[queries, candidates], 1 first, NaN last.
+
+    Equal ones all have their mean place: by the order of the catalogue, which says nothing, one of them would lead.
+    """
+    lowest_first = np.where(np.isnan(scores), np.inf, -scores)
+    order = np.argsort(lowest_first, axis=1, kind="stable")
+    ordered = np.take_along_axis(lowest_first, order, axis=1)
+    numbers = np.arange(scores.shape[1])
+    differs = np.ones((len(scores), scores.shape[1] + 1), dtype=bool)
+    differs[:, 1:-1] = ordered[:, 1:] != ordered[:, :-1]
+    first = np.maximum.accumulate(np.where(differs[:, :-1], numbers, 0), axis=1)
+    last = np.minimum.accumulate(np.where(differs[:, 1:], numbers, len(numbers))[:, ::-1], axis=1)[:, ::-1]
     places = np.empty(scores.shape)
-    np.put_along_axis(places, order, np.arange(1.0, scores.shape[1] + 1.0)[None, :], axis=1)
+    np.put_along_axis(places, order, (first + last) / 2.0 + 1.0, axis=1)
     return places
 
 

@@ -43,7 +43,8 @@ class Fusion:
     The weight is softplus of its argument, so that no scorer counts against itself, or the argument itself where the
     fusion is `signed`. z is a scorer's score brought to a common scale by `standardise`: the standard score over the
     query's candidates or by given constants, or by its rank r among them 1 / (60 + r) (reciprocal rank fusion, Cormack,
-    Clarke & Büttcher 2009) or the share of the first 100 places behind it (Borda count).
+    Clarke & Büttcher 2009) or the share of the first 100 places behind it (Borda count); equal ones have their mean
+    rank.
 
     A scorer of a later level speaks only where all those of the levels before it are silent.
 
@@ -55,7 +56,8 @@ class Fusion:
     none of them had events, `unseen`.
 
     z is 0 where a scorer has no score, so each term is exactly that scorer's share. A scorer whose scores are constant
-    over a query's candidates has z = 0 there. A candidate that no scorer knows is NaN.
+    over a query's candidates has z = 0 there, and by ranks the same for all of them. A candidate that no scorer knows
+    is NaN.
     """
 
     names: tuple[str, ...]
@@ -187,7 +189,16 @@ class Fusion:
         theta, gates = np.tile([PLAIN, 0.0, 0.0], (len(self.names), 1)), (1.0,) * len(self.names)
         scale: Literal["query", "global"] = "global" if self.standardise == "global" else "query"
         return replace(
-            self, theta=theta, gates=gates, levels=(), signed=False, standardise=scale, new=None, chosen="plain sum"
+            self,
+            theta=theta,
+            gates=gates,
+            levels=(),
+            signed=False,
+            standardise=scale,
+            new=None,
+            unseen=None,
+            scales={},
+            chosen="plain sum",
         )
 
     def without(self, name: str) -> Self:

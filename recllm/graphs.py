@@ -228,8 +228,21 @@ def _terms(build: Builder, left: str, side: str, rows: str) -> str:
 
 
 def _places(build: Builder, scores: str, known: str) -> str:
-    """Place of each item in its row by score, from 1; of equal ones the earlier item first, unknown ones last."""
+    """Place of each item in its row by score, from 1, unknown ones last; equal ones all have their mean place."""
     ranked = build.add("Where", known, scores, build.constant(-np.inf))
+    # Of equal ones the earlier is first, and from the other end the later: the mean of both is the same for all.
+    other = _turned(build, _strict_places(build, _turned(build, ranked)))
+    return build.add("Mul", build.add("Add", _strict_places(build, ranked), other), build.constant(0.5))
+
+
+def _turned(build: Builder, value: str) -> str:
+    """Its columns from the last to the first."""
+    bounds = [build.constant([number], np.int64) for number in (-1, -END, 1, -1)]
+    return build.add("Slice", value, *bounds)
+
+
+def _strict_places(build: Builder, ranked: str) -> str:
+    """Place of each item in its row, from 1; of equal ones the earlier item first."""
     shape = build.add("Shape", ranked)
     _, items = build.add("Split", shape, outputs=2, axis=0, num_outputs=2)
     _, order = build.add("TopK", ranked, items, outputs=2, axis=1, largest=1, sorted=1)

@@ -37,7 +37,7 @@ from recllm.relevance import RelevanceCollator, RelevanceModel, RelevanceScorer,
 from recllm.runs import Run
 from recllm.sequence import IGNORED
 from recllm.softtokens import add_soft_tokens, bake_soft_tokens
-from recllm.splits import Example, like_threshold, liked_part
+from recllm.splits import Example, liked_part
 from recllm.tasks import Task
 from recllm.trained import Say, adapter_recipe, in_full_precision, own_base, save_stage, stage_done
 from recllm.trainerkeys import MEASURES
@@ -74,7 +74,7 @@ def rating_scorers(run: Run, task: Task, parts: Collaborative) -> dict[str, Scor
     What was fitted on liked events is asked about the liked part of a history; explicit factors and rated neighbours
     read the query's own ratings, and for a query without any the user's training ratings.
     """
-    liked = partial(liked_part, threshold=like_threshold(task.split.train, run.data.like_at))
+    liked = partial(liked_part, threshold=task.liked_from(run.data.like_at))
     scorers: dict[str, Scorer] = {
         name: scorer if name in ("popularity", "likelihood") else AskedAbout(scorer, liked)
         for name, scorer in parts.scorers().items()
@@ -126,7 +126,7 @@ def light_judge(run: Run, task: Task, features: ItemFeatures) -> tuple[LightJudg
         inside=InsideUsers(settings.pairwise, settings.listwise),
     )
     given = task.split.train_rows
-    threshold = like_threshold(task.split.train, run.data.like_at)
+    threshold = task.liked_from(run.data.like_at)
     events = earlier_events(task, like_at=run.data.like_at, max_history=1) if given is None else given
     rows = (events[place] for place in range(len(events)))
     return model, PairFormat(task.index, LikeShares.fit(rows), threshold, settings.max_history)
@@ -232,7 +232,7 @@ def relevance_model(
     read = min(prompt.max_history, run.model.max_history)
     stride = prompt.history_stride if stride is None else stride
     prompt = prompt.model_copy(update={"max_history": read, "history_stride": stride})
-    compiled = compile_prompt(prompt, base.tokenizer, like_threshold(task.split.train, run.data.like_at))
+    compiled = compile_prompt(prompt, base.tokenizer, task.liked_from(run.data.like_at))
     torch.manual_seed(run.seed)
     scale = embedding_scale(base)
     body = adapted(base, recipe)

@@ -445,7 +445,8 @@ def _compile(model: nn.Module, options: dict[str, Any]) -> None:
 def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """NDCG@10 and HitRate@10 from the ranks that a next-item model returns while validating."""
     middle = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
-    # A row without a label has none; trained scores do not tie but where numbers end, and then the worse place counts.
+    # A row without a label has none; trained scores do not tie but where numbers end, and then the middle place counts,
+    # rounded up.
     places = np.ceil(np.where(np.isnan(middle), np.inf, middle))
     ranks = Ranks(places, places)
     return {"ndcg@10": float(ndcg(ranks, 10).mean()), "hit_rate@10": float(hit_rate(ranks, 10).mean())}

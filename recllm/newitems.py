@@ -11,7 +11,7 @@ from recllm.fitting import Problem, cross_entropy, drop_scorers, minimise, momen
 from recllm.fusion import ALIKE_FOR_ALL, PLACING, Counts, Fusion
 from recllm.metrics import ndcg
 from recllm.ranking import QUERY_BATCH, Scores, target_ranks, top_k
-from recllm.weighing import NDCG_AT, FusionSettings
+from recllm.weighing import NDCG_AT, FusionSettings, user_parts
 
 NEW_AT_ONCE = 0.05
 """The share of the catalogue that is taken for new while it is measured what new items cost known ones."""
@@ -29,6 +29,7 @@ def fit_new_items(
     seen: NDArray[np.bool_],
     *,
     few: int = 1,
+    users: NDArray[np.int64] | None = None,
     settings: FusionSettings | None = None,
     seed: int = 0,
 ) -> Fusion:
@@ -36,7 +37,8 @@ def fit_new_items(
 
     In every row `settings.new_share` of the known items, drawn anew, lose what is known from their events, the target
     as likely as any other. Known items keep their weights; those of new ones are fitted by softmax cross-entropy, and
-    kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10.
+    kept if they rank the mixed catalogue better than the plain sum does, by NDCG@10 on queries of users that they were
+    not fitted on, in `FOLDS` parts; in the end they are fitted on all.
 
     Items that have few events because nobody wants them look as new as those of tomorrow, and a shop without any such
     item has new ones tomorrow. So what was fitted is tried on the real validation rows, as they are and with a few
@@ -53,6 +55,7 @@ def fit_new_items(
         n_item: train events per candidate, int[candidates].
         seen: candidates that are not ranked, bool[queries, candidates].
         few: events from which an item is known.
+        users: number of each query's user, int[queries]; every query its own when not given.
         settings: how to fit.
         seed: of the draws.
     """
@@ -71,7 +74,8 @@ def fit_new_items(
     fusion = replace(fusion, few=few, unseen=_unseen(mixed.scores.get(PLACING)), scales=_scales(mixed))
     # What lives on events has no say of a new item, also where it has seen its first few.
     speaks = np.array([[not np.isnan(as_new[name][sample]).all()] for name in fusion.names])
-    made, figures = _fitted(fusion, mixed, speaks, settings, rng)
+    numbers = np.arange(len(targets)) if users is None else users
+    made, figures = _fitted(fusion, mixed, numbers[sample], speaks, settings, rng)
     best = max(figures, key=figures.__getitem__)
 
     now = every.part(np.sort(rng.permutation(np.flatnonzero(targets >= 0))[:most]))
@@ -123,21 +127,31 @@ class _Queries:
         scores = {name: np.where(new, as_new[name], self.scores[name]) for name in as_new}
         return replace(self, scores=scores, n_item=np.where(new, 0, self.n_item), new=new)
 
+    def each_ndcg(self, fused: Scores) -> NDArray[np.float64]:
+        """NDCG@10 of each target, float64[queries]."""
+        return ndcg(target_ranks(np.where(self.barred, np.nan, fused), self.targets), NDCG_AT)
+
     def ndcg(self, fused: Scores) -> float:
         """NDCG@10 of the targets."""
-        return float(ndcg(target_ranks(np.where(self.barred, np.nan, fused), self.targets), NDCG_AT).mean())
+        return float(self.each_ndcg(fused).mean())
 
     def share_of_new(self, fused: Scores) -> float:
-        """The share of places in lists of ten that candidates have which are taken for new."""
+        """The share of places in lists of ten that candidates have which are taken for new; 0 of empty lists."""
         assert self.new is not None
         listed = top_k(np.where(self.barred, np.nan, fused), NDCG_AT)[0]
-        return float(np.take_along_axis(self.new, np.maximum(listed, 0), axis=1).mean())
+        new = np.take_along_axis(self.new, np.maximum(listed, 0), axis=1) & (listed >= 0)
+        return float(new.sum() / max((listed >= 0).sum(), 1))
 
 
 def _fitted(
-    fusion: Fusion, mixed: _Queries, speaks: NDArray[np.bool_], settings: FusionSettings, rng: np.random.Generator
+    fusion: Fusion,
+    mixed: _Queries,
+    users: NDArray[np.int64],
+    speaks: NDArray[np.bool_],
+    settings: FusionSettings,
+    rng: np.random.Generator,
 ) -> tuple[dict[str, Theta], dict[str, float]]:
-    """Weights of new items by what they are, and the NDCG@10 of the mixed catalogue with each."""
+    """Weights of new items by what they are, and the NDCG@10 of the mixed catalogue with each, on users apart."""
     # What the known items' weights say stays as it is; new items' part of z is what is weighed anew.
     among = AmongKnown.of(fusion, mixed.scores, mixed.n_user, mixed.n_item)
     plain = np.tile([1.0, 0.0], (len(fusion.names), 1)) * speaks
@@ -148,18 +162,25 @@ def _fitted(
     def at(values: NDArray[Any]) -> NDArray[Any]:
         return np.take_along_axis(values, columns, 1)
 
-    z = np.stack([at(among.spread(own)) for own in among.z])
-    base, fixed = cross_entropy(stands_for), np.nan_to_num(at(among.total)).astype(np.float64)
+    z = drop_scorers(np.stack([at(among.spread(own)) for own in among.z]), settings.dropped, rng)
+    fixed, user = np.nan_to_num(at(among.total)).astype(np.float64), fusion.user(mixed.n_user)[:, None]
 
-    def loss(part: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
-        return base(part, own + fixed[part], intercept)
+    def weights(part: NDArray[np.bool_]) -> Theta:
+        base, known = cross_entropy(stands_for[part]), fixed[part]
 
-    problem = Problem(
-        drop_scorers(z, settings.dropped, rng), fusion.user(mixed.n_user)[:, None], np.zeros(columns.shape), loss
-    )
-    fitted = minimise(problem, counts=True, signed=True, l2=settings.l2, iterations=settings.iterations)[:, :2]
-    made = {"fitted": fitted * speaks, "plain sum": plain}
-    return made, {name: mixed.ndcg(among.fused(theta)) for name, theta in made.items()}
+        def loss(rows: slice, own: NDArray[np.float64], intercept: float) -> tuple[float, NDArray[np.float64], float]:
+            return base(rows, own + known[rows], intercept)
+
+        problem = Problem(z[:, part], user[part], np.zeros(known.shape), loss)
+        fitted = minimise(problem, counts=True, signed=True, l2=settings.l2, iterations=settings.iterations)
+        return fitted[:, :2] * speaks
+
+    made = {"fitted": weights(np.ones(len(users), dtype=bool)), "plain sum": plain}
+    apart = np.zeros(len(users))
+    for inside in user_parts(users):
+        own = made["fitted"] if inside.all() else weights(~inside)
+        apart[inside] = mixed.each_ndcg(among.fused(own))[inside]
+    return made, {"fitted": float(apart.mean()), "plain sum": mixed.ndcg(fused)}
 
 
 class _Price:

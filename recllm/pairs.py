@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.histories import window_start
-from recllm.splits import Example, like_threshold
+from recllm.splits import Example
 from recllm.tasks import Task
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def user_of(query: Query) -> str | None:
 
 def earlier_events(task: Task, *, like_at: float, max_history: int, stride: int = 1) -> Sequence[Example]:
     """Every training event that has an earlier one, its history the last events before it, as `window_start` cuts."""
-    queries, threshold = list(task.split.train.histories().values()), like_threshold(task.split.train, like_at)
+    queries, threshold = list(task.split.train.histories().values()), task.liked_from(like_at)
     places = [(user, place) for user, query in enumerate(queries) for place in range(1, len(query.history))]
     return Made(len(places), partial(_earlier_event, queries, places, threshold, max_history, stride))
 
@@ -245,9 +245,9 @@ def in_blocks(
 def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:
     """The rows of "valid" or "test" that have a label; where all are positive, each is followed by a sampled negative.
 
-    Such a negative is an item the user has no event with in any part of the data, and cold where the target is cold;
-    a row of a user who has them all is left out. When a row is asked says nothing to what judges pairs, and is left out
-    too, so that rows of one history are read together.
+    Such a negative is an item the user has no event with, in any part of the data for test rows and before test for
+    those of validation, and cold where the target is cold; a row of a user who has them all is left out. When a row is
+    asked says nothing to what judges pairs, and is left out too, so that rows of one history are read together.
 
     Raises:
         RecllmError: test rows have dislikes and validation rows none, so that the two would mean different things.
@@ -263,9 +263,23 @@ def labelled_rows(task: Task, part: str, seed: int) -> list[Example]:
                 "another data.split or data.like_at, or give validation rows of both kinds."
             )
         return [example for example in examples if example.label is not None]
-    negatives = Negatives(task, task.dataset.interactions.histories(), frozenset(task.index.ids))
+    known = task.dataset.interactions.histories()
+    if part == "valid":  # what is chosen on these rows shall know nothing of test
+        known = _before_test(task)
+    negatives = Negatives(task, known, frozenset(task.index.ids))
     rows = [(place, example) for place, example in enumerate(examples) if negatives.left(example)]
     return [row for place, example in rows for row in negatives.pair(example, (seed, place))]
+
+
+def _before_test(task: Task) -> dict[str, Query]:
+    """What users have in the training and validation rows."""
+    had: dict[str, set[str]] = {}
+    for user, query in task.split.train.histories().items():
+        had.setdefault(user, set()).update(query.history)
+    for row in task.split.valid:
+        if row.query.user_id is not None:
+            had.setdefault(row.query.user_id, set()).update((*row.query.history, row.item_id))
+    return {user: Query(tuple(sorted(items)), user) for user, items in had.items()}
 
 
 def samples_negatives(task: Task) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 from scipy.stats import rankdata
 
 from recllm.collaborative import Collaborative, item_prompt
@@ -29,6 +30,8 @@ from recllm.tasks import Task
 
 GRID = 1e-5
 """Scores nearer than this, or this share of the largest one, are equal: of their order float32 says nothing."""
+WIDEST = 10
+"""Such distances that scores which are equal by way of others may lie apart."""
 ENCODER_TEXTS = 64
 """Item texts on which the item encoder's graph is compared."""
 
@@ -103,12 +106,12 @@ def metric_loss(expected: NDArray[np.float64], found: NDArray[np.float64]) -> di
 
     Returns:
         ndcg and ndcg_torch; and least_loss, the share of torch's that is lost at least: the lower end of a 95 %
-        interval of the paired differences, 0 where none is shown. NaN without a query.
+        interval of the paired differences (Student's t), 0 where none is shown, as by a single query. NaN without one.
     """
     if not len(expected):
         return {"ndcg": np.nan, "ndcg_torch": np.nan, "least_loss": np.nan}
     lost = expected - found
-    low = float(lost.mean() - 1.96 * lost.std() / np.sqrt(len(lost)))
+    low = float(lost.mean() - _half_width(lost.var(ddof=1) / len(lost), len(lost))) if len(lost) > 1 else 0.0
     whole = float(expected.mean())
     least = max(0.0, low) / whole if whole else 0.0
     return {"ndcg": float(found.mean()), "ndcg_torch": whole, "least_loss": least}
@@ -121,7 +124,8 @@ def auc_loss(
 
     Returns:
         auc and auc_torch; and least_loss, the share of torch's that is lost at least: the lower end of a 95 % interval
-        of the paired difference (DeLong et al. 1988), 0 where none is shown. Empty with labels of one kind only.
+        of the paired difference (DeLong et al. 1988; Student's t by the label with fewer rows), 0 where none is shown,
+        as where a label has a single row. Empty with labels of one kind only.
     """
     liked = labels > 0
     if liked.all() or not liked.any():
@@ -129,10 +133,16 @@ def auc_loss(
     # Of each row, the share of the rows with the other label that stand on the right side of it.
     lost = _right_sides(liked, expected) - _right_sides(liked, found)
     parts = lost[liked], lost[~liked]
-    deviation = np.sqrt(sum(own.var(ddof=1) / len(own) if len(own) > 1 else 0.0 for own in parts))
-    whole = auc(liked, expected)
-    least = max(0.0, float(parts[0].mean() - 1.96 * deviation))
+    fewest, whole, least = min(map(len, parts)), auc(liked, expected), 0.0
+    if fewest > 1:
+        variance = sum(float(own.var(ddof=1)) / len(own) for own in parts)
+        least = max(0.0, float(parts[0].mean() - _half_width(variance, fewest)))
     return {"auc": auc(liked, found), "auc_torch": whole, "least_loss": least / whole if whole else 0.0}
+
+
+def _half_width(variance: float, rows: int) -> float:
+    """Half a 95 % interval of a mean of that variance over two rows or more; of few 1.96 would be too little."""
+    return float(stdtrit(rows - 1, 0.975) * np.sqrt(variance))
 
 
 def _right_sides(liked: NDArray[np.bool_], scores: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -219,11 +229,21 @@ def _both_levels(left: NDArray[np.float32], right: NDArray[np.float32]) -> tuple
 
 
 def _levels(scores: NDArray[np.float32], step: float) -> NDArray[np.int64]:
-    """The place of each score among the distinct ones, int64[scores]; neighbours within `step` are one level."""
+    """The place of each score among the distinct ones, int64[scores]; neighbours within `step` are one level.
+
+    Where they string together more than `WIDEST` steps, as many scores close by each other do, a level is a cell of a
+    grid so wide: else all of them were one, and any order of them right.
+    """
     order = np.argsort(scores, kind="stable")
     levels = np.zeros(len(scores), dtype=np.int64)
+    ordered = scores[order].astype(np.float64)
     with np.errstate(invalid="ignore"):  # −∞ beside −∞
-        levels[order[1:]] = np.cumsum(np.diff(scores[order]) > step)
+        apart = np.diff(ordered) > step
+        ends = np.flatnonzero(np.append(apart, True))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        wide = np.repeat(ordered[ends] - ordered[starts] > WIDEST * step, ends - starts + 1)
+        cells = np.diff(np.floor(ordered / (WIDEST * step))) > 0
+    levels[order[1:]] = np.cumsum(apart | (cells & wide[1:]))
     return levels
 
 

@@ -109,7 +109,16 @@ class WholeCatalogue:
         targets = self._targets(examples, seen)
         few = few_events(self.task.item_counts, self.run.neighbours)
         return fit_new_items(
-            fusion, scores, as_new, targets, *counts, seen, few=few, settings=self.run.fusion, seed=self.run.seed
+            fusion,
+            scores,
+            as_new,
+            targets,
+            *counts,
+            seen,
+            few=few,
+            users=user_codes(examples),
+            settings=self.run.fusion,
+            seed=self.run.seed,
         )
 
     def fuse(self, fusion: Fusion, scores: Mapping[str, Scores], examples: Sequence[Example]) -> Scores:

@@ -31,7 +31,6 @@ from recllm.recipes import find_recipe
 from recllm.relevance import RelevanceModel, RelevanceScorer
 from recllm.runs import Run
 from recllm.sessions import INTEGERS, check_integer_products
-from recllm.splits import like_threshold
 from recllm.tasks import Task
 from recllm.turning import turned
 from recllm.weightonly import Feeds
@@ -178,7 +177,7 @@ def _export(
     settings = RankerSettings(
         scorer.model.max_tokens,
         scorer.prompt.prompt.max_history,
-        like_threshold(task.split.train, run.data.like_at),
+        task.liked_from(run.data.like_at),
         scorer.calibrated,
         scorer.model.soft_from,
         scorer.prompt.prompt.history_stride,

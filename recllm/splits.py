@@ -92,7 +92,9 @@ def temporal(
     if min(fractions) <= 0 or abs(sum(fractions) - 1.0) > 1e-6:
         raise RecllmError(f"fractions are {fractions}; three positive numbers that add up to 1 are expected.")
     times = interactions.frame["timestamp"].sort()
-    first, second = (times[int(len(times) * share)] for share in (fractions[0], fractions[0] + fractions[1]))
+    # Rounded, for .7 + .1 is less than .8.
+    shares = (fractions[0], fractions[0] + fractions[1])
+    first, second = (times[min(int(round(len(times) * share, 6)), len(times) - 1)] for share in shares)
     if not times[0] < first < second:
         raise RecllmError(
             f"{len(times):,} events cannot be cut into the shares {fractions}: too many share one second, or they "

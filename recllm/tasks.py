@@ -18,7 +18,7 @@ from recllm.files import written
 from recllm.given import given_fingerprint, given_split
 from recllm.ranking import ItemIndex
 from recllm.runs import DataSettings, Run
-from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, sampled, temporal
+from recllm.splits import Example, Split, check_no_leak, cold_items, leave_last_out, like_threshold, sampled, temporal
 
 LEARNT, LEARNT_BEFORE = "learnt.parquet", "learnt-before.parquet"
 """In a run's folder: the pairs of user and item that it has learnt with all that it started from, and those alone."""
@@ -52,6 +52,14 @@ class Task:
     def warm(self) -> NDArray[np.bool_]:
         """Items with training events, bool[items]."""
         return self.item_counts > 0
+
+    def liked_from(self, like_at: float) -> float:
+        """The rating from which an event counts as liked, by the scale that labelled the rows of the split.
+
+        That is the scale of the whole log: what is left to learn from may have one of its ends only.
+        """
+        given = self.split.name == "given"  # whose histories have a scale of their own
+        return like_threshold(self.split.train if given else self.dataset.interactions, like_at)
 
     def sequences(self) -> list[NDArray[np.int64]]:
         """Item rows of every training user, oldest first."""

@@ -170,17 +170,21 @@ def fit_ranking(
         return {name: found[name] for name in fusions}  # in their order: of a tie the earlier is taken
 
     every = made(np.ones(len(sample), dtype=bool))
-    others = choosing[~np.isin(users[choosing], users[sample])]  # nothing was fitted on these
+    others = choosing[~np.isin(users[choosing], users[sample])]  # no weight was fitted on these
     measured = {name: [found] for name, found in figures_of(every, others).items()}
-    known = np.unique(users[sample], return_inverse=True)[1]
-    folds = known % min(FOLDS, known.max() + 1)
-    for fold in np.unique(folds):
-        inside = folds == fold
+    for inside in user_parts(users[sample]):
         fitted = every if inside.all() else made(~inside)
         for name, found in figures_of(fitted, choosing[np.isin(users[choosing], users[sample[inside]])]).items():
             measured[name].append(found)
     outside = {name: float(np.concatenate(found).mean()) for name, found in measured.items()}
     return _best(every, outside, lambda fusion: float(figures({"": fusion}, choosing)[""].mean()))
+
+
+def user_parts(users: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
+    """Up to `FOLDS` parts of some rows by their users' numbers, bool[rows] each; one part where there is one user."""
+    known = np.unique(users, return_inverse=True)[1]
+    folds = known % min(FOLDS, known.max() + 1)
+    return [folds == fold for fold in np.unique(folds)]
 
 
 def _sampled(

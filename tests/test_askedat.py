@@ -48,7 +48,7 @@ def test_counts_as_of_moments_are_those_counted_one_by_one(weights):
 
 
 def test_what_comes_after_the_logs_end_counts_for_later_moments_only():
-    rows = [(0, float(day)) for day in range(1000, 1500)] + [(1, 1600.0), (1, 1700.0)]
+    rows = [(0, 1000.0 + day / 2) for day in range(1000)] + [(1, 1600.0), (1, 1700.0)]
     counts = FadingCounts.fit(*made(rows), 2, 10.0)
     assert counts.end == 1600 * DAY
     found = counts.at((np.array([1499.5, 1600, 1600.5, 1700, 1700.5]) * DAY).astype(np.int64))[:, 1]
@@ -59,7 +59,12 @@ def test_times_long_before_1970_are_times():
     rows = [(0, -500_000.0), (1, -499_999.0)]
     with np.errstate(all="raise", under="ignore"):
         counts = FadingCounts.fit(*made(rows), 2, 1.0)
-        assert counts.now() == pytest.approx([1.0, 1.0], rel=1e-4)  # the log's end is the first of two
+        assert counts.now() == pytest.approx([0.5, 1.0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("events", "ahead"), [(1, 0), (2, 0), (999, 0), (1000, 1), (3000, 3)])
+def test_the_logs_end_leaves_one_event_of_a_thousand_behind_and_none_of_fewer(events, ahead):
+    assert log_end(pl.Series(range(events))) == events - 1 - ahead
 
 
 def test_moments_are_answered_in_the_order_asked_and_alike_in_any_company():

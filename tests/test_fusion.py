@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.optimize import check_grad
+from scipy.stats import rankdata
 
 from recllm import fitting
 from recllm.data import Query
@@ -220,8 +221,28 @@ def test_every_kind_is_measured_as_it_then_ranks():
 def test_ranks_and_points_by_hand():
     scores = np.array([[3.0, NAN, 1.0, 3.0]], dtype=np.float32)
     places = fitting.places_of(scores)
-    assert fitting.reciprocal_ranks(scores, places)[0] == pytest.approx([1 / 61, 0.0, 1 / 63, 1 / 62])
-    assert fitting.borda_points(scores, places)[0] == pytest.approx([1.0, 0.0, 0.98, 0.99])
+    assert places.tolist() == [[1.5, 4.0, 3.0, 1.5]]
+    assert fitting.reciprocal_ranks(scores, places)[0] == pytest.approx([1 / 61.5, 0.0, 1 / 63, 1 / 61.5])
+    assert fitting.borda_points(scores, places)[0] == pytest.approx([0.995, 0.0, 0.98, 0.995])
+
+
+def test_places_are_mean_ranks_and_take_no_order_of_columns_for_evidence():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(4, size=(30, 20)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.1] = NAN
+    worst_last = np.where(np.isnan(scores), np.inf, -scores)
+    assert np.array_equal(fitting.places_of(scores), rankdata(worst_last, axis=1))
+    assert fitting.places_of(np.ones((1, 5), np.float32)).tolist() == [[3.0] * 5]
+
+
+def test_the_plain_sum_knows_nothing_of_how_new_items_were_fitted():
+    scores, _, n_user, n_item = made()
+    plain = Fusion.plain(tuple(scores))
+    new = np.ones((len(scores), 2))
+    fitted = replace(plain, new=new, unseen=-3.0, scales={"b": (1.0, 2.0)}, gates=(0.5,) * len(scores))
+    np.testing.assert_array_equal(
+        fitted.plain_sum().fuse(scores, n_user, n_item)[0], plain.fuse(scores, n_user, n_item)[0]
+    )
 
 
 def test_softplus_and_its_slope_are_exact_also_far_out():

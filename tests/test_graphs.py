@@ -208,6 +208,19 @@ def test_every_kind_of_fusion_is_exported(other, tmp_path):
     agree(found, expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS))
 
 
+@pytest.mark.parametrize("standardise", ["reciprocal rank", "borda"])
+def test_equal_scores_have_equal_ranks_whichever_side_they_stand_on(standardise, tmp_path):
+    """Known items stand before new ones in a graph, and in the catalogue as it comes."""
+    new = np.array([[0.5, 0.1], [2.0, 0.0], [1.0, 0.0]])
+    given = replace(fusion(3), new=new, few=5, standardise=standardise)
+    feeds, (n_user, _) = vectors(3), counts(3)
+    n_item = np.where(np.arange(ITEMS) % 3 == 0, 0, 40)
+    feeds["a_queries"][:], feeds["a_items"][:] = 0.0, 0.0
+    feeds["a_queries"][:, 0], feeds["a_items"][:, 0] = 1.0, np.arange(ITEMS) // 4
+    wanted = expected(given, feeds, n_user, n_item, NONE_SEEN, ITEMS)
+    agree(run(tmp_path, given, feeds, n_user, n_item, NONE_SEEN, ITEMS), wanted)
+
+
 @pytest.mark.parametrize("n_item", [0, 50], ids=["all new", "none new"])
 def test_one_side_may_be_empty(n_item, tmp_path):
     given = replace(fusion(2, even=True), new=np.random.default_rng(2).normal(size=(3, 2)))

@@ -69,8 +69,8 @@ def test_new_items_are_fitted_beside_what_the_plain_sum_ranks_highest(monkeypatc
     assert columns.shape == (30, 41)
     assert not (columns == 7).any()
     assert (stands_for[:, 21:] > 0).all()  # 20 of 58 for themselves, 20 for what is left
-    [given] = losses
-    assert given is stands_for
+    assert np.array_equal(losses[0], stands_for)
+    assert [len(own) for own in losses[1:]] == [24] * 5  # what they are measured on made none of them
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -267,6 +267,30 @@ def test_new_items_may_cost_what_the_settings_say(today):
     # Second in place of first is .631 in place of 1: of these targets' NDCG .0015 or .0037 are lost, .002 allowed.
     assert paid(0.004, today=today)
     assert not paid(0.010, today=today)
+
+
+def test_an_empty_place_of_a_list_shows_no_new_item():
+    scores = np.array([[3.0, NAN, NAN, 2.0, 1.0]], np.float32)
+    new = np.array([[True, False, False, False, False]])
+    barred = np.array([[True, False, False, False, False]])
+    queries = _Queries({}, np.array([4]), np.array([1]), np.ones(5, int), barred, new)
+    assert queries.share_of_new(scores) == 0.0
+    assert replace(queries, barred=np.zeros_like(barred)).share_of_new(scores) == pytest.approx(1 / 3)
+    assert queries.share_of_new(np.full_like(scores, NAN)) == 0.0
+
+
+def test_fitted_weights_are_measured_on_queries_that_made_none_of_them():
+    """Six scorers that say nothing, on few rows: what is fitted to them is no better than by chance."""
+    found = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        names, rows = tuple("abcdef"), 30
+        scores = {name: rng.normal(size=(rows, 100)).astype(np.float32) for name in names}
+        targets, n_item, seen = rng.integers(100, size=rows), np.full(100, 9), np.zeros((rows, 100), dtype=bool)
+        before, settings = Fusion.plain(names), QUICK.model_copy(update={"new_cost": 1.0, "l2": 0.0})
+        given = (before, scores, scores, targets, np.full(rows, 9), n_item, seen)
+        found.append(fit_new_items(*given, settings=settings, seed=seed).candidates_new["fitted"])
+    assert np.mean(found) == pytest.approx(0.045, abs=0.025)  # ten of a hundred places; in sample it is .1 and more
 
 
 def test_what_new_items_cost_is_measured_against_lists_without_them():

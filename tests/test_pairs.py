@@ -213,14 +213,55 @@ def test_the_last_free_item_is_found(rated):
     assert found == {rated.index.ids[0]}
 
 
-def test_a_measured_negative_is_nowhere_in_the_users_data(rated):
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_a_measured_negative_is_nowhere_in_what_the_user_has_by_then(rated, part):
     split, whole = rated.split, rated.dataset.interactions.histories()
+    known = {row.query.user_id: {*row.query.history, row.item_id} for row in split.valid}
+    known |= {user: set(query.history) for user, query in whole.items()} if part == "test" else {}
     liked = {part: [replace(row, label=1.0) for row in getattr(split, part)] for part in ("valid", "test")}
     task = replace(rated, split=replace(split, **liked))
     for seed in range(5):
-        rows = labelled_rows(task, "valid", seed)
+        rows = labelled_rows(task, part, seed)
         assert [row.label for row in rows] == [1.0, 0.0] * (len(rows) // 2)
-        assert not [row for row in rows[1::2] if row.item_id in whole[row.query.user_id].history]
+        assert not [row for row in rows[1::2] if row.item_id in known[row.query.user_id]]
+
+
+def test_validation_negatives_know_nothing_of_test(bare):
+    """What is chosen on them would else be chosen by who is asked for later."""
+    user = bare.split.valid[0].query.user_id
+    tests = [replace(row, item_id=None) if row.query.user_id == user else row for row in bare.split.test]
+    place = next(place for place, row in enumerate(tests) if row.item_id is None)
+    items = [item for item in bare.index.ids if item not in {*tests[place].query.history}]
+
+    def negatives(item):
+        tests[place] = replace(tests[place], item_id=item)
+        asked = bare.split.test[place].item_id
+        events = bare.dataset.interactions.frame.with_columns(
+            item_id=pl.when((pl.col("user_id") == user) & (pl.col("item_id") == asked))
+            .then(pl.lit(item))
+            .otherwise("item_id")
+        )
+        dataset = replace(bare.dataset, interactions=Interactions(events))
+        task = replace(bare, dataset=dataset, split=replace(bare.split, test=list(tests)))
+        return [labelled_rows(task, "valid", seed)[1].item_id for seed in range(150)]
+
+    first = negatives(items[0])
+    assert first == negatives(items[1])
+    assert set(first) == set(items)
+
+
+def test_liked_is_by_the_scale_of_the_whole_log(rated_checkerboard):
+    """What is left to learn from may have zeros and ones only, where test has fives: the labels of the split know."""
+    frame = rated_checkerboard.interactions.frame.with_columns(rating=pl.lit(1.0, pl.Float32))
+    last = pl.col("seq") == pl.col("seq").max().over("user_id")
+    frame = frame.with_columns(rating=pl.when(last).then(5.0).otherwise("rating").cast(pl.Float32))
+    task = task_of(replace(rated_checkerboard, interactions=Interactions(frame)))
+    assert task.split.train.frame["rating"].unique().to_list() == [1.0]
+    assert {row.label for row in task.split.valid} == {0.0}
+    assert task.liked_from(4.0) == 4.0
+    assert {row.label for row in rows_of(task)} == {0.0}
+    given = replace(task, split=replace(task.split, name="given"))
+    assert given.liked_from(4.0) == 1.0  # its histories have a scale of their own
 
 
 def test_training_negatives_know_nothing_of_what_is_measured(bare):

@@ -246,6 +246,8 @@ def test_cold_item_in_train_or_history_is_found():
 def test_the_shares_of_a_temporal_split_are_those_asked_for():
     split = temporal(made([("a", f"i{n}", None, n) for n in range(100)]), (0.5, 0.4, 0.1))
     assert split.cuts == (50, 90)
+    ten = temporal(made([("a", f"i{n}", None, n) for n in range(10)]), (0.7, 0.1, 0.2))
+    assert ten.cuts == (7, 8)  # though .7 + .1 is less than .8
 
 
 def by_user(rows):
