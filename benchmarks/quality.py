@@ -2,7 +2,8 @@
 
 Trains the scorers of a run for every seed, tunes the classical references as hard on the same validation rows, prints
 one table with 95 % intervals (paired bootstrap over users) and ends with one line of JSON that has the bars. What was
-measured is kept in benchmarks/results/, from which the tables of the README files are made (benchmarks/tables.py).
+measured is kept in benchmarks/results/, from which benchmarks/tables.py makes the tables of README.md and
+docs/quality.md.
 """
 
 import argparse

@@ -46,7 +46,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     """Read the manifest and check that every file is there, whole and nothing else.
 
     Raises:
-        RecllmError: not a bundle, a bundle of a newer format, or a file that is missing, added or damaged.
+        RecllmError: not a bundle, a bundle of another format, or a file that is missing, added or damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():

@@ -247,7 +247,7 @@ def export(
         bool, typer.Option("--overwrite", help="Replace bundles that items were added to; they lose these.")
     ] = False,
 ) -> None:
-    """Write one ONNX bundle per recipe, each compared with torch before it is kept."""
+    """Write one ONNX bundle per recipe, each compared with torch before it is kept; exits with 1 where none is."""
     from recllm import commands
 
     raise typer.Exit(commands.export_folder(folder, recipe or [], overwrite=overwrite))
@@ -466,11 +466,11 @@ def quickstart(
 
 
 @app.command(
-    epilog=example("recllm bench quality", "recllm bench speed -- --help"),
+    epilog=example("recllm bench quality -- --quick", "recllm bench speed -- --help"),
     context_settings={"ignore_unknown_options": True},
 )
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A file of benchmarks/.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="quality, speed, batch or train.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Passed on.")] = None,
 ) -> None:
     """Run a benchmark of the checkout; it ends with one line of JSON."""

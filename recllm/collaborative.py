@@ -15,7 +15,7 @@ from recllm.errors import RecllmError
 from recllm.expectation import ExpectedPopularity
 from recllm.fading import fade, faded_popularity, judges, ranks
 from recllm.files import write_json
-from recllm.itemitem import EASE, ItemItem, Transitions
+from recllm.itemitem import EASE, MOST_ITEMS, ItemItem, Transitions, has_room
 from recllm.likelihood import Likelihood, first_token
 from recllm.likeness import LIKENESS, LikenessRidge
 from recllm.lm import BaseModel, item_vectors, load_base, model_folder, positions_of, scoring_device
@@ -28,6 +28,7 @@ from recllm.progress import Progress
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer
+from recllm.ratedneighbours import MOST_ITEMS as MOST_RATED
 from recllm.runs import Run
 from recllm.splits import liked_part
 from recllm.tasks import Task
@@ -93,7 +94,7 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
         "mf": turned(ImplicitMF.fit(positives, run.cf, seed=run.seed), run)
     }
     _say_what_is_left_out(run, task, say)
-    if len(task.index) <= run.ease.max_items:
+    if has_room(len(task.index), run.ease.max_items):
         fading["ease"] = EASE.fit(positives, regularization=run.ease.regularization)
     fading["text"] = _text_similarity(task, vectors, None)
     if run.model.task == "next_item":
@@ -102,7 +103,7 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
         asked = partial(liked_part, threshold=task.liked_from(run.data.like_at))
         figure = judges(run, labelled_rows(task, "valid", run.seed), asked)
     figures = {name: fade(run, scorer, figure) for name, scorer in fading.items()}
-    if run.model.task == "next_item" and len(task.index) <= run.transitions.max_items:
+    if run.model.task == "next_item" and has_room(len(task.index), run.transitions.max_items):
         fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
     popularity, figures["popularity"] = faded_popularity(run, task)
     for scorer in (popularity, *fading.values()):
@@ -140,7 +141,12 @@ def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
         limits |= {"neighbours": run.neighbours.max_items} if told else {}
     for name, most in limits.items():
         if 0 < most < len(task.index):
-            say(f"Left out: '{name}', for {len(task.index):,} items are more than {name}.max_items = {most:,}")
+            others = ", and all else that tells new items by those like them," if name == "neighbours" else ","
+            say(f"Left out: '{name}'{others} for {len(task.index):,} items are more than {name}.max_items = {most:,}")
+        elif name != "neighbours" and MOST_ITEMS < len(task.index) <= most:
+            say(f"Left out: '{name}', for {len(task.index):,} items are more than the {MOST_ITEMS:,} of its matrix")
+    if run.model.task == "relevance" and task.split.train.frame["rating"].count() and len(task.index) > MOST_RATED:
+        say(f"Left out: 'rated_neighbours', for {len(task.index):,} items are more than {MOST_RATED:,}")
 
 
 def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transitions, dict[float | None, float]]:

@@ -28,7 +28,8 @@ class EaseSettings(Settings):
     regularization: float = Field(default=200.0, gt=0)
     """λ of the ridge term."""
     max_items: int = Field(default=5000, ge=0)
-    """Left out for larger catalogues (its matrix is items × items, and part of the bundle); 0 leaves it out always."""
+    """Left out for larger catalogues (its matrix is items × items, and part of the bundle), always above 20,000;
+    0 leaves it out always."""
 
 
 class TransitionSettings(Settings):
@@ -42,6 +43,11 @@ class TransitionSettings(Settings):
     """How many of the last items count while fitting; when scoring, what has faded counts little anyhow."""
     max_items: int = Field(default=5000, ge=0)
     """As of `[ease]`."""
+
+
+def has_room(items: int, limit: int) -> bool:
+    """Whether an item-item model of so many items is asked for, and can be."""
+    return items <= min(limit, MOST_ITEMS)
 
 
 class ItemItem:

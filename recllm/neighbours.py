@@ -34,7 +34,9 @@ class NeighbourSettings(Settings):
     neighbours: int = Field(default=10, ge=0)
     """From how many; 0 leaves the scorer out."""
     max_items: int = Field(default=20_000, ge=0)
-    """Left out for larger catalogues: every item is compared with every other one."""
+    """In larger catalogues new items are told nothing by the items like them, for every item is compared with every
+    other one: the scorers `neighbours` and `expected_popularity`, `regression` and `few_share` are off, and a new item
+    is ranked by its own text."""
     few_share: float = Field(default=0.5, ge=0, lt=1)
     """An item with less than this share of the usual number of events (the median over items that have any) is new
     still, up to `MOST_FEW` events: they say less than its neighbours do. 0: it is known from its first event on."""

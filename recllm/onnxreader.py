@@ -46,6 +46,8 @@ class OnnxReader:
         max_tokens: the longest prompt.
         tokens_at_once: as many as keep the device busy; more would only take memory.
         soft_from: the token of the catalogue's first item; None where items have none.
+        causal: whether the model looks back only; all that are exported do.
+        shares: whether candidates can go on from a history's keys and values; likewise.
     """
 
     prefix: Any

@@ -126,8 +126,8 @@ class Plan:
 def plan_run(run: Run, say: Say) -> Plan:
     """Measure what training a run will take, without writing anything into its folder.
 
-    Examples, tokens and steps are exact. Memory and time are measured on a few steps, of batches from the longest to
-    short ones. Item vectors and factors are drawn at random in their right shapes: they would take minutes, and
+    Examples, tokens and steps are exact. Memory and time are measured on a few steps, of batches from short ones to
+    the longest. Item vectors and factors are drawn at random in their right shapes: they would take minutes, and
     change no cost.
 
     Raises:

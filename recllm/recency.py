@@ -27,7 +27,7 @@ class RecencySettings(Settings):
     as_of: bool = True
     """Whether popularity that fades counts only what was before a row is asked: at its own event's time, or where the
     data are cut in time at the cut. A bundle and the rows of a given split are asked at the end of the training events
-    (where all but one of a thousand are over), and with false all rows are."""
+    (where all but one of a thousand are over), and with false all rows are (next_item)."""
     drift: int = Field(32, ge=0)
     """Into how many stretches, each with as many events, the training time is cut for the sequence models, which learn
     what people turn to in each (next_item); 0, an event without a timestamp, or one time for all leaves time out."""

@@ -198,7 +198,7 @@ class ModelSettings(Settings):
     layers: int | None = Field(default=None, ge=1)
     """Keep the first so many layers of the language model; all when not given."""
     history: Literal["items", "text"] = "items"
-    """One token per item, or the item's words."""
+    """One token per item, or the item's words (next_item)."""
     max_history: int = Field(default=50, ge=1)
     """How many of the last items are read; where pairs are judged at most as many as the prompt says (30)."""
     history_stride: int | None = Field(default=None, ge=1)
@@ -211,7 +211,7 @@ class ModelSettings(Settings):
     negatives: int = Field(default=0, ge=0)
     """Items that are drawn in a step and stand for all others in the softmax; 0 takes all (next_item)."""
     heads_from_light: bool = True
-    """Start from the light scorer's item vectors, where there is one and `head_width` is its width."""
+    """Start from the light scorer's item vectors, where there is one and `head_width` is its width (next_item)."""
     learnt_width: int = Field(default=0, ge=0)
     """Width of a vector of its own that the light scorer and the language model learn of each item with events, beside
     its text vector and factors; 0 for none (next_item)."""
@@ -250,7 +250,7 @@ class LightSettings(Settings):
     factor_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of items that lose their factors in a step, so that cold items work."""
     negatives: int = Field(default=0, ge=0)
-    """Items that are drawn in a step and stand for all others in the softmax; 0 takes all."""
+    """Items that are drawn in a step and stand for all others in the softmax; 0 takes all (next_item)."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -280,7 +280,12 @@ class LightSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """`[train]`: the language model's training; every other key is one of Trainer's own (TrainingArguments)."""
+    """`[train]`: the language model's training; every other key is one of Trainer's own (TrainingArguments).
+
+    Where ours differ by default: a cosine schedule behind `warmup_steps` of 5 % of the steps; ten validations in a
+    training (`eval_steps`), each of them a checkpoint, of which the best by `metric_for_best_model` is kept in the end
+    and the last two until then (`save_total_limit`); 32 rows validated at once; the loss is noted every 10 steps.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -295,7 +300,7 @@ class TrainSettings(Settings):
     per_device_train_batch_size: int = Field(default=16, ge=1)
     """Histories in a step on one device."""
     recent_windows: bool = False
-    """Train on the last window of every user only."""
+    """Train on the last window of every user only (next_item)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Also of the light sequence scorer; `auto` takes bf16 where the machine multiplies it fast, else fp32."""
     early_stopping_patience: int | None = Field(default=None, ge=1)

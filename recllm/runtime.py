@@ -1,4 +1,4 @@
-"""Recommend from a bundle with ONNX Runtime and numpy alone: `recllm.load(folder).recommend(histories, k=10)`."""
+"""Recommend from a bundle with ONNX Runtime, without torch: `recllm.load(folder).recommend(histories, k=10)`."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized

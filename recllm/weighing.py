@@ -54,24 +54,26 @@ class FusionSettings(Settings):
     measured on rows that it was not fitted on; with "best single" among the kinds no scorer alone is better than the
     fusion on the rows that choose, but for what weights of new items may cost known ones (`new_cost`)."""
     queries: int = Field(5000, ge=1)
-    """The most validation queries to fit on."""
+    """The most validation queries to fit on (next_item)."""
     choosing: int = Field(5000, ge=1)
-    """The most validation queries to choose on."""
+    """The most validation queries to choose on (next_item)."""
     negatives: int = Field(200, ge=1)
     """The most candidates beside each target: half of them those that the plain sum ranks highest (for new items'
     weights the known items' fusion, with a weight of 1 for new ones), the others sampled, each standing for its share
-    of the rest."""
+    of the rest (next_item)."""
     l2: float | None = Field(None, ge=0)
     """Pull of the weights towards the plain sum beside the mean loss over rows; left out: 2 over the number of rows, so
     that it counts less the more rows there are, and 0.001 where pairs are judged."""
     new_queries: int = Field(2000, ge=1)
-    """The most validation queries, beside `queries`, to fit the weights of items without events on."""
+    """The most validation queries to fit the weights of items without events on; never more than `queries`, and fewer
+    where their scores would not fit into memory (next_item)."""
     new_share: float = Field(0.3, ge=0, lt=1)
-    """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out."""
+    """Share of items that are taken for new while the weights of items without events are fitted; 0 leaves it out
+    (next_item)."""
     new_cost: float = Field(0.002, ge=0, le=1)
     """The share of NDCG@10 on validation that new items may cost by standing among known ones, in whose lists they are
     then no more often than any item; 1 places them by the fit alone, as if tomorrow's items were as much in demand as
-    today's."""
+    today's (next_item)."""
     pairwise: float = Field(0.5, ge=0)
     """Weight of the loss over one user's liked and disliked rows beside that over all rows (labelled pairs)."""
     drop: float | None = Field(None, ge=0, lt=1)

@@ -297,14 +297,14 @@ def test_ratings_are_brought_to_one_scale_and_those_of_kinds_are_on_it(tmp_path)
     assert joined_one(tmp_path, log, keys)["rating"].to_list() == [1.0, 5.0, 4.0, 3.0]
 
 
-@pytest.mark.parametrize("rule", ["first", "last"])
-def test_events_of_several_kinds_are_no_duplicates_of_each_other(tmp_path, rule):
+def test_events_of_several_kinds_are_no_duplicates_of_each_other(tmp_path):
     log = "user_id,item_id,kind,timestamp\nu,1,like,1\nu,1,buy,2\nu,1,view,3\n"
-    keys = f'duplicates = "{rule}"\nevent = "kind"\n' + (
-        "events = { view = {}, buy = { weight = 4 }, like = { rating = 5 } }"
-    )
+    keys = 'event = "kind"\nevents = { view = {}, buy = { weight = 4 }, like = { rating = 5 } }'
     frame = joined_one(tmp_path, log, keys)
     assert frame.select("timestamp", "event_weight", "rating").rows() == [(3, 4.0, 5.0)]
+    for rule in ("first", "last"):
+        with pytest.raises(RecllmError, match="duplicates is for a source without event"):
+            joined_one(tmp_path, log, f'duplicates = "{rule}"\n{keys}')
 
 
 @pytest.mark.parametrize("number", [int, float])  # a missing one in its column makes a float of it

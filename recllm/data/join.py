@@ -65,12 +65,14 @@ class Source(Settings):
     """Seconds that are added to its time stamps."""
     duplicates: Duplicates = "keep"
     """Which of several events of one user with one item goes on to the join's own rule: the first in this source, the
-    last, or all of them; with `event` it is always all, for they may be of different kinds."""
+    last, or all of them; with `event` all, for they may be of different kinds."""
 
     @model_validator(mode="after")
     def _agrees(self) -> "Source":
         if bool(self.event) != bool(self.events):
             raise ValueError("event names a column and events says what its kinds are worth: give both or none")
+        if self.event and self.duplicates != "keep":
+            raise ValueError("duplicates is for a source without event: of several kinds of events all go on")
         if self.rating_scale is not None and self.rating_scale[0] >= self.rating_scale[1]:
             raise ValueError("rating_scale is the lowest, then the highest rating")
         if not self.data and not self.interactions:
@@ -186,7 +188,7 @@ def _read(source: Source) -> Dataset:
             items=source.items,
             columns=source.columns,
             item_columns=source.item_columns,
-            duplicates="keep" if source.event else source.duplicates,
+            duplicates=source.duplicates,
             extra=() if source.event is None else (source.event,),
             items_beside=bool(source.data),  # beside a log may lie the items of another source
         )
