@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from recllm.bundle import MANIFEST
 from recllm.data import Query
-from recllm.errors import RecllmError
+from recllm.errors import RecllmError, out_of_memory
 from recllm.files import sha256_of
 from recllm.parts import Counts, Parts, is_ours, sweep
 from recllm.process import FORKS
@@ -396,18 +396,12 @@ def _answered(answer: Answer, rows: Sequence[QueryRow]) -> Answers:
     try:
         return answer(rows)
     except Exception as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
     if len(rows) == 1:
         raise RecllmError(f"Memory does not suffice for line {rows[0].line} alone. Free some, or shorten its history.")
     half = len(rows) // 2
     return Answers.joined([_answered(answer, rows[:half]), _answered(answer, rows[half:])])
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether numpy, ONNX Runtime or a GPU's runtime could not have the memory that they asked for."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "failed to allocate memory" in text
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -202,7 +202,8 @@ def launch_training(
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "recllm.train", str(path)]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--resume"] * resume + ["--overwrite"] * overwrite
-    return run_child(command)
+    # Of a profile with several processes accelerate reads no `use_cpu`.
+    return run_child(command, {"ACCELERATE_USE_CPU": "true"} if str(PROFILES / "cpu.yaml") in flags else {})
 
 
 def profile_flags(name: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Where training runs: the processes that train together, the CPU or an accelerator, and the precision that is fast."""
 
+import gc
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,6 +19,18 @@ PATIENCE = timedelta(days=7)
 def on_cpu() -> bool:
     """Whether training runs on the CPU: accelerate is told so, or there is no accelerator."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def on_gpu() -> bool:
+    """Whether models run on a GPU, in training and outside of it: there is one, and nobody said to keep off it."""
+    return torch.cuda.is_available() and not on_cpu()
+
+
+def free_memory() -> None:
+    """Give back what nothing holds any more; on a GPU to the driver."""
+    gc.collect()
+    if on_gpu():
+        torch.cuda.empty_cache()
 
 
 def process_state() -> PartialState:
@@ -45,7 +58,7 @@ def sharded() -> bool:
 
 def fast_bf16() -> bool:
     """Whether this machine multiplies bf16 in hardware (AMX or AVX-512 BF16); without it a CPU is slower in bf16."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 

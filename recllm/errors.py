@@ -43,6 +43,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         ) from None
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether numpy, torch, ONNX Runtime or a GPU's driver and libraries could not have the memory they asked for."""
+    text = str(error).lower()
+    told = ("out of memory", "failed to allocate memory", "alloc_failed", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(words in text for words in told)
+
+
 def place_error(error: Exception) -> str:
     """What to tell of an error that a place on the disk has and no bug; empty for any other.
 

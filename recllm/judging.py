@@ -437,8 +437,10 @@ def auc_metric(prediction: EvalPrediction) -> dict[str, float]:
     return {"auc": auc(labels[labels != IGNORED], logits[labels != IGNORED])}
 
 
-def load_relevance(run: Run, task: Task, *, bf16: bool | None = None) -> RelevanceScorer:
+def load_relevance(run: Run, task: Task, *, bf16: bool | None = None, device: str | None = None) -> RelevanceScorer:
     """The trained relevance scorer of a run, its adapter merged; in bf16 where that is fast, unless `bf16` says.
+
+    It is rounded before it goes to the `device` (`scoring_device` by default), which may have no room for all of it.
 
     Content-free calibration is for a model that was not trained: a trained one has learnt its answers' offset, and
     the item's own merit besides, which calibration would take off again.
@@ -452,6 +454,7 @@ def load_relevance(run: Run, task: Task, *, bf16: bool | None = None) -> Relevan
     load_trained(model, folder / "model.safetensors")
     model.body = merge(model.body)
     bake_soft_tokens(model.body)
-    model.eval().to(scoring_device())
-    calibrated = done["trained"] == 0
-    return RelevanceScorer(model, prompt, task.dataset.catalog, calibrated, fast_bf16() if bf16 is None else bf16)
+    calibrated, bf16 = done["trained"] == 0, fast_bf16() if bf16 is None else bf16
+    scorer = RelevanceScorer(model.eval(), prompt, task.dataset.catalog, calibrated, bf16)
+    model.to(device or scoring_device())
+    return scorer

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from recllm.adapters import LOFTQ, AdapterRecipe, attach
+from recllm.devices import on_cpu, on_gpu
 from recllm.errors import RecllmError
 from recllm.fetch import cache_folder, pinned, resolve_model
 from recllm.files import sha256_of, whole_folder
@@ -206,6 +207,8 @@ def load_base(
     config = load_config(folder)
     quantization = None if recipe is None or recipe.quantization is None else BitsAndBytesConfig(**recipe.quantization)
     causal = is_causal(config)
+    # Quantised weights go where they are quantised, by themselves to a GPU.
+    place = {"device_map": {"": "cpu"}} if quantization is not None and torch.cuda.is_available() and on_cpu() else {}
     # A causal model is loaded whole and its body taken: a checkpoint of one names its weights that way.
     kind = AutoModelForCausalLM if causal else AutoModel
     with _quietly():
@@ -214,7 +217,7 @@ def load_base(
             model = kind.from_config(config, dtype=torch.float32)
         else:
             try:
-                model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+                model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization, **place)
             # The last three of weights of another shape than the configuration says, and of damaged .bin files.
             except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
                 reason = str(error).splitlines()[0]
@@ -267,8 +270,8 @@ def _shorten(body: PreTrainedModel, layers: int) -> None:
 
 
 def scoring_device() -> str:
-    """Where a model reads outside of training: the first GPU, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where a model reads outside of training: the first GPU, else the CPU, as training (`on_gpu`)."""
+    return "cuda" if on_gpu() else "cpu"
 
 
 def stream_width(config: PretrainedConfig) -> int:

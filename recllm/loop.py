@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from recllm.adalora import RankBudget, orthogonality
 from recllm.checkpoints import SEAL, WEIGHTS, Seal, SoundBest, damage, load_trained, save_trained, trained_values
-from recllm.devices import on_cpu, process_state, sharded
+from recllm.devices import on_cpu, on_gpu, process_state, sharded, sharding
 from recllm.errors import RecllmError
 from recllm.examples import Examples, WholeBatches, collate_counted
 from recllm.files import written
@@ -300,7 +301,7 @@ class Stage:
             "report_to": "none",
             "run_name": f"{folder.parent.parent.name}-{self.scorer}",
             "remove_unused_columns": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
+            "dataloader_pin_memory": on_gpu(),
             "save_total_limit": 2,
             "load_best_model_at_end": True,
             "metric_for_best_model": self.metric,
@@ -408,9 +409,17 @@ def stage_trainer(
     )
     trainer.remove_callback(PrinterCallback)  # prints a dictionary per log line
     trainer.adapter_learning_rate, trainer.valid_collator = stage.adapter_learning_rate, stage.valid_collator
-    trainer.half = half if sharded() else None
+    trainer.half = half if sharding() == "fsdp" else None
+    if half is not None and sharding().startswith("zero"):
+        round_inside(stage.model, settings.device.type, half)
     trainer.rate, trainer.kept_batches = adjusted.rate, kept
     return trainer
+
+
+def round_inside(model: nn.Module, device: str, half: torch.dtype) -> None:
+    """Put autocast inside of a model's forward pass: on a GPU DeepSpeed's engine switches off what is around it."""
+    forward = MethodType(type(model).forward, model)
+    model.forward = torch.autocast(device, dtype=half)(forward)
 
 
 def _recompute(model: nn.Module, options: dict[str, Any]) -> None:

@@ -93,9 +93,10 @@ class ImplicitMF:
     def fit(
         cls, interactions: Interactions, settings: FactorSettings | None = None, *, seed: int = 0, threads: int = 0
     ) -> Self:
-        """Fit item factors on event counts, on CUDA where implicit has it; `threads` 0 takes every core.
+        """Fit item factors on event counts, on the CPU; `threads` 0 takes every core.
 
-        The factors depend on the seed and not on `threads`: every row is solved by one thread.
+        The factors depend on the seed and not on `threads`: every row is solved by one thread. implicit's solver for
+        CUDA leaves `alpha` out while it fits, and draws by the clock where the seed is 0.
 
         Raises:
             RecllmError: no interactions, or implicit is not installed.
@@ -103,14 +104,12 @@ class ImplicitMF:
         settings = settings or FactorSettings()
         items, user_items = user_items_matrix(interactions)
         als = require("implicit.als", "train", "Fitting matrix factorization")
-        cuda = bool(require("implicit.gpu", "train", "Fitting matrix factorization").HAS_CUDA)
         limits = require("threadpoolctl", "train", "Fitting matrix factorization").threadpool_limits
         with limits(1, "blas"):  # implicit threads over rows itself, and warns when BLAS does so too
             model = als.AlternatingLeastSquares(
-                **settings.model_dump(), random_state=seed, use_gpu=cuda, **({} if cuda else {"num_threads": threads})
+                **settings.model_dump(), random_state=seed, use_gpu=False, num_threads=threads
             )
             model.fit(user_items, show_progress=False)
-        model = model.to_cpu() if cuda else model
         return cls(items, np.asarray(model.item_factors, dtype=np.float32), settings)
 
     def user_factors(self, queries: Sequence[Query]) -> NDArray[np.float32]:

@@ -17,9 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from recllm.checkpoints import trained_values
 from recllm.collaborative import encoder_name
-from recllm.devices import on_cpu
+from recllm.devices import free_memory, on_cpu, on_gpu
 from recllm.distil import planned_windows
-from recllm.errors import RecllmError
+from recllm.errors import RecllmError, out_of_memory
 from recllm.examples import Examples, NextItemCollator, lengths_of
 from recllm.histories import HistoryFormat
 from recllm.idle import idle_lines
@@ -268,7 +268,7 @@ class _Watch(TrainerCallback):
 
 
 def _finish() -> None:
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.synchronize()
 
 
@@ -284,6 +284,9 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
     rows = [row for batch in batches for row in batch * accumulation]
     rounds = min(ROUNDS, max(1, stage.steps // len(batches)))  # of a short training no more than it has steps for
     watch = _Watch(len(batches))
+    free_memory()
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()  # that of the stage before
     kept = trained_values(stage.model)  # as training does, to be able to go back
     with tempfile.TemporaryDirectory() as place:
         off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
@@ -309,7 +312,7 @@ def _try(stage: Stage, batches: Sequence[list[Any]], most: int, accumulation: in
                 f"({rates})."
             ) from None
         except Exception as error:  # the device's libraries raise many kinds
-            if not should_reduce_batch_size(error):
+            if not (should_reduce_batch_size(error) or out_of_memory(error)):
                 raise
             validating = trainer is not None and trainer.validating
             read = int(options["per_device_eval_batch_size"]) if validating else None
@@ -349,7 +352,7 @@ def _some_batches(stage: Stage, most: int) -> tuple[Examples, float]:
 
 def peak_memory() -> int:
     """Peak bytes on the accelerator, or of this process where there is none; 0 where the system does not say."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return int(torch.cuda.max_memory_reserved())
     status = Path("/proc/self/status")
     if not status.is_file():

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from recllm.errors import RecllmError
 
@@ -48,13 +48,15 @@ def set_up() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def run_child(command: Sequence[str]) -> int:
-    """Run a program in this one's place; its exit code, 128 + the signal where one ended it, as a shell says it.
+def run_child(command: Sequence[str], variables: Mapping[str, str] | None = None) -> int:
+    """Run a program in this one's place, with further environment `variables`.
+
+    Its exit code, 128 + the signal where one ended it, as a shell says it.
 
     A scheduler that ends this process tells only this one: without handing the signal on, the child would go on alone,
     and a job that is started again would write into the same folder beside it.
     """
-    with subprocess.Popen(list(command)) as child:
+    with subprocess.Popen(list(command), env={**os.environ, **(variables or {})}) as child:
         kinds = (signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else (signal.SIGTERM,)
         before = {kind: signal.signal(kind, lambda number, _: child.send_signal(number)) for kind in kinds}
         try:

@@ -58,8 +58,7 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
         raise RecllmError(
             f"{run.folder} judges pairs without a language model, and a ranker bundle is one. Name it in model.name."
         )
-    scorer = load_relevance(run, task, bf16=False)  # what is exported is compared in float32
-    scorer.model.cpu()
+    scorer = load_relevance(run, task, bf16=False, device="cpu")  # what is exported is compared in float32
     results = []
     with own_folder(run.folder) as graphs:
         if rounding := [name for name, recipe in recipes.items() if recipe.causal.activations == "int8"]:

@@ -1,6 +1,5 @@
 """Recovery: what training changes by itself to go on, half the learning rate once, or smaller micro-batches."""
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,15 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from recllm.checkpoints import last_checkpoint, trained_values
-from recllm.devices import process_state
-from recllm.errors import RecllmError
+from recllm.devices import free_memory, process_state
+from recllm.errors import RecllmError, out_of_memory
 from recllm.files import read_json, write_json
 from recllm.sharded import put
 from recllm.watching import NonFiniteLossError
@@ -102,7 +100,7 @@ def train_on(
         except NonFiniteLossError as error:
             adjusted = _slower(adjusted, error, kept, scorer, say)
         except Exception as error:  # the device's libraries raise many kinds
-            if not should_reduce_batch_size(error):
+            if not (should_reduce_batch_size(error) or out_of_memory(error)):
                 raise
             if made.validating:
                 adjusted = _smaller_validation(adjusted, made.args.per_device_eval_batch_size, scorer, say)
@@ -113,9 +111,7 @@ def train_on(
             return int(made.state.global_step)
         fsdp = made.is_fsdp_enabled
         del made
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if process_state().is_main_process:
             write_json(note, asdict(adjusted))
         process_state().wait_for_everyone()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from recllm.cascade import Prefix, joined, read_prefix, read_suffixes, shares_prefixes
 from recllm.data import Catalog, Query
@@ -24,7 +25,10 @@ from recllm.sequence import IGNORED
 from recllm.trees import Tree, chains_of, read_trees, reads_trees, tree_of, trees_together
 
 TOKENS_AT_ONCE = 4096, 65536
-"""Tokens that are read at once, on a CPU and on a GPU."""
+"""Tokens that are read at once, on a CPU and at most on a GPU."""
+GPU_BYTES, LOGIT_BYTES, LONG = 8 << 30, 7, 1024
+"""What one layer's attention and all keys and values of such tokens may take on a GPU, bytes that cascade attention
+takes for a logit against a prefix (measured), and the prefix's length that is reckoned with."""
 TREE_TOKENS = 1536
 """Ids of a tree that is only read: its attention grows with their square."""
 NOT_GROWN = tree_of([])
@@ -166,7 +170,7 @@ class TorchReader:
     @property
     def tokens_at_once(self) -> int:
         """As many as keep the device busy; more would only take memory."""
-        return TOKENS_AT_ONCE[self._device.type == "cuda"]
+        return tokens_on_gpu(self.model.body.config) if self._device.type == "cuda" else TOKENS_AT_ONCE[0]
 
     @cached_property
     def shares(self) -> bool:
@@ -212,6 +216,16 @@ class TorchReader:
 
     def _tensor(self, ids: Ids) -> Tensor:
         return torch.from_numpy(ids).to(self._device)
+
+
+def tokens_on_gpu(config: PretrainedConfig) -> int:
+    """Tokens that are read at once on a GPU: as many as keep it busy, fewer of a model with many heads or layers."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = 2 * 4 * config.num_hidden_layers * width * (getattr(config, "num_key_value_heads", None) or heads)
+    least, most = TOKENS_AT_ONCE
+    return max(least, min(most, GPU_BYTES // (LOGIT_BYTES * LONG * heads + kept)))
 
 
 def at_ends(hidden: Tensor, ends: Tensor) -> Tensor:
@@ -347,5 +361,6 @@ def zero_shot_scorer(
         )
     compiled = compile_prompt(prompt, base.tokenizer, like_at)
     model = RelevanceModel(base, base.model, answer_output(base), compiled.answer_ids)
-    model.eval().to(scoring_device())
-    return RelevanceScorer(model, compiled, catalog, bf16=fast_bf16() if bf16 is None else bf16)
+    scorer = RelevanceScorer(model.eval(), compiled, catalog, bf16=fast_bf16() if bf16 is None else bf16)
+    model.to(scoring_device())  # rounded by now: a GPU may have no room for all of it
+    return scorer

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from recllm.collaborative import Collaborative
@@ -15,6 +16,7 @@ from recllm.files import read_json, write_json, written
 from recllm.fusion import Fusion
 from recllm.histories import HistoryFormat
 from recllm.judging import load_light_judge, load_relevance, rating_scorers
+from recllm.lean import round_frozen
 from recllm.lm import LanguageBody, scoring_device
 from recllm.progress import Progress
 from recllm.protocols import EvaluationProtocol, evaluation_protocol
@@ -62,8 +64,10 @@ def _sequence(
     found = load(run, task, parts.features)
     assert found is not None
     model, history = found
-    heavy = isinstance(model.body, LanguageBody)
-    return sequence_scorer(model.to(scoring_device()), history, task, lenders(run, parts), bf16=heavy and fast_bf16())
+    bf16 = isinstance(model.body, LanguageBody) and fast_bf16()
+    if bf16:  # before it goes to a GPU, which may have no room for all of it
+        round_frozen(model.body.requires_grad_(False), torch.bfloat16)
+    return sequence_scorer(model.to(scoring_device()), history, task, lenders(run, parts), bf16=bf16)
 
 
 def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[str, dict[str, Scores]]:

@@ -1,7 +1,11 @@
 """ONNX Runtime's sessions: on exactly the provider that was asked for, or an error with the way out."""
 
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,6 +54,8 @@ def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) ->
             f"The provider '{provider}' is not in this ONNX Runtime (it has {there}). "
             'For cuda install "recllm[gpu]" and remove the package onnxruntime, or ask for the provider cpu.'
         )
+    if provider != "cpu":
+        _load_libraries(ort)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings about unused initialisers say nothing to a user
@@ -82,9 +88,18 @@ def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) ->
         # ONNX Runtime falls back to the CPU without a word when the provider's libraries cannot be loaded.
         raise RecllmError(
             f"ONNX Runtime could not load the libraries of '{provider}' and would have run on the CPU. "
-            "Install CUDA and cuDNN (and TensorRT, for tensorrt) for this onnxruntime-gpu, or ask for the provider cpu."
+            'Install CUDA and cuDNN for it (pip install "onnxruntime-gpu[cuda,cudnn]"; and TensorRT, for tensorrt), or '
+            "ask for the provider cpu."
         )
     return session
+
+
+@cache
+def _load_libraries(ort: ModuleType) -> None:
+    """Load CUDA's libraries where pip has put them: ONNX Runtime alone looks where the system has its own."""
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # it prints what it does not find, which may lie where the system has it
+            ort.preload_dlls()
 
 
 def check_integer_products(folder: Path, provider: str) -> None:

@@ -61,8 +61,9 @@ def add_soft_tokens(body: nn.Module, features: ItemFeatures, scale: float, facto
         The id of the first item's token.
     """
     model = next(module for module in body.modules() if isinstance(module, PreTrainedModel))
-    soft = SoftTokens(model.get_input_embeddings(), features, scale, factor_dropout)
-    model.set_input_embeddings(soft)
+    embeddings = model.get_input_embeddings()
+    soft = SoftTokens(embeddings, features, scale, factor_dropout)
+    model.set_input_embeddings(soft.to(embeddings.weight.device))  # a quantised model lies on its GPU already
     return soft.first
 
 

@@ -13,7 +13,7 @@ import torch
 from recllm.adapters import load_adapter
 from recllm.cards import write_adapter_card
 from recllm.collaborative import collaborative
-from recllm.devices import check_precision, precision_keys, process_state, sharded, sharding
+from recllm.devices import check_precision, free_memory, on_gpu, precision_keys, process_state, sharded, sharding
 from recllm.distil import check_teacher, has_been_taught
 from recllm.errors import RecllmError, place_error
 from recllm.files import only_one, read_json, write_json
@@ -132,10 +132,12 @@ def _train_stages(run: Run, task: Task, clock: Clock, say: Say, *, resume: bool,
     with clock.stage("light"):
         light = train_light_judge if run.model.task == "relevance" else train_light
         light(run, task, parts, resume=resume, say=say, watch=watch)
+    free_memory()  # what has trained lies in circles, which nobody looks for where memory runs out on a GPU
     with clock.stage("language model"):
         if run.model.name != "none":
             train = train_relevance if run.model.task == "relevance" else train_language
             train(run, task, parts, resume=resume, say=say, watch=watch)
+    free_memory()
     if state.is_main_process:
         with clock.stage("scores and fusion"):
             fit_fusion(run, task, parts, say)
@@ -276,7 +278,7 @@ def _describe(task: Task, say: Say, *, judges: bool) -> None:
 
 
 def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if on_gpu() else f"cpu, {torch.get_num_threads()} threads"
 
 
 def _silent(_: str) -> None:

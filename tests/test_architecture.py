@@ -22,8 +22,8 @@ TORCH_FREE = [
     "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
-    "softmax", "sequence", "heads", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq", "adapters", "lm",
-    "revisions", "names", "devices", "examples", "lean", "sharded", "checkpoints", "watching", "tracking",
+    "devices", "softmax", "sequence", "heads", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq",
+    "adapters", "lm", "revisions", "names", "examples", "lean", "sharded", "checkpoints", "watching", "tracking",
     "trainerkeys", "recovery", "adalora", "cards", "loop", "eva", "cascade", "trees", "relevance", "warmstart",
     "collaborative", "preflight", "trained", "judging", "scoring", "distil", "stored", "nextitem", "planning", "train",
     "outcome", "runreport", "repeated", "unfolding", "tracing", "graphs", "rankgraphs", "weightonly", "quantise",

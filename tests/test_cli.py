@@ -163,7 +163,8 @@ def test_train_hands_flags_to_the_launcher(capsys, tmp_path, monkeypatch):
     run.write_text('[data]\nname = "x"\n', encoding="utf-8")
     ran = []
 
-    def launched(command):
+    def launched(command, variables):
+        assert variables == {}
         ran.append(command)
         return 7
 
@@ -177,25 +178,28 @@ def test_train_launches_with_a_profile(capsys, tmp_path, monkeypatch):
     run, ran = tmp_path / "run.toml", []
     run.write_text('[data]\nname = "x"\n', encoding="utf-8")
 
-    def launched(command):
-        ran.append(command)
+    def launched(command, variables):
+        ran.append((command, variables))
         return 0
 
     monkeypatch.setattr(commands, "run_child", launched)
     recllm_says(capsys, "train", run, "--profile", "gpus", "--", "--num_processes", "4")
     file = str(commands.PROFILES / "gpus.yaml")
-    assert ran[0][3:] == ["--config_file", file, "--num_processes", "4", "-m", "recllm.train", str(run)]
+    assert ran[0][0][3:] == ["--config_file", file, "--num_processes", "4", "-m", "recllm.train", str(run)]
+    assert ran[0][1] == {}
+    recllm_says(capsys, "train", run, "--profile", "cpu")
+    assert ran[1][1] == {"ACCELERATE_USE_CPU": "true"}
 
 
 CHILD = """
-import sys, time
-print("child", flush=True)
+import os, time
+print(os.environ["SAID"], flush=True)
 time.sleep(60)
 """
 PARENT = """
 import sys
 from recllm.process import run_child
-raise SystemExit(run_child([sys.executable, "-c", sys.argv[1]]))
+raise SystemExit(run_child([sys.executable, "-c", sys.argv[1]], {"SAID": "child"}))
 """
 
 
@@ -226,6 +230,7 @@ def test_accelerate_reads_every_profile(name, kind, monkeypatch):
     assert shipped == ["cpu", "fsdp2", "gpu", "gpus", "zero2", "zero3"]
     config = load_config_from_file(commands.profile_flags(name)[1])
     assert config.distributed_type == kind
+    assert config.gpu_ids == (None if name == "cpu" else "all")  # a scheduler says which it may see
     assert config.use_cpu is (name == "cpu")
 
 

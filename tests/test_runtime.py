@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import recllm
+from recllm import sessions
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
@@ -336,17 +337,21 @@ def test_a_provider_that_is_not_there_is_an_error(tiny_bundle, monkeypatch):
         recllm.load(tiny_bundle, provider="cuda")
 
 
-def test_a_silent_fall_back_is_an_error(tiny_bundle, monkeypatch):
+def test_a_silent_fall_back_is_an_error(tiny_bundle, monkeypatch, capsys):
     """The provider is compiled in, but its libraries cannot be loaded: ONNX Runtime takes the CPU without a word."""
     import onnxruntime as ort
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    session = ort.InferenceSession
+    session, loaded = ort.InferenceSession, []
     monkeypatch.setattr(
         ort, "InferenceSession", lambda path, options, **_: session(path, options, ["CPUExecutionProvider"])
     )
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append(sys.stdout.write("said to nobody")))
+    sessions._load_libraries.cache_clear()
     with pytest.raises(RecllmError, match=r"could not load the libraries of 'cuda' and would have run on the CPU"):
         recllm.load(tiny_bundle, provider="cuda")
+    assert len(loaded) == 1  # what pip has brought of CUDA is looked for first
+    assert capsys.readouterr().out == ""
 
 
 def test_an_unknown_provider_is_named(tiny_bundle):
