@@ -4,13 +4,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from recllm.devices import process_state
-from recllm.errors import RecllmError
+from recllm.errors import DamagedError, RecllmError
 from recllm.files import read_json, sha256_of, write_json, written
 from recllm.sharded import put, reshard, whole
 
@@ -37,9 +38,12 @@ def load_trained(model: nn.Module, path: Path) -> None:
     """Read what `save_trained` wrote into the same parameters.
 
     Raises:
-        RecllmError: the file has other parameters than the model trains, or others' shapes.
+        RecllmError: the file is damaged, has other parameters than the model trains, or others' shapes.
     """
-    weights = load_file(path)
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise DamagedError(path, error) from None
     expected = {name: value for name, value in model.named_parameters() if value.requires_grad}
     for name in sorted(set(weights) | set(expected)):
         if name not in weights or name not in expected:

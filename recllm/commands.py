@@ -438,8 +438,17 @@ def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: boo
     say("  ".join(heads))
     for rank, item in enumerate(found.ids[0]):
         title = recommender.catalog.record(item).get("title", "")
-        shares = [f"{share[0, rank]:10.3f}" for share in found.shares.values()]
-        say("  ".join([f"{rank + 1:4}", f"{item:{wide}}", f"{title:40.40}", f"{found.scores[0, rank]:7.3f}", *shares]))
+        shares = [f"{_short(share[0, rank]):>10}" for share in found.shares.values()]
+        say(
+            "  ".join(
+                [f"{rank + 1:4}", f"{item:{wide}}", f"{title:40.40}", f"{_short(found.scores[0, rank]):>7}", *shares]
+            )
+        )
+
+
+def _short(score: float) -> str:
+    """Three places, or where these are zeros the first two digits: a backup's weight is a millionth."""
+    return f"{score:.3f}" if score == 0 or abs(score) >= 0.0005 else f"{score:.1e}"
 
 
 def add_to_bundle(

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
+from recllm.arrayfiles import read_tensors
 from recllm.collaborative import load_collaborative
 from recllm.data import Query
 from recllm.devices import process_state
@@ -135,7 +136,7 @@ def taught_windows(run: Run, task: Task, say: Say) -> list[Taught]:
             items, shares = _ask(teacher, task, histories, say)
             with written(path) as temporary:
                 save_file({"items": items, "shares": shares}, temporary)
-    kept = load_file(path)
+    kept = read_tensors(path)
     return taught_rows(run, histories, kept["items"], kept["shares"])
 
 

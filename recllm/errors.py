@@ -4,10 +4,11 @@ import difflib
 import errno
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 CHOICES_SHOWN = 12
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where nothing more can be written."""
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 """What it says of places that cannot be read or written at all."""
@@ -15,6 +16,16 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 
 class RecllmError(Exception):
     """A mistake in input, settings or set-up; the command line prints it without a traceback and exits with 2."""
+
+
+class DamagedError(RecllmError, ValueError):
+    """A file that recllm has written and cannot read any more."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        """Name the `path`, what was wrong with it, and the way out."""
+        super().__init__(
+            f"'{path}' is damaged ({error}). Bring it back, or make what it belongs to anew (a run by --overwrite)."
+        )
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], hint: str = "") -> RecllmError:
@@ -58,9 +69,12 @@ def place_error(error: Exception) -> str:
     told = error.errno if isinstance(error, OSError) else None
     if told in FULL or any(f"(os error {number})" in str(error) for number in FULL):
         return (
-            f"the disk is full ({error}). What is finished is kept: free some room, and training goes on where it was "
-            "with --resume, a batch by the same command."
+            f"the disk is full, or a file larger than allowed ({error}). What is finished is kept: free some room, and "
+            "training goes on where it was with --resume, a batch by the same command."
         )
     if told in CLOSED and isinstance(error, OSError) and error.filename is not None:
         return f"'{error.filename}': {error.strerror}. Name another place, or mend its rights."
+    if out_of_memory(error):
+        reason = str(error).partition("\n")[0]
+        return f"memory does not suffice ({reason}). Make what takes it smaller: sizes, widths, batches."
     return ""

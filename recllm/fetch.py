@@ -121,7 +121,12 @@ def resolve_data(name: str, say: Say = _quiet) -> Path:
     names = {asset.name for asset in ASSETS.values() if asset.kind == "data"}
     if further and Path(further).is_dir():
         names |= {path.name for path in Path(further).iterdir() if path.is_dir()}
-    raise unknown("data set", name, names, "A path works too, and RECLLM_DATA names a folder of further data sets.")
+    raise unknown(
+        "data set",
+        name,
+        names,
+        "A path works too, relative to where you are, and RECLLM_DATA names a folder of further data sets.",
+    )
 
 
 @contextmanager

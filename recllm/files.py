@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from recllm.errors import DamagedError
+
 try:
     import fcntl
 except ImportError:  # Windows: a second process is not kept out there
@@ -21,6 +23,9 @@ except ImportError:  # Windows: a second process is not kept out there
 BLOCK = 1 << 20
 YOUNG = 60.0
 """Seconds for which a temporary folder that nobody holds is left alone."""
+UMASK = os.umask(0o077)
+"""What this process leaves to nobody else; it can only be asked by setting another one."""
+os.umask(UMASK)
 HERE, EXCHANGE = -100, 2
 """Linux's AT_FDCWD and RENAME_EXCHANGE."""
 
@@ -32,9 +37,15 @@ def written(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        _open_as_asked(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_as_asked(path: Path) -> None:
+    """Give a file the rights of any other: safetensors writes for its owner alone, and who serves is another user."""
+    path.chmod(0o666 & ~UMASK)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  anything that JSON can hold
@@ -44,8 +55,15 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  anything that J
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401  anything that JSON can hold
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        DamagedError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedError(path, error) from None
 
 
 def sha256_of(path: Path) -> str:
@@ -68,10 +86,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    temporary.chmod(0o755)  # mkdtemp gives 0o700, and others may read what is written here
+    temporary.chmod(0o777 & ~UMASK)  # mkdtemp gives 0o700
     try:
         with only_one(temporary):  # to the end: so that no other process takes it for what was left
             yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    _open_as_asked(path)
             if not folder.is_dir():
                 temporary.replace(folder)
             elif not _exchanged(temporary, folder):

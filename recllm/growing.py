@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from recllm.arrayfiles import read_tensors
 from recllm.bundle import CATALOG, MANIFEST, new_bundle, read_manifest, state, write_catalog
 from recllm.data import Catalog, read_items
 from recllm.data.tables import open_table
@@ -89,7 +90,7 @@ def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | N
             if name.as_posix() in manifest["files"] and name.as_posix() not in (CATALOG, VECTORS, MANIFEST):
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, part / name)
-        _write_grown(grown, load_file(source / VECTORS), part)
+        _write_grown(grown, read_tensors(source / VECTORS), part)
         if state(source) != before:
             raise RecllmError(
                 f"'{source}' was replaced while items were added to it. Nothing was written; add them again."
@@ -113,7 +114,8 @@ def _new_records(
     found = read_items(items, columns={**told_columns(items, manifest, "item_columns"), **(columns or {})}, say=say)
     new = [_fitting(found, item, known) for item in found.ids if item not in known]
     records = [record for record in new if len(record) > 1]
-    if not new:
+    told = any(len(_fitting(found, item, known)) > 1 for item in found.ids)
+    if not new or (told and not records):
         raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
     if not records:
         raise RecllmError(

@@ -168,9 +168,9 @@ def _stage(
         )
     if not valid:
         raise RecllmError(
-            f"'{scorer}' cannot be validated: no validation row has a history and a target with training events. Take "
-            "another data.split, as leave-last-out, or leave the model out (light.num_train_epochs = 0, "
-            "or model.name = 'none')."
+            f"'{scorer}' cannot be validated: no validation row has a history and a target with training events. Bring "
+            "more events, take another data.split, or leave the model out "
+            f"({'light.num_train_epochs = 0' if scorer == 'light' else 'model.name = none'})."
         )
     return Stage(
         scorer,

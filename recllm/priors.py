@@ -8,12 +8,12 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from recllm.arrayfiles import read_tensors
 from recllm.askedat import DAY, NOW, FadingCounts, log_end, moments_of
 from recllm.data import Interactions, Query
-from recllm.errors import RecllmError
+from recllm.errors import DamagedError, RecllmError
 from recllm.files import read_json, write_json, written
 from recllm.ranking import ItemIndex, Scores, dot_scores
 from recllm.recency import recency_weights
@@ -37,9 +37,9 @@ def read_arrays(folder: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[
     """
     facts = read_facts(folder / f"{name}.json")
     try:
-        return load_file(folder / f"{name}.safetensors"), facts
-    except (OSError, SafetensorError) as error:
-        raise RecllmError(f"{folder / name}.safetensors cannot be read: {error}. Fit the scorer again.") from None
+        return read_tensors(folder / f"{name}.safetensors"), facts
+    except OSError as error:
+        raise DamagedError(folder / f"{name}.safetensors", error) from None
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     """
     try:
         facts: dict[str, Any] = read_json(path)
-    except (OSError, ValueError) as error:
-        raise RecllmError(f"{path} cannot be read: {error}. Fit the scorer again.") from None
+    except OSError as error:
+        raise DamagedError(path, error) from None
     return facts
 
 

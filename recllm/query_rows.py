@@ -4,12 +4,13 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recllm.data import Query
+from recllm.data.columns import EVENT_COLUMNS, squeezed
 from recllm.data.texts import identifier
 from recllm.errors import RecllmError
 from recllm.rowfiles import Unreadable, check_source, columns_of, raw_rows
@@ -94,6 +95,8 @@ def _check_columns(path: Path, columns: list[str], lookup: bool, need: tuple[str
     twice = next((name for name in (*COLUMNS, *need) if columns.count(name) > 1), None)
     if twice is not None:
         raise RecllmError(f"{path} has two columns called '{twice}'. Rename the one that is not meant.")
+    if "user_id" not in columns and (other := _meant(columns)):
+        raise RecllmError(f"{path} has no column 'user_id', and one '{other}': call it user_id, or leave it out.")
     if "history" not in columns and not lookup:
         raise RecllmError(
             f"{path} has 'user_id' and no 'history', and a bundle does not hold users' histories. Add a "
@@ -116,6 +119,8 @@ def parse_row(
         return BadRow(line, "not a JSON object", fields)
     try:
         given = fields.get("user_id")
+        if "user_id" not in fields and (other := _meant(fields)):
+            raise ValueError(f"no 'user_id', and a '{other}': call it user_id, if it is that")
         user = None if given in (None, "") or given != given else identifier(given) or None  # NaN is a missing value
         history, rated = _history(fields, user, histories, ratings=ratings)
         candidates = _items("candidates", fields.get("candidates")) if "candidates" in need else ()
@@ -124,6 +129,12 @@ def parse_row(
     except (ValueError, RecursionError) as error:  # the second one of lists in lists in lists
         return BadRow(line, str(error), fields)
     return QueryRow(line, f"line {line}" if user is None else user, history, rated, candidates, fields)
+
+
+def _meant(columns: Iterable[str]) -> str:
+    """The column that a log's user ids would be taken from; empty where there is none."""
+    by_name = {squeezed(name): name for name in columns if isinstance(name, str)}
+    return next((by_name[name] for name in EVENT_COLUMNS["user_id"] if name in by_name), "")
 
 
 def _history(

@@ -82,7 +82,11 @@ def parse(model: type[SettingsT], values: dict[str, Any], place: str) -> Setting
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise RecllmError(f"{place}: " + " ".join(_explain(model, item) for item in error.errors())) from None
+        found = error.errors()
+        # What was left out for its own mistake makes a list too short, which is no second one.
+        inside = {item["loc"][:size] for item in found for size in range(len(item["loc"]))}
+        told = [item for item in found if item["type"] != "too_short" or item["loc"] not in inside]
+        raise RecllmError(f"{place}: " + " ".join(_explain(model, item) for item in told)) from None
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:  # noqa: ANN401  what TOML holds

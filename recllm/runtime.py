@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from recllm.arrayfiles import read_tensors
 from recllm.arriving import knowing
 from recllm.bundle import read_catalog, read_manifest, read_steadily, state
 from recllm.catalogue import KNOWN_BARRED, prepare
@@ -425,7 +425,7 @@ def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
             f"BUNDLE --ranker {place}), and scores the candidates that rows name: recllm score --bundle {place}"
         )
     catalog = read_catalog(place)
-    arrays = load_file(place / VECTORS)
+    arrays = read_tensors(place / VECTORS)
     rows = ItemIndex(catalog.ids)
 
     def session(name: str) -> Any:  # noqa: ANN401  onnxruntime is untyped

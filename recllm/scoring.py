@@ -1,9 +1,10 @@
 """Scores of validation and test by every trained scorer of a run, kept in its folder, and the fusion fitted on them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from recllm.collaborative import Collaborative
 from recllm.devices import fast_bf16
 from recllm.encoding import SequenceScorer
+from recllm.errors import DamagedError
 from recllm.files import read_json, write_json, written
 from recllm.fusion import Fusion
 from recllm.histories import HistoryFormat
@@ -85,9 +87,7 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
         shape = protocol.shape(len(valid) + len(test))
-        if (
-            not path.is_file() or np.load(path, mmap_mode="r").shape != shape
-        ):  # of other rows: not to be paired with these
+        if _shape_of(path) != shape:  # of other rows: not to be paired with these
             check_same_models(run)
             say(f"Scoring validation and test with '{name}'")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,11 +116,28 @@ def _write_scores(
     scores.flush()
 
 
+def _shape_of(path: Path) -> tuple[int, ...] | None:
+    """The shape of kept scores; None where there are none, or damaged ones."""
+    try:
+        return tuple(np.load(path, mmap_mode="r").shape)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _stands(settings: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether the fusion beside `settings` was fitted with what is `wanted`, and can be read."""
+    try:
+        read_json(settings.with_name("fusion.json"))
+        return bool(FusionSettings().model_dump(mode="json") | read_json(settings) == wanted)
+    except (OSError, DamagedError):
+        return False
+
+
 def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     """Fit the fusion on validation: with every scorer, and again without the language model for the table."""
     settings = run.folder / "fusion-settings.json"
-    wanted, defaults = run.fusion.model_dump(mode="json"), FusionSettings().model_dump(mode="json")
-    if (run.folder / "fusion.json").is_file() and settings.is_file() and defaults | read_json(settings) == wanted:
+    wanted = run.fusion.model_dump(mode="json")
+    if _stands(settings, wanted):
         return
     scores = known_scores(run, task, parts, say)["valid"]
     # What they tell is of another fusion than the one that comes.

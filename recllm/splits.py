@@ -57,7 +57,10 @@ def leave_last_out(interactions: Interactions, min_events: int = MIN_EVENTS, lik
     left = pl.col("_events") - pl.col("_place")  # 1: last, 2: last but one
     test = frame.filter(asked & (left == 1))
     if test.is_empty():
-        raise RecllmError(f"No user has {min_events} events, so there is nothing to test on; lower min_events.")
+        raise RecllmError(
+            f"No user has {min_events} events, so there is nothing to test on. Bring users with more events"
+            f"{', or lower data.min_events to 3' if min_events > 3 else ''}."
+        )
     return Split(
         "leave-last-out",
         _subset(interactions, frame.select(~(asked & (left <= 2))).to_series()),
@@ -98,7 +101,7 @@ def temporal(
     if not times[0] < first < second:
         raise RecllmError(
             f"{len(times):,} events cannot be cut into the shares {fractions}: too many share one second, or they "
-            f"are too few. Use other fractions, or leave-last-out."
+            f"are too few. Take data.split = leave-last-out."
         )
     frame = _labelled(interactions, like_at)
     parts = [

@@ -142,8 +142,8 @@ def prepare(run: Run, say: Callable[[str], None] = lambda _: None, *, begun: boo
     if not split.valid or not split.test:
         raise RecllmError(
             f"The split '{settings.split}' of '{dataset.name}' leaves {len(split.valid)} validation and "
-            f"{len(split.test)} test events. Lower data.min_events (now {settings.min_events}) or "
-            "choose another data.split."
+            f"{len(split.test)} test events. Bring users with more events, lower data.min_events (now "
+            f"{settings.min_events}) or choose another data.split."
         )
     given = given_fingerprint(_folder(settings)) if settings.split == "given" else None
     return Task(dataset, split, ItemIndex(dataset.catalog.ids), repeats=settings.duplicates == "keep", given=given)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from recllm.arrayfiles import read_tensors
 from recllm.files import read_json, write_json, written
 from recllm.ranking import ItemIndex
 
@@ -77,7 +78,7 @@ class RawVectors:
     @classmethod
     def load(cls, path: Path) -> "RawVectors":
         """Read what `save` wrote."""
-        return cls(tuple(read_json(path.with_suffix(".ids.json"))), load_file(path)["vectors"])
+        return cls(tuple(read_json(path.with_suffix(".ids.json"))), read_tensors(path)["vectors"])
 
 
 def item_features(index: ItemIndex, text: RawVectors, factors: RawVectors) -> tuple[ItemFeatures, Standard, Standard]:

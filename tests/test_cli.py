@@ -83,7 +83,13 @@ def test_interrupting_ends_with_130(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left"), OSError("No space (os error 28)"), ValueError("x (os error 28)")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left"),
+        OSError("No space (os error 28)"),
+        ValueError("x (os error 28)"),
+        OSError(errno.EFBIG, "File too large"),
+    ],
 )
 def test_a_full_disk_is_told_without_a_traceback(capsys, monkeypatch, error):
     def full(_):
@@ -91,7 +97,18 @@ def test_a_full_disk_is_told_without_a_traceback(capsys, monkeypatch, error):
 
     monkeypatch.setattr(commands, "fetch_names", full)
     said = recllm_says(capsys, "fetch", "ml-100k", code=2)[1]
-    assert said.startswith(f"Error: the disk is full ({error}). What is finished is kept")
+    assert said.startswith(
+        f"Error: the disk is full, or a file larger than allowed ({error}). What is finished is kept"
+    )
+
+
+def test_memory_that_does_not_suffice_is_told_without_a_traceback(capsys, monkeypatch):
+    def asked(_):
+        raise MemoryError("Unable to allocate 596. GiB for an array\nwith shape (1, 2)")
+
+    monkeypatch.setattr(commands, "fetch_names", asked)
+    said = recllm_says(capsys, "fetch", "ml-100k", code=2)[1]
+    assert said.startswith("Error: memory does not suffice (Unable to allocate 596. GiB for an array). Make what takes")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOTDIR, errno.EROFS])

@@ -278,6 +278,14 @@ def test_nothing_new_is_said_and_nothing_written(tiny_bundle, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
+def test_the_same_items_again_are_nothing_new_though_one_of_them_has_no_text(tiny_bundle, tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text("item_id,title\nn1,Red film 99\nn2,\n", encoding="utf-8")
+    assert add_items(tiny_bundle, path, tmp_path / "grown") == 1
+    with pytest.raises(RecllmError, match=r"new.csv has no item that '.*' does not have already; nothing was written"):
+        add_items(tmp_path / "grown", path, tmp_path / "again")
+
+
 def test_another_bundle_is_replaced_when_asked_for_only(tiny_bundle, new_items, tmp_path):
     shutil.copytree(tiny_bundle, tmp_path / "other")
     before = (tmp_path / "other" / "manifest.json").read_bytes()

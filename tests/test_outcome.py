@@ -14,7 +14,7 @@ from recllm.ranking import mask_seen
 from recllm.results import Table
 from recllm.runreport import run_report
 from recllm.runs import load_run
-from recllm.scoring import known_scores
+from recllm.scoring import fit_fusion, known_scores
 from recllm.tasks import prepare
 
 
@@ -78,6 +78,20 @@ def test_scores_are_kept_and_not_computed_again(outcome, monkeypatch):
     monkeypatch.setattr("recllm.scoring.load_language", lambda *_: pytest.fail("the language model was loaded again"))
     again = known_scores(run, task, load_collaborative(run, task), pytest.fail)
     assert np.array_equal(again["test"]["lm"], scores["test"]["lm"])
+
+
+def test_what_is_damaged_of_scores_and_fusion_is_made_again(outcome, tmp_path):
+    run, task, scores, _ = outcome
+    shutil.copytree(run.folder, tmp_path / run.folder.name)
+    copied = run.model_copy(update={"output": str(tmp_path)})
+    before = (copied.folder / "fusion.json").read_bytes()
+    (copied.folder / "fusion.json").write_bytes(before[:50])
+    path = copied.folder / "scores" / "ease.npy"
+    path.write_bytes(path.read_bytes()[:10])
+    parts = load_collaborative(copied, task)
+    fit_fusion(copied, task, parts, lambda _: None)
+    assert (copied.folder / "fusion.json").read_bytes() == before
+    assert np.array_equal(known_scores(copied, task, parts, pytest.fail)["test"]["ease"], scores["test"]["ease"])
 
 
 def test_tables_of_both_parts_are_kept_beside_each_other(outcome, tmp_path):
@@ -150,4 +164,7 @@ def test_learning_curves(outcome, tmp_path):
     assert learning_curves(copied) == []
     copied.folder.mkdir()
     shutil.copy(run.folder / "metrics.jsonl", copied.folder)
+    assert learning_curves(copied) == lines
+    with (copied.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"scorer": "l')  # cut off
     assert learning_curves(copied) == lines

@@ -33,13 +33,12 @@ def test_popularity_counts_events_and_tells_zero_from_unknown(train):
 
 def test_popularity_halves_old_events(train):
     scores = Popularity.fit(train, half_life_days=1.0).score([NOBODY], ItemIndex(["a", "b"]))
-    # The end is the last but one: of four events the very last is one of a thousand.
-    faded = np.array([0.5 + 1.0 + 1.0, 1.0])
+    faded = np.array([0.25 + 0.5 + 1.0, 0.5])
     assert scores[0] == pytest.approx(np.log1p(faded * 4 / faded.sum()))  # as many in all as there are events
     weights = pl.Series("weight", [2.0, 1.0, 1.0, 4.0], dtype=pl.Float32)
     weighted = Interactions(train.frame.with_columns(weights))
     scores = Popularity.fit(weighted, half_life_days=1.0).score([NOBODY], ItemIndex(["a", "b"]))
-    faded = np.array([2 * 0.5 + 1.0 + 4.0, 1.0])
+    faded = np.array([2 * 0.25 + 0.5 + 4.0, 0.5])
     assert scores[0] == pytest.approx(np.log1p(faded * 8 / faded.sum()))
     with pytest.raises(
         RecllmError, match=r"half_life_days=1\.0 needs a timestamp on every event, and 1 of 1 have none"
@@ -160,9 +159,9 @@ def test_saved_priors_score_the_same(train, tmp_path):
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path):
-    with pytest.raises(RecllmError, match=r"popularity\.json cannot be read: .* Fit the scorer again"):
+    with pytest.raises(RecllmError, match=r"popularity\.json' is damaged .*No such file.*\. Bring it back, or make"):
         Popularity.load(tmp_path)
     write_arrays(tmp_path, "popularity", {"log_counts": np.zeros(1, np.float32)}, {"ids": ["a"]})
     (tmp_path / "popularity.safetensors").write_bytes(b"junk")
-    with pytest.raises(RecllmError, match=r"popularity\.safetensors cannot be read"):
+    with pytest.raises(RecllmError, match=r"popularity\.safetensors' is damaged"):
         Popularity.load(tmp_path)

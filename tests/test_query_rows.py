@@ -58,6 +58,21 @@ def test_lists_in_lists_in_lists_are_a_bad_row_and_no_end(tmp_path):
     assert [isinstance(row, BadRow) for row in read_rows(path)] == [False, True, True, False]
 
 
+def test_a_user_id_by_another_name_is_not_lost_without_a_word(tmp_path):
+    """A log's `customer` is guessed to be its user; rows that ask would be named by their lines."""
+    path = tmp_path / "rows.csv"
+    path.write_text("userId,history\nalice,1\n", encoding="utf-8")
+    with pytest.raises(
+        RecllmError, match="has no column 'user_id', and one 'userId': call it user_id, or leave it out"
+    ):
+        read_rows(path)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"customer": "alice", "history": ["1"]}\n{"history": ["1"]}\n', encoding="utf-8")
+    bad, named_by_line = read_rows(path)
+    assert bad.reason == "no 'user_id', and a 'customer': call it user_id, if it is that"
+    assert named_by_line.user_id == "line 2"
+
+
 def test_a_user_who_is_no_number_has_no_name(tmp_path):
     path = tmp_path / "rows.parquet"
     pl.DataFrame({"user_id": [7.0, float("nan")], "history": [["1"], ["2"]]}).write_parquet(path)

@@ -10,6 +10,7 @@ from pydantic import Field
 from recllm import recipes
 from recllm.errors import RecllmError, require, unknown
 from recllm.recipes import FOLDERS, Settings, find_recipe, parse, read_toml, recipe_names, share
+from recllm.weighing import FusionSettings
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [(folder, name) for folder in FOLDERS for name in recipe_names(folder)]
@@ -134,3 +135,12 @@ def test_long_lists_of_choices_are_cut_and_empty_ones_are_said():
 def test_a_missing_extra_is_named():
     with pytest.raises(RecllmError, match=r'Reading needs the package \'no_such_package\'.*"recllm\[train\]"'):
         require("no_such_package.part", "train", "Reading")
+
+
+def test_what_a_mistake_leaves_of_a_list_is_no_second_mistake():
+    with pytest.raises(RecllmError) as error:
+        parse(FusionSettings, {"kinds": ["staker"]}, "run.toml")
+    assert "key 'kinds.0'" in str(error.value)
+    assert "at least 1 item" not in str(error.value)
+    with pytest.raises(RecllmError, match="at least 1 item"):
+        parse(FusionSettings, {"kinds": []}, "run.toml")

@@ -73,7 +73,7 @@ def test_labels():
 def test_leave_last_out_errors():
     with pytest.raises(RecllmError, match="at least 3"):
         leave_last_out(grid(), min_events=2)
-    with pytest.raises(RecllmError, match="lower min_events"):
+    with pytest.raises(RecllmError, match=r"lower data\.min_events to 3"):
         leave_last_out(grid(), min_events=9)
 
 

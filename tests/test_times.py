@@ -19,6 +19,20 @@ def test_a_time_with_a_zone_is_the_moment_and_not_what_its_clock_shows(zone, uni
     assert as_seconds(zoned, Checks(), "log.parquet").to_list() == [1_600_000_000.5, None]
 
 
+@pytest.mark.parametrize(
+    ("given", "days"),
+    [
+        ([20201231, 20210101], [18627, 18628]),
+        (["20201231", "2021-01-01", None], [18627, 18628, None]),
+        ([20201231, 1609459200], [20201231 / 86400, 18628]),  # one of several numbers of seconds
+        ([20201331, 20210101], [20201331 / 86400, 20210101 / 86400]),  # no date has a month 13
+    ],
+)
+def test_whole_dates_as_numbers_are_dates(given, days):
+    found = as_seconds(pl.Series("time", given), Checks(), "log.csv")
+    assert found.to_list() == [None if day is None else pytest.approx(day * 86400) for day in days]
+
+
 def test_no_clock_is_set_farther_from_utc_than_fourteen_hours():
     times = pl.Series(
         ["2020-01-05 10:00+14:00", "2020-01-05 10:00+25:00", "2020-01-05 10:00-03:75", "2020-01-05 10:00-12"]

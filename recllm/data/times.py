@@ -12,6 +12,8 @@ UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "m
 SURE = 1e8
 """Seconds from which (1973) a number says that it is in seconds; smaller ones may stand for no time at all."""
 ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
+FIRST_DATE, LAST_DATE = 19700101, 21991231
+"""Whole dates as numbers."""
 OFFSET = r"([+-])(\d{2})(?::?(\d{2}))?$"
 """Hours with or without minutes: PostgreSQL writes +00."""
 FARTHEST = 14
@@ -55,6 +57,19 @@ def holds_times(column: pl.Series) -> bool:
 def _from_numbers(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     number = column.cast(pl.Float64, strict=False)
     finite = number.to_frame("n").select(pl.when(pl.col("n").is_finite()).then(pl.col("n"))).to_series()
+    iso = (
+        _from_iso(column)
+        if column.dtype == pl.String
+        else pl.Series(column.name, [None] * len(column), dtype=pl.Float64)
+    )
+    dates = _from_whole_dates(finite)
+    if (written := len(dates) - dates.null_count()) and (iso.len() > iso.null_count() or written == finite.count()):
+        checks.add("info", "whole_dates", "time stamps as whole dates (20201231)", written, file=file)
+        finite, number = (
+            own.zip_with(dates.is_null(), pl.Series(own.name, [None] * len(own), dtype=pl.Float64))
+            for own in (finite, number)
+        )
+        iso = iso.to_frame("iso").select(pl.coalesce("iso", dates)).to_series()
     counts, above = {}, float("inf")
     for least, divisor, unit in UNITS:
         inside = ((finite >= least) & (finite < above)).fill_null(False)
@@ -67,9 +82,15 @@ def _from_numbers(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     if len(found) > 1:
         message = f"time stamps in several units ({', '.join(found)}), each value read in its own"
         checks.add("warning", "mixed_time_units", message, min(found.values()), file=file)
-    if column.dtype != pl.String:
-        return number
-    return number.to_frame("number").select(pl.coalesce("number", _from_iso(column))).to_series()
+    return number.to_frame("number").select(pl.coalesce("number", iso)).to_series()
+
+
+def _from_whole_dates(number: pl.Series) -> pl.Series:
+    """Seconds of numbers such as 20201231, float64; null where a number is no such date. As seconds all lie in 1970."""
+    within = pl.col("n").is_between(FIRST_DATE, LAST_DATE) & (pl.col("n") == pl.col("n").floor())
+    text = pl.when(within).then(pl.col("n")).cast(pl.Int64).cast(pl.String)
+    day = text.str.to_date("%Y%m%d", strict=False)
+    return number.to_frame("n").select(day.cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64) / 1e6).to_series()
 
 
 def _from_iso(column: pl.Series) -> pl.Series:
