@@ -206,3 +206,17 @@ def test_a_new_item_without_text_has_none(tmp_path):
         read_items(path).with_items([{"item_id": "a\ud800"}])
     with pytest.raises(RecllmError, match="needs 'item_id'"):
         read_items(path).with_items([{"item_id": Decimal("NaN")}])
+
+
+def test_a_bar_may_part_columns_a_header_may_name_one_twice_and_an_id_has_one_line(tmp_path):
+    (tmp_path / "interactions.csv").write_text(
+        "user_id|item_id|user_id|timestamp\nu|a|x|1600000000\nu|b|x|1600000001\n", encoding="utf-8"
+    )
+    (tmp_path / "items.csv").write_text('item_id|title\na|A\n"b\nc"|B\nb|B2\n', encoding="utf-8")
+    found = read_dataset(str(tmp_path))
+    assert found.interactions.frame.select("user_id", "item_id").rows() == [("u", "a"), ("u", "b")]
+    assert found.catalog.ids == ("a", "b")
+    told = [finding.text() for finding in found.report.findings]
+    twice = "warning: the header has 'user_id' more than once, and the first is read: 1 (interactions.csv, line 1)"
+    assert twice in told
+    assert "warning: items whose id has a line break (is a quote not closed?), dropped: 1 (items.csv, line 3)" in told

@@ -7,7 +7,7 @@ from typing import Literal
 import polars as pl
 
 from recllm.data.checks import LINES_SHOWN, Checks
-from recllm.data.tables import LINE, Table, check_kinds, note_rows_in_quotes
+from recllm.data.tables import LINE, Table, check_kinds, note_columns_twice, note_rows_in_quotes
 from recllm.data.texts import as_ids, stripped
 from recllm.data.times import as_seconds, holds_times
 from recllm.errors import RecllmError
@@ -50,6 +50,7 @@ def normalise_events(
     """
     raw = table.read(dict.fromkeys([*mapping.values(), *extra]))
     check_kinds(table, raw, [*mapping.values(), *extra])
+    note_columns_twice(table, checks)
     note_rows_in_quotes(table, raw.height, checks)
     columns = {role: stripped(raw[column].alias(role)) for role, column in mapping.items()}
     frame = pl.DataFrame(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import polars as pl
 
 from recllm.data.checks import LINES_SHOWN, Checks
-from recllm.data.tables import LINE, Table, check_kinds, note_rows_in_quotes
+from recllm.data.tables import LINE, Table, check_kinds, note_columns_twice, note_rows_in_quotes
 from recllm.data.texts import PLACEHOLDERS, as_ids, as_text
 
 GENRE_LIKE = ("genres", "categories", "category", "tags", "keywords")
@@ -30,9 +30,14 @@ def normalise_items(table: Table, mapping: Mapping[str, str], checks: Checks) ->
     file = table.path.name
     raw = table.read(table.columns)
     check_kinds(table, raw, [mapping["item_id"]])
+    note_columns_twice(table, checks)
     note_rows_in_quotes(table, raw.height, checks)
     ids = as_ids(raw[mapping["item_id"]].alias("item_id"))
+    several = ids.str.contains(r"[\r\n]").fill_null(False)
+    message, lines = "items whose id has a line break (is a quote not closed?), dropped", raw[LINE].filter(several)
+    checks.add("warning", "strange_id", message, len(lines), file=file, lines=lines.head(5))
     lines = raw[LINE].filter(ids.is_null())
+    ids = ids.set(several, None)
     checks.add("warning", "missing_item_id", "items without id, dropped", len(lines), file=file, lines=lines.head(5))
     texts, left_out = _texts(table, mapping, raw, checks)
     title = texts.pop("title", pl.Series("title", [None], dtype=pl.String).new_from_index(0, raw.height))

@@ -139,12 +139,12 @@ def _open(path: Path, kind: str, budget: int) -> Table:
 
 
 def delimiter_of(path: Path) -> str:
-    """What parts the columns: of a .csv a semicolon or a tab where its header has some and no comma."""
+    """What parts the columns: of a .csv a semicolon, a tab or a bar where its header has some and no comma."""
     if path.suffix.lower() != ".csv":
         return "\t"
     with path.open("rb") as stream:
         header = stream.readline(1 << 16)
-    return next((sign for sign in ";\t" if b"," not in header and sign.encode() in header), ",")
+    return next((sign for sign in ";\t|" if b"," not in header and sign.encode() in header), ",")
 
 
 def _table(path: Path, frame: pl.LazyFrame) -> Table:
@@ -324,6 +324,14 @@ def _csv_rows(path: Path, *, strict: bool = False) -> Iterator[tuple[int, list[s
                 held.clear()
     finally:
         csv.field_size_limit(before)
+
+
+def note_columns_twice(table: Table, checks: Checks) -> None:
+    """Tell of columns that the header names more than once: the first is read, and it may not be the one meant."""
+    for column in table.columns:
+        if f"{column}_duplicated_0" in table.columns:  # as Polars calls the second one
+            message = f"the header has '{column}' more than once, and the first is read"
+            checks.add("warning", "column_twice", message, 1, file=table.path.name, lines=[1])
 
 
 def note_rows_in_quotes(table: Table, rows: int, checks: Checks) -> None:
