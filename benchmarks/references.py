@@ -33,7 +33,12 @@ Figure = Callable[[Scorer], float]
 GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "ref popularity": {"half_life_days": (None,)},
     "ref ALS": {"factors": (64, 128), "alpha": (1.0, 5.0, 20.0), "regularization": (10.0, 100.0)},
-    "ref BPR": {"factors": (64, 128), "regularization": (0.01, 0.05), "learning_rate": (0.01, 0.1)},
+    "ref BPR": {
+        "factors": (64, 128),
+        "regularization": (0.01, 0.05),
+        "learning_rate": (0.01, 0.1),
+        "iterations": (100, 300),
+    },
     "ref EASE": {"regularization": (50.0, 200.0, 500.0, 1000.0)},
     "ref SASRec": {"dropout": (0.2, 0.5)},
     "ref text cosine": {"centred": (False, True)},
@@ -43,11 +48,14 @@ LARGE_ITEMS, LARGE_EVENTS = 5000, 500_000
 """From so many items or events on a trial takes minutes, and the grids are smaller."""
 LARGE_GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "ref ALS": {"factors": (128,), "alpha": (1.0, 5.0, 20.0), "regularization": (10.0, 30.0)},
-    "ref BPR": {"factors": (128,), "regularization": (0.01, 0.05), "learning_rate": (0.01, 0.1)},
+    "ref BPR": {
+        "factors": (128,),
+        "regularization": (0.01, 0.05),
+        "learning_rate": (0.01, 0.1),
+        "iterations": (100, 300),
+    },
     "ref EASE": {"regularization": (20.0, 50.0, 200.0, 500.0)},
 }
-BPR_PASSES = 300
-"""With implicit's 100, at its own learning rate of .01, it is far from trained on sets of some 100,000 events."""
 TUNED_ON = RecencySettings().queries
 """The most validation rows that tune a reference, as many as choose recllm's own half-lives."""
 
@@ -84,7 +92,16 @@ class BPR:
         self.users, self.items, self.user_factors, self.item_factors = users, items, user_factors, item_factors
 
     @classmethod
-    def fit(cls, train: Interactions, seed: int, *, factors: int, regularization: float, learning_rate: float) -> "BPR":
+    def fit(
+        cls,
+        train: Interactions,
+        seed: int,
+        *,
+        factors: int,
+        regularization: float,
+        learning_rate: float,
+        iterations: int,
+    ) -> "BPR":
         """Fit on one thread: on two its result is another one every time."""
         from implicit.bpr import BayesianPersonalizedRanking
 
@@ -93,7 +110,7 @@ class BPR:
             factors=factors,
             regularization=regularization,
             learning_rate=learning_rate,
-            iterations=BPR_PASSES,
+            iterations=iterations,
             random_state=seed,
             num_threads=1,
         )
