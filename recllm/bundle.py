@@ -10,7 +10,7 @@ import polars as pl
 
 from recllm import __version__
 from recllm.data import Catalog
-from recllm.errors import RecllmError
+from recllm.errors import DamagedError, RecllmError
 from recllm.files import read_json, sha256_of, whole_folder, write_json
 from recllm.process import FORKS
 
@@ -57,7 +57,9 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = read_json(path)
         version = manifest.get("format")
-    except (ValueError, AttributeError) as error:
+    except DamagedError as error:
+        raise RecllmError(damaged.format(error.reason)) from None
+    except AttributeError as error:
         raise RecllmError(damaged.format(error)) from None
     if version != FORMAT:
         raise RecllmError(

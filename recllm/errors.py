@@ -21,11 +21,16 @@ class RecllmError(Exception):
 class DamagedError(RecllmError, ValueError):
     """A file that recllm has written and cannot read any more."""
 
-    def __init__(self, path: Path, error: Exception) -> None:
-        """Name the `path`, what was wrong with it, and the way out."""
+    def __init__(self, path: Path, reason: object) -> None:
+        """Name the `path`, the `reason`, and the way out."""
+        self.path, self.reason = path, str(reason)
         super().__init__(
-            f"'{path}' is damaged ({error}). Bring it back, or make what it belongs to anew (a run by --overwrite)."
+            f"'{path}' is damaged ({reason}). Bring it back, or make what it belongs to anew (a run by --overwrite)."
         )
+
+    def __reduce__(self) -> tuple[type["DamagedError"], tuple[Path, str]]:
+        """It goes to other processes as what it was made of."""
+        return type(self), (self.path, self.reason)
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], hint: str = "") -> RecllmError:
@@ -56,9 +61,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether numpy, torch, ONNX Runtime or a GPU's driver and libraries could not have the memory they asked for."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, LookupError | ValueError | TypeError):  # which may quote a user's own words
+        return False
     text = str(error).lower()
-    told = ("out of memory", "failed to allocate memory", "alloc_failed", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(words in text for words in told)
+    told = ("out of memory", "failed to allocate memory", "alloc_failed", "can't allocate memory", "bad_alloc")
+    return any(words in text for words in told)
 
 
 def place_error(error: Exception) -> str:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,6 @@ except ImportError:  # Windows: a second process is not kept out there
 BLOCK = 1 << 20
 YOUNG = 60.0
 """Seconds for which a temporary folder that nobody holds is left alone."""
-UMASK = os.umask(0o077)
-"""What this process leaves to nobody else; it can only be asked by setting another one."""
-os.umask(UMASK)
 HERE, EXCHANGE = -100, 2
 """Linux's AT_FDCWD and RENAME_EXCHANGE."""
 
@@ -36,16 +33,28 @@ def written(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        rights = _rights(temporary)
         yield temporary
-        _open_as_asked(temporary)
+        _widen(temporary, rights)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _open_as_asked(path: Path) -> None:
+def _rights(probe: Path) -> int:
+    """The rights that a file gets here, by the umask or the folder's own rules; the `probe` goes again."""
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return rights
+
+
+def _widen(path: Path, rights: int) -> None:
     """Give a file the rights of any other: safetensors writes for its owner alone, and who serves is another user."""
-    path.chmod(0o666 & ~UMASK)
+    own = path.stat().st_mode & 0o777
+    if own & rights != rights:
+        with suppress(OSError):  # a file system without such rights
+            path.chmod(own | rights)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  anything that JSON can hold
@@ -86,13 +95,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    temporary.chmod(0o777 & ~UMASK)  # mkdtemp gives 0o700
+    (temporary / "probe").mkdir()
+    _widen(temporary, (temporary / "probe").stat().st_mode & 0o777)  # mkdtemp gives 0o700
+    (temporary / "probe").rmdir()
+    rights = _rights(temporary / "probe")
     try:
         with only_one(temporary):  # to the end: so that no other process takes it for what was left
             yield temporary
             for path in temporary.rglob("*"):
                 if path.is_file() and not path.is_symlink():
-                    _open_as_asked(path)
+                    _widen(path, rights)
             if not folder.is_dir():
                 temporary.replace(folder)
             elif not _exchanged(temporary, folder):

@@ -68,7 +68,7 @@ def standardised(scores: Scores, mean: ArrayLike, deviation: ArrayLike) -> Score
 
 
 def places_of(scores: Scores) -> Array:
-    """Place of each candidate in its row by score, float64[queries, candidates], 1 first, NaN last.
+    """Place of each candidate in its row by score, float64[queries, candidates], 1 first, NaN last with −∞.
 
     Equal ones all have their mean place: by the order of the catalogue, which says nothing, one of them would lead.
     """

@@ -114,14 +114,13 @@ def _new_records(
     found = read_items(items, columns={**told_columns(items, manifest, "item_columns"), **(columns or {})}, say=say)
     new = [_fitting(found, item, known) for item in found.ids if item not in known]
     records = [record for record in new if len(record) > 1]
-    told = any(len(_fitting(found, item, known)) > 1 for item in found.ids)
-    if not new or (told and not records):
+    if not new:
         raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
     if not records:
         raise RecllmError(
-            f"{items} says nothing of its items in a column that '{source}' knows: it has "
-            f"{', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Say which is which by "
-            "--item-column OURS=THEIRS; nothing was written."
+            f"Of {len(new):,} items of {items} that '{source}' does not have, none has text in a column that it knows: "
+            f"the file has {', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Say which is "
+            "which by --item-column OURS=THEIRS; nothing was written."
         )
     if there := len(found.ids) - len(new):
         say(f"{there:,} items are in the bundle already, and are left as they are there")

@@ -237,6 +237,8 @@ def _levels(scores: NDArray[np.float32], step: float) -> NDArray[np.int64]:
     order = np.argsort(scores, kind="stable")
     levels = np.zeros(len(scores), dtype=np.int64)
     ordered = scores[order].astype(np.float64)
+    if not len(ordered):
+        return levels
     with np.errstate(invalid="ignore"):  # −∞ beside −∞
         apart = np.diff(ordered) > step
         ends = np.flatnonzero(np.append(apart, True))

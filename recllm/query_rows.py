@@ -119,8 +119,8 @@ def parse_row(
         return BadRow(line, "not a JSON object", fields)
     try:
         given = fields.get("user_id")
-        if "user_id" not in fields and (other := _meant(fields)):
-            raise ValueError(f"no 'user_id', and a '{other}': call it user_id, if it is that")
+        if "user_id" not in fields and (other := _meant(fields)) and _is_id(fields[other]):
+            raise ValueError(f"no 'user_id', and a '{other}': call it user_id, or leave it out")
         user = None if given in (None, "") or given != given else identifier(given) or None  # NaN is a missing value
         history, rated = _history(fields, user, histories, ratings=ratings)
         candidates = _items("candidates", fields.get("candidates")) if "candidates" in need else ()
@@ -135,6 +135,10 @@ def _meant(columns: Iterable[str]) -> str:
     """The column that a log's user ids would be taken from; empty where there is none."""
     by_name = {squeezed(name): name for name in columns if isinstance(name, str)}
     return next((by_name[name] for name in EVENT_COLUMNS["user_id"] if name in by_name), "")
+
+
+def _is_id(value: Any) -> bool:  # noqa: ANN401  what JSON holds
+    return isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
 
 
 def _history(

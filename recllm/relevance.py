@@ -220,11 +220,15 @@ class TorchReader:
 
 def tokens_on_gpu(config: PretrainedConfig) -> int:
     """Tokens that are read at once on a GPU: as many as keep it busy, fewer of a model with many heads or layers."""
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = 2 * 4 * config.num_hidden_layers * width * (getattr(config, "num_key_value_heads", None) or heads)
     least, most = TOKENS_AT_ONCE
+    try:
+        config = config.get_text_config()
+        heads = int(config.num_attention_heads)
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = 2 * 4 * config.num_hidden_layers * width * (getattr(config, "num_key_value_heads", None) or heads)
+    # No attention heads (Mamba), layers that differ in them (Gemma 4), several texts (MusicGen): the careful number.
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return least
     return max(least, min(most, GPU_BYTES // (LOGIT_BYTES * LONG * heads + kept)))
 
 

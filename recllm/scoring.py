@@ -1,7 +1,8 @@
 """Scores of validation and test by every trained scorer of a run, kept in its folder, and the fusion fitted on them."""
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     protocol = evaluation_protocol(run, task)
     valid, test = protocol.examples("valid"), protocol.examples("test")
     result: dict[str, dict[str, Scores]] = {"valid": {}, "test": {}}
+    _without_other_rows(run.folder / "scores", [*valid, *test], asked=run.model.task == "relevance")
     for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
         shape = protocol.shape(len(valid) + len(test))
@@ -116,6 +118,28 @@ def _write_scores(
     scores.flush()
 
 
+def _without_other_rows(folder: Path, rows: Sequence[Example], *, asked: bool) -> None:
+    """Take kept scores away that are of other rows, so that they are made again, and note of which rows they are.
+
+    Scores from before there was a note are kept, but where the rows are `asked` of sampled negatives too: those were
+    sampled in another way.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        told = (row.query.user_id, len(row.query.history), row.item_id, row.label)
+        digest.update(repr(told).encode("utf-8", "surrogatepass"))
+    now, path = {"rows": digest.hexdigest()}, folder / "rows.json"
+    try:
+        same = read_json(path) == now if path.is_file() else not asked
+    except DamagedError:
+        same = False
+    if not same:
+        for old in folder.glob("*.npy"):
+            old.unlink()
+    if not same or not path.is_file():
+        write_json(path, now)
+
+
 def _shape_of(path: Path) -> tuple[int, ...] | None:
     """The shape of kept scores; None where there are none, or damaged ones."""
     try:
@@ -127,6 +151,8 @@ def _shape_of(path: Path) -> tuple[int, ...] | None:
 def _stands(settings: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether the fusion beside `settings` was fitted with what is `wanted`, and can be read."""
     try:
+        for path in settings.parent.glob("fusion-without-*.json"):
+            read_json(path)
         read_json(settings.with_name("fusion.json"))
         return bool(FusionSettings().model_dump(mode="json") | read_json(settings) == wanted)
     except (OSError, DamagedError):
@@ -179,7 +205,7 @@ def _scores_as_new(run: Run, task: Task, parts: Collaborative, examples: list[Ex
     queries = [example.query for example in examples]
     for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}-as-new-{len(examples)}.npy"
-        if not path.is_file():
+        if _shape_of(path) is None:
             say(f"Scoring validation with '{name}' as if all items were new")
             scores = score_as_new(make(), queries, task.index)
             with written(path) as part, part.open("wb") as file:

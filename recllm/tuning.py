@@ -13,7 +13,7 @@ from typing import Any
 
 from recllm.charts import Line, line_chart, picture
 from recllm.collaborative import encoder_name, load_collaborative
-from recllm.errors import RecllmError, require, unknown
+from recllm.errors import DamagedError, RecllmError, require, unknown
 from recllm.files import sha256_of, write_json, written
 from recllm.likeness import LIKENESS
 from recllm.lm import model_folder
@@ -80,7 +80,7 @@ def tune(path: Path, say: Say = print) -> Run:
         except optuna.TrialPruned:
             say(f"Trial {trial.number} is cut short: it is below the median of the others")
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        except WrongSearchError:
+        except (WrongSearchError, DamagedError):  # what all trials share, as likely as not
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             raise
         except RecllmError as error:

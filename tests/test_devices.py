@@ -1,10 +1,12 @@
 """Where models run: on a GPU where there is one and nobody said to keep off it, by stand-ins of CUDA."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from recllm import devices, loop, planning
 from recllm.errors import out_of_memory
@@ -64,6 +66,12 @@ def test_factors_are_fitted_on_the_cpu_where_implicit_has_cuda(monkeypatch, chec
 def test_what_devices_say_where_memory_runs_out_is_known(said):
     assert out_of_memory(RuntimeError(said))
     assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    assert not out_of_memory(KeyError(said))
+
+
+def test_memory_that_the_system_has_not_is_known():
+    assert out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert out_of_memory(RuntimeError("std::bad_alloc"))
 
 
 def test_tokens_on_a_gpu_go_by_the_heads_and_layers_of_the_model():
@@ -72,6 +80,11 @@ def test_tokens_on_a_gpu_go_by_the_heads_and_layers_of_the_model():
     assert tokens_on_gpu(smollm) == TOKENS_AT_ONCE[1]
     # 7 bytes for each of 1,024 logits of 32 heads, and 2 · 32 layers · 8 heads · 128 floats: 8 GiB in all.
     assert tokens_on_gpu(llama) == (8 << 30) // (7 * 1024 * 32 + 2 * 32 * 8 * 128 * 4)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gemma4_text", "musicgen", "fnet"])
+def test_models_whose_heads_are_not_told_read_as_many_tokens_as_a_cpu(kind):
+    assert tokens_on_gpu(CONFIG_MAPPING[kind]()) == TOKENS_AT_ONCE[0]
 
 
 def test_half_precision_is_inside_of_what_deepspeed_runs(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import threading
 import time
 
@@ -9,21 +10,23 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from recllm import files
 from recllm.arrayfiles import read_tensors
 from recllm.errors import RecllmError
 from recllm.files import alone, only_one, own_folder, read_json, whole_folder, write_json, written
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_who_serves_may_read_what_another_has_trained(umask, tmp_path, monkeypatch):
+def test_who_serves_may_read_what_another_has_trained(umask, tmp_path):
     """safetensors writes for its owner alone, whatever the umask says."""
-    monkeypatch.setattr(files, "UMASK", umask)
-    with written(tmp_path / "a.safetensors") as temporary:
-        save_file({"a": np.ones(2)}, temporary)
-    with whole_folder(tmp_path / "bundle") as folder:
-        (folder / "inside").mkdir()
-        save_file({"a": np.ones(2)}, folder / "inside" / "b.safetensors")
+    before = os.umask(umask)
+    try:
+        with written(tmp_path / "a.safetensors") as temporary:
+            save_file({"a": np.ones(2)}, temporary)
+        with whole_folder(tmp_path / "bundle") as folder:
+            (folder / "inside").mkdir()
+            save_file({"a": np.ones(2)}, folder / "inside" / "b.safetensors")
+    finally:
+        os.umask(before)
     for path in (tmp_path / "a.safetensors", tmp_path / "bundle" / "inside" / "b.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
     assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o777 & ~umask
@@ -34,8 +37,9 @@ def test_a_damaged_file_is_one_message_with_the_way_out(tmp_path):
     with pytest.raises(RecllmError, match=r"x\.json' is damaged .*\. Bring it back, or make what it belongs to anew"):
         read_json(tmp_path / "x.json")
     (tmp_path / "x.safetensors").write_bytes(b"\x08")
-    with pytest.raises(RecllmError, match=r"x\.safetensors' is damaged"):
+    with pytest.raises(RecllmError, match=r"x\.safetensors' is damaged") as error:
         read_tensors(tmp_path / "x.safetensors")
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as from a worker
 
 
 def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path):

@@ -179,7 +179,9 @@ def test_text_histories_pass_over_new_items_after_loading_too(tiny_run, new_item
 def test_items_of_which_nothing_is_said_are_refused(tiny_bundle, tmp_path):
     path = tmp_path / "new.csv"
     path.write_text("item_id,Film Name\nnew,Red film 99\n", encoding="utf-8")
-    with pytest.raises(RecllmError, match=r"new.csv says nothing of its items .* it has .*Film Name.* bundle .*title"):
+    with pytest.raises(
+        RecllmError, match=r"Of 1 items of .*none has text .*: the file has .*Film Name.* bundle .*title"
+    ):
         add_items(tiny_bundle, path, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
 
@@ -278,11 +280,11 @@ def test_nothing_new_is_said_and_nothing_written(tiny_bundle, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
-def test_the_same_items_again_are_nothing_new_though_one_of_them_has_no_text(tiny_bundle, tmp_path):
+def test_the_same_items_again_leave_only_those_without_text(tiny_bundle, tmp_path):
     path = tmp_path / "new.csv"
     path.write_text("item_id,title\nn1,Red film 99\nn2,\n", encoding="utf-8")
     assert add_items(tiny_bundle, path, tmp_path / "grown") == 1
-    with pytest.raises(RecllmError, match=r"new.csv has no item that '.*' does not have already; nothing was written"):
+    with pytest.raises(RecllmError, match=r"Of 1 items of .*new.csv that '.*' does not have, none has text"):
         add_items(tmp_path / "grown", path, tmp_path / "again")
 
 

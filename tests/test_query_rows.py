@@ -67,10 +67,11 @@ def test_a_user_id_by_another_name_is_not_lost_without_a_word(tmp_path):
     ):
         read_rows(path)
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"customer": "alice", "history": ["1"]}\n{"history": ["1"]}\n', encoding="utf-8")
-    bad, named_by_line = read_rows(path)
-    assert bad.reason == "no 'user_id', and a 'customer': call it user_id, if it is that"
-    assert named_by_line.user_id == "line 2"
+    lines = ['{"customer": "alice", "history": ["1"]}', '{"history": ["1"]}', '{"user": {"age": 3}, "history": ["1"]}']
+    path.write_text("\n".join([*lines, '{"customer": null, "history": ["1"]}']), encoding="utf-8")
+    bad, *named_by_line = read_rows(path)
+    assert bad.reason == "no 'user_id', and a 'customer': call it user_id, or leave it out"
+    assert [row.user_id for row in named_by_line] == ["line 2", "line 3", "line 4"]
 
 
 def test_a_user_who_is_no_number_has_no_name(tmp_path):

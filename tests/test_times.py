@@ -25,7 +25,8 @@ def test_a_time_with_a_zone_is_the_moment_and_not_what_its_clock_shows(zone, uni
         ([20201231, 20210101], [18627, 18628]),
         (["20201231", "2021-01-01", None], [18627, 18628, None]),
         ([20201231, 1609459200], [20201231 / 86400, 18628]),  # one of several numbers of seconds
-        ([20201331, 20210101], [20201331 / 86400, 20210101 / 86400]),  # no date has a month 13
+        ([20201331, 20210101], [20201331 / 86400, 20210101 / 86400]),  # no date has a month 13, and half is too little
+        ([0, *[20201231] * 10, 99999999], [None, *[18627] * 10, None]),  # fillers
     ],
 )
 def test_whole_dates_as_numbers_are_dates(given, days):

@@ -14,6 +14,8 @@ SURE = 1e8
 ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 FIRST_DATE, LAST_DATE = 19700101, 21991231
 """Whole dates as numbers."""
+DATES = 0.9
+"""The share of numbers (but 0) that are such dates where all are read as dates."""
 OFFSET = r"([+-])(\d{2})(?::?(\d{2}))?$"
 """Hours with or without minutes: PostgreSQL writes +00."""
 FARTHEST = 14
@@ -57,19 +59,17 @@ def holds_times(column: pl.Series) -> bool:
 def _from_numbers(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     number = column.cast(pl.Float64, strict=False)
     finite = number.to_frame("n").select(pl.when(pl.col("n").is_finite()).then(pl.col("n"))).to_series()
-    iso = (
-        _from_iso(column)
-        if column.dtype == pl.String
-        else pl.Series(column.name, [None] * len(column), dtype=pl.Float64)
-    )
+    none = pl.Series(column.name, [None] * len(column), dtype=pl.Float64)
+    iso = _from_iso(column) if column.dtype == pl.String else none
     dates = _from_whole_dates(finite)
-    if (written := len(dates) - dates.null_count()) and (iso.len() > iso.null_count() or written == finite.count()):
+    written = dates.count()
+    # Among others of its kind or dates in text, and what is too small for a time stamp stands for none (0, 99999999).
+    # In a column of seconds such a number is one of them.
+    if written and (iso.count() or written >= DATES * int((finite != 0).sum())):
         checks.add("info", "whole_dates", "time stamps as whole dates (20201231)", written, file=file)
-        finite, number = (
-            own.zip_with(dates.is_null(), pl.Series(own.name, [None] * len(own), dtype=pl.Float64))
-            for own in (finite, number)
-        )
-        iso = iso.to_frame("iso").select(pl.coalesce("iso", dates)).to_series()
+        seconds = (dates.is_null() & (finite >= SURE)).fill_null(False)
+        finite, number = (own.zip_with(seconds, none) for own in (finite, number))
+        iso = iso.zip_with(dates.is_null(), dates)
     counts, above = {}, float("inf")
     for least, divisor, unit in UNITS:
         inside = ((finite >= least) & (finite < above)).fill_null(False)
