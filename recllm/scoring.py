@@ -21,6 +21,7 @@ from recllm.histories import HistoryFormat
 from recllm.judging import load_light_judge, load_relevance, rating_scorers
 from recllm.lean import round_frozen
 from recllm.lm import LanguageBody, scoring_device
+from recllm.pairs import samples_negatives
 from recllm.progress import Progress
 from recllm.protocols import EvaluationProtocol, evaluation_protocol
 from recllm.ranking import QUERY_BATCH, Scorer, Scores, batches, score_as_new
@@ -85,7 +86,8 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
     protocol = evaluation_protocol(run, task)
     valid, test = protocol.examples("valid"), protocol.examples("test")
     result: dict[str, dict[str, Scores]] = {"valid": {}, "test": {}}
-    _without_other_rows(run.folder / "scores", [*valid, *test], asked=run.model.task == "relevance")
+    sampled = run.model.task == "relevance" and samples_negatives(task)
+    _without_other_rows(run.folder / "scores", [*valid, *test], sampled=sampled)
     for name, make in scorer_makers(run, task, parts).items():
         path = run.folder / "scores" / f"{name}.npy"
         shape = protocol.shape(len(valid) + len(test))
@@ -118,11 +120,11 @@ def _write_scores(
     scores.flush()
 
 
-def _without_other_rows(folder: Path, rows: Sequence[Example], *, asked: bool) -> None:
+def _without_other_rows(folder: Path, rows: Sequence[Example], *, sampled: bool) -> None:
     """Take kept scores away that are of other rows, so that they are made again, and note of which rows they are.
 
-    Scores from before there was a note are kept, but where the rows are `asked` of sampled negatives too: those were
-    sampled in another way.
+    Scores from before there was a note are kept, but where some rows are `sampled` negatives: those of validation were
+    others then.
     """
     digest = hashlib.sha256()
     for row in rows:
@@ -130,7 +132,7 @@ def _without_other_rows(folder: Path, rows: Sequence[Example], *, asked: bool) -
         digest.update(repr(told).encode("utf-8", "surrogatepass"))
     now, path = {"rows": digest.hexdigest()}, folder / "rows.json"
     try:
-        same = read_json(path) == now if path.is_file() else not asked
+        same = read_json(path) == now if path.is_file() else not sampled
     except DamagedError:
         same = False
     if not same:

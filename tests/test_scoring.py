@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 
 from recllm import scoring
 from recllm.collaborative import load_collaborative
+from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
 from recllm.fusion import Fusion
 from recllm.runs import ENVIRONMENT, load_run
+from recllm.splits import Example
 from recllm.tasks import prepare
 from recllm.weighing import FusionSettings
 
@@ -154,3 +157,21 @@ def test_scores_as_new_are_of_next_items_that_may_be_new(as_new):
     assert scores(5, share=0.0) == {}
     assert scores(5, task="relevance") == {}
     assert asked == []
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_kept_scores_of_other_rows_are_made_again(sampled, tmp_path):
+    rows = [Example(Query(("1",), "u"), "2", 1.0), Example(Query(("1", "2"), "u"), "3", 0.0)]
+
+    def kept(rows):
+        scoring._without_other_rows(tmp_path, rows, sampled=sampled)
+        return (tmp_path / "mf.npy").exists()
+
+    np.save(tmp_path / "mf.npy", np.zeros(2))
+    assert kept(rows) is not sampled  # without a note: sampled rows were others before there was one
+    np.save(tmp_path / "mf.npy", np.zeros(2))
+    assert kept(rows)
+    (tmp_path / "rows.json").write_text("{", encoding="utf-8")
+    assert not kept(rows)
+    np.save(tmp_path / "mf.npy", np.zeros(2))
+    assert not kept([rows[0], replace(rows[1], item_id="4")])  # another negative under the same score
