@@ -27,9 +27,9 @@ def on_gpu() -> bool:
 
 
 def free_memory() -> None:
-    """Give back what nothing holds any more; on a GPU to the driver."""
-    gc.collect()
+    """Give a GPU back what nothing holds any more: nobody looks for it where memory runs out there."""
     if on_gpu():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

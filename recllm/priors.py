@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 from recllm.arrayfiles import read_tensors
 from recllm.askedat import DAY, NOW, FadingCounts, log_end, moments_of
 from recllm.data import Interactions, Query
-from recllm.errors import DamagedError, RecllmError
+from recllm.errors import RecllmError
 from recllm.files import read_json, write_json, written
 from recllm.ranking import ItemIndex, Scores, dot_scores
 from recllm.recency import recency_weights
 
+GONE = "{} cannot be read ({}). Bring it back, or make what it belongs to anew (a run by --overwrite)."
 EVENTS = ("rows", "times", "weights")
 """What is kept of the events that popularity counts as of any moment."""
 
@@ -39,7 +40,7 @@ def read_arrays(folder: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[
     try:
         return read_tensors(folder / f"{name}.safetensors"), facts
     except OSError as error:
-        raise DamagedError(folder / f"{name}.safetensors", error) from None
+        raise RecllmError(GONE.format(folder / f"{name}.safetensors", error)) from None
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = read_json(path)
     except OSError as error:
-        raise DamagedError(path, error) from None
+        raise RecllmError(GONE.format(path, error)) from None
     return facts
 
 

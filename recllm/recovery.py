@@ -1,5 +1,6 @@
 """Recovery: what training changes by itself to go on, half the learning rate once, or smaller micro-batches."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,7 @@ def train_on(
             return int(made.state.global_step)
         fsdp = made.is_fsdp_enabled
         del made
+        gc.collect()
         free_memory()
         if process_state().is_main_process:
             write_json(note, asdict(adjusted))

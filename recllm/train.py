@@ -132,7 +132,7 @@ def _train_stages(run: Run, task: Task, clock: Clock, say: Say, *, resume: bool,
     with clock.stage("light"):
         light = train_light_judge if run.model.task == "relevance" else train_light
         light(run, task, parts, resume=resume, say=say, watch=watch)
-    free_memory()  # what has trained lies in circles, which nobody looks for where memory runs out on a GPU
+    free_memory()  # what has trained lies in circles
     with clock.stage("language model"):
         if run.model.name != "none":
             train = train_relevance if run.model.task == "relevance" else train_language

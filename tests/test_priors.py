@@ -159,7 +159,7 @@ def test_saved_priors_score_the_same(train, tmp_path):
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path):
-    with pytest.raises(RecllmError, match=r"popularity\.json' is damaged .*No such file.*\. Bring it back, or make"):
+    with pytest.raises(RecllmError, match=r"popularity\.json cannot be read .*No such file.*\. Bring it back, or make"):
         Popularity.load(tmp_path)
     write_arrays(tmp_path, "popularity", {"log_counts": np.zeros(1, np.float32)}, {"ids": ["a"]})
     (tmp_path / "popularity.safetensors").write_bytes(b"junk")
