@@ -61,13 +61,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether numpy, torch, ONNX Runtime or a GPU's driver and libraries could not have the memory they asked for."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    if isinstance(error, LookupError | ValueError | TypeError):  # which may quote a user's own words
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RecllmError | LookupError | ValueError | TypeError):  # which may quote a user's own words
         return False
     text = str(error).lower()
     told = ("out of memory", "failed to allocate memory", "alloc_failed", "can't allocate memory", "bad_alloc")
-    return any(words in text for words in told)
+    return isinstance(error, MemoryError) or any(words in text for words in told)
 
 
 def place_error(error: Exception) -> str:

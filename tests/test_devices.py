@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 from recllm import devices, loop, planning
-from recllm.errors import out_of_memory
+from recllm.errors import RecllmError, out_of_memory
 from recllm.lm import scoring_device
 from recllm.mf import FactorSettings, ImplicitMF
 from recllm.relevance import TOKENS_AT_ONCE, tokens_on_gpu
@@ -67,6 +67,8 @@ def test_what_devices_say_where_memory_runs_out_is_known(said):
     assert out_of_memory(RuntimeError(said))
     assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not out_of_memory(KeyError(said))
+    assert not out_of_memory(FileNotFoundError(errno.ENOENT, "No such file", f"{said}.csv"))
+    assert not out_of_memory(RecllmError(said))
 
 
 def test_memory_that_the_system_has_not_is_known():
