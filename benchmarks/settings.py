@@ -38,6 +38,7 @@ FUSIONS = [
     "reciprocal rank",
     "borda",
     "levels",
+    "network",
 ]
 """Every kind, so that the results compare them; the best on validation is the fusion of the table."""
 CONTROLS: dict[str, dict[str, str]] = {

@@ -5,7 +5,7 @@ learnt from its fused scores serves without (Hinton, Vinyals & Dean 2015).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +168,8 @@ def taught_rows(run: Run, histories: Sequence[tuple[Rows, Rows]], items: Rows, s
 def _ask(teacher: Run, task: Task, histories: Sequence[tuple[Rows, Rows]], say: Say) -> tuple[Rows, Scores]:
     """The best items with events after every history, int64[histories, targets], and their shares, float32."""
     parts = load_collaborative(teacher, task)
-    fusion = Fusion.load(teacher.folder / "fusion.json")
+    # What a network adds to a hundred places would bend the softmax over all items.
+    fusion = replace(Fusion.load(teacher.folder / "fusion.json"), network=None)
     scale = _scale(teacher, fusion, say)
     made = scorer_makers(teacher, task, parts)
     fused = FusedScorer({name: made[name]() for name in fusion.names}, fusion, task.split.train.item_counts())

@@ -13,7 +13,8 @@ from recllm.errors import RecllmError, unknown
 from recllm.files import write_json
 from recllm.fitting import PLAIN, Evidence, borda_points, moments, places_of, reciprocal_ranks, softplus, standardised
 from recllm.priors import read_facts
-from recllm.ranking import ItemIndex, Scorer, Scores
+from recllm.ranking import ItemIndex, Scorer, Scores, mask_seen, top_k
+from recllm.reordering import FIRST, SHARE, Reordering
 
 Counts = NDArray[np.int64]
 """Numbers of events."""
@@ -94,6 +95,13 @@ class Fusion:
     """Which of the candidates for new items this is."""
     candidates_new: Mapping[str, float] = field(default_factory=dict)
     """NDCG@10 on validation where a part of the items is taken for new, of every candidate for their weights."""
+    network: Reordering | None = None
+    """Puts the first places of a list in order again, `reordered`; None leaves them as the sum has them."""
+
+    @property
+    def share_names(self) -> tuple[str, ...]:
+        """Whose shares a score has."""
+        return self.names if self.network is None else (*self.names, SHARE)
 
     @classmethod
     def plain(cls, names: Sequence[str]) -> Self:
@@ -156,6 +164,35 @@ class Fusion:
             total += share
         return np.where(known, total, np.float32(np.nan)), shares
 
+    def reordered(
+        self,
+        fused: Scores,
+        shares: Mapping[str, Scores],
+        n_user: Counts,
+        n_item: Counts,
+        barred: NDArray[np.bool_] | None = None,
+    ) -> tuple[Scores, dict[str, Scores]]:
+        """What `fuse` gave, with what the network adds to the first places of each list, as one more share.
+
+        Args:
+            fused: float32[queries, candidates].
+            shares: by scorer, float32[queries, candidates].
+            n_user: length of each query's known history, int[queries].
+            n_item: train events, int[candidates].
+            barred: what no list has, bool[queries, candidates].
+        """
+        if self.network is None:
+            return fused, dict(shares)
+        ranked = fused if barred is None else np.where(barred, np.float32(np.nan), fused)
+        columns, _ = top_k(ranked, FIRST)
+        there, at = columns >= 0, np.maximum(columns, 0)
+        listed = np.stack([np.take_along_axis(shares[name], at, 1) for name in self.names], axis=1)
+        listed = np.where(there[:, None], listed, np.float32(np.nan))
+        added = np.zeros_like(fused)
+        lines, places = np.nonzero(there)
+        added[lines, at[there]] = self.network.added(listed, np.asarray(n_user), n_item[at], self.few)[lines, places]
+        return fused + added, {**shares, SHARE: added}
+
     def _known_before(self, scores: Mapping[str, Scores], level: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
         """Where some scorer of an earlier level has a score, bool[queries, candidates]."""
         known = np.zeros(shape, dtype=bool)
@@ -198,11 +235,12 @@ class Fusion:
             new=None,
             unseen=None,
             scales={},
+            network=None,
             chosen="plain sum",
         )
 
     def without(self, name: str) -> Self:
-        """The same weights with one scorer gone.
+        """The same weights with one scorer gone; a network goes as well, it knows the scorers only together.
 
         Raises:
             RecllmError: an unknown scorer.
@@ -223,13 +261,15 @@ class Fusion:
             new=None if self.new is None else self.new[keep],
             means=kept(self.means),
             deviations=kept(self.deviations),
+            network=None,
         )
 
     def save(self, path: Path) -> None:
         """Write JSON that has every constant of the formula."""
-        write_json(
-            path, asdict(self) | {"theta": self.theta.tolist(), "new": None if self.new is None else self.new.tolist()}
-        )
+        facts = asdict(replace(self, network=None))
+        facts |= {"theta": self.theta.tolist(), "new": None if self.new is None else self.new.tolist()}
+        del facts["network"]  # older versions read what has none
+        write_json(path, facts if self.network is None else facts | {"network": self.network.facts()})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -245,6 +285,8 @@ class Fusion:
         facts["scales"] = {name: tuple(own) for name, own in facts.get("scales", {}).items()}
         if facts.get("new") is not None:
             facts["new"] = np.array(facts["new"], dtype=np.float64).reshape(-1, 2)
+        if facts.get("network") is not None:
+            facts["network"] = Reordering.of(facts["network"])
         return cls(**facts)
 
 
@@ -282,6 +324,8 @@ class FusedScorer:
     fusion: Fusion
     item_counts: Mapping[str, int]
     """Train events per item."""
+    exclude_seen: bool = True
+    """Whether a list leaves out what the history has: so a network's first places do."""
 
     def score(self, queries: Sequence[Query], candidates: ItemIndex) -> Scores:
         """Fused scores: float32[queries, candidates], NaN for a candidate that no scorer knows."""
@@ -290,4 +334,7 @@ class FusedScorer:
     def explain(self, queries: Sequence[Query], candidates: ItemIndex) -> tuple[Scores, dict[str, Scores]]:
         """Fused scores and each scorer's share: float32[queries, candidates]."""
         scores = {name: scorer.score(queries, candidates) for name, scorer in self.scorers.items()}
-        return self.fusion.fuse(scores, *evidence(queries, candidates, self.item_counts))
+        counts = evidence(queries, candidates, self.item_counts)
+        fused, shares = self.fusion.fuse(scores, *counts)
+        barred = np.isnan(mask_seen(fused, queries, candidates)) if self.exclude_seen else None
+        return self.fusion.reordered(fused, shares, *counts, barred)

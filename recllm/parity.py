@@ -88,7 +88,8 @@ def _ranking_parity(
 ) -> dict[str, float]:
     """Fidelity of the catalogue graph, all items ranked, with the fusion of torch's scores; and NDCG@10 of both."""
     queries = [example.query for example in examples]
-    fused = FusedScorer({name: scorers[name] for name in bundle.fusion.names}, bundle.fusion, bundle.item_counts)
+    own = {name: scorers[name] for name in bundle.fusion.names}
+    fused = FusedScorer(own, bundle.fusion, bundle.item_counts, exclude_seen=not task.repeats)
     expected = fused.score(queries, task.index)
     expected = expected if task.repeats else mask_seen(expected, queries, task.index)
     out = bundle.recommend([query.history for query in queries], k=len(task.index))

@@ -125,9 +125,11 @@ class WholeCatalogue:
         """Fused scores of all items; block by block, for the shares are as large as all scores together."""
         n_user, n_item = self._evidence(examples)
         result = np.empty((len(examples), len(self.task.index)), dtype=np.float32)
-        for place, _ in batches(examples):
+        for place, part in batches(examples):
             given = {name: np.asarray(scores[name][place]) for name in fusion.names}
-            result[place] = fusion.fuse(given, n_user[place], n_item)[0]
+            both = fusion.fuse(given, n_user[place], n_item)
+            barred = None if fusion.network is None else self._seen(part)
+            result[place] = fusion.reordered(*both, n_user[place], n_item, barred)[0]
         return result
 
     def table(self, scores: Mapping[str, Scores | Scorer], examples: Sequence[Example], ks: tuple[int, ...]) -> Table:

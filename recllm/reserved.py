@@ -29,6 +29,10 @@ class Lists:
             np.zeros((users, scorers, 0), dtype=np.float32),
         )
 
+    def with_share(self, shares: NDArray[np.float32]) -> "Lists":
+        """With what more adds to the scores, float32[users, more, length], as further shares."""
+        return Lists(self.rows, self.scores + shares.sum(axis=1), np.concatenate([self.shares, shares], axis=1))
+
     def merged(self, other: "Lists", count: int) -> "Lists":
         """The `count` best of both; of equal scores the earlier ones."""
         scores = np.concatenate([self.scores, other.scores], axis=1)

@@ -8,6 +8,7 @@ from recllm.files import read_json
 from recllm.fusion import Fusion
 from recllm.outcome import learning_curves
 from recllm.pairs import samples_negatives
+from recllm.reordering import FIRST
 from recllm.report import CurvePoint, Report, TableRow, WeightCurve
 from recllm.results import UNKNOWN, Table
 from recllm.runs import Run
@@ -85,7 +86,9 @@ def _sampled(run: Run, task: Task) -> str:
 
 
 def _order(fusion: Fusion) -> str:
-    """Of a fusion in levels who speaks before whom."""
+    """Of a fusion in levels who speaks before whom, and of one with a network what that does."""
+    if fusion.network is not None:
+        return f": the weights below, and a network that puts the first {FIRST} places in order again"
     if not fusion.levels:
         return ""
     levels = [

@@ -29,7 +29,8 @@ from recllm.mf import ImplicitMF
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
 from recllm.prompts import CompiledPrompt, compile_prompt, load_prompt
-from recllm.ranking import ItemIndex, Scores, VectorScorer
+from recllm.ranking import ItemIndex, Scores, VectorScorer, mask_seen
+from recllm.reordering import FIRST
 from recllm.reserved import Lists, reserve
 from recllm.sessions import compute, open_session, placed
 from recllm.shortlist import EXACT, LISTED, Shortlist, check_kind, merged, recall
@@ -145,7 +146,7 @@ class Recommender:
         self._name_reader = name_reader
         self.index = ItemIndex(catalog.ids)
         vectors = {name: scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
-        counts = evidence([], self.index, self.item_counts)[1]
+        self._counts = counts = evidence([], self.index, self.item_counts)[1]
         self._kind, self._threads = kind, threads
         prepared = prepare(fusion, vectors, counts)
         self._order, self._places = prepared.order, prepared.places
@@ -179,7 +180,7 @@ class Recommender:
     @property
     def share_names(self) -> tuple[str, ...]:
         """Whose shares a score has."""
-        return tuple(self.scorers)
+        return self.fusion.share_names
 
     def recommend(
         self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool | None = None, new_items: int = 0
@@ -203,17 +204,20 @@ class Recommender:
         queries = [self.learnt(Query(tuple(history))) for history in histories]
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)
-        shares = {name: np.full((len(queries), k), np.nan, dtype=np.float32) for name in self.scorers}
-        at_once = max(1, min(USERS_IN_BATCH, PLACES_AT_ONCE // k))
+        shares = {name: np.full((len(queries), k), np.nan, dtype=np.float32) for name in self.share_names}
+        asked = k if self.fusion.network is None else min(max(k, FIRST), len(self.index))
+        at_once = max(1, min(USERS_IN_BATCH, PLACES_AT_ONCE // asked))
         for start in range(0, len(queries), at_once):
             part = queries[start : start + at_once]
             vectors = self._vectors(part)
-            found = self._top(part, vectors, k, exclude_seen)
+            found = self._reordered(self._top(part, vectors, asked, exclude_seen), part, k)
             if new_items:
-                found = reserve(found, self._best_new(part, vectors, new_items, exclude_seen))
+                new = self._best_new(part, vectors, new_items, exclude_seen)
+                silent = np.zeros((len(part), len(self.share_names) - len(self.scorers), new_items), dtype=np.float32)
+                found = reserve(found, new.with_share(silent))
             place = slice(start, start + len(part))
             scores[place] = found.scores
-            for at, name in enumerate(self.scorers):
+            for at, name in enumerate(self.share_names):
                 shares[name][place] = found.shares[:, at]
             ids.extend([self.index.ids[row] for row in line if row >= 0] for line in found.rows)
         return Recommendations(ids, scores, shares)
@@ -328,6 +332,18 @@ class Recommender:
         shares = np.where(nothing[:, None], np.float32(np.nan), shares)
         return Lists(np.where(nothing, -1, order[rows]), scores, shares)
 
+    def _reordered(self, found: Lists, queries: Sequence[Query], k: int) -> Lists:
+        """The first `k` of lists once the network has put their first places in order again."""
+        network = self.fusion.network
+        if network is None:
+            return found
+        listed = slice(FIRST)
+        n_user, rows = evidence(queries, ItemIndex(()), self.item_counts)[0], found.rows[:, listed]
+        more = np.zeros((len(rows), 1, found.rows.shape[1]), dtype=np.float32)
+        own = network.added(found.shares[:, :, listed], n_user, self._counts[rows], self.fusion.few)
+        more[:, 0, listed] = own
+        return found.with_share(more).merged(Lists.empty(len(rows), len(self.share_names)), k)
+
     def _best_new(
         self, queries: Sequence[Query], vectors: Mapping[str, NDArray[np.float32]], count: int, exclude_seen: bool
     ) -> Lists:
@@ -353,13 +369,16 @@ class Recommender:
         if (rows < 0).any():
             raise unknown("item", items[int(np.argmin(rows))], self.index.ids)
         scores = np.zeros((len(histories), len(rows)), dtype=np.float32)
-        shares = {name: np.zeros_like(scores) for name in self.scorers}
+        shares = {name: np.zeros_like(scores) for name in self.share_names}
         # Every scorer's scores of the whole catalogue are in memory at once.
         for start in range(0, len(histories), USERS_IN_BATCH):
             queries = [self.learnt(Query(tuple(own))) for own in histories[start : start + USERS_IN_BATCH]]
             place = slice(start, start + len(queries))
             own = {name: scorer.score(queries, self.index) for name, scorer in self.scorers.items()}
-            fused, parts = self.fusion.fuse(own, *evidence(queries, self.index, self.item_counts))
+            counts = evidence(queries, self.index, self.item_counts)
+            fused, parts = self.fusion.fuse(own, *counts)
+            barred = np.isnan(mask_seen(fused, queries, self.index)) if self.exclude_seen else None
+            fused, parts = self.fusion.reordered(fused, parts, *counts, barred)
             scores[place] = fused[:, rows]
             for name, share in parts.items():
                 shares[name][place] = share[:, rows]

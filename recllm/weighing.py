@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -22,8 +22,9 @@ from recllm.fitting import (
 )
 from recllm.fusion import BACKUP, Counts, Fusion, Scaled
 from recllm.metrics import auc, ndcg
-from recllm.ranking import QUERY_BATCH, Scores, target_ranks
+from recllm.ranking import QUERY_BATCH, Scores, target_ranks, top_k
 from recllm.recipes import Settings
+from recllm.reordering import FIRST, features, learn
 
 NDCG_AT = 10
 FOLDS = 5
@@ -33,9 +34,17 @@ ONLY = "only "
 """What the name of a scorer alone begins with, among what is tried."""
 
 Kind = Literal[
-    "by counts", "without counts", "plain sum", "best single", "stacker", "reciprocal rank", "borda", "levels"
+    "by counts",
+    "without counts",
+    "plain sum",
+    "best single",
+    "stacker",
+    "reciprocal rank",
+    "borda",
+    "levels",
+    "network",
 ]
-RANKS: tuple[Kind, ...] = ("reciprocal rank", "borda")
+RANKS: tuple[Kind, ...] = ("reciprocal rank", "borda", "network")
 """Kinds that need several candidates to a query."""
 DROP = 0.03
 """`FusionSettings.drop` where items are ranked and none is given."""
@@ -49,10 +58,11 @@ class FusionSettings(Settings):
     kinds: tuple[Kind, ...] = Field(("by counts", "without counts", "plain sum", "best single"), min_length=1)
     """What is tried, the best on validation is kept: softplus weights by event counts or the same everywhere, the plain
     sum of standardised scores, each scorer alone with the others as backup, signed weights by counts (stacker), sums of
-    reciprocal ranks or of Borda points, and scorers one after the other (levels), each only where those before it are
-    silent. An item on which a scorer alone is silent stands at the mean of those that it knows. What has weights is
-    measured on rows that it was not fitted on; with "best single" among the kinds no scorer alone is better than the
-    fusion on the rows that choose, but for what weights of new items may cost known ones (`new_cost`)."""
+    reciprocal ranks or of Borda points, scorers one after the other (levels), each only where those before it are
+    silent, and weights by counts whose first hundred places a small network puts in order again (network). An item on
+    which a scorer alone is silent stands at the mean of those that it knows. What has weights is measured on rows that
+    it was not fitted on; with "best single" among the kinds no scorer alone is better than the fusion on the rows that
+    choose, but for what weights of new items may cost known ones (`new_cost`)."""
     queries: int = Field(5000, ge=1)
     """The most validation queries to fit on (next_item)."""
     choosing: int = Field(5000, ge=1)
@@ -149,7 +159,8 @@ def fit_ranking(
         for part in np.array_split(rows, -(-len(rows) // QUERY_BATCH)) if len(rows) else []:
             given, scaled = {name: own[part] for name, own in scores.items()}, Scaled()
             for name, fusion in fusions.items():
-                fused, _ = fusion.fuse(given, n_user[part], n_item, scaled=scaled)
+                both = fusion.fuse(given, n_user[part], n_item, scaled=scaled)
+                fused, _ = fusion.reordered(*both, n_user[part], n_item, barred[part])
                 found[name].append(ndcg(target_ranks(np.where(barred[part], np.nan, fused), targets[part]), NDCG_AT))
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -162,7 +173,9 @@ def fit_ranking(
         """What is tried, fitted on this part of the sample, bool[queries]."""
         problem = Problem(z[:, part], user[part], item[part], cross_entropy(stands_for[part]))
         known = ~np.isin(users[choosing], users[sample[~part]])
-        return _made(base, problem, settings, lambda name: float(singles()[name][known].mean()) if known.any() else 0.0)
+        reordered = partial(_reordered, scores, sample[part], targets, n_user, n_item, barred, seed)
+        single = partial(_mean_of, singles, known)
+        return _made(base, problem, settings, single, reordered)
 
     def figures_of(fusions: Mapping[str, Fusion], part: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """`figures` of a part of the queries that choose; of a scorer alone they are known."""
@@ -211,6 +224,36 @@ def _sampled(
     )
 
 
+def _mean_of(figures: Callable[[], Mapping[str, NDArray[np.float64]]], rows: NDArray[np.bool_], name: str) -> float:
+    """The mean of a scorer's figures over those rows; 0 without any."""
+    return float(figures()[name][rows].mean()) if rows.any() else 0.0
+
+
+def _reordered(
+    scores: Mapping[str, Scores],
+    rows: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    n_user: Counts,
+    n_item: Counts,
+    barred: NDArray[np.bool_],
+    seed: int,
+    fusion: Fusion,
+) -> Fusion:
+    """The fusion with a network that is learnt on its lists for these rows, of those whose target is on them."""
+    missing, found = np.float32(np.nan), []
+    for part in np.array_split(rows, -(-len(rows) // QUERY_BATCH)):
+        fused, shares = fusion.fuse({name: own[part] for name, own in scores.items()}, n_user[part], n_item)
+        columns, best = top_k(np.where(barred[part], missing, fused), FIRST)
+        there, at = columns >= 0, np.maximum(columns, 0)
+        own = np.stack([np.take_along_axis(shares[name], at, 1) for name in fusion.names], axis=1)
+        x = features(np.where(there[:, None], own, missing), n_user[part], n_item[at])
+        hit = columns == targets[part, None]
+        kept = hit.any(axis=1)
+        found.append((x[kept], np.where(there, best, -np.inf)[kept], hit.argmax(axis=1)[kept]))
+    x, best, wanted = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return replace(fusion, network=learn(x, best, wanted, seed)) if len(x) else fusion
+
+
 def fit_labels(
     scores: Mapping[str, NDArray[np.float32]],
     labels: ArrayLike,
@@ -249,8 +292,8 @@ def fit_labels(
     kinds = tuple(kind for kind in settings.kinds if kind not in RANKS)
     if not kinds:
         raise RecllmError(
-            f"fusion.kinds is {list(settings.kinds)}: ranks need several candidates to a query, and pairs have one. "
-            "Add 'by counts' or another kind."
+            f"fusion.kinds is {list(settings.kinds)}: ranks need several candidates to a query, as a network does, and "
+            "pairs have one. Add 'by counts' or another kind."
         )
     both = [moments(given[None, :]) for given in scores.values()]
     base = replace(
@@ -310,20 +353,26 @@ def _best(made: Mapping[str, Fusion], figures: Mapping[str, float], figure: Call
 
 
 def _made(
-    base: Fusion, problem: Problem, settings: FusionSettings, single: Callable[[str], float]
+    base: Fusion,
+    problem: Problem,
+    settings: FusionSettings,
+    single: Callable[[str], float],
+    reordered: Callable[[Fusion], Fusion] | None = None,
 ) -> dict[str, Fusion]:
-    """Everything that is tried, by name, fitted on the problem; what each scorer has alone orders the levels."""
+    """Everything that is tried, by name, fitted on the problem.
+
+    What each scorer has alone orders the levels; `reordered` gives a fusion its network.
+    """
     made: dict[str, Fusion] = {}
+    weighed: dict[str, Fusion] = {}
     for kind in settings.kinds:
-        if kind == "by counts" or kind == "without counts" or kind == "stacker":
-            theta = minimise(
-                problem,
-                counts=kind != "without counts",
-                signed=kind == "stacker",
-                l2=settings.l2,
-                iterations=settings.iterations,
-            )
-            made[kind] = replace(base, theta=theta, signed=kind == "stacker")
+        if kind in ("by counts", "without counts", "stacker", "network"):
+            counts, signed = kind != "without counts", kind == "stacker"
+            of = "by counts" if kind == "network" else kind
+            if of not in weighed:
+                theta = minimise(problem, counts=counts, signed=signed, l2=settings.l2, iterations=settings.iterations)
+                weighed[of] = replace(base, theta=theta, signed=signed)
+            made[kind] = weighed[of] if kind != "network" or reordered is None else reordered(weighed[of])
         elif kind == "plain sum":
             made[kind] = base
         elif kind == "best single":

@@ -283,10 +283,10 @@ def test_levels_speak_where_those_before_are_silent():
 
 def test_pairs_have_no_ranks():
     scores = {"a": np.array([1.0, 2.0, 3.0], dtype=np.float32)}
-    settings = FusionSettings(kinds=("borda",))
+    settings = FusionSettings(kinds=("borda", "network"))
     with pytest.raises(RecllmError, match="ranks need several candidates"):
         fit_labels(scores, [0, 1, 1], np.ones(3, int), np.ones(3, int), settings=settings)
-    several = FusionSettings(kinds=("borda", "stacker", "levels"))
+    several = FusionSettings(kinds=("borda", "stacker", "levels", "network"))
     fusion = fit_labels(scores, [0, 1, 1], np.ones(3, int), np.ones(3, int), settings=several)
     assert set(fusion.candidates) == {"stacker", "levels"}
 

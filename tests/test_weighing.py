@@ -145,9 +145,9 @@ def test_rankings_are_measured_on_other_users(monkeypatch):
     scores = {name: rng.normal(size=(24, 30)).astype(np.float32) for name in "ab"}
     made = weighing._made
 
-    def noted(base, problem, settings, single):
+    def noted(base, problem, *others):
         parts.append(problem.z.shape[1])
-        return made(base, problem, settings, single)
+        return made(base, problem, *others)
 
     monkeypatch.setattr(weighing, "_made", noted)
     settings = FusionSettings(kinds=("without counts",), negatives=8)

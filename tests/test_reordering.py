@@ -1,0 +1,198 @@
+"""The network over the first places: exact slopes, what no sum can say, nothing behind what was not looked at."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from recllm import fusion as fusing
+from recllm import runtime
+from recllm.data import Query
+from recllm.fusion import FusedScorer, Fusion
+from recllm.metrics import ndcg
+from recllm.ranking import ItemIndex, mask_seen, target_ranks
+from recllm.reordering import FIRST, Reordering, features, learn, loss_and_slopes
+from recllm.weighing import FusionSettings, fit_ranking
+
+NAN = np.float32(np.nan)
+ITEMS = 120
+
+
+def drawn(scorers=3, units=5, seed=0):
+    """A network of random weights."""
+    rng, width = np.random.default_rng(seed), 2 * scorers + 3
+    shapes = {"means": width, "deviations": width, "inner": (width, units), "bias": units, "outer": units}
+    made = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return Reordering(**made | {"deviations": np.abs(made["deviations"]) + 1})
+
+
+def either_or(queries=600, seed=0):
+    """Scores of which exactly one is high for the target, and both for what is never wanted."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(ITEMS, size=queries)
+    scores = {name: rng.normal(size=(queries, ITEMS)).astype(np.float32) / 10 for name in "ab"}
+    lines = np.arange(queries)
+    for shift in range(1, 9):
+        for own in scores.values():
+            own[lines, (targets + shift) % ITEMS] += 1
+    first = rng.random(queries) < 0.5
+    scores["a"][lines[first], targets[first]] += 1
+    scores["b"][lines[~first], targets[~first]] += 1
+    return scores, targets, rng.integers(3, 50, size=queries), rng.integers(1, 9, size=ITEMS)
+
+
+def test_slopes_equal_finite_differences():
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape) for shape in ((4, 3), 3, 3)]
+    x, scores, wanted = rng.normal(size=(5, 6, 4)), rng.normal(size=(5, 6)), rng.integers(4, size=5)
+    scores[0, 4:] = -np.inf
+    kept = 2.0 * (rng.random((5, 6, 3)) < 0.5)
+    for given in (None, kept):
+        _, slopes = loss_and_slopes(weights, x, scores, wanted, given)
+        for own, slope in zip(weights, slopes, strict=True):
+            for at in np.ndindex(own.shape):
+                before, both = own[at], []
+                for step in (1e-6, -1e-6):
+                    own[at] = before + step
+                    both.append(loss_and_slopes(weights, x, scores, wanted, given)[0])
+                own[at] = before
+                assert slope[at] == pytest.approx((both[0] - both[1]) / 2e-6, abs=1e-6)
+
+
+def test_features_by_hand():
+    shares = np.array([[[3.0, 1.0, NAN], [2.0, 2.0, NAN]]], dtype=np.float32)
+    x = features(shares, np.array([4]), np.array([[0, 9, 0]]))
+    logs = np.log([1.0, 2.0, 1.5, 5.0, 10.0])
+    assert x[0, 0] == pytest.approx([1.0, 0.0, logs[0], logs[2], logs[0], 0.0, logs[3]])
+    assert x[0, 1] == pytest.approx([-1.0, 0.0, logs[1], logs[2], logs[1], logs[4], logs[3]])
+    assert not x[0, 2, :2].any()
+
+
+def test_what_no_sum_can_say_is_learnt_and_chosen(monkeypatch):
+    monkeypatch.setattr("recllm.reordering.PASSES", 20)
+    monkeypatch.setattr("recllm.weighing.FOLDS", 2)
+    settings = FusionSettings(kinds=("by counts", "best single", "network"), negatives=60, iterations=40)
+    fusion = fit_ranking(*either_or(), settings=settings)
+    assert fusion.chosen == "network"
+    assert fusion.candidates["network"] > fusion.candidates["by counts"] + 0.2
+    scores, targets, n_user, n_item = either_or(seed=1)
+    both = fusion.fuse(scores, n_user, n_item)
+    again, _ = fusion.reordered(*both, n_user, n_item)
+    plain, better = (ndcg(target_ranks(own, targets), 10).mean() for own in (both[0], again))
+    assert better > plain + 0.2
+
+
+def test_a_network_that_has_learnt_noise_is_not_chosen():
+    rng = np.random.default_rng(0)
+    targets, counts = rng.integers(ITEMS, size=80), rng.integers(1, 9, size=ITEMS)
+    scores = {name: rng.normal(size=(80, ITEMS)).astype(np.float32) for name in "ab"}
+    scores["a"][np.arange(80), targets] += 3
+    settings = FusionSettings(kinds=("by counts", "network"), negatives=60)
+    fusion = fit_ranking(scores, targets, np.full(80, 5), counts, settings=settings)
+    assert fusion.chosen == "by counts"
+    assert fusion.network is None
+
+
+def test_the_same_seed_learns_the_same():
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(40, 20, 7)).astype(np.float32), rng.normal(size=(40, 20)).astype(np.float32)
+    wanted = rng.integers(20, size=40)
+    one, two, other = (learn(*given, wanted, seed) for seed in (0, 0, 1))
+    assert np.array_equal(one.inner, two.inner)
+    assert not np.array_equal(one.inner, other.inner)
+
+
+def test_nothing_falls_behind_what_was_not_looked_at():
+    rng = np.random.default_rng(0)
+    scores = {name: rng.normal(size=(8, 300)).astype(np.float32) for name in "abc"}
+    scores["a"][0, 50:] = scores["b"][0, 50:] = scores["c"][0, 50:] = NAN
+    n_user, n_item = np.arange(8), rng.integers(0, 9, size=300)
+    fusion = replace(Fusion.plain(tuple("abc")), network=drawn())
+    barred = rng.random((8, 300)) < 0.2
+    fused, shares = fusion.fuse(scores, n_user, n_item)
+    again, more = fusion.reordered(fused, shares, n_user, n_item, barred)
+    assert list(more) == [*"abc", "network"] == list(fusion.share_names)
+    known = ~np.isnan(fused)
+    assert again[known] == pytest.approx(sum(more.values())[known], abs=1e-5)
+    assert np.array_equal(np.isnan(again), ~known)
+    for row in range(8):
+        free = np.flatnonzero(~barred[row] & ~np.isnan(fused[row]))
+        first = free[np.argsort(-fused[row, free])][:FIRST]
+        rest = np.setdiff1d(np.arange(300), first)
+        assert not more["network"][row, rest].any()
+        assert more["network"][row, first].min() == 0.0
+        assert more["network"][row, first].max() > 0.1
+        behind = np.setdiff1d(free, first)
+        assert not len(behind) or again[row, first].min() >= again[row, behind].max()
+
+
+def test_new_items_do_not_gain_on_each_other():
+    rng = np.random.default_rng(0)
+    shares = rng.normal(size=(2, 3, 10)).astype(np.float32)
+    counts = np.array([[0, 5, 5, 2, 5, 5, 5, 1, 5, 5]] * 2)
+    added = drawn().added(shares, np.array([3, 4]), counts, few=3)
+    new = counts < 3
+    assert np.ptp(added[0, new[0]]) == 0.0
+    assert added[0, new[0]][0] == pytest.approx(added[0, ~new[0]].mean(), rel=1e-5)
+    assert np.ptp(added[0, ~new[0]]) > 0.1
+
+
+def test_is_saved_and_goes_with_a_scorer(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = {name: rng.normal(size=(4, 200)).astype(np.float32) for name in "abc"}
+    counts = np.arange(4), rng.integers(0, 9, size=200)
+    fusion = replace(Fusion.plain(tuple("abc")), network=drawn())
+    fusion.save(tmp_path / "fusion.json")
+    loaded = Fusion.load(tmp_path / "fusion.json")
+    expected, found = (own.reordered(*own.fuse(scores, *counts), *counts)[0] for own in (fusion, loaded))
+    assert np.array_equal(expected, found)
+    assert fusion.without("b").network is None
+    assert fusion.plain_sum().network is None
+    fusion.plain_sum().save(tmp_path / "fusion.json")
+    assert '"network"' not in (tmp_path / "fusion.json").read_text()
+
+
+def test_what_a_history_has_takes_no_first_place(monkeypatch):
+    monkeypatch.setattr(fusing, "FIRST", 3)
+    index = ItemIndex([str(item) for item in range(8)])
+    own = np.arange(8, 0, -1, dtype=np.float32)[None]
+
+    class Scorer:
+        def score(self, queries, candidates):
+            return np.tile(own, (len(queries), 1))
+
+    network = drawn(scorers=1)
+    fusion = replace(Fusion.plain(("a",)), network=network)
+    fused = FusedScorer({"a": Scorer()}, fusion, dict.fromkeys(index.ids, 5))
+    _, shares = fused.explain([Query(("0", "1")), Query(())], index)
+    assert not shares["network"][0][[0, 1, 5, 6, 7]].any()
+    assert shares["network"][0][2:5].any()
+    assert shares["network"][1][:3].any()
+    _, again = replace(fused, exclude_seen=False).explain([Query(("0", "1"))], index)
+    assert again["network"][0][:3].any()
+
+
+def test_a_bundle_ranks_as_its_scores_say(tiny_bundle, monkeypatch):
+    """The graph's lists, put in order again, against numpy's fusion of all items."""
+    monkeypatch.setattr(fusing, "FIRST", 8)
+    monkeypatch.setattr(runtime, "FIRST", 8)
+    bundle = runtime.load(tiny_bundle)
+    plain = bundle.recommend([["0", "2"], [], ["x"]], k=24)
+    bundle.fusion = replace(bundle.fusion, network=drawn(len(bundle.fusion.names), seed=3))
+    histories = [["0", "2"], ["1", "3", "5"], [], ["x"]]
+    scores, shares = bundle.score(histories, bundle.index.ids)
+    expected = mask_seen(scores, [Query(tuple(own)) for own in histories], bundle.index)
+    assert list(shares) == list(bundle.share_names)
+    for k in (3, 8, 20):
+        found = bundle.recommend(histories, k=k)
+        for row, ids in enumerate(found.ids):
+            at = bundle.index.rows(ids)
+            assert found.scores[row] == pytest.approx(
+                np.sort(expected[row][~np.isnan(expected[row])])[::-1][:k], abs=1e-4
+            )
+            assert found.scores[row] == pytest.approx(expected[row, at], abs=1e-4)
+            assert found.shares["network"][row] == pytest.approx(shares["network"][row, at], abs=1e-4)
+    assert found.ids[0] != plain.ids[0][:20]
+    if bundle.fusion.new is not None:
+        kept = bundle.recommend(histories, k=5, new_items=1)
+        assert all(len(ids) == 5 for ids in kept.ids)
