@@ -213,8 +213,8 @@ class Recommender:
             found = self._reordered(self._top(part, vectors, asked, exclude_seen), part, k)
             if new_items:
                 new = self._best_new(part, vectors, new_items, exclude_seen)
-                silent = np.zeros((len(part), len(self.share_names) - len(self.scorers), new_items), dtype=np.float32)
-                found = reserve(found, new.with_share(silent))
+                more = len(self.share_names) - len(self.scorers)
+                found = reserve(found, new.with_share(np.zeros((len(part), more, new.rows.shape[1]), np.float32)))
             place = slice(start, start + len(part))
             scores[place] = found.scores
             for at, name in enumerate(self.share_names):
@@ -337,12 +337,10 @@ class Recommender:
         network = self.fusion.network
         if network is None:
             return found
-        listed = slice(FIRST)
-        n_user, rows = evidence(queries, ItemIndex(()), self.item_counts)[0], found.rows[:, listed]
-        more = np.zeros((len(rows), 1, found.rows.shape[1]), dtype=np.float32)
-        own = network.added(found.shares[:, :, listed], n_user, self._counts[rows], self.fusion.few)
-        more[:, 0, listed] = own
-        return found.with_share(more).merged(Lists.empty(len(rows), len(self.share_names)), k)
+        n_user, n_item = evidence(queries, ItemIndex(()), self.item_counts)[0], self._counts[found.rows[:, :FIRST]]
+        more = np.zeros((len(queries), 1, found.rows.shape[1]), dtype=np.float32)
+        more[:, 0, :FIRST] = network.added(found.shares[:, :, :FIRST], n_user, n_item, self.fusion.few)
+        return found.with_share(more).merged(Lists.empty(len(queries), len(self.share_names)), k)
 
     def _best_new(
         self, queries: Sequence[Query], vectors: Mapping[str, NDArray[np.float32]], count: int, exclude_seen: bool

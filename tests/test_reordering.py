@@ -193,6 +193,18 @@ def test_a_bundle_ranks_as_its_scores_say(tiny_bundle, monkeypatch):
             assert found.scores[row] == pytest.approx(expected[row, at], abs=1e-4)
             assert found.shares["network"][row] == pytest.approx(shares["network"][row, at], abs=1e-4)
     assert found.ids[0] != plain.ids[0][:20]
-    if bundle.fusion.new is not None:
-        kept = bundle.recommend(histories, k=5, new_items=1)
-        assert all(len(ids) == 5 for ids in kept.ids)
+
+
+@pytest.mark.parametrize("index", ["exact", "int8"])
+def test_places_are_kept_for_new_items_behind_a_network(tiny_bundle, monkeypatch, index):
+    monkeypatch.setattr(fusing, "FIRST", 8)
+    monkeypatch.setattr(runtime, "FIRST", 8)
+    bundle = runtime.load(tiny_bundle, index=index)
+    assert bundle.fusion.new is not None
+    bundle.fusion = replace(bundle.fusion, network=drawn(len(bundle.fusion.names), seed=3))
+    grown = bundle.with_items([{"item_id": "100", "title": "Red film 30", "genres": "Drama"}])
+    for count in (1, 3):
+        found = grown.recommend([["0", "2"], []], k=6, new_items=count)
+        assert all("100" in ids and len(ids) == 6 for ids in found.ids)
+        assert (np.diff(found.scores, axis=1) <= 1e-5).all()
+        assert sum(found.shares.values()) == pytest.approx(found.scores, abs=1e-5)
