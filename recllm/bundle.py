@@ -16,7 +16,8 @@ from recllm.process import FORKS
 
 T = TypeVar("T")
 
-FORMAT = 3
+FORMAT, WITH_NETWORK = 3, 4
+"""Of bundles; of those whose fusion has a network, which older versions do not know."""
 TRIES = 5
 """How often a bundle that is replaced meanwhile is read."""
 MANIFEST = "manifest.json"
@@ -39,7 +40,9 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         if path.is_file() and path.name != MANIFEST and not _is_hidden(path.relative_to(folder).as_posix())
     }
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(folder / MANIFEST, {"format": FORMAT, "recllm": __version__, "made": made} | facts | {"files": files})
+    fusion = folder / "fusion.json"
+    version = WITH_NETWORK if fusion.is_file() and read_json(fusion).get("network") else FORMAT
+    write_json(folder / MANIFEST, {"recllm": __version__, "made": made} | facts | {"format": version, "files": files})
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
@@ -61,9 +64,9 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         raise RecllmError(damaged.format(error.reason)) from None
     except AttributeError as error:
         raise RecllmError(damaged.format(error)) from None
-    if version != FORMAT:
+    if version not in (FORMAT, WITH_NETWORK):
         raise RecllmError(
-            f"'{folder}' has bundle format {version}, this recllm {__version__} reads format {FORMAT}. "
+            f"'{folder}' has bundle format {version}, this recllm {__version__} reads {FORMAT} and {WITH_NETWORK}. "
             f"Export the bundle again, or install the recllm that made it ({manifest.get('recllm', 'unknown')})."
         )
     try:

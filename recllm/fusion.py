@@ -262,6 +262,7 @@ class Fusion:
             means=kept(self.means),
             deviations=kept(self.deviations),
             network=None,
+            chosen="by counts" if self.chosen == "network" else self.chosen,
         )
 
     def save(self, path: Path) -> None:
@@ -336,5 +337,7 @@ class FusedScorer:
         scores = {name: scorer.score(queries, candidates) for name, scorer in self.scorers.items()}
         counts = evidence(queries, candidates, self.item_counts)
         fused, shares = self.fusion.fuse(scores, *counts)
+        if self.fusion.network is None:
+            return fused, shares
         barred = np.isnan(mask_seen(fused, queries, candidates)) if self.exclude_seen else None
         return self.fusion.reordered(fused, shares, *counts, barred)

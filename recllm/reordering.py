@@ -119,7 +119,8 @@ def learn(x: Array, scores: Array, wanted: NDArray[np.int64], seed: int = 0) -> 
         wanted: the place of each row's target, int64[rows].
         seed: of the networks and of the order of rows.
     """
-    means, deviations = x.mean(axis=(0, 1)), x.std(axis=(0, 1))
+    there = x[scores > -np.inf]
+    means, deviations = there.mean(axis=0), there.std(axis=0)
     deviations = np.where(deviations > 0, deviations, 1).astype(np.float32)
     x = np.clip((x - means) / deviations, -CLIPPED, CLIPPED).astype(np.float32)
     copies = [_network(x, scores, wanted, np.random.default_rng((seed, copy))) for copy in range(COPIES)]

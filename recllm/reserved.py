@@ -29,9 +29,19 @@ class Lists:
             np.zeros((users, scorers, 0), dtype=np.float32),
         )
 
-    def with_share(self, shares: NDArray[np.float32]) -> "Lists":
-        """With what more adds to the scores, float32[users, more, length], as further shares."""
-        return Lists(self.rows, self.scores + shares.sum(axis=1), np.concatenate([self.shares, shares], axis=1))
+    def first(self, count: int) -> "Lists":
+        """The first places of each list."""
+        return Lists(self.rows[:, :count], self.scores[:, :count], self.shares[:, :, :count])
+
+    def with_share(self, share: NDArray[np.float32]) -> "Lists":
+        """With what else adds to the scores, float32[users, length], as one more share."""
+        return Lists(self.rows, self.scores + share, np.concatenate([self.shares, share[:, None]], axis=1))
+
+    def share_of(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the last of the shares gives items, float32 like the rows int64[users, items]: 0 to what is not here."""
+        same = (rows[:, :, None] == self.rows[:, None, :]) & (rows >= 0)[:, :, None]
+        found: NDArray[np.float32] = np.where(same, self.shares[:, None, -1], np.float32(0)).sum(axis=2)
+        return found
 
     def merged(self, other: "Lists", count: int) -> "Lists":
         """The `count` best of both; of equal scores the earlier ones."""

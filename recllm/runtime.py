@@ -33,7 +33,7 @@ from recllm.ranking import ItemIndex, Scores, VectorScorer, mask_seen
 from recllm.reordering import FIRST
 from recllm.reserved import Lists, reserve
 from recllm.sessions import compute, open_session, placed
-from recllm.shortlist import EXACT, LISTED, Shortlist, check_kind, merged, recall
+from recllm.shortlist import EXACT, LISTED, Shortlist, check_kind, recall
 from recllm.vectors import Standard
 
 USERS_IN_BATCH = 64
@@ -205,16 +205,16 @@ class Recommender:
         ids: list[list[str]] = []
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)
         shares = {name: np.full((len(queries), k), np.nan, dtype=np.float32) for name in self.share_names}
-        asked = k if self.fusion.network is None else min(max(k, FIRST), len(self.index))
+        asked = max(k, self._asked)
         at_once = max(1, min(USERS_IN_BATCH, PLACES_AT_ONCE // asked))
         for start in range(0, len(queries), at_once):
             part = queries[start : start + at_once]
             vectors = self._vectors(part)
-            found = self._reordered(self._top(part, vectors, asked, exclude_seen), part, k)
+            every = self._reordered(self._top(part, vectors, asked, exclude_seen), part)
+            found = every.first(k)
             if new_items:
                 new = self._best_new(part, vectors, new_items, exclude_seen)
-                more = len(self.share_names) - len(self.scorers)
-                found = reserve(found, new.with_share(np.zeros((len(part), more, new.rows.shape[1]), np.float32)))
+                found = reserve(found, new if self.fusion.network is None else new.with_share(every.share_of(new.rows)))
             place = slice(start, start + len(part))
             scores[place] = found.scores
             for at, name in enumerate(self.share_names):
@@ -271,14 +271,14 @@ class Recommender:
     def _best_and_found(self, queries: Sequence[Query], k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of the exact best and of those that the index gives, int64[queries, k] each."""
         assert self._shortlist is not None
-        vectors, parts = self._vectors(queries), []
-        found = self._top(queries, vectors, k, exclude_seen=True)
+        vectors, asked = self._vectors(queries), max(k, self._asked)
+        found = self._reordered(self._top(queries, vectors, asked, exclude_seen=True), queries)
+        best = Lists.empty(len(queries), len(self.scorers))
         for start in range(0, len(self._order), PLACES_AT_ONCE):
             stop = min(start + PLACES_AT_ONCE, len(self._order))
             listed = np.tile(np.arange(start, stop), (len(queries), 1))
-            ranked = self._ranked(queries, vectors, min(k, stop - start), True, listed)
-            parts.append((ranked.rows, np.where(np.isnan(ranked.scores), -np.inf, ranked.scores)))
-        return merged(parts, k)[0], found.rows
+            best = best.merged(self._ranked(queries, vectors, min(asked, stop - start), True, listed), asked)
+        return self._reordered(best, queries).first(k).rows, found.first(k).rows
 
     def _sample(self, count: int) -> list[Query]:
         """Histories of a single item, drawn by a fixed seed from the items with events."""
@@ -332,15 +332,21 @@ class Recommender:
         shares = np.where(nothing[:, None], np.float32(np.nan), shares)
         return Lists(np.where(nothing, -1, order[rows]), scores, shares)
 
-    def _reordered(self, found: Lists, queries: Sequence[Query], k: int) -> Lists:
-        """The first `k` of lists once the network has put their first places in order again."""
+    def _reordered(self, found: Lists, queries: Sequence[Query]) -> Lists:
+        """The lists once the network has put their first places in order again."""
         network = self.fusion.network
         if network is None:
             return found
         n_user, n_item = evidence(queries, ItemIndex(()), self.item_counts)[0], self._counts[found.rows[:, :FIRST]]
-        more = np.zeros((len(queries), 1, found.rows.shape[1]), dtype=np.float32)
-        more[:, 0, :FIRST] = network.added(found.shares[:, :, :FIRST], n_user, n_item, self.fusion.few)
-        return found.with_share(more).merged(Lists.empty(len(queries), len(self.share_names)), k)
+        more = np.where(found.rows < 0, np.float32(np.nan), np.float32(0))
+        more[:, :FIRST] += network.added(found.shares[:, :, :FIRST], n_user, n_item, self.fusion.few)
+        every = found.with_share(more)
+        return every.merged(Lists.empty(len(queries), len(self.share_names)), found.rows.shape[1])
+
+    @property
+    def _asked(self) -> int:
+        """The least length of a list whose first places the network can put in order."""
+        return 1 if self.fusion.network is None else min(FIRST, len(self.index))
 
     def _best_new(
         self, queries: Sequence[Query], vectors: Mapping[str, NDArray[np.float32]], count: int, exclude_seen: bool
@@ -355,8 +361,16 @@ class Recommender:
             found = found.merged(self._ranked(queries, vectors, most, exclude_seen, listed, only_new=True), count)
         return found
 
-    def score(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> tuple[Scores, dict[str, Scores]]:
+    def score(
+        self, histories: Sequence[Sequence[str]], items: Sequence[str], *, exclude_seen: bool | None = None
+    ) -> tuple[Scores, dict[str, Scores]]:
         """Fused scores of `items`, float32[histories, items], standardised over the whole catalogue, and their shares.
+
+        Args:
+            histories: as `recommend` takes them.
+            items: ids of the catalogue.
+            exclude_seen: whether the first places, which a network puts in order again, leave out the history's items,
+                so that these get nothing of its; None does as the bundle was trained and measured.
 
         Raises:
             RecllmError: an item that the catalogue has not, or what is no list of ids.
@@ -368,6 +382,7 @@ class Recommender:
             raise unknown("item", items[int(np.argmin(rows))], self.index.ids)
         scores = np.zeros((len(histories), len(rows)), dtype=np.float32)
         shares = {name: np.zeros_like(scores) for name in self.share_names}
+        exclude_seen = self.exclude_seen if exclude_seen is None else exclude_seen
         # Every scorer's scores of the whole catalogue are in memory at once.
         for start in range(0, len(histories), USERS_IN_BATCH):
             queries = [self.learnt(Query(tuple(own))) for own in histories[start : start + USERS_IN_BATCH]]
@@ -375,12 +390,17 @@ class Recommender:
             own = {name: scorer.score(queries, self.index) for name, scorer in self.scorers.items()}
             counts = evidence(queries, self.index, self.item_counts)
             fused, parts = self.fusion.fuse(own, *counts)
-            barred = np.isnan(mask_seen(fused, queries, self.index)) if self.exclude_seen else None
-            fused, parts = self.fusion.reordered(fused, parts, *counts, barred)
+            if self.fusion.network is not None:
+                barred = np.isnan(mask_seen(fused, queries, self.index)) if exclude_seen else None
+                fused, parts = self.fusion.reordered(fused, parts, *counts, barred)
             scores[place] = fused[:, rows]
             for name, share in parts.items():
                 shares[name][place] = share[:, rows]
         return scores, shares
+
+    def with_fusion(self, fusion: Fusion) -> "Recommender":
+        """The same recommender with another fusion of the same scorers."""
+        return self._with(self.catalog, self.scorers, fusion)
 
     def with_items(self, records: Sequence[Mapping[str, str]]) -> "Recommender":
         """The same recommender with new items, known by their text alone; nothing is trained.
@@ -399,10 +419,13 @@ class Recommender:
         scorers = knowing(self.scorers, catalog, text, self._item_graphs)
         if isinstance(told := scorers.get("likelihood"), Likelihood) and self._name_reader is not None:
             scorers["likelihood"] = told.grown(ItemIndex(catalog.ids), self._name_reader(new))
+        return self._with(catalog, scorers, self.fusion)
+
+    def _with(self, catalog: Catalog, scorers: Mapping[str, VectorScorer], fusion: Fusion) -> "Recommender":
         return Recommender(
             catalog=catalog,
             scorers=scorers,
-            fusion=self.fusion,
+            fusion=fusion,
             item_counts=self.item_counts,
             catalogue=self._catalogue,
             item_encoder=self._item_encoder,

@@ -83,7 +83,7 @@ class FusionSettings(Settings):
     new_cost: float = Field(0.002, ge=0, le=1)
     """The share of NDCG@10 on validation that new items may cost by standing among known ones, in whose lists they are
     then no more often than any item; 1 places them by the fit alone, as if tomorrow's items were as much in demand as
-    today's (next_item)."""
+    today's (next_item). Both are measured on the weights' lists, also where a network puts these in order again."""
     pairwise: float = Field(0.5, ge=0)
     """Weight of the loss over one user's liked and disliked rows beside that over all rows (labelled pairs)."""
     drop: float | None = Field(None, ge=0, lt=1)
@@ -349,7 +349,9 @@ def _best(made: Mapping[str, Fusion], figures: Mapping[str, float], figure: Call
     singles = {name: figures[name] for name in made if name.startswith(ONLY)}
     better = max(singles, key=singles.__getitem__, default=best)
     best = better if better != best and figure(made[better]) > figure(made[best]) else best
-    return replace(made[best], chosen=best, candidates=figures)
+    # No network is learnt where no target is on a list that it could put in order.
+    name = "by counts" if best == "network" and made[best].network is None else best
+    return replace(made[best], chosen=name, candidates=figures)
 
 
 def _made(

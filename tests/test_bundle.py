@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import recllm
-from recllm.bundle import FORMAT, new_bundle, read_catalog, read_manifest, read_steadily, write_catalog
+from recllm.bundle import FORMAT, WITH_NETWORK, new_bundle, read_catalog, read_manifest, read_steadily, write_catalog
 from recllm.data import Catalog
 from recllm.errors import RecllmError
 from recllm.files import read_json, sha256_of, write_json
@@ -93,9 +93,10 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(folder):
 
 
 def test_a_newer_format_says_which_recllm_made_it(folder):
-    changed(folder, format=FORMAT + 1, recllm="9.9.9")
+    changed(folder, format=WITH_NETWORK + 1, recllm="9.9.9")
     with pytest.raises(
-        RecllmError, match=rf"has bundle format {FORMAT + 1}, this recllm .* reads format {FORMAT}.*9\.9\.9"
+        RecllmError,
+        match=rf"has bundle format {WITH_NETWORK + 1}, this recllm .* reads {FORMAT} and {WITH_NETWORK}.*9\.9\.9",
     ):
         read_manifest(folder)
 

@@ -1,17 +1,27 @@
 """The network over the first places: exact slopes, what no sum can say, nothing behind what was not looked at."""
 
+import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from recllm import fusion as fusing
 from recllm import runtime
+from recllm.batch import Job, recommend_file
+from recllm.bundle import FORMAT, MANIFEST, WITH_NETWORK, seal
 from recllm.data import Query
+from recllm.files import read_json
 from recllm.fusion import FusedScorer, Fusion
+from recllm.growing import SEALED
 from recllm.metrics import ndcg
+from recllm.protocols import WholeCatalogue
 from recllm.ranking import ItemIndex, mask_seen, target_ranks
 from recllm.reordering import FIRST, Reordering, features, learn, loss_and_slopes
+from recllm.splits import Example
 from recllm.weighing import FusionSettings, fit_ranking
 
 NAN = np.float32(np.nan)
@@ -98,7 +108,8 @@ def test_the_same_seed_learns_the_same():
     given = rng.normal(size=(40, 20, 7)).astype(np.float32), rng.normal(size=(40, 20)).astype(np.float32)
     wanted = rng.integers(20, size=40)
     one, two, other = (learn(*given, wanted, seed) for seed in (0, 0, 1))
-    assert np.array_equal(one.inner, two.inner)
+    for part in ("means", "deviations", "inner", "bias", "outer"):
+        assert np.array_equal(getattr(one, part), getattr(two, part))
     assert not np.array_equal(one.inner, other.inner)
 
 
@@ -195,16 +206,136 @@ def test_a_bundle_ranks_as_its_scores_say(tiny_bundle, monkeypatch):
     assert found.ids[0] != plain.ids[0][:20]
 
 
-@pytest.mark.parametrize("index", ["exact", "int8"])
-def test_places_are_kept_for_new_items_behind_a_network(tiny_bundle, monkeypatch, index):
+@pytest.fixture
+def saved(tiny_bundle, tmp_path, monkeypatch):
+    """A bundle on the disk whose fusion has a network, over first places that its catalogue is longer than."""
     monkeypatch.setattr(fusing, "FIRST", 8)
     monkeypatch.setattr(runtime, "FIRST", 8)
-    bundle = runtime.load(tiny_bundle, index=index)
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    fusion = Fusion.load(folder / "fusion.json")
+    replace(fusion, network=drawn(len(fusion.names), seed=3)).save(folder / "fusion.json")
+    seal(folder, {key: value for key, value in read_json(folder / MANIFEST).items() if key not in SEALED})
+    return folder
+
+
+def test_older_versions_are_told_that_they_cannot_read_a_network(saved, tiny_bundle):
+    assert read_json(tiny_bundle / MANIFEST)["format"] == FORMAT
+    assert read_json(saved / MANIFEST)["format"] == WITH_NETWORK
+    assert runtime.load(saved).fusion.network is not None
+
+
+@pytest.mark.parametrize("index", ["exact", "int8"])
+def test_places_are_kept_for_new_items_behind_a_network(saved, index):
+    bundle = runtime.load(saved, index=index)
     assert bundle.fusion.new is not None
-    bundle.fusion = replace(bundle.fusion, network=drawn(len(bundle.fusion.names), seed=3))
-    grown = bundle.with_items([{"item_id": "100", "title": "Red film 30", "genres": "Drama"}])
-    for count in (1, 3):
-        found = grown.recommend([["0", "2"], []], k=6, new_items=count)
-        assert all("100" in ids and len(ids) == 6 for ids in found.ids)
-        assert (np.diff(found.scores, axis=1) <= 1e-5).all()
-        assert sum(found.shares.values()) == pytest.approx(found.scores, abs=1e-5)
+    new = [{"item_id": str(item), "title": f"{colour} film 30"} for item, colour in ((100, "Red"), (101, "Blue"))]
+    grown = bundle.with_items(new)
+    histories = [["0", "2"], ["3"], []]
+    whole = grown.recommend(histories, k=26)
+    scores, _ = grown.score(histories, grown.index.ids)
+    for count in (1, 2, 3):
+        for k in (3, 12):
+            found = grown.recommend(histories, k=k, new_items=count)
+            assert sum(found.shares.values()) == pytest.approx(found.scores, abs=1e-5)
+            for row, ids in enumerate(found.ids):
+                must = [item for item in whole.ids[row] if item in {"100", "101"}][:count]
+                rest = [item for item in whole.ids[row] if item not in must][: k - len(must)]
+                assert ids == [item for item in whole.ids[row] if item in {*must, *rest}]
+                assert found.scores[row] == pytest.approx(scores[row, grown.index.rows(ids)], abs=1e-4)
+
+
+def test_places_for_more_new_items_than_there_are(tiny_bundle):
+    for index in ("exact", "int8"):
+        bundle = runtime.load(tiny_bundle, index=index)
+        assert bundle.recommend([["1"]], k=5, new_items=2).ids == bundle.recommend([["1"]], k=5).ids
+
+
+def test_seen_items_stand_in_lists_that_have_them(saved):
+    bundle = runtime.load(saved)
+    found = bundle.recommend([["0", "2", "4"]], k=24, exclude_seen=False)
+    scores, shares = bundle.score([["0", "2", "4"]], found.ids[0], exclude_seen=False)
+    assert found.scores == pytest.approx(scores, abs=1e-4)
+    assert found.shares["network"] == pytest.approx(shares["network"], abs=1e-4)
+    assert not bundle.score([["0", "2", "4"]], ["0", "2", "4"])[1]["network"].any()
+    short = bundle.recommend([["0", "2", "4"]], k=24)
+    assert np.isnan(short.shares["network"][0, 21:]).all()
+    assert not np.isnan(short.shares["network"][0, :21]).any()
+
+
+def test_recall_is_of_the_lists_that_are_served(saved, monkeypatch):
+    bundle = runtime.load(saved, index="int8")
+    assert bundle.recall(k=3) == 1.0
+    monkeypatch.setattr(runtime, "PLACES_AT_ONCE", 5)
+    assert bundle.recall(k=3) == 1.0
+
+
+def test_batches_name_the_share(saved, tmp_path):
+    rows = tmp_path / "users.jsonl"
+    rows.write_text("".join(json.dumps({"user_id": str(user), "history": [str(user)]}) + "\n" for user in range(4)))
+    recommend_file(runtime.load(saved), Job(rows, tmp_path / "out.parquet"), k=3)
+    found = pl.read_parquet(tmp_path / "out.parquet")
+    total = found.select(pl.sum_horizontal(pl.col("^share_.*$"))).to_series()
+    assert total.to_numpy() == pytest.approx(found["score"].to_numpy(), abs=1e-5)
+    assert found["share_network"].max() > 0.1
+
+
+def test_evaluation_sees_the_network():
+    """What is measured is what is served: the first places without what the user has seen."""
+    rng = np.random.default_rng(0)
+    items = [str(item) for item in range(150)]
+    index, n_item = ItemIndex(items), np.full(150, 5)
+    examples = [Example(Query(tuple(rng.permutation(items)[:20])), "1") for _ in range(3)]
+    scores = {name: rng.normal(size=(3, 150)).astype(np.float32) for name in "abc"}
+    fusion = replace(Fusion.plain(tuple("abc")), network=drawn())
+    counts = dict(zip(items, n_item.tolist(), strict=True))
+    split = SimpleNamespace(train=SimpleNamespace(item_counts=lambda: counts))
+    task = SimpleNamespace(index=index, split=split, repeats=False)
+    found = WholeCatalogue(None, task).fuse(fusion, scores, examples)
+    barred = np.zeros((3, 150), dtype=bool)
+    for row, example in enumerate(examples):
+        barred[row, index.rows(example.query.history)] = True
+    both = fusion.fuse(scores, np.full(3, 20), n_item)
+    assert np.array_equal(found, fusion.reordered(*both, np.full(3, 20), n_item, barred)[0])
+    assert not np.array_equal(found, fusion.reordered(*both, np.full(3, 20), n_item)[0])
+
+
+def test_learns_on_the_lists_that_are_measured(monkeypatch):
+    """What the history has, always scored highest, would fill all first places."""
+    monkeypatch.setattr("recllm.weighing.FIRST", 12)
+    monkeypatch.setattr(fusing, "FIRST", 12)
+    monkeypatch.setattr("recllm.reordering.PASSES", 20)
+    monkeypatch.setattr("recllm.weighing.FOLDS", 2)
+    scores, targets, n_user, n_item = either_or(300)
+    seen = np.zeros((300, ITEMS), dtype=bool)
+    for shift in range(20, 40):
+        at = (targets + shift) % ITEMS
+        seen[np.arange(300), at] = True
+        for own in scores.values():
+            own[np.arange(300), at] += 3
+    settings = FusionSettings(kinds=("by counts", "network"), negatives=60, iterations=40)
+    fusion = fit_ranking(scores, targets, n_user, n_item, seen, settings=settings)
+    assert fusion.candidates["network"] > fusion.candidates["by counts"] + 0.04
+
+
+def test_without_a_target_on_its_lists_there_is_no_network(monkeypatch):
+    monkeypatch.setattr("recllm.weighing.FIRST", 1)
+    scores, targets, n_user, n_item = either_or(60)
+    for own in scores.values():
+        own[np.arange(60), (targets + 5) % ITEMS] += 9
+    settings = FusionSettings(kinds=("network",), negatives=60, iterations=10)
+    fusion = fit_ranking(scores, targets, n_user, n_item, settings=settings)
+    assert fusion.network is None
+    assert fusion.chosen == "by counts"
+
+
+def test_what_stands_far_out_says_no_more():
+    network, rng = drawn(), np.random.default_rng(0)
+    network = replace(network, deviations=np.full_like(network.deviations, 1e-3))
+    shares = rng.normal(size=(1, 3, 10)).astype(np.float32)
+    given = np.array([4]), np.full((1, 10), 5)
+    reach = 8 * np.abs(network.inner).sum(axis=0) + np.abs(network.bias)
+    assert network.added(shares, *given, few=1).max() <= 2 * float(np.abs(network.outer) @ reach)
+    assert network.added(shares, *given, few=1) == pytest.approx(
+        replace(network, deviations=network.deviations / 100).added(shares, *given, few=1), rel=0.3
+    )
