@@ -3,10 +3,11 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from recllm.outcome import FUSION
 from recllm.results import Table
+from recllm.weighing import Kind
 
 Bar = dict[str, Any]
 
@@ -29,17 +30,7 @@ PROTOCOLS = {
     "few-shot": Protocol(("tallrec-movie",), "given", "AUC", "relevance"),
 }
 SHORT_PROMPTS = {task: str(Path(__file__).parent / f"{task}_short.toml") for task in ("next_item", "relevance")}
-FUSIONS = [
-    "by counts",
-    "without counts",
-    "plain sum",
-    "best single",
-    "stacker",
-    "reciprocal rank",
-    "borda",
-    "levels",
-    "network",
-]
+FUSIONS = list(get_args(Kind))
 """Every kind, so that the results compare them; the best on validation is the fusion of the table."""
 CONTROLS: dict[str, dict[str, str]] = {
     "random-weights": {"language_model": "random"},

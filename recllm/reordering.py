@@ -47,8 +47,8 @@ class Reordering:
     def added(self, shares: Array, n_user: NDArray[np.int64], n_item: NDArray[np.int64], few: int) -> Array:
         """What is added to the scores of the first places of some lists: float32[rows, places], 0 at the least.
 
-        It is counted from the least of a list, so that no place falls behind what was not looked at. New items, which
-        no network has seen any of, all have the mean of the known ones: none of them gains on another.
+        It is counted from the least of a list, so that no place falls behind what was not looked at. New items,
+        whose shares are by other weights than those it learnt with, all have the mean of the known ones.
 
         Args:
             shares: float32[rows, scorers, places], best place first; NaN where a list has ended.
