@@ -73,7 +73,7 @@ def measure(
         for name, scorer in reference.items()
         if name in bundle.scorers
     }
-    result["ranking"] = _ranking_parity(bundle, task, parts.scorers() | reference, examples)
+    result["ranking"] = ranking_parity(bundle, task, parts.scorers() | reference, examples)
     items = random.permutation(len(task.index))[:ENCODER_TEXTS]
     for name, (model, _) in sequences.items():
         result[f"{name} items"] = _item_parity(folder / f"{name}-items.onnx", model, items)
@@ -83,7 +83,7 @@ def measure(
     return result
 
 
-def _ranking_parity(
+def ranking_parity(
     bundle: Recommender, task: Task, scorers: Mapping[str, Scorer], examples: Sequence[Example]
 ) -> dict[str, float]:
     """Fidelity of the catalogue graph, all items ranked, with the fusion of torch's scores; and NDCG@10 of both.

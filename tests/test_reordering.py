@@ -12,16 +12,23 @@ import pytest
 from recllm import fusion as fusing
 from recllm import runtime
 from recllm.batch import Job, recommend_file
-from recllm.bundle import FORMAT, MANIFEST, WITH_NETWORK, seal
+from recllm.bundle import FORMAT, MANIFEST, WITH_NETWORK, read_manifest, seal
+from recllm.collaborative import load_collaborative
 from recllm.data import Query
+from recllm.distil import taught_windows
 from recllm.files import read_json
 from recllm.fusion import FusedScorer, Fusion
-from recllm.growing import SEALED
+from recllm.growing import SEALED, add_items
 from recllm.metrics import ndcg
+from recllm.parity import ranking_parity
 from recllm.protocols import WholeCatalogue
+from recllm.ranker import RANKER_SHARE, TwoStage
 from recllm.ranking import ItemIndex, mask_seen, target_ranks
 from recllm.reordering import FIRST, Reordering, features, learn, loss_and_slopes
+from recllm.runs import load_run
 from recllm.splits import Example
+from recllm.tasks import prepare
+from recllm.trained import lenders, load_language, load_light, sequence_scorer
 from recllm.weighing import FusionSettings, fit_ranking
 
 NAN = np.float32(np.nan)
@@ -278,6 +285,84 @@ def test_batches_name_the_share(saved, tmp_path):
     total = found.select(pl.sum_horizontal(pl.col("^share_.*$"))).to_series()
     assert total.to_numpy() == pytest.approx(found["score"].to_numpy(), abs=1e-5)
     assert found["share_network"].max() > 0.1
+
+
+def test_items_are_added_behind_a_network(saved, tmp_path):
+    new = [{"item_id": str(item), "title": f"{colour} film 30"} for item, colour in ((100, "Red"), (101, "Blue"))]
+    pl.DataFrame(new).write_csv(tmp_path / "new.csv")
+    assert add_items(saved, tmp_path / "new.csv", tmp_path / "grown") == 2
+    assert read_manifest(tmp_path / "grown")["format"] == WITH_NETWORK
+    grown, histories = runtime.load(tmp_path / "grown"), [["0", "2", "4"], ["3"], []]
+    expected = runtime.load(saved).with_items(new).recommend(histories, k=26)
+    found = grown.recommend(histories, k=26)
+    assert found.ids == expected.ids
+    assert any({"100", "101"} & set(ids) for ids in found.ids)
+    for name, share in expected.shares.items():
+        assert found.shares[name] == pytest.approx(share, abs=1e-5, nan_ok=True)
+    assert found.shares["network"][0, :8].max() > 0.1
+
+
+class Backwards:
+    """Likes best what comes last."""
+
+    def score_lists(self, queries, items):
+        return [np.arange(len(own), dtype=np.float32) for own in items]
+
+
+def test_a_ranker_behind_a_network_has_its_lists(saved):
+    bundle, histories = runtime.load(saved), [["0", "2", "4"], ["3"]]
+    first = bundle.recommend(histories, k=6)
+    kept = TwoStage(bundle, Backwards(), top=6, weight=0.0).recommend(histories, 6)
+    assert kept.ids == first.ids
+    assert list(kept.shares) == [*bundle.fusion.names, "network", RANKER_SHARE]
+    turned = TwoStage(bundle, Backwards(), top=6, weight=1e6).recommend(histories, 6)
+    assert turned.ids == [ids[::-1] for ids in first.ids]
+    for found in (kept, turned):
+        assert sum(found.shares.values()) == pytest.approx(found.scores, rel=1e-4, abs=1e-3)
+    for row, ids in enumerate(first.ids):
+        own = first.shares["network"][row, [ids.index(item) for item in turned.ids[row]]]
+        expected = (own - own.mean()) / first.scores[row].std()
+        assert turned.shares["network"][row] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_export_holds_the_sum_to_torchs_and_the_lists_to_their_gain(saved, tiny_run):
+    run = load_run(tiny_run)
+    task = prepare(run)
+    bundle = runtime.load(saved)
+    parts = load_collaborative(run, task)
+    models = {"light": load_light(run, task, parts.features), "lm": load_language(run, task, parts.features)}
+    lent = lenders(run, parts)
+    read = {name: sequence_scorer(model.eval(), own, task, lent) for name, (model, own) in models.items()}
+    scorers = parts.scorers() | read
+    rows = [replace(row, query=replace(row.query, at=None)) for row in task.split.valid]  # asked now, as a bundle is
+    found = ranking_parity(bundle, task, scorers, rows)
+    summed = ranking_parity(bundle.with_fusion(replace(bundle.fusion, network=None)), task, scorers, rows)
+    gains = {"ndcg", "ndcg_torch", "least_loss"}
+    assert {name: found[name] for name in found.keys() - gains} == {
+        name: summed[name] for name in summed.keys() - gains
+    }
+    assert found["max_difference"] < 1e-4
+    assert found["ndcg"] == pytest.approx(found["ndcg_torch"], abs=0.02)
+    assert found["ndcg"] < summed["ndcg"] - 0.01  # the fixture's network has learnt nothing
+
+
+def test_a_teachers_network_teaches_nothing(saved, tiny_run, tmp_path, monkeypatch):
+    """It reaches a hundred places, and what is taught is a softmax over all items."""
+    monkeypatch.setenv("RECLLM_CACHE", str(tiny_run.parent / "cache"))
+    other = shutil.copytree(tiny_run, tmp_path / "teacher", ignore=shutil.ignore_patterns("*bundle*"))
+    shutil.copy(saved / "fusion.json", other / "fusion.json")
+    taught = []
+    for number, teacher in enumerate((tiny_run, other)):
+        given = {"name": f"student-{number}", "output": tmp_path, "model.name": "none", "light.teacher": teacher}
+        given |= {"model.item_encoder": load_run(tiny_run).model.name}
+        keys = [f"{key}={json.dumps(str(value))}" for key, value in given.items()]
+        student = load_run(tiny_run / "run.toml", [*keys, "light.taught=40"])
+        taught.append(taught_windows(student, prepare(student), lambda _: None))
+    plain, reordered = taught
+    assert len(plain) == 40
+    for one, two in zip(plain, reordered, strict=True):
+        assert np.array_equal(one.items, two.items)
+        assert np.array_equal(one.shares, two.shares)
 
 
 def test_evaluation_sees_the_network():
