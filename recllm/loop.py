@@ -185,7 +185,7 @@ class OrderedTrainer(Trainer):
         kept = state.stateful_callbacks.get("Patience", {})
         spent = kept.get("attributes", {}).get("early_stopping_patience_counter", 0) if isinstance(kept, dict) else 0
         stopped = any(spent >= own.early_stopping_patience for own in patience)
-        if sharded() or not (stopped or 0 < self.args.max_steps <= state.global_step):
+        if not (stopped or 0 < self.args.max_steps <= state.global_step):
             return False
         best = self.args.load_best_model_at_end and state.best_global_step is not None
         name = f"checkpoint-{state.best_global_step if best else state.global_step}"

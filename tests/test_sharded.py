@@ -121,6 +121,29 @@ def test_sharded_processes_learn_what_one_learns_and_resume_to_the_same_bits(pro
     assert read_json(tmp_path / "two" / "tiny" / "fusion.json")["names"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["fsdp2", pytest.param("zero3", marks=ZERO)])
+def test_sharded_processes_that_were_killed_behind_their_last_step_take_no_more(
+    profile, tiny_run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
+    script = tmp_path / "on_cpu.py"
+    script.write_text(ON_CPU, encoding="utf-8")
+    keys = [f"output={tmp_path}", "light.per_device_train_batch_size=4", "train.per_device_train_batch_size=8"]
+    keys += ["light.num_train_epochs=1", "train.max_steps=2", "train.save_steps=1", "train.eval_steps=1"]
+    keys += ["train.load_best_model_at_end=false", "train.logging_steps=1"]
+    settings = [part for key in keys for part in ("--set", key)]
+    done = launch(profile, script, tiny_run, *settings, killed_at=2)
+    assert done.returncode != 0
+    folder = tmp_path / "tiny"
+    behind = load_file(folder / "checkpoints" / "lm" / "checkpoint-2" / "model.safetensors")
+    done = launch(profile, script, folder, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(folder / "lm" / "model.safetensors")
+    assert all(np.array_equal(value, found[name]) for name, value in behind.items())
+    assert max(step for scorer, step in losses(folder) if scorer == "lm") == 2
+
+
 class Stack(nn.Module):
     def __init__(self):
         super().__init__()
