@@ -31,12 +31,13 @@ from recllm.export import EncoderGraph
 from recllm.gate import load_recipe
 from recllm.graphfiles import share_weights
 from recllm.integer import quantise_products
-from recllm.lm import encode_ids, load_base, load_config, model_folder
+from recllm.lm import load_base, load_config, model_folder
 from recllm.onnxreader import PREFIX, SUFFIX, WEIGHTS
 from recllm.quantise import quantise
 from recllm.rankgraphs import write_rank_graphs
 from recllm.relevance import RelevanceModel
 from recllm.sessions import open_session
+from recllm.textvectors import encode_ids
 from recllm.tracing import write_graph
 from recllm.turning import turned
 

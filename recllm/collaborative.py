@@ -18,7 +18,7 @@ from recllm.files import write_json
 from recllm.itemitem import EASE, MOST_ITEMS, ItemItem, Transitions, has_room
 from recllm.likelihood import Likelihood, first_token
 from recllm.likeness import LIKENESS, LikenessRidge
-from recllm.lm import BaseModel, item_vectors, load_base, model_folder, positions_of, scoring_device
+from recllm.lm import BaseModel, load_base, model_folder, positions_of, scoring_device
 from recllm.mf import ImplicitMF
 from recllm.names import NameModel, read_names
 from recllm.neighbours import Neighbours, few_events
@@ -32,6 +32,7 @@ from recllm.ratedneighbours import MOST_ITEMS as MOST_RATED
 from recllm.runs import Run
 from recllm.splits import liked_part
 from recllm.tasks import Task
+from recllm.textvectors import item_vectors
 from recllm.vectors import VECTORS, ItemFeatures, RawVectors, Standard, item_features
 from recllm.warmstart import turned
 
@@ -77,7 +78,6 @@ class Collaborative:
 def collaborative(run: Run, task: Task, say: Say) -> Collaborative:
     """Fit priors, factorization and item vectors, or load them where the run's folder has them."""
     if not (run.folder / VECTORS).is_file():
-        say("Fitting popularity and matrix factorization")
         if run.model.likelihood is not None:
             Likelihood(task.index, name_likelihoods(run, task, say)).save(run.folder / "cf")
         vectors = encode_catalog(run, task, say)
@@ -90,11 +90,13 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     """Fit everything that takes seconds; where a history may fade, how fast is chosen on validation."""
     folder, protocol = run.folder / "cf", evaluation_protocol(run, task)
     positives = protocol.positives()
+    say(f"Fitting matrix factorization to {len(positives):,} events")
     fading: dict[str, ImplicitMF | ItemItem | TextSimilarity] = {
         "mf": turned(ImplicitMF.fit(positives, run.cf, seed=run.seed), run)
     }
     _say_what_is_left_out(run, task, say)
     if has_room(len(task.index), run.ease.max_items):
+        say(f"Fitting ease over {len(task.index):,} items")
         fading["ease"] = EASE.fit(positives, regularization=run.ease.regularization)
     fading["text"] = _text_similarity(task, vectors, None)
     if run.model.task == "next_item":
@@ -102,9 +104,11 @@ def _fit_collaborative(run: Run, task: Task, vectors: RawVectors, say: Say) -> N
     else:
         asked = partial(liked_part, threshold=task.liked_from(run.data.like_at))
         figure = judges(run, labelled_rows(task, "valid", run.seed), asked)
+    if run.recency.half_lives:
+        say(f"Choosing on validation how fast the past fades for {', '.join(fading)}")
     figures = {name: fade(run, scorer, figure) for name, scorer in fading.items()}
     if run.model.task == "next_item" and has_room(len(task.index), run.transitions.max_items):
-        fading["transitions"], figures["transitions"] = _transitions(run, task, positives)
+        fading["transitions"], figures["transitions"] = _transitions(run, task, positives, say)
     popularity, figures["popularity"] = faded_popularity(run, task)
     for scorer in (popularity, *fading.values()):
         scorer.save(folder)
@@ -149,21 +153,28 @@ def _say_what_is_left_out(run: Run, task: Task, say: Say) -> None:
         say(f"Left out: 'rated_neighbours', for {len(task.index):,} items are more than {MOST_RATED:,}")
 
 
-def _transitions(run: Run, task: Task, positives: Interactions) -> tuple[Transitions, dict[float | None, float]]:
+def _transitions(
+    run: Run, task: Task, positives: Interactions, say: Say
+) -> tuple[Transitions, dict[float | None, float]]:
     """The transition model whose half-life ranks best; it is fitted with it, so each is a model of its own."""
     settings, figure = run.transitions, ranks(run, task)
     assert figure is not None
-    models = {
-        half_life: Transitions.fit(
+    best: Transitions | None = None
+    figures: dict[float | None, float] = {}
+    for half_life in settings.half_lives:
+        say(f"Fitting transitions with a half-life of {half_life:g} events")
+        model = Transitions.fit(
             positives,
             half_life=half_life,
             regularization=settings.regularization,
             max_history=settings.max_history,
         )
-        for half_life in settings.half_lives
-    }
-    figures: dict[float | None, float] = {half_life: figure(model) for half_life, model in models.items()}
-    return models[max(models, key=figures.__getitem__)], figures
+        found = figure(model)
+        if best is None or found > max(figures.values()):  # on a tie the earlier
+            best = model  # the only one in memory beside the next: each is a matrix of all pairs of items
+        figures[half_life] = found
+    assert best is not None
+    return best, figures
 
 
 def _text_similarity(task: Task, vectors: RawVectors, half_life: float | None) -> TextSimilarity:
@@ -217,7 +228,7 @@ def encode_catalog(run: Run, task: Task, say: Say) -> RawVectors:
     token_ids = compiled.encode_items(task.dataset.catalog)
     say(f"Encoding the text of {len(task.index):,} items with {encoder_name(run)}")
     progress = Progress(sum(ids is not None for ids in token_ids), "items", say)
-    return item_vectors(base, compiled, task.index.ids, token_ids, progress.add)
+    return item_vectors(base, task.index.ids, token_ids, progress.add)
 
 
 def name_model(run: Run, say: Say) -> tuple[NameModel, CompiledPrompt]:

@@ -1,7 +1,6 @@
-"""Language models: load a base model by name, turn item text into vectors, and read histories for the next item."""
+"""Language models: load a base model by name, and read histories for the next item."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,21 +29,19 @@ from transformers.utils import logging as hf_logging
 from recllm.adapters import LOFTQ, AdapterRecipe, attach
 from recllm.devices import on_cpu, on_gpu
 from recllm.errors import RecllmError
-from recllm.fetch import cache_folder, pinned, resolve_model
-from recllm.files import sha256_of, whole_folder
+from recllm.fetch import pinned, resolve_model
+from recllm.files import whole_folder
 from recllm.histories import HistoryFormat
 from recllm.loftq import round_layers, start_from_rounding
-from recllm.prompts import CompiledPrompt
 from recllm.runs import ModelSettings
 from recllm.sequence import NextItemModel
 from recllm.tokens import open_tokenizer
-from recllm.vectors import ItemFeatures, RawVectors
+from recllm.vectors import ItemFeatures
 
 SCALE_SAMPLE = 4096
 """Embeddings on which the scale of item tokens is measured."""
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
 """What makes a model the one that it is."""
-TOKENS_IN_BATCH = 512  # padded tokens read at once while encoding items: length order keeps the padding small
 
 
 @dataclass(frozen=True)
@@ -279,56 +275,10 @@ def stream_width(config: PretrainedConfig) -> int:
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
-@torch.inference_mode()
-def encode_ids(
-    base: BaseModel, token_ids: Sequence[list[int] | None], progress: Callable[[int], None] = lambda _: None
-) -> NDArray[np.float32]:
-    """Mean-pooled last hidden states, float32[texts, hidden]; a NaN row for None.
-
-    Texts are read in length order in batches of about 512 padded tokens; `progress` gets the number of texts done.
-    """
-    result = np.full((len(token_ids), stream_width(base.model.config)), np.nan, dtype=np.float32)
-    order = sorted((row for row, ids in enumerate(token_ids) if ids), key=lambda row: len(token_ids[row] or ()))
-    start = 0
-    while start < len(order):
-        size = max(1, TOKENS_IN_BATCH // len(token_ids[order[start]] or (0,)))
-        rows = order[start : start + size]
-        result[rows] = _pooled(base, [token_ids[row] or [] for row in rows])
-        start += size
-        progress(len(rows))
-    return result
-
-
-def _pooled(base: BaseModel, batch: list[list[int]]) -> NDArray[np.float32]:
-    device = base.model.device
-    ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
-    lengths = torch.tensor([len(row) for row in batch], device=device)
-    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-    hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-    return mean_pool(hidden, mask).cpu().numpy()
-
-
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean of float[batch, length, width] over the positions where int[batch, length] is 1."""
     weights = mask[..., None].to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)
-
-
-def item_vectors(
-    base: BaseModel,
-    prompt: CompiledPrompt,
-    ids: Sequence[str],
-    token_ids: Sequence[list[int] | None],
-    progress: Callable[[int], None] = lambda _: None,
-) -> RawVectors:
-    """Vectors of items by their text, kept in the cache by the content of model, prompt and text."""
-    digest = hashlib.sha256(repr((list(ids), list(token_ids))).encode())
-    for file in sorted(path for kind in MODEL_FILES for path in base.folder.glob(kind)):
-        digest.update(sha256_of(file).encode())
-    path = cache_folder() / "vectors" / f"{digest.hexdigest()[:24]}.safetensors"
-    if not path.is_file():
-        RawVectors(tuple(ids), encode_ids(base, token_ids, progress)).save(path)
-    return RawVectors.load(path)
 
 
 def positions_of(base: BaseModel) -> int | None:

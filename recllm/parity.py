@@ -15,7 +15,7 @@ from recllm.encoding import SequenceScorer
 from recllm.fusion import FusedScorer
 from recllm.histories import HistoryFormat
 from recllm.likelihood import NAME_GRAPH, NameReader
-from recllm.lm import BaseModel, encode_ids
+from recllm.lm import BaseModel
 from recllm.metrics import auc, ndcg
 from recllm.names import NameModel, read_names
 from recllm.prompts import CompiledPrompt
@@ -27,6 +27,7 @@ from recllm.sequence import NextItemModel
 from recllm.sessions import open_session
 from recllm.splits import Example
 from recllm.tasks import Task
+from recllm.textvectors import encode_ids
 
 GRID = 1e-5
 """Scores nearer than this, or this share of the largest one, are equal: of their order float32 says nothing."""

@@ -24,11 +24,12 @@ TORCH_FREE = [
 ]
 TORCH = [
     "devices", "softmax", "sequence", "heads", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq",
-    "adapters", "lm", "revisions", "names", "examples", "lean", "sharded", "checkpoints", "watching", "tracking",
-    "trainerkeys", "recovery", "adalora", "cards", "loop", "eva", "cascade", "trees", "relevance", "warmstart",
-    "collaborative", "preflight", "trained", "judging", "scoring", "distil", "stored", "nextitem", "planning", "train",
-    "outcome", "runreport", "repeated", "unfolding", "tracing", "graphs", "rankgraphs", "weightonly", "quantise",
-    "turning", "integer", "parity", "gate", "rankexport", "export", "quickstart", "searches", "tuning", "commands",
+    "adapters", "lm", "textvectors", "revisions", "names", "examples", "lean", "sharded", "checkpoints", "watching",
+    "tracking", "trainerkeys", "recovery", "adalora", "cards", "loop", "eva", "cascade", "trees", "relevance",
+    "warmstart", "collaborative", "preflight", "trained", "judging", "scoring", "distil", "stored", "nextitem",
+    "planning", "train", "outcome", "runreport", "repeated", "unfolding", "tracing", "graphs", "rankgraphs",
+    "weightonly", "quantise", "turning", "integer", "parity", "gate", "rankexport", "export", "quickstart", "searches",
+    "tuning", "commands",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

@@ -1,4 +1,4 @@
-"""Language models: encoders told from causal models, item vectors pooled exactly, control tokens stay text."""
+"""Language models: encoders told from causal models, control tokens stay text."""
 
 import shutil
 
@@ -28,9 +28,7 @@ from recllm.histories import item_token_history, text_history
 from recllm.lm import (
     BaseModel,
     check_layers,
-    encode_ids,
     is_causal,
-    item_vectors,
     load_base,
     load_tokenizer,
     model_folder,
@@ -39,6 +37,7 @@ from recllm.lm import (
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
 from recllm.runs import ModelSettings
+from recllm.textvectors import encode_ids
 from recllm.trained import torch_encode
 from recllm.vectors import ItemFeatures
 
@@ -82,64 +81,12 @@ def test_causal_by_its_configuration(config, expected):
     assert is_causal(config) is expected
 
 
-def naive_mean(folder, ids, kind):
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-    model = model.get_decoder() if kind is AutoModelForCausalLM else model
-    with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0).numpy()
-
-
-@pytest.mark.parametrize("which", ["causal", "encoder"])
-def test_pooling_equals_the_naive_mean_whatever_the_batch(which, request, tiny_lm_folder, tiny_encoder_folder):
-    base = request.getfixturevalue(which)
-    folder, kind = (tiny_lm_folder, AutoModelForCausalLM) if which == "causal" else (tiny_encoder_folder, AutoModel)
-    random = np.random.default_rng(0)
-    texts = [random.integers(3, 60, size=length).tolist() for length in (9, 2, 30, 1, 17)]
-    rows = [*texts[:2], None, *texts[2:]]
-    done = []
-    found = encode_ids(base, rows, done.append)
-    assert found.dtype == np.float32
-    assert sum(done) == len(texts)
-    assert np.isnan(found[2]).all()
-    for row, ids in enumerate(rows):
-        if ids is not None:
-            assert found[row] == pytest.approx(naive_mean(folder, ids, kind), abs=1e-5)
-
-
-def test_batches_do_not_change_a_vector(causal, monkeypatch):
-    texts = [[3 + place, 5, 7][: place % 3 + 1] for place in range(20)]
-    whole = encode_ids(causal, texts)
-    monkeypatch.setattr(lm, "TOKENS_IN_BATCH", 1)
-    assert encode_ids(causal, texts) == pytest.approx(whole, abs=1e-5)
-
-
 @pytest.mark.parametrize("task", ["item", "next_item"])
 def test_control_tokens_in_a_title_stay_text(task, tiny_tokenizer):
     compiled = compile_prompt(load_prompt(task), tiny_tokenizer)
     ids = compiled.item_ids({"item_id": "x", "title": "Red <|im_end|> film <|endoftext|><|im_start|>"})
     assert not {0, 1, 2} & set(ids[len(compiled.start) if task == "item" else 0 :])
     assert "<|im_end|>" in tiny_tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def test_vectors_are_kept_by_the_content_of_model_and_text(causal, tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path))
-    read = []
-    monkeypatch.setattr(lm, "encode_ids", lambda *args: read.append(1) or encode_ids(*args))
-    compiled = compile_prompt(load_prompt("item"), tiny_tokenizer)
-
-    def vectors(titles):
-        ids = [compiled.item_ids({"item_id": "x", "title": title}) if title else None for title in titles]
-        return item_vectors(causal, compiled, [str(place) for place in range(len(titles))], ids)
-
-    first = vectors(["Red film", "Blue film", ""])
-    again = vectors(["Red film", "Blue film", ""])
-    assert len(read) == 1
-    assert np.array_equal(first.values, again.values, equal_nan=True)
-    assert np.isnan(first.values[2]).all()
-    changed = vectors(["Red film", "Blue comedy", ""])
-    assert len(read) == 2
-    assert np.array_equal(changed.values[0], first.values[0])
-    assert not np.allclose(changed.values[1], first.values[1])
 
 
 def test_a_folder_without_fast_tokenizer_is_refused(tmp_path):

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recllm.data import Catalog, Query
-from recllm.lm import encode_ids, load_base, load_tokenizer, model_folder
+from recllm.lm import load_base, load_tokenizer, model_folder
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranking import ItemIndex
 from recllm.relevance import zero_shot_scorer
 from recllm.runs import Run
+from recllm.textvectors import encode_ids
 from recllm.train import train_run
 
 pytestmark = pytest.mark.slow
