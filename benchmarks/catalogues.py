@@ -50,7 +50,7 @@ def seconds(sizes: tuple[int, ...], threads: int) -> Iterator[dict[str, Any]]:
         paths = {name: Path(place) / f"{at}.onnx" for at, name in enumerate(["product", *fusions()])}
         product_graph(paths["product"])
         for name, fusion in fusions().items():
-            catalogue_graph(fusion, WIDTHS, paths[name])
+            catalogue_graph(fusion, WIDTHS, min(sizes), paths[name])
         sessions = {name: open_session(path, threads=threads) for name, path in paths.items()}
     for items in sizes:
         vectors = {name: random.standard_normal((items, width), dtype=np.float32) for name, width in WIDTHS.items()}

@@ -5,7 +5,7 @@ products is the product with the mean, so centred items give centred scores; the
 in the items' own spread. So nothing is left to do per user and item but one product, whatever the number of scorers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,22 +14,31 @@ from numpy.typing import NDArray
 from recllm.fitting import moments
 from recllm.fusion import PLACING, Fusion, popularity_says
 
-WIDE = 1024
-"""From this width on a deviation is taken from the scores: the root of the spread would be as large as the items."""
+WIDE, WIDEST, ITEMS_TO_A_NUMBER = 1024, 2048, 4
+"""From the first width on a deviation is taken from the scores, for the root of the spread would be as large as the
+items; up to the second one not where there are that many items to each of its numbers. (Wider ones take minutes.)"""
 ROWS_AT_ONCE = 65_536
 KNOWN_BARRED = "known_barred"
 """An input of the graph that may be left out, float32[1]: 1 ranks new items only, 0 all."""
 Vectors = NDArray[np.float32]
 
 
-def rooted(fusion: Fusion, widths: Mapping[str, int]) -> tuple[str, ...]:
-    """The scorers whose deviation is known before their scores, from the root of their items' spread."""
-    return tuple(name for name in fusion.names if fusion.standardise == "query" and widths[name] < WIDE)
+ROOT = "_root"
+"""Behind a scorer's name: the graph's input of its items' root."""
 
 
-def folded(fusion: Fusion, widths: Mapping[str, int]) -> tuple[str, ...]:
+def rooted(fusion: Fusion, widths: Mapping[str, int], items: int) -> tuple[str, ...]:
+    """The scorers whose deviation is known before their scores, from the root of their items' spread.
+
+    So a new graph has them; what an older one has, and one whose catalogue has grown, its inputs say.
+    """
+    most = max(WIDE - 1, min(WIDEST, items // ITEMS_TO_A_NUMBER))
+    return tuple(name for name in fusion.names if fusion.standardise == "query" and widths[name] <= most)
+
+
+def folded(fusion: Fusion, roots: tuple[str, ...]) -> tuple[str, ...]:
     """Those of them that go into one product: where weights are the same for all items with events."""
-    return () if fusion.theta[:, 2].any() or any(fusion.levels) else rooted(fusion, widths)
+    return () if fusion.theta[:, 2].any() or any(fusion.levels) else roots
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +49,25 @@ class Prepared:
         feeds: the graph's inputs that are the same for all users.
         order: int64[places], the item at each place of the graph; −1 for a place without one.
         places: int64[items], the place of each item.
+        roots: the scorers whose deviation is known before their scores.
     """
 
     feeds: dict[str, NDArray[np.generic]]
     order: NDArray[np.int64]
     places: NDArray[np.int64]
+    roots: tuple[str, ...]
 
 
-def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.int64]) -> Prepared:
+def prepare(
+    fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.int64], inputs: Collection[str] | None = None
+) -> Prepared:
     """Prepare the item side.
 
     Args:
         fusion: of rankings.
         vectors: per scorer float32[items, width], NaN rows for unknown items.
         n_item: events of each item, int64[items].
+        inputs: names of the graph's; as a new one for so many items has them where not given.
     """
     apart = fusion.new is not None
     new = n_item < fusion.few if apart else np.zeros(len(n_item), dtype=bool)
@@ -65,7 +79,10 @@ def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.i
     # Which scorers know an item, as one number; the last one stands for row −1, which nobody knows.
     codes, pattern = np.unique(np.append((known << bits).sum(axis=0), 0), return_inverse=True)
     widths = {name: own.shape[1] for name, own in vectors.items()}
-    inside, before = folded(fusion, widths), rooted(fusion, widths)
+    before = rooted(fusion, widths, len(n_item))
+    if inputs is not None:
+        before = tuple(name for name in fusion.names if name + ROOT in inputs)
+    inside = folded(fusion, before)
     feeds: dict[str, NDArray[np.generic]] = {
         "patterns": ((codes >> bits) & 1).astype(np.float32),
         "known": np.maximum(known.sum(axis=1), 1).astype(np.float32),
@@ -77,9 +94,9 @@ def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.i
         mean, centred = _centred(own, None if scale is None else scale[0])
         feeds[f"{name}_mean"] = mean[:, None].astype(np.float32)
         if scale is not None:  # the root of so many squares in all
-            feeds[f"{name}_root"] = np.array([[scale[1] * np.sqrt(feeds["known"][place])]], dtype=np.float32)
+            feeds[name + ROOT] = np.array([[scale[1] * np.sqrt(feeds["known"][place])]], dtype=np.float32)
         elif name in before:
-            feeds[f"{name}_root"] = _root(centred)
+            feeds[name + ROOT] = _root(centred)
         for side, rows in sides.items():
             part = _columns(centred, rows)
             if side == "new_items" and name == PLACING:
@@ -95,7 +112,7 @@ def prepare(fusion: Fusion, vectors: Mapping[str, Vectors], n_item: NDArray[np.i
     order = np.concatenate(list(sides.values()))
     places = np.zeros(len(n_item), dtype=np.int64)
     places[order[order >= 0]] = np.flatnonzero(order >= 0)
-    return Prepared(feeds, order, places)
+    return Prepared(feeds, order, places, before)
 
 
 def _placed(fusion: Fusion, popularity: Vectors, part: Vectors, rows: NDArray[np.int64]) -> Vectors:

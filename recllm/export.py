@@ -308,7 +308,7 @@ def _write_content(
         else scorers[scorer].query_vectors([Query(())]).shape[1]
         for scorer in fusion.names
     }
-    catalogue_graph(fusion, widths, folder / "catalogue.onnx")
+    catalogue_graph(fusion, widths, len(task.index), folder / "catalogue.onnx")
 
 
 def _write_graphs(

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from recllm.catalogue import KNOWN_BARRED, folded, rooted
+from recllm.catalogue import KNOWN_BARRED, ROOT, folded, rooted
 from recllm.fitting import BORDA_PLACES, FLAT, RANK_OFFSET, Evidence
 from recllm.fusion import Fusion
 
@@ -44,7 +44,7 @@ class Builder:
         return name
 
 
-def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> None:
+def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], items: int, path: Path) -> None:
     """Write the graph that scores, fuses and ranks a whole catalogue; the formula is `Fusion.fuse`'s.
 
     Inputs, per scorer s: `s_queries` float32[users, width], NaN rows for unknown; `n_user` int64[users], `seen`
@@ -55,13 +55,15 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
     Args:
         fusion: of rankings; its constants of labelled pairs say nothing of a catalogue.
         widths: vector width of each scorer, in the order of `fusion.names`.
+        items: how many items the catalogue has; what is known before scores goes by it.
         path: where the graph is written.
     """
     assert fusion.standardise != "global"
     assert tuple(widths) == fusion.names
     build = Builder()
     sides = ("items", "new_items") if fusion.new is not None else ("items",)
-    inside, before_scores = folded(fusion, widths), rooted(fusion, widths)
+    before_scores = rooted(fusion, widths, items)
+    inside = folded(fusion, before_scores)
     user = _evidence(build, "n_user", fusion.user, axis=1)  # (users, 1)
     given = [_query(build, name) for name in fusion.names]
     has = build.add("Concat", *(build.add("Cast", known, to=TensorProto.FLOAT) for _, known in given), axis=1)
@@ -77,7 +79,7 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
         item = _evidence(build, "n_item", fusion.item, axis=0) if fusion.theta[place][2] else None  # (1, places)
         weights = [_weight(build, fusion.gates[place], fusion.theta[place], user, item, signed=fusion.signed), *new]
         if name in before_scores:
-            reach = build.add("MatMul", queries, f"{name}_root")
+            reach = build.add("MatMul", queries, name + ROOT)
             squares = build.add("ReduceSumSquare", reach, build.constant([1], np.int64), keepdims=1)
             unit = build.add("Mul", queries, _inverse(build, place, name, queries, squares))
             if name in inside:
@@ -110,7 +112,7 @@ def catalogue_graph(fusion: Fusion, widths: Mapping[str, int], path: Path) -> No
         picked = build.add("GatherElements", _joined(build, share), rows, axis=1)
         shares[fusion.names[place]] = build.add("Unsqueeze", picked, build.constant([1], np.int64))
     build.nodes.append(helper.make_node("Concat", [shares[name] for name in fusion.names], ["shares"], axis=1))
-    _write(build, widths, sides, fusion, path)
+    _write(build, widths, before_scores, sides, fusion, path)
 
 
 @dataclass(frozen=True)
@@ -279,14 +281,21 @@ def _weight(
     return weight if gate == 1.0 else build.add("Mul", weight, build.constant(gate))
 
 
-def _write(build: Builder, widths: Mapping[str, int], sides: Sequence[str], fusion: Fusion, path: Path) -> None:
+def _write(
+    build: Builder,
+    widths: Mapping[str, int],
+    roots: tuple[str, ...],
+    sides: Sequence[str],
+    fusion: Fusion,
+    path: Path,
+) -> None:
     def value(name: str, shape: Sequence[str | int], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
     inputs = [value(f"{name}_queries", ["users", width]) for name, width in widths.items()]
     inputs += [value(f"{name}_mean", [width, 1]) for name, width in widths.items()]
-    inputs += [value(f"{name}_root", [widths[name], widths[name]]) for name in rooted(fusion, widths)]
-    inside = folded(fusion, widths)
+    inputs += [value(name + ROOT, [widths[name], widths[name]]) for name in roots]
+    inside = folded(fusion, roots)
     inputs += [value(f"{n}_{side}", [widths[n], side]) for n in widths if n not in inside for side in sides]
     inputs += [value(side, [f"{side}_rows", side]) for side in sides]
     inputs += [value("patterns", [len(widths), "patterns"]), value("known", [len(widths)])]

@@ -148,7 +148,7 @@ class Recommender:
         vectors = {name: scorer.item_vectors(self.index) for name, scorer in self.scorers.items()}
         self._counts = counts = evidence([], self.index, self.item_counts)[1]
         self._kind, self._threads = kind, threads
-        prepared = prepare(fusion, vectors, counts)
+        prepared = prepare(fusion, vectors, counts, {own.name for own in catalogue.get_inputs()})
         self._order, self._places = prepared.order, prepared.places
         new = np.append(counts < fusion.few, False)  # the last one stands for place −1
         self._new_places = np.flatnonzero(new[self._order])

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from recllm.catalogue import WIDE, Prepared, Vectors, rooted
+from recllm.catalogue import ITEMS_TO_A_NUMBER, ROOT, WIDE, WIDEST, Prepared, Vectors
 from recllm.errors import RecllmError, require, unknown
 from recllm.fitting import FLAT
 from recllm.fusion import Counts, Fusion
@@ -203,14 +203,16 @@ class Shortlist:
         threads: int = 0,
     ) -> None:
         widths = {name: prepared.feeds[f"{name}_mean"].shape[0] for name in fusion.names}
-        if rooted(fusion, widths) != fusion.names:
-            wide = [name for name in fusion.names if name not in rooted(fusion, widths)]
+        if prepared.roots != fusion.names:
+            wide = [name for name in fusion.names if name not in prepared.roots]
             raise RecllmError(
                 f"An index searches a sum of products, and {', '.join(map(repr, wide))} of this bundle cannot be one: "
-                f"vectors of {WIDE:,} and more (item-item matrices, wide text encoders), or a fusion by ranks. Leave "
-                "the index out, or train with a narrower model.item_encoder and fusion.kinds that add scores."
+                f"vectors of more than {WIDEST:,} numbers, of {WIDE:,} and more with fewer than {ITEMS_TO_A_NUMBER} "
+                "items to each (item-item matrices), or a fusion by ranks. Leave the index out, or train with a "
+                "narrower model.item_encoder and fusion.kinds that add scores. (A bundle that an older recllm wrote "
+                f"has it for fewer than {WIDE:,} numbers: export it again.)"
             )
-        self.fusion, self._widths = fusion, widths
+        self.fusion, self._widths, self._before = fusion, widths, prepared.roots
         sides = ("items", "new_items") if fusion.new is not None else ("items",)
         first = len(prepared.feeds["n_item"])
         self._bounds = dict(zip(sides, ((0, first), (first, len(prepared.order))), strict=False))
@@ -219,7 +221,7 @@ class Shortlist:
         self._rows = {name: np.ascontiguousarray(prepared.feeds[name].T) for name in own}
         self._others = {name: feed for name, feed in prepared.feeds.items() if name not in own and name != "n_item"}
         self._n_item = prepared.feeds["n_item"]
-        means, roots = ([self._others[f"{name}_{part}"] for name in fusion.names] for part in ("mean", "root"))
+        means, roots = ([self._others[name + part] for name in fusion.names] for part in ("_mean", ROOT))
         self._means, self._roots = ([np.asarray(own, dtype=np.float64) for own in part] for part in (means, roots))
         self._scales = {name: self._scale(name) for name in fusion.names}
         given = self._queries(samples, np.full(len(next(iter(samples.values()))), 1))
@@ -265,7 +267,7 @@ class Shortlist:
         if own is not None:
             return own
         start = 0
-        for other in rooted(self.fusion, self._widths):
+        for other in self._before:
             if other == name:
                 break
             start += self._widths[other]

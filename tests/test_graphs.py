@@ -38,10 +38,11 @@ def counts(seed=0):
     return random.integers(0, 30, USERS), random.integers(0, 80, ITEMS)
 
 
-def run(tmp_path, given, feeds, n_user, n_item, seen, k):
-    catalogue_graph(given, WIDTHS, tmp_path / "catalogue.onnx")
+def run(tmp_path, given, feeds, n_user, n_item, seen, k, write=catalogue_graph):
+    write(given, WIDTHS, ITEMS, tmp_path / "catalogue.onnx")
     session = ort.InferenceSession(tmp_path / "catalogue.onnx", providers=["CPUExecutionProvider"])
-    ready = prepare(given, {name: feeds[f"{name}_items"] for name in WIDTHS}, n_item)
+    inputs = {own.name for own in session.get_inputs()}
+    ready = prepare(given, {name: feeds[f"{name}_items"] for name in WIDTHS}, n_item, inputs)
     queries = {name: value for name, value in feeds.items() if name.endswith("_queries") or name == KNOWN_BARRED}
     facts = {"n_user": n_user, "seen": np.where(seen < 0, -1, ready.places[seen]), "k": np.array([k])}
     rows, *found = session.run(["rows", "scores", "shares"], ready.feeds | queries | facts)
@@ -230,15 +231,38 @@ def test_one_side_may_be_empty(n_item, tmp_path):
     assert (found[0] >= 0).all()
 
 
-def test_wide_scorers_stay_apart_and_change_nothing(tmp_path, monkeypatch):
-    given, random = (fusion(5, even=True), vectors(5), *counts(5), NONE_SEEN, ITEMS), np.random.default_rng(5)
-    assert catalogue.folded(given[0], WIDTHS) == tuple(WIDTHS)
+def roots_of(limits, monkeypatch):
+    for name, limit in zip(("WIDE", "WIDEST", "ITEMS_TO_A_NUMBER"), limits, strict=True):
+        monkeypatch.setattr(catalogue, name, limit)
+    return catalogue.rooted(fusion(), WIDTHS, ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("limits", "roots"),
+    [((1024, 2048, 4), "abc"), ((4, 2048, 4), "abc"), ((4, 2048, 8), "ab"), ((4, 4, 4), "ab"), ((2, 0, 4), "b")],
+    ids=str,
+)
+@EVEN
+def test_wide_scorers_stay_apart_where_items_are_few_and_change_nothing(even, limits, roots, tmp_path, monkeypatch):
+    given, random = (fusion(5, even=even), vectors(5), *counts(5), NONE_SEEN, ITEMS), np.random.default_rng(5)
     given[1]["c_items"][random.permutation(ITEMS)[:9]] = np.nan
-    whole = run(tmp_path, *given)
-    monkeypatch.setattr(catalogue, "WIDE", 4)
-    assert catalogue.folded(given[0], WIDTHS) == ("a", "b")
+    found = roots_of(limits, monkeypatch)
+    assert found == tuple(roots)
+    assert catalogue.folded(given[0], found) == (tuple(roots) if even else ())
     agree(run(tmp_path, *given), expected(*given))
-    agree(whole, expected(*given))
+
+
+@EVEN
+def test_an_older_graph_is_given_what_it_asks_for(even, tmp_path, monkeypatch):
+    """Its own rule kept other scorers apart."""
+    given = (fusion(5, even=even), vectors(5), *counts(5), NONE_SEEN, ITEMS)
+
+    def written_before(*facts):
+        with monkeypatch.context() as before:
+            assert roots_of((4, 0, 4), before) == ("a", "b")
+            catalogue_graph(*facts)
+
+    agree(run(tmp_path, *given, written_before), expected(*given))
 
 
 def test_a_query_across_the_items_spread_keeps_its_digits(tmp_path):

@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 
 import recllm
+from recllm import catalogue as cataloguing
 from recllm import runtime, shortlist
 from recllm.catalogue import prepare
 from recllm.cli import main
@@ -43,12 +44,18 @@ def catalogue(seed=0):
     return vectors, queries, random.integers(0, 30, USERS), random.integers(0, 80, ITEMS)
 
 
+@pytest.fixture(params=[1024, 20], ids=["narrow", "wide"])
+def width(request, monkeypatch):
+    """From where on scorers are wide: 'c' is with the second one, and has items enough to be searched all the same."""
+    monkeypatch.setattr(cataloguing, "WIDE", request.param)
+
+
 @pytest.fixture(params=["even", "by counts", "new items"])
-def ready(request, tmp_path):
+def ready(request, width, tmp_path):
     """A fusion, its prepared catalogue, queries, counts, and what ranks feeds of the graph."""
     given = fusion(request.param)
     vectors, queries, n_user, n_item = catalogue()
-    catalogue_graph(given, WIDTHS, tmp_path / "catalogue.onnx")
+    catalogue_graph(given, WIDTHS, ITEMS, tmp_path / "catalogue.onnx")
     session = ort.InferenceSession(tmp_path / "catalogue.onnx", providers=["CPUExecutionProvider"])
     prepared = prepare(given, vectors, n_item)
 
@@ -212,7 +219,17 @@ def test_an_unknown_index_is_refused(tiny_bundle):
 
 
 def test_a_fusion_by_ranks_is_not_searched(ready):
-    given, prepared, queries, _, n_item, _ = ready
+    given, _, queries, _, n_item, _ = ready
     by_ranks = replace(given, standardise="borda")
+    prepared = prepare(by_ranks, *catalogue()[::3])
     with pytest.raises(RecllmError, match=r"'a', 'b', 'c' of this bundle cannot be one: .* Leave the index out"):
         Shortlist(by_ranks, prepared, n_item, kind="int8", samples=queries)
+
+
+def test_a_bundle_that_kept_wide_scorers_apart_is_not_searched(ready):
+    given, _, queries, _, n_item, _ = ready
+    vectors, _, _, counts = catalogue()
+    prepared = prepare(given, vectors, counts, {"a_root", "b_root"})
+    assert prepared.roots == ("a", "b")
+    with pytest.raises(RecllmError, match=r"'c' of this bundle cannot be one: .* an older recllm .* export it again"):
+        Shortlist(given, prepared, n_item, kind="int8", samples=queries)
