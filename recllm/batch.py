@@ -370,9 +370,10 @@ def _run(
             reason = kept.first or "it has no rows"
             kept.refuse(rejects_of(job.target))
             kept.remove()
+            others = ", and 'candidates', the item ids to score" if need else ""
             raise RecllmError(
                 f"No row of {job.source} could be answered: {reason}. Rows need 'history', a list of item ids, oldest "
-                "first."
+                f"first{others}."
             )
         summary.rejects = kept.finish(rejects_of(job.target), pl.DataFrame(schema=_schema(columns)))
     finally:

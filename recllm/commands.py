@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import polars as pl
@@ -167,8 +168,7 @@ def train_here(path: Path, overrides: Sequence[str], *, resume: bool, overwrite:
     from recllm.train import train_run
 
     train_run(run, resume=resume, overwrite=overwrite, say=say)
-    export = f", or recllm export {run.folder}" if run.model.task == "next_item" else ""
-    say(f"Trained. Next: recllm evaluate {run.folder}{export}")
+    say(f"Trained. Next: recllm evaluate {quote(str(run.folder))}, or recllm export {quote(str(run.folder))}")
 
 
 def plan_training(path: Path, overrides: Sequence[str]) -> None:

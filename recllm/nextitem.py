@@ -135,7 +135,8 @@ def _batch(on_one_device: int) -> int:
 def _start_from(model: NextItemModel, light: NextItemModel, say: Say) -> None:
     """Copy the light model's item side, so that the language model has only histories left to learn."""
     if model.query.out_features != light.query.out_features:
-        say("The heads start anew: model.head_width is not light.width")
+        wide, narrow = model.query.out_features, light.query.out_features
+        say(f"The items' heads do not start from the light scorer's: model.head_width is {wide}, light.width {narrow}")
         return
     model.heads.load_state_dict(light.heads.state_dict())
     model.bias.data.copy_(light.bias.data)

@@ -175,6 +175,7 @@ def _beside(run: Run, task: Task) -> tuple[str, ...]:
         *([f"likelihoods of {items} by {run.model.likelihood}"] if run.model.likelihood is not None else []),
         f"scores of {rows:,} validation and test rows by every scorer",
         "the fusion",
+        *([f"{run.light.taught:,} histories asked of the teacher"] if run.light.teacher is not None else []),
     )
 
 
@@ -364,7 +365,8 @@ def peak_memory() -> int:
 def shown(run: Run, task: Task, stage: Stage) -> list[str]:
     """The first training examples as the model reads them, each with its label; of pairs with both labels."""
     tokenizer = load_tokenizer(model_folder(run.model.name))
-    titles = task.dataset.catalog.frame["title"].to_list()
+    catalog = task.dataset.catalog
+    titles = [title or f"{item}, no title" for item, title in zip(catalog.ids, catalog.frame["title"], strict=True)]
     rows = range(len(stage.train))
     if not isinstance(stage.collator, NextItemCollator):
         words = {1.0: "liked", 0.0: "not liked"}

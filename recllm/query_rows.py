@@ -123,7 +123,8 @@ def parse_row(
             raise ValueError(f"no 'user_id', and a '{other}': call it user_id, or leave it out")
         user = None if given in (None, "") or given != given else identifier(given) or None  # NaN is a missing value
         history, rated = _history(fields, user, histories, ratings=ratings)
-        candidates = _items("candidates", fields.get("candidates")) if "candidates" in need else ()
+        asked = fields.get("candidates") if "candidates" in need else None
+        candidates = () if asked is None else _items("candidates", asked)
         if "candidates" in need and not candidates:
             raise ValueError("no 'candidates', the item ids to score")
     except (ValueError, RecursionError) as error:  # the second one of lists in lists in lists

@@ -101,6 +101,8 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:  # noqa:
 def _explain(model: type[BaseModel], item: Any) -> str:  # noqa: ANN401  pydantic's error dictionaries
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
+        if not where:  # several keys that do not go together: the message names them
+            return f"{item['msg'].removeprefix('Value error, ')}."
         given = f" (given: {item['input']!r})" if item["type"] != "missing" else ""
         return f"key '{where}': {item['msg']}{given}."
     *tables, key = item["loc"]

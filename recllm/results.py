@@ -44,7 +44,7 @@ class Table:
             RecllmError: an unknown scorer, metric or slice.
         """
         key = self._key(scorer, metric, part)
-        return (self.values[key], *_ends(self.draws.get(key)))
+        return (self.values[key], *_ends(self.draws.get(key) if self._several(part) else None))
 
     def difference(self, a: str, b: str, metric: str, part: str = "all") -> Interval:
         """`a` less `b` on the same rows, with the 95 % interval of the paired bootstrap.
@@ -53,7 +53,7 @@ class Table:
             RecllmError: an unknown scorer, metric or slice.
         """
         left, right = self._key(a, metric, part), self._key(b, metric, part)
-        drawn = self.draws[left] - self.draws[right] if left in self.draws else None
+        drawn = self.draws[left] - self.draws[right] if left in self.draws and self._several(part) else None
         return (self.values[left] - self.values[right], *_ends(drawn))
 
     def rows(self) -> list[dict[str, object]]:
@@ -90,6 +90,10 @@ class Table:
     def lacks(self, metric: str, part: str = "all") -> bool:
         """Whether no scorer has a metric in a slice."""
         return all(np.isnan(self.values[name, metric, part]) for name in self.scorers)
+
+    def _several(self, part: str) -> bool:
+        """Whether a slice has users to draw from: of a single one all draws are the same, and tell of no spread."""
+        return self.counts[part][1] > 1
 
     def _key(self, scorer: str, metric: str, part: str) -> Key:
         if scorer not in self.scorers:

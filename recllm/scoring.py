@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,7 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     if _stands(settings, wanted):
         return
     scores = known_scores(run, task, parts, say)["valid"]
-    # What they tell is of another fusion than the one that comes.
-    for old in (*run.folder.glob("evaluation*"), *run.folder.glob("report.html")):
-        old.unlink()
+    _leave_former(run.folder, settings, wanted, say)
     say("Fitting the fusion on validation")
     protocol = evaluation_protocol(run, task)
     examples, language = protocol.examples("valid"), protocol.language
@@ -188,9 +187,40 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     settings.unlink(missing_ok=True)
     if language in scores:
         others = {name: value for name, value in scores.items() if name != language}
-        fitted(others).save(run.folder / f"fusion-without-{language}.json")
-    fitted(scores).save(run.folder / "fusion.json")
+        without = fitted(others)
+        without.save(run.folder / f"fusion-without-{language}.json")
+    fusion = fitted(scores)
+    fusion.save(run.folder / "fusion.json")
     write_json(settings, wanted)
+    metric = "NDCG@10" if run.model.task == "next_item" else "AUC"
+    say(f"The fusion is {_chosen(fusion, metric)}")
+    if language in scores:
+        say(f"Without '{language}' it is {_chosen(without, metric)}")
+
+
+def _leave_former(folder: Path, settings: Path, wanted: Mapping[str, Any], say: Say) -> None:
+    """Take away what tells of another fusion than the one that comes, and say so."""
+    if settings.is_file() and (folder / "fusion.json").is_file():
+        with suppress(DamagedError):
+            former = FusionSettings().model_dump(mode="json") | read_json(settings)
+            changed = [f"fusion.{name} ({former[name]} before)" for name in wanted if former.get(name) != wanted[name]]
+            if changed:
+                say(f"The fusion is fitted anew, with another {', '.join(changed)}")
+    gone = sorted([*folder.glob("evaluation*"), *folder.glob("report.html")])
+    for old in gone:
+        old.unlink()
+    if gone:
+        say(f"Removed, for it tells of the fusion before: {', '.join(path.name for path in gone)}")
+    bundles = sorted(path.name for path in folder.glob("bundle-*") if path.is_dir())
+    if bundles:
+        say(f"The fusion before is still that of {', '.join(bundles)}: export again")
+
+
+def _chosen(fusion: Fusion, metric: str) -> str:
+    """The kind of fusion, and what it has on validation."""
+    if not fusion.candidates:
+        return f"'{fusion.chosen}'"
+    return f"'{fusion.chosen}', the best by {metric} on validation: {max(fusion.candidates.values()):.4f}"
 
 
 def _some_rows(count: int, cells: int, run: Run) -> NDArray[np.int64]:

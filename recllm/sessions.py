@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
@@ -71,7 +72,7 @@ def open_session(path: Path | bytes, provider: str = "cpu", threads: int = 0) ->
             disabled_optimizers=SLOW_ON_CPU if provider == "cpu" else (),
         )
     except Exception as error:  # its exceptions share no class but this
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten(str(error), 300, placeholder=" …")
         place = "a graph in memory" if isinstance(path, bytes) else str(path)
         if provider != "cpu":
             raise RecllmError(

@@ -230,6 +230,15 @@ def test_a_csv_row_of_the_wrong_length_is_set_aside(tmp_path, recommender):
     assert read(tmp_path / "out.csv")["item_id"].n_unique() == 1
 
 
+@pytest.mark.parametrize("candidates", ["", ', "candidates": null', ', "candidates": []'])
+def test_rows_without_candidates_are_told_what_they_lack(candidates, tmp_path, recommender):
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'{{"history": ["1"]{candidates}}}\n', encoding="utf-8")
+    words = r"line 1: no 'candidates', the item ids to score\. Rows need 'history', .*, and 'candidates', the item ids"
+    with pytest.raises(RecllmError, match=words):
+        score_file(recommender, Job(source, tmp_path / "out.csv"))
+
+
 def test_rows_without_a_good_one_leave_nothing_but_the_rejects(tmp_path, recommender):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     source.write_text('{"user_id": "x"}\n', encoding="utf-8")

@@ -140,7 +140,7 @@ def test_files_that_are_missing_or_ambiguous(tmp_path):
         read_dataset(write(tmp_path, notes__txt="x"))
     with pytest.raises(RecllmError, match=r"several files.*interactions.csv, interactions.tsv"):
         read_dataset(write(tmp_path, interactions__csv=LOG, interactions__tsv=LOG))
-    with pytest.raises(RecllmError, match=r"There is no file 'none\.csv'"):
+    with pytest.raises(RecllmError, match=r"There is no file 'none\.csv'\. Paths are read from the folder that a com"):
         read_dataset(str(tmp_path), interactions="none.csv")
     with pytest.raises(RecllmError, match=r"Unknown kind of file 'notes\.txt'"):
         read_dataset(str(tmp_path), interactions="notes.txt")
@@ -269,6 +269,21 @@ def test_columns_that_hold_no_single_values_are_named(tmp_path, column, value, w
     pl.DataFrame([row]).write_parquet(tmp_path / "interactions.parquet")
     with pytest.raises(RecllmError, match=rf"the column '{column}' holds {what} .*one value per row is expected"):
         read_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("column", "kinds", "told"),
+    [("event_type", "view,cart", 1), ("Action", "1,2", 1), ("event_type", "view,view", 0), ("remark", "a,b", 0)],
+)
+def test_kinds_of_events_that_count_alike_are_warned_of(column, kinds, told, tmp_path):
+    first, second = kinds.split(",")
+    folder = write(tmp_path, interactions__csv=f"customer,isbn,{column}\na,x,{first}\nb,y,{second}\n")
+    report = read_dataset(folder).report
+    found = [finding.text() for finding in report.findings if finding.code == "kinds_of_events"]
+    assert len(found) == told
+    for text in found:
+        assert f"kinds of events in '{column}' ({first}, {second})".replace("view, cart", "cart, view") in text
+        assert "recllm data join picks and weighs them" in text
 
 
 def test_dates_that_nobody_calls_the_time_are_warned_of(tmp_path):

@@ -85,8 +85,11 @@ def test_interval_width_agrees_with_theory(examples, known):
 def test_rows_of_one_user_are_drawn_together(examples, known):
     one = [Example(Query(e.query.history, "same"), e.item_id) for e in examples[:20]]
     scorer = KnownScores([e.query for e in one], ITEMS, known["noise"].scores[:20])
-    value, low, high = evaluate_ranking({"s": scorer}, one, ITEMS, resamples=50).interval("s", "MRR")
-    assert value == pytest.approx(low) == pytest.approx(high)  # one user: nothing varies
+    table = evaluate_ranking({"s": scorer}, one, ITEMS, resamples=50)
+    value, *ends = table.interval("s", "MRR")
+    assert table.draws["s", "MRR", "all"] == pytest.approx(value)  # one user: nothing varies
+    assert np.isnan(ends).all()  # and an interval without a width would say that this is known for sure
+    assert np.isnan(table.difference("s", "s", "MRR")[1:]).all()
 
 
 def test_same_seed_same_table_and_another_seed_another_interval(examples, known):

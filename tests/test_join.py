@@ -112,6 +112,18 @@ def test_namespaces_keep_what_is_different_apart(joined):
     assert set(rows(dataset, "user_id")) == {("ann",), ("bob",)}
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_namespaces_are_told_of_where_there_are_any(named, joined):
+    """Without any, ids stand as they are."""
+
+    def change(text):
+        return text if named else text.replace('users = "people"', 'users = ""').replace('"goods"', '""')
+
+    _, lines = joined(change=change)
+    told = [line for line in lines if line.startswith("Ids are written with their namespaces")]
+    assert told == ["Ids are written with their namespaces: user 'people:ann', item 'goods:2'"] * named
+
+
 def test_an_item_takes_each_column_from_the_first_source_that_has_it(joined):
     dataset, _ = joined()
     record = dataset.catalog.record("goods:2")

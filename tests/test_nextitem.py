@@ -130,7 +130,10 @@ def test_heads_of_another_width_start_anew(staged):
     model, said = model_of(1), []
     before = weights(model)
     nextitem._start_from(model, model_of(2, head_width=6), said.append)
-    assert said == ["The heads start anew: model.head_width is not light.width"]
+    width = model.query.out_features
+    assert said == [
+        f"The items' heads do not start from the light scorer's: model.head_width is {width}, light.width 6"
+    ]
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     for asked in (True, False):
         stage = staged(language_stage, f"model.heads_from_light={str(asked).lower()}")

@@ -92,6 +92,30 @@ def test_the_fusion_beside_is_of_all_scorers_but_the_language_model(tiny_run):
     assert "lm" not in beside
 
 
+def test_what_a_new_fusion_leaves_behind_is_said(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    for name in ("evaluation.json", "report.html"):
+        (folder / name).touch()
+    (folder / "bundle-int8").mkdir(exist_ok=True)
+    run = load_run(folder, ["fusion.kinds=['plain sum']"])
+    task = prepare(run)
+    said = []
+    scoring.fit_fusion(run, task, load_collaborative(run, task), said.append)
+    before = list(FusionSettings().kinds)
+    assert f"The fusion is fitted anew, with another fusion.kinds ({before} before)" in said
+    (removed,) = (line for line in said if line.startswith("Removed, for it tells of the fusion before: "))
+    assert {"evaluation.json", "report.html"} <= set(removed.partition(": ")[2].split(", "))
+    assert not list(folder.glob("evaluation*"))
+    (left,) = (line for line in said if line.startswith("The fusion before is still that of "))
+    assert "bundle-int8" in left
+    fusions = [Fusion.load(folder / f"fusion{kind}.json") for kind in ("", "-without-lm")]
+    best = [f"'plain sum', the best by NDCG@10 on validation: {own.candidates['plain sum']:.4f}" for own in fusions]
+    assert said[-2:] == [f"The fusion is {best[0]}", f"Without 'lm' it is {best[1]}"]
+    said.clear()
+    scoring.fit_fusion(run, task, load_collaborative(run, task), said.append)
+    assert said == []
+
+
 def test_a_kill_while_a_fusion_is_fitted_anew_leaves_none_that_is_taken_for_done(tiny_run, tmp_path, monkeypatch):
     shutil.copytree(tiny_run, tmp_path / "run")
     before = load_run(tmp_path / "run")

@@ -1,12 +1,13 @@
 """Normalise interactions: ids, ratings, time stamps, duplicates, order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
 import polars as pl
 
 from recllm.data.checks import LINES_SHOWN, Checks
+from recllm.data.columns import squeezed
 from recllm.data.tables import LINE, Table, check_kinds, note_columns_twice, note_rows_in_quotes
 from recllm.data.texts import as_ids, stripped
 from recllm.data.times import as_seconds, holds_times
@@ -25,6 +26,10 @@ EXACT = {"Float32": 2**24, "Float64": 2**53}
 """From here on floats of a kind leave whole numbers out."""
 DATED_ROWS = 1000
 """Rows by which a column is seen to hold dates."""
+KINDS_OF_EVENTS = {"event", "eventtype", "eventname", "action", "actiontype", "behavior", "behaviour", "behaviortype"}
+"""What a column of kinds of events is called, without what stands between its words."""
+MOST_KINDS = 12
+"""A column of more values holds something else."""
 EXTRA = "extra "
 """Before the name of a column that is kept as it is: it may be called as one of ours."""
 
@@ -68,6 +73,7 @@ def normalise_events(
     _note_large_floats(columns, checks, table.path.name)
     checks.facts |= {"rows_read": raw.height, "columns": dict(mapping)}
     checks.facts["columns_left_out"] = [name for name in table.columns if name not in mapping.values()]
+    _note_kinds(table, [*mapping.values(), *extra], checks)
     timed = frame[TIME].null_count() < frame.height
     frame = _drop_bad(frame, timed or _has_text(columns.get("timestamp")), checks, table)
     if WEIGHT in frame.columns:
@@ -179,7 +185,10 @@ def _drop_bad(frame: pl.DataFrame, timed: bool, checks: Checks, table: Table) ->
         frame = frame.filter(frame[TIME].is_not_null())
     if frame.is_empty():
         why = "; ".join(finding.text() for finding in checks.findings[before:])
-        raise RecllmError(f"{table.path} has no usable row: {why}. Check the mapping of its columns ([data.columns]).")
+        raise RecllmError(
+            f"{table.path} has no usable row: {why}. Check the mapping of its columns ([data.columns]), and how "
+            "they are written."
+        )
     return frame
 
 
@@ -226,6 +235,19 @@ def _ordered(frame: pl.DataFrame, timed: bool) -> pl.DataFrame:
     users = frame.group_by("user_id").agg(pl.col(TIME if timed else LINE).min().alias("_first"))
     users = users.sort("_first", "user_id").select("user_id").with_row_index("_user")
     return frame.join(users, on="user_id").sort("_user", *within, LINE, nulls_last=True)
+
+
+def _note_kinds(table: Table, read: Collection[str], checks: Checks) -> None:
+    """Tell of a column of kinds of events that is not read: all of them count alike, unless a join weighs them."""
+    for name in (own for own in table.columns if own not in read and squeezed(own) in KINDS_OF_EVENTS):
+        values = table.read([name])[name].drop_nulls()
+        kinds = values.cast(pl.String, strict=False).unique().sort().head(MOST_KINDS + 1).to_list()
+        if 1 < len(kinds) <= MOST_KINDS:
+            message = (
+                f"kinds of events in '{name}' ({', '.join(map(str, kinds))}), all of which count alike; recllm data "
+                "join picks and weighs them"
+            )
+            checks.add("warning", "kinds_of_events", message, len(values), file=table.path.name)
 
 
 def _warn_of_order(table: Table, mapping: Mapping[str, str], checks: Checks) -> None:

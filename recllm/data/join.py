@@ -156,7 +156,8 @@ def join_sources(file: Path, target: Path, say: Callable[[str], None]) -> int:
         joined.write_parquet(part / "interactions.parquet")
         catalog.write_parquet(part / "items.parquet")
     users, count = joined["user_id"].n_unique(), joined["item_id"].n_unique()
-    for first in joined.head(1).iter_rows(named=True):
+    named = any(source.of_users or source.of_items for source in join.source)
+    for first in joined.head(1).iter_rows(named=True) if named else ():
         say(f"Ids are written with their namespaces: user '{first['user_id']}', item '{first['item_id']}'")
     if join.duplicates == "keep":
         say("A run keeps several events of one user with one item by --set data.duplicates=keep; else the first stays")

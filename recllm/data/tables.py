@@ -96,7 +96,8 @@ def open_table(path: Path, budget: int = BUDGET) -> Table:
         RecllmError: no such file, an empty one, a kind that is not known, or one too large for `budget` bytes.
     """
     if not path.is_file():
-        raise RecllmError(f"There is no file '{path}'.")
+        here = "" if path.is_absolute() else f" Paths are read from the folder that a command runs in, '{Path.cwd()}'."
+        raise RecllmError(f"There is no file '{path}'.{here}")
     size = path.stat().st_size
     if size == 0:
         raise RecllmError(f"{path} is empty; a header and rows are expected.")
