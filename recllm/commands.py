@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from recllm.query_rows import history_items
 from recllm.ranker import Ranker, TwoStage, behind, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
-from recllm.results import Table
+from recllm.results import cold_lines, difference_lines
 from recllm.resuming import check_same_data
 from recllm.runs import load_run
 from recllm.runtime import Recommender, load
@@ -248,7 +247,7 @@ def evaluate_folder(folder: Path, part: str) -> None:
     write_report(page, run_report(run, task, table, part))
     write_adapter_card(run)
     say(f"On {MEASURED[part]}:")
-    for line in [*table.lines(), *difference_lines(table)]:
+    for line in [*table.lines(), *difference_lines(table), *cold_lines(run.data.split, table)]:
         say(line)
     say(f"Kept in {kept}")
     say(f"Open {page}")
@@ -268,20 +267,6 @@ def trained(folder: Path) -> None:
         raise RecllmError(
             f"{folder} cannot be written, and what is made of a run goes there. Copy it, or mend its rights."
         )
-
-
-def difference_lines(table: Table) -> list[str]:
-    """How far the fusion is ahead of every other scorer, on the same rows."""
-    metric = next((name for name in ("NDCG@10", "AUC") if name in table.metrics), table.metrics[0])
-    if "fusion" not in table.scorers:
-        return []
-    lines = [f"fusion less … in {metric} (95 % interval, paired bootstrap over users)"]
-    for name in table.scorers:
-        if name != "fusion":
-            figures = table.difference("fusion", name, metric)
-            value, low, high = ("–" if math.isnan(each) else f"{each:+.4f}" for each in figures)
-            lines.append(f"  {name:20} {value}  {low} … {high}")
-    return lines
 
 
 def export_folder(folder: Path, recipes: Sequence[str], *, overwrite: bool) -> int:

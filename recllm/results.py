@@ -1,5 +1,6 @@
 """Results: figures of several scorers on the same rows, with paired bootstrap intervals over users."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -103,6 +104,32 @@ class Table:
         if part not in self.counts:
             raise unknown("slice", part, self.counts)
         return scorer, metric, part
+
+
+def difference_lines(table: Table) -> list[str]:
+    """How far the fusion is ahead of every other scorer, on the same rows."""
+    metric = next((name for name in ("NDCG@10", "AUC") if name in table.metrics), table.metrics[0])
+    if "fusion" not in table.scorers:
+        return []
+    lines = [f"fusion less … in {metric} (95 % interval, paired bootstrap over users)"]
+    for name in table.scorers:
+        if name != "fusion":
+            figures = table.difference("fusion", name, metric)
+            value, low, high = ("–" if math.isnan(each) else f"{each:+.4f}" for each in figures)
+            lines.append(f"  {name:20} {value}  {low} … {high}")
+    return lines
+
+
+def cold_lines(split: str, table: Table) -> list[str]:
+    """How to read a table whose rows ask for cold items alone: who speaks of nothing else puts them first."""
+    alone = [f"'{name}'" for name in ("neighbours", "expected_popularity") if name in table.scorers]
+    if split != "cold-items" or not alone:
+        return []
+    return [
+        f"Every row asks for a cold item, among all items. Known ones have no score by {' and '.join(alone)}, which puts "
+        "cold ones first; the fusion may pay little for that in the order of known items (fusion.new_cost), and "
+        "recllm recommend --new-items keeps places for them."
+    ]
 
 
 def averaged(tables: Sequence[Table]) -> Table:
