@@ -126,8 +126,8 @@ def cold_lines(split: str, table: Table) -> list[str]:
     if split != "cold-items" or not alone:
         return []
     return [
-        f"Every row asks for a cold item, among all items. Known ones have no score by {' and '.join(alone)}, which puts "
-        "cold ones first; the fusion may pay little for that in the order of known items (fusion.new_cost), and "
+        f"Every row asks for a cold item, among all items. Known ones have no score by {' and '.join(alone)}, which "
+        "puts cold ones first; the fusion may pay little for that in the order of known items (fusion.new_cost), and "
         "recllm recommend --new-items keeps places for them."
     ]
 
