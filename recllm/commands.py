@@ -35,7 +35,7 @@ from recllm.ranker import Ranker, TwoStage, behind, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
 from recllm.results import cold_lines, difference_lines
-from recllm.resuming import check_same_data
+from recllm.resuming import check_folder, check_same_data
 from recllm.runs import load_run
 from recllm.runtime import Recommender, load
 from recllm.shortlist import EXACT
@@ -163,6 +163,7 @@ def preview_prompt(
 def train_here(path: Path, overrides: Sequence[str], *, resume: bool, overwrite: bool) -> None:
     """Train in this process."""
     run = load_run(path, overrides)
+    check_folder(run, resume=resume, overwrite=overwrite)  # again when it begins: what training needs takes seconds
     needs("Training", TRAINING)
     from recllm.train import train_run
 
@@ -196,7 +197,8 @@ def launch_training(
         raise RecllmError(
             f"Unexpected argument '{flags[0]}'. Flags of accelerate launch stand behind --, one run at a time."
         )
-    load_run(path, overrides)  # a mistake in the run file is told once, not by every process
+    # A mistake in the run file is told once, not by every process.
+    check_folder(load_run(path, overrides), resume=resume, overwrite=overwrite)
     needs("Training", TRAINING)
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "recllm.train", str(path)]
     command += [part for override in overrides for part in ("--set", override)]

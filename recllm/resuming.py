@@ -53,6 +53,25 @@ def adapter_is_kept(run: Run) -> bool:
         return True
 
 
+def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
+    """Check that a training may begin in the run's folder, or go on there.
+
+    Raises:
+        RecllmError: something else is there, or what was begun there has other settings.
+    """
+    if resume and overwrite:
+        raise RecllmError("--resume keeps what is done and --overwrite deletes it; give one of them.")
+    begun = (run.folder / FILE).is_file()
+    # What is no run is never deleted.
+    if run.folder.is_dir() and any(run.folder.iterdir()) and not resume and not (overwrite and begun):
+        raise RecllmError(
+            f"{run.folder} is not empty. Go on with it by --resume, start anew by --overwrite, "
+            "or give the run another name (--set name=…)."
+        )
+    if resume and begun:
+        check_resumed(run)
+
+
 def check_resumed(run: Run) -> None:
     """Check that `run` says what the run in its folder was begun with; fusion and export may be changed.
 

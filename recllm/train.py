@@ -25,7 +25,7 @@ from recllm.process import set_up
 from recllm.resuming import (
     LANGUAGE_STAGES,
     adapter_is_kept,
-    check_resumed,
+    check_folder,
     check_same_data,
     keep_recipes,
     language_begun,
@@ -95,7 +95,10 @@ def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -
     """Check everything that can be a user's mistake, read the data and begin the folder."""
     check_options(run)
     state = process_state()
-    _check_folder(run, resume=resume, overwrite=overwrite)
+    check_folder(run, resume=resume, overwrite=overwrite)
+    if (run.folder / FILE).is_file():
+        with _held(run):  # for a moment, so that nothing is deleted under a training
+            pass
     begun = resume and (run.folder / ENVIRONMENT).is_file()
     kept = resume and adapter_is_kept(run)
     with state.main_process_first():
@@ -163,23 +166,6 @@ def _held(run: Run) -> Iterator[None]:
                 "with --resume."
             )
         yield
-
-
-def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise RecllmError("--resume keeps what is done and --overwrite deletes it; give one of them.")
-    begun = (run.folder / FILE).is_file()
-    # What is no run is never deleted.
-    if run.folder.is_dir() and any(run.folder.iterdir()) and not resume and not (overwrite and begun):
-        raise RecllmError(
-            f"{run.folder} is not empty. Go on with it by --resume, start anew by --overwrite, "
-            "or give the run another name (--set name=…)."
-        )
-    if begun:
-        with _held(run):  # for a moment, so that nothing is deleted under a training
-            pass
-    if resume and begun:
-        check_resumed(run)
 
 
 def _precision(run: Run) -> dict[str, Any]:

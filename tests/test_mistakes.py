@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from recllm import commands
 from recllm.cli import main
+from recllm.errors import RecllmError
 
 RUN = """
 name = "tried"
@@ -373,3 +375,16 @@ def test_a_mistake_in_a_row_is_no_mistake_of_the_job(site, capsys):
     assert "1 rows could not be answered" in capsys.readouterr().out
     (rejected,) = (site.place / "out.csv.rejects.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(rejected)["line"] == 2
+
+
+@pytest.mark.parametrize("through", ["here", "launcher"])
+def test_a_folder_that_is_taken_is_told_before_what_training_needs_is_loaded(through, tiny_run, monkeypatch):
+    def needed(*_):
+        pytest.fail("told too late")
+
+    monkeypatch.setattr(commands, "needs", needed)
+    with pytest.raises(RecllmError, match=r"is not empty\. Go on with it by --resume"):
+        if through == "here":
+            commands.train_here(tiny_run / "run.toml", [], resume=False, overwrite=False)
+        else:
+            commands.launch_training(tiny_run / "run.toml", [], ["--cpu"], resume=False, overwrite=False)
