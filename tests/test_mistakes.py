@@ -377,14 +377,8 @@ def test_a_mistake_in_a_row_is_no_mistake_of_the_job(site, capsys):
     assert json.loads(rejected)["line"] == 2
 
 
-@pytest.mark.parametrize("through", ["here", "launcher"])
-def test_a_folder_that_is_taken_is_told_before_what_training_needs_is_loaded(through, tiny_run, monkeypatch):
-    def needed(*_):
-        pytest.fail("told too late")
-
-    monkeypatch.setattr(commands, "needs", needed)
+@pytest.mark.parametrize(("train", "flags"), [(commands.train_here, []), (commands.launch_training, [["--cpu"]])])
+def test_a_folder_that_is_taken_is_told_before_what_training_needs_is_loaded(train, flags, tiny_run, monkeypatch):
+    monkeypatch.setattr(commands, "needs", lambda *_: pytest.fail("told too late"))
     with pytest.raises(RecllmError, match=r"is not empty\. Go on with it by --resume"):
-        if through == "here":
-            commands.train_here(tiny_run / "run.toml", [], resume=False, overwrite=False)
-        else:
-            commands.launch_training(tiny_run / "run.toml", [], ["--cpu"], resume=False, overwrite=False)
+        train(tiny_run / "run.toml", [], *flags, resume=False, overwrite=False)
