@@ -218,9 +218,8 @@ def _leave_former(folder: Path, settings: Path, wanted: Mapping[str, Any], say: 
 
 def _chosen(fusion: Fusion, metric: str) -> str:
     """The kind of fusion, and what it has on validation."""
-    if not fusion.candidates:
-        return f"'{fusion.chosen}'"
-    return f"'{fusion.chosen}', the best by {metric} on validation: {max(fusion.candidates.values()):.4f}"
+    found = fusion.candidates.get(fusion.chosen)
+    return f"'{fusion.chosen}'" + ("" if found is None else f", the best by {metric} on validation: {found:.4f}")
 
 
 def _some_rows(count: int, cells: int, run: Run) -> NDArray[np.int64]:
