@@ -47,7 +47,7 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
         ]
 
     return Report(
-        title=f"recllm: {task.dataset.name}",
+        title=f"recllm: {run.name}",
         facts={
             "Data": f"{task.dataset.name}, {len(task.dataset.interactions):,} events, {len(task.index):,} items",
             "Licence of the data": task.dataset.licence,

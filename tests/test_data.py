@@ -271,6 +271,14 @@ def test_columns_that_hold_no_single_values_are_named(tmp_path, column, value, w
         read_dataset(str(tmp_path))
 
 
+def test_a_set_is_called_as_its_folder_and_a_file_by_itself_as_the_file(tmp_path):
+    folder = write(tmp_path, interactions__csv=LOG)
+    assert read_dataset(folder).name == tmp_path.name
+    (tmp_path / "events.csv").write_text(LOG, encoding="utf-8")
+    assert read_dataset("", interactions=str(tmp_path / "events.csv")).name == "events"
+    assert read_dataset(folder, interactions="events.csv").name == tmp_path.name
+
+
 @pytest.mark.parametrize(
     ("column", "kinds", "told"),
     [("event_type", "view,cart", 1), ("Action", "1,2", 1), ("event_type", "view,view", 0), ("remark", "a,b", 0)],

@@ -123,6 +123,7 @@ def test_the_page_says_of_what_its_figures_are(outcome):
     run, task, _, tables = outcome
     report = run_report(run, task, tables["test"])
     assert report.facts["Measured on"] == "40 rows of 40 users: the test rows"
+    assert report.title == f"recllm: {run.name}"
     assert not {"Control", "Likelihood by"} & set(report.facts)
     assert not report.slices
     told = {

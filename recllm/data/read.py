@@ -63,7 +63,9 @@ def read_dataset(
     texts = None if item_file is None else _read_items(item_file, item_columns, budget, checks)
     catalog = _completed(events, texts, event_file.name, checks)
     source, licence = _origin(folder)
-    name = folder.resolve().name if place.is_dir() and event_file.parent == folder else event_file.stem
+    # A file that is named by itself lies in any folder, whose name says nothing of it.
+    beside = place.is_dir() and event_file.parent == folder and (data or interactions is None)
+    name = folder.resolve().name if beside else event_file.stem
     return Dataset(name, Interactions(events.drop(LINE)), catalog, source, licence, checks.report())
 
 
