@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 # fmt: off
 TORCH_FREE = [
     "errors", "files", "arrayfiles", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks",
-    "data.tables", "data.columns", "data.texts", "data.times", "data.events", "data.items", "data.sets", "data.read",
+    "data.tables", "data.columns", "data.texts", "data.written", "data.times", "data.events", "data.items", "data.sets",
+    "data.read",
     "data.join", "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking",
     "results", "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "likeness",
     "expectation", "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting", "reordering",

@@ -178,8 +178,8 @@ def _drop_bad(frame: pl.DataFrame, timed: bool, checks: Checks, table: Table) ->
     if timed:
         lines = frame[LINE].filter(frame[TIME].is_null())
         message = (
-            "time stamps that are unreadable, missing, negative or after 2200 (read are ISO 8601 and numbers); "
-            "rows dropped"
+            "time stamps that are unreadable, missing, negative or after 2200 (read are ISO 8601, numbers, and dates "
+            "such as 31.12.2024 or 31 Dec 2024); rows dropped"
         )
         checks.add("warning", "bad_time", message, len(lines), file=file, lines=lines.head(5))
         frame = frame.filter(frame[TIME].is_not_null())

@@ -1,8 +1,9 @@
-"""Time stamps of any form as seconds since 1970, float64: numbers, dates, ISO 8601 text."""
+"""Time stamps of any form as seconds since 1970, float64: numbers, dates, text in ISO 8601 and as people write it."""
 
 import polars as pl
 
 from recllm.data.checks import Checks
+from recllm.data.written import as_written
 from recllm.errors import RecllmError
 
 YEAR_2200 = 7_258_118_400
@@ -26,7 +27,7 @@ def as_seconds(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     """Seconds, float64, with the fraction; null where the value is no time between 1970 and 2200.
 
     Raises:
-        RecllmError: the column is of times of day or of durations.
+        RecllmError: the column is of times of day or of durations, or all of its dates may be read day or month first.
     """
     kind = column.dtype
     if kind in (pl.Time, pl.Duration):
@@ -52,7 +53,9 @@ def holds_times(column: pl.Series) -> bool:
     if known.is_empty():
         return False
     if known.dtype == pl.String:
-        return not _from_iso(known).null_count()
+        iso = _from_iso(known)
+        left = known.filter(iso.is_null())
+        return not _from_iso(as_written(left).iso.alias(left.name)).null_count()
     return known.dtype.is_temporal() and known.dtype not in (pl.Duration, pl.Time)
 
 
@@ -60,7 +63,7 @@ def _from_numbers(column: pl.Series, checks: Checks, file: str) -> pl.Series:
     number = column.cast(pl.Float64, strict=False)
     finite = number.to_frame("n").select(pl.when(pl.col("n").is_finite()).then(pl.col("n"))).to_series()
     none = pl.Series(column.name, [None] * len(column), dtype=pl.Float64)
-    iso = _from_iso(column) if column.dtype == pl.String else none
+    iso = _from_text(column, number, checks, file) if column.dtype == pl.String else none
     dates = _from_whole_dates(finite)
     written = dates.count()
     # Among others of its kind or dates in text, and what is too small for a time stamp stands for none (0, 99999999).
@@ -91,6 +94,29 @@ def _from_whole_dates(number: pl.Series) -> pl.Series:
     text = pl.when(within).then(pl.col("n")).cast(pl.Int64).cast(pl.String)
     day = text.str.to_date("%Y%m%d", strict=False)
     return number.to_frame("n").select(day.cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64) / 1e6).to_series()
+
+
+def _from_text(column: pl.Series, number: pl.Series, checks: Checks, file: str) -> pl.Series:
+    """Seconds of text that is no number: ISO 8601, and for what is not dates as people write them."""
+    iso = _from_iso(column)
+    left = column.zip_with(iso.is_null() & number.is_null(), pl.Series([None], dtype=pl.String))
+    if left.is_null().all():
+        return iso
+    written = as_written(left)
+    found = iso.zip_with(iso.is_not_null(), _from_iso(written.iso.alias(column.name)))
+    if written.day_first is None and written.open:
+        message = (
+            f"time stamps such as '{written.example}' may have the day first or the month, and none of them tells "
+            "which; write them as year-month-day, or with full stops as day.month.year"
+        )
+        if (found.is_null() & number.is_null()).all():
+            raise RecllmError(f"{file}: {message}.")
+        checks.add("warning", "dates_by_order", message, written.open, file=file)
+    elif written.open:
+        which = "day" if written.day_first else "month"
+        message = f"time stamps such as '{written.example}', read {which} first, as most that tell have it"
+        checks.add("info", "dates_by_order", message, written.open, file=file)
+    return found
 
 
 def _from_iso(column: pl.Series) -> pl.Series:
