@@ -41,6 +41,7 @@ from recllm.runtime import Recommender, load
 from recllm.shortlist import EXACT
 from recllm.splits import LIKE_AT, like_threshold
 from recllm.tokens import open_tokenizer
+from recllm.trainernames import check_names
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "implicit")
 EXPORTING = ("torch", "transformers", "peft", "accelerate", "onnx", "onnxscript")
@@ -163,7 +164,9 @@ def preview_prompt(
 def train_here(path: Path, overrides: Sequence[str], *, resume: bool, overwrite: bool) -> None:
     """Train in this process."""
     run = load_run(path, overrides)
-    check_folder(run, resume=resume, overwrite=overwrite)  # again when it begins: what training needs takes seconds
+    # Both again when it begins: what training needs takes seconds to load.
+    check_names(run.train.trainer_keys())
+    check_folder(run, resume=resume, overwrite=overwrite)
     needs("Training", TRAINING)
     from recllm.train import train_run
 
@@ -174,6 +177,7 @@ def train_here(path: Path, overrides: Sequence[str], *, resume: bool, overwrite:
 def plan_training(path: Path, overrides: Sequence[str]) -> None:
     """Print what training will take and what the model will read."""
     run = load_run(path, overrides)
+    check_names(run.train.trainer_keys())
     needs("Planning a run", TRAINING)
     from recllm.planning import plan_run
 
@@ -198,7 +202,9 @@ def launch_training(
             f"Unexpected argument '{flags[0]}'. Flags of accelerate launch stand behind --, one run at a time."
         )
     # A mistake in the run file is told once, not by every process.
-    check_folder(load_run(path, overrides), resume=resume, overwrite=overwrite)
+    run = load_run(path, overrides)
+    check_names(run.train.trainer_keys())
+    check_folder(run, resume=resume, overwrite=overwrite)
     needs("Training", TRAINING)
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "recllm.train", str(path)]
     command += [part for override in overrides for part in ("--set", override)]

@@ -15,6 +15,7 @@ from recllm.devices import check_precision, on_cpu, precision_keys, sharded
 from recllm.errors import RecllmError, unknown
 from recllm.runs import Run
 from recllm.tracking import check_trackers
+from recllm.trainernames import check_names
 
 MEASURES = {"next_item": ("ndcg@10", "hit_rate@10"), "relevance": ("auc",)}
 """By task what validation measures while training, the first of them by default to choose the best step."""
@@ -22,28 +23,6 @@ COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 """Trainer's keys that ask for compiled layers."""
 RECOMPUTING = ("gradient_checkpointing", "activation_checkpointing")
 """Trainer's keys that ask for activations to be computed twice, with `_kwargs` beside each."""
-REFUSED = {
-    "save_only_model": "a resumed training would begin with a new optimizer and schedule, and end elsewhere",
-    "label_smoothing_factor": "Trainer smooths labels of its own models, and the losses here are over items or pairs",
-    "neftune_noise_alpha": "Trainer puts the noise on a model of its own kind, and these read vectors",
-    "prediction_loss_only": "checkpoints are chosen by a metric of validation",
-    "batch_eval_metrics": "the metrics are of all rows together",
-    "ignore_data_skip": "a resumed training would read other rows, and end elsewhere",
-    "auto_find_batch_size": "a batch that does not fit is halved here, with the same rows in a step",
-    "dataloader_drop_last": "it would leave out rows of validation as well, and steps that are counted here",
-    "label_names": "Trainer looks for labels of its own models by it",
-    "use_liger_kernel": "it changes transformers' own losses, and the losses here are over items or pairs",
-    "push_to_hub": "a run is pushed when it is trained: recllm push",
-    "deepspeed": "it is named to the launcher: recllm train RUN.toml --profile zero2",
-    "fsdp": "it is named to the launcher: recllm train RUN.toml --profile fsdp2",
-    "bf16": 'train.precision says it, of all that trains: train.precision = "bf16"',
-    "fp16": 'train.precision says it, of all that trains: train.precision = "fp16"',
-    "bf16_full_eval": "validation is in the precision of training",
-    "fp16_full_eval": "validation is in the precision of training",
-    "seed": "everything random is drawn from the run's one seed: --set seed=…",
-    "resume_from_checkpoint": "recllm train RUN.toml --resume goes on from the run's own",
-}
-"""Keys of Trainer that do not go with what is trained here, and why."""
 COUNTS = {
     "gradient_accumulation_steps": "so many batches make a step",
     "per_device_eval_batch_size": "so many rows are validated at once",
@@ -62,12 +41,7 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     Raises:
         RecllmError: an unknown key, with the nearest right one, or a tracker that is not there.
     """
-    known = {name for name in TrainingArguments.__dataclass_fields__ if name != "output_dir"}
-    for key in keys:
-        if key not in known:
-            raise unknown("key in [train]", key, known)
-        if key in REFUSED and (keys[key] or key == "seed"):  # what is empty asks for nothing
-            raise RecllmError(f"train.{key} is not supported: {REFUSED[key]}. Leave it out.")
+    check_names(keys, TrainingArguments.__dataclass_fields__)
     _check_values(keys)
     check_trackers(keys.get("report_to", "none"))
 

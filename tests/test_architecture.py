@@ -14,14 +14,13 @@ ROOT = Path(__file__).parents[1]
 TORCH_FREE = [
     "errors", "files", "arrayfiles", "process", "progress", "recipes", "assets", "download", "fetch", "data.checks",
     "data.tables", "data.columns", "data.texts", "data.written", "data.times", "data.events", "data.items", "data.sets",
-    "data.read",
-    "data.join", "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics", "ranking",
-    "results", "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours", "likeness",
-    "expectation", "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting", "reordering",
-    "fusion", "weighing", "newitems", "runs", "resuming", "idle", "tasks", "fading", "pairs", "protocols", "bundle",
-    "hub", "catalogue", "sessions", "graphfiles", "graphscorer", "arriving", "shortlist", "reserved", "runtime",
-    "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts", "batch", "distributed", "doctor",
-    "charts", "report",
+    "data.read", "data.join", "data", "splits", "given", "templates", "tokens", "histories", "prompts", "metrics",
+    "ranking", "results", "evaluate", "askedat", "recency", "priors", "likelihood", "mf", "itemitem", "neighbours",
+    "likeness", "expectation", "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting",
+    "reordering", "fusion", "weighing", "newitems", "trainernames", "runs", "resuming", "idle", "tasks", "fading",
+    "pairs", "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "graphscorer", "arriving",
+    "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts",
+    "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
     "devices", "softmax", "sequence", "heads", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq",

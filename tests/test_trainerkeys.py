@@ -1,11 +1,16 @@
 """Trainer's keys in a run file: mistakes are told before anything is read, with the way out."""
 
+import subprocess
+import sys
+
 import pytest
+from transformers import TrainingArguments
 
 from recllm.errors import RecllmError
 from recllm.runs import TrainSettings, load_run
 from recllm.train import train_run
 from recllm.trainerkeys import MEASURES, check_best, check_options, check_trainer_keys, try_trainer_keys
+from recllm.trainernames import written_names
 
 
 def test_a_misspelt_trainer_key_is_refused_with_the_nearest_right_one():
@@ -125,3 +130,21 @@ def test_a_mistake_for_the_language_model_leaves_no_folder(tiny_run, tmp_path):
 def test_what_does_not_ask_for_half_precision_leaves_it_to_precision():
     settings = TrainSettings(precision="bf16", bf16=False, fp16=False, weight_decay=0)
     assert settings.trainer_keys() == {"weight_decay": 0}
+
+
+def test_the_names_read_from_the_source_of_transformers_are_those_of_trainers_arguments():
+    assert written_names() == set(TrainingArguments.__dataclass_fields__)
+
+
+def test_a_misspelt_key_is_told_before_anything_heavy_is_loaded(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('name = "films"\n[data]\nname = "ml-100k"\n[train]\nlerning_rate = 1e-4\n')
+    code = (
+        "import sys\nfrom recllm.cli import main\n"
+        f"try:\n    main(['train', {str(path)!r}, *sys.argv[1:]])\n"
+        "finally:\n    print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    for options in ([], ["--dry-run"], ["--", "--cpu"]):
+        done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (2, "[]")
+        assert "Unknown key in [train] 'lerning_rate'. Did you mean 'learning_rate'?" in done.stderr
