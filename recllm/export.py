@@ -36,7 +36,7 @@ from recllm.runs import Run
 from recllm.runtime import VECTORS
 from recllm.sequence import NextItemModel
 from recllm.tasks import Task
-from recllm.tracing import write_graph
+from recllm.tracing import Example, write_graph
 from recllm.trained import lenders, load_language, load_light, sequence_scorer
 from recllm.weightonly import Feeds
 
@@ -140,16 +140,17 @@ def _all(run: Run, task: Task, loaded: dict[str, ExportRecipe], say: Say) -> lis
     with own_folder(run.folder) as graphs:
         for opset in sorted({recipe.opset for recipe in loaded.values()}):
             say(f"Writing the ONNX graphs in fp32, opset {opset}")
-            _write_graphs(graphs / str(opset), sequences, base, names, opset)
+            _write_graphs(graphs / str(opset), sequences, base, names, opset, say)
         reference = {name: sequence_scorer(*found, task, lenders(run, parts)) for name, found in sequences.items()}
         measured = any(recipe.causal.max_damage is not None for recipe in loaded.values())
         samples = _samples(run, task, sequences, base, reference) if measured else {}
         if measured and names is not None:
             samples["likelihood"] = _name_samples(run, task, names[1])
         for name, recipe in loaded.items():
-            say(f"Bundle '{name}': quantising and comparing with torch")
             graph = graphs / str(recipe.opset)
-            results.append(_export(run, task, parts, sequences, base, names, reference, samples, name, recipe, graph))
+            results.append(
+                _export(run, task, parts, sequences, base, names, reference, samples, name, recipe, graph, say)
+            )
     return results
 
 
@@ -188,10 +189,12 @@ def _export(
     name: str,
     recipe: ExportRecipe,
     graphs: Path,
+    say: Say,
 ) -> Exported:
     def fill(part: Path) -> None:
         said = {}
         for path in sorted(graphs.glob("*.onnx")):
+            say(f"Bundle '{name}': {path.name}")
             is_causal = path.stem in (*sequences, "likelihood") or (path.stem == "encoder" and base.causal)
             causal = recipe.causal if is_causal else None
             known = samples.get(path.stem, [])
@@ -207,6 +210,7 @@ def _export(
         write_bundle_card(run, part, Path(name).stem, "recommends")
 
     def measured(part: Path) -> Parity:
+        say(f"Bundle '{name}': comparing with torch")
         return measure(part, run, task, parts, sequences, base, names, reference)
 
     folder, facts = run.folder / f"bundle-{Path(name).stem}", _facts(run, task, name, sequences)
@@ -317,7 +321,12 @@ def _write_graphs(
     base: BaseModel,
     names: tuple[NameModel, CompiledPrompt] | None,
     opset: int,
+    say: Say,
 ) -> None:
+    def write(graph: nn.Module, example: Example, file: str, outputs: tuple[str, ...]) -> None:
+        say(f"Tracing {file}")
+        write_graph(graph, example, folder / file, outputs, opset)
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, (model, _) in sequences.items():
         width, text = model.tokens.text.out_features, model.tokens.text.in_features
@@ -326,16 +335,16 @@ def _write_graphs(
             "ends": (torch.tensor([[3, 5, 6], [2, 1, 0]]), ("batch", "ends")),
             "table": (torch.randn(11, width), ("rows",)),
         }
-        write_graph(SequenceGraph(model), example, folder / f"{name}.onnx", ("vectors",), opset)
+        write(SequenceGraph(model), example, f"{name}.onnx", ("vectors",))
         items = {
             "text": (torch.randn(3, text), ("items",)),
             "factors": (torch.randn(3, model.tokens.factors.in_features), ("items",)),
         }
-        write_graph(ItemGraph(model), items, folder / f"{name}-items.onnx", ("tokens", "heads"), opset)
+        write(ItemGraph(model), items, f"{name}-items.onnx", ("tokens", "heads"))
     texts = {name: (torch.ones(2, 7, dtype=torch.long), ("batch", "length")) for name in ("ids", "mask")}
-    write_graph(EncoderGraph(base), texts, folder / "encoder.onnx", ("vectors",), opset)
+    write(EncoderGraph(base), texts, "encoder.onnx", ("vectors",))
     if names is not None:
         ids = torch.ones(2, names[0].first + 6, dtype=torch.long)
         lengths = torch.tensor([ids.shape[1], names[0].first + 2])
         told = {"ids": (ids, ("batch", "length")), "lengths": (lengths, ("batch",))}
-        write_graph(names[0], told, folder / NAME_GRAPH, ("likelihoods",), opset)
+        write(names[0], told, NAME_GRAPH, ("likelihoods",))

@@ -66,9 +66,8 @@ def export_ranker(run: Run, task: Task, recipes: Mapping[str, ExportRecipe], say
         for folder in dict.fromkeys(_graphs(recipe) for recipe in recipes.values()):
             say(f"Writing the ONNX graphs in fp32, opset {folder.name}{', turned' if len(folder.parts) > 1 else ''}")
             (graphs / folder).mkdir(parents=True, exist_ok=True)
-            write_rank_graphs(_as_written(scorer.model, folder, say), graphs / folder, int(folder.name))
+            write_rank_graphs(_as_written(scorer.model, folder, say), graphs / folder, int(folder.name), say)
         for name, recipe in recipes.items():
-            say(f"Bundle '{name}': quantising and comparing with torch")
             folder = graphs / _graphs(recipe)
             samples = _samples(run, task, scorer, folder, recipe) if recipe.causal.max_damage is not None else None
             results.append(_export(run, task, scorer, name, recipe, samples, folder, say))
@@ -196,10 +195,12 @@ def _export(
         said: dict[str, dict[str, Any] | None] = {}
         paths = sorted(graphs.glob("*.onnx"))
         if recipe.causal.activations == "int8" and samples is not None:
+            say(f"Bundle '{name}': {', '.join(path.name for path in paths)}")
             said["ranker"] = told = quantise_products(paths, part, recipe.causal, samples.feeds, samples.lost)
             say(f"{len(told['higher'])} of {len(told['layers'])} layers of both graphs keep float activations")
         else:
             for path in paths:
+                say(f"Bundle '{name}': {path.name}")
                 known = samples.feeds.get(path.stem, []) if samples is not None else []
                 said[path.stem] = quantise(path, part / path.name, recipe.precision, recipe.causal, known)
         # The model is in both graphs; the first one lacks what stands behind the last keys and values only.
@@ -212,6 +213,7 @@ def _export(
         write_bundle_card(run, part, Path(name).stem, "ranks candidates")
 
     def measured(part: Path) -> Parity:
+        say(f"Bundle '{name}': comparing with torch")
         return {"ranker": _parity(part, run, task, scorer)}
 
     return gated(run.folder / f"bundle-{Path(name).stem}", facts, name, recipe, fill, measured)

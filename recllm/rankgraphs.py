@@ -1,6 +1,6 @@
 """The two graphs of pointwise ranking: a prefix to its keys and values, and continuations of it to answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from recllm.cascade import Prefix, read_prefix, read_suffixes
 from recllm.errors import RecllmError
 from recllm.onnxreader import PREFIX, SUFFIX
 from recllm.relevance import RelevanceModel, TorchReader, at_ends
-from recllm.tracing import write_graph
+from recllm.tracing import Example, write_graph
 
 
 class PrefixGraph(nn.Module):
@@ -47,8 +47,10 @@ class SuffixGraph(nn.Module):
         return self.model.answer(at_ends(read_suffixes(self.model.body, prefix, ids), ends))
 
 
-def write_rank_graphs(model: RelevanceModel, folder: Path, opset: int) -> None:
-    """Write the graphs that `OnnxReader` reads with, of a causal model.
+def write_rank_graphs(
+    model: RelevanceModel, folder: Path, opset: int, say: Callable[[str], None] = lambda _: None
+) -> None:
+    """Write the graphs that `OnnxReader` reads with, of a causal model; `say` gets a line before each.
 
     Raises:
         RecllmError: an encoder, or a family whose candidates cannot share a prefix.
@@ -58,16 +60,18 @@ def write_rank_graphs(model: RelevanceModel, folder: Path, opset: int) -> None:
             "Only causal models whose layers keep keys and values are exported for ranking: the candidates of a "
             "history share what was read of it. Train with a causal model of the Llama, Qwen, Gemma or Mistral kind."
         )
+    say(f"Tracing {PREFIX}")
     text = torch.ones(2, 7, dtype=torch.long)
     example = {"ids": (text, ("users", "length"))}
     write_graph(PrefixGraph(model), example, folder / PREFIX, ("keys", "values"), opset)
     with torch.no_grad():
         keys, values = PrefixGraph(model)(text)
-    inputs: dict[str, tuple[Tensor, Sequence[str] | Mapping[int, str]]] = {
+    inputs: Example = {
         "ids": (torch.ones(2, 3, 5, dtype=torch.long), ("users", "candidates", "length")),
         "ends": (torch.tensor([[4, 2, 1], [0, 1, 2]]), ("users", "candidates")),
         "lengths": (torch.tensor([7, 4]), ("users",)),
         "keys": (keys, {1: "users", 3: "prefix"}),
         "values": (values, {1: "users", 3: "prefix"}),
     }
+    say(f"Tracing {SUFFIX}")
     write_graph(SuffixGraph(model), inputs, folder / SUFFIX, ("answers",), opset)

@@ -15,10 +15,13 @@ from recllm.graphfiles import MOST_BYTES
 from recllm.repeated import Repeated, WithWeights, repeated_layers, weights_of
 from recllm.unfolding import write_out
 
+Example = Mapping[str, tuple[Tensor, Sequence[str] | Mapping[int, str]]]
+"""Per input of a graph a value and the names of its first dimensions, those that vary, or their names by place."""
+
 
 def write_graph(
     module: nn.Module,
-    example: Mapping[str, tuple[Tensor, Sequence[str] | Mapping[int, str]]],
+    example: Example,
     path: Path,
     outputs: tuple[str, ...],
     opset: int,
@@ -27,7 +30,7 @@ def write_graph(
 
     Args:
         module: what is exported.
-        example: per input a value and the names of its first dimensions, those that vary, or their names by place.
+        example: its inputs.
         path: where the graph is written.
         outputs: names of the results.
         opset: the ONNX version of the operators.
