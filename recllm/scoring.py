@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from recllm.collaborative import Collaborative
-from recllm.devices import fast_bf16
+from recllm.devices import fast_bf16, free_memory
 from recllm.encoding import SequenceScorer
-from recllm.errors import DamagedError
+from recllm.errors import DamagedError, out_of_memory
 from recllm.files import read_json, write_json, written
 from recllm.fusion import Fusion
 from recllm.histories import HistoryFormat
@@ -25,7 +25,7 @@ from recllm.lm import LanguageBody, scoring_device
 from recllm.pairs import samples_negatives
 from recllm.progress import Progress
 from recllm.protocols import EvaluationProtocol, evaluation_protocol
-from recllm.ranking import QUERY_BATCH, Scorer, Scores, batches, score_as_new
+from recllm.ranking import QUERY_BATCH, Scorer, Scores, score_as_new
 from recllm.relevance import RelevanceScorer
 from recllm.revisions import check_same_models
 from recllm.runs import Run
@@ -109,15 +109,29 @@ def known_scores(run: Run, task: Task, parts: Collaborative, say: Say) -> dict[s
 def _write_scores(
     protocol: EvaluationProtocol, scorer: Scorer, valid: list[Example], test: list[Example], path: Path
 ) -> None:
-    """Score block by block into a .npy file: all scores of a large set do not fit into memory."""
+    """Score block by block into a .npy file: all scores of a large set do not fit into memory.
+
+    Where memory is out, of a device that others use as well, blocks from there on have half as many rows.
+    """
     examples = [*valid, *test]
     # The same stretch of both parts in one block: it is mostly the same users.
     places = np.concatenate([np.arange(len(part)) / max(len(part), 1) for part in (valid, test)])
     order = np.argsort(places, kind="stable")
     shape = protocol.shape(len(examples))
     scores = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for _, rows in batches(order.tolist(), max(QUERY_BATCH, BLOCK_SCORES // max(math.prod(shape[1:]), 1))):
-        scores[rows] = protocol.score(scorer, [examples[row] for row in rows])
+    most, start = max(QUERY_BATCH, BLOCK_SCORES // max(math.prod(shape[1:]), 1)), 0
+    while start < len(order):
+        rows = order[start : start + most].tolist()
+        try:
+            scores[rows] = protocol.score(scorer, [examples[row] for row in rows])
+        except Exception as error:  # the device's libraries raise many kinds
+            if len(rows) == 1 or not out_of_memory(error):
+                raise
+            most = len(rows) // 2
+        else:
+            start += len(rows)
+            continue
+        free_memory()  # outside of the error's block, whose traceback holds what the pass had
     scores.flush()
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from recllm import scoring
 from recllm.collaborative import load_collaborative
@@ -83,6 +84,25 @@ def test_scores_are_written_in_the_order_of_the_rows_whatever_block_they_are_in(
     valid, test = list(range(7)), list(range(100, 111))
     scoring._write_scores(protocol, None, valid, test, tmp_path / "scores.npy")
     assert np.load(tmp_path / "scores.npy").tolist() == [[row, -row] for row in [*valid, *test]]
+
+
+def test_where_memory_is_out_fewer_rows_are_scored_at_once_and_none_is_lost(tmp_path):
+    asked = []
+
+    def score(_, rows):
+        asked.append(len(rows))
+        if len(rows) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return np.array([[row, -row] for row in rows], dtype=np.float32)
+
+    protocol, rows = SimpleNamespace(shape=lambda rows: (rows, 2), score=score), list(range(23))
+    fits = 6
+    scoring._write_scores(protocol, None, rows[:12], rows[12:], tmp_path / "scores.npy")
+    assert np.load(tmp_path / "scores.npy")[:, 0].tolist() == rows
+    assert asked == [23, 11, 5, 5, 5, 5, 3]
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        scoring._write_scores(protocol, None, rows[:12], rows[12:], tmp_path / "none.npy")
 
 
 def test_the_fusion_beside_is_of_all_scorers_but_the_language_model(tiny_run):
