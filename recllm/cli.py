@@ -1,4 +1,4 @@
-"""The command line: `recllm --help`. What a command does is in recllm.commands, imported when it is called."""
+"""The command line: `recllm --help`. What a command does is in recllm.commands and recllm.answering, loaded by it."""
 
 import sys
 from collections.abc import Sequence
@@ -295,7 +295,7 @@ def recommend(
     overwrite: Overwrite = False,
 ) -> None:
     """Recommend from a bundle: file in, file out, or one history to the screen. Needs no torch."""
-    from recllm import commands
+    from recllm import answering
 
     if (source is None) == (history is None):
         raise RecllmError("Give either a file of rows and --out FILE, or one history: --history 'ID ID'.")
@@ -309,7 +309,7 @@ def recommend(
         )
     elif interactions is None:
         refuse(context, ("column",), "is for the log with the histories: name it by --interactions FILE.")
-    stages = commands.Stages(
+    stages = answering.Stages(
         bundle=bundle,
         provider=provider,
         threads=threads,
@@ -321,12 +321,12 @@ def recommend(
     )
     exclude_seen = None if include_seen is None else not include_seen
     if history is not None:
-        commands.recommend_history(stages, history, k, exclude_seen=exclude_seen, new_items=new_items)
+        answering.recommend_history(stages, history, k, exclude_seen=exclude_seen, new_items=new_items)
         return
     if source is None or out is None:
         raise RecllmError("A file of rows needs a place for the answers: --out FILE (.parquet, .jsonl or .csv).")
-    job = commands.batch_job(source, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite)
-    commands.recommend_rows(stages, job, k, exclude_seen=exclude_seen, new_items=new_items)
+    job = answering.batch_job(source, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite)
+    answering.recommend_rows(stages, job, k, exclude_seen=exclude_seen, new_items=new_items)
 
 
 @app.command(
@@ -360,7 +360,7 @@ def score(
     overwrite: Overwrite = False,
 ) -> None:
     """Score items for users, zero-shot: by their text and an untrained language model, or by a bundle."""
-    from recllm import commands
+    from recllm import answering
 
     if (items is None) == (bundle is None):
         raise RecllmError("Give either --items FILE (zero-shot, by text alone) or --bundle BUNDLE.")
@@ -375,13 +375,13 @@ def score(
     if interactions is None:
         refuse(context, ("column",), "is for the log with the histories: name it by --interactions FILE.")
     others = (items, history_items)
-    job = commands.batch_job(
+    job = answering.batch_job(
         users, out, interactions, column or [], shard, bundle=bundle, overwrite=overwrite, others=others
     )
     if bundle is not None:
-        commands.score_candidates(bundle, job, provider)
+        answering.score_candidates(bundle, job, provider)
     elif items is not None:
-        commands.score_zero_shot(items, history_items, item_column or [], job, model, prompt, like_at)
+        answering.score_zero_shot(items, history_items, item_column or [], job, model, prompt, like_at)
 
 
 @items.command(
@@ -406,9 +406,9 @@ def add(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle in FOLDER.")] = False,
 ) -> None:
     """Add items that nobody has chosen yet, by their text; they can be recommended from the next call."""
-    from recllm import commands
+    from recllm import answering
 
-    commands.add_to_bundle(bundle, source, out or bundle, item_column or [], provider, overwrite=overwrite)
+    answering.add_to_bundle(bundle, source, out or bundle, item_column or [], provider, overwrite=overwrite)
 
 
 @app.command(

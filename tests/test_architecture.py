@@ -29,7 +29,7 @@ TORCH = [
     "warmstart", "collaborative", "preflight", "trained", "judging", "scoring", "distil", "stored", "nextitem",
     "planning", "train", "outcome", "runreport", "repeated", "unfolding", "tracing", "graphs", "rankgraphs",
     "weightonly", "quantise", "turning", "integer", "parity", "gate", "rankexport", "export", "quickstart", "searches",
-    "tuning", "commands",
+    "tuning", "commands", "answering",
 ]
 # fmt: on
 ORDER = [*TORCH_FREE, *TORCH, "cli"]

@@ -16,7 +16,7 @@ import typer
 from safetensors.numpy import load_file, save_file
 
 import recllm
-from recllm import commands
+from recllm import answering, commands
 from recllm.bundle import read_manifest, seal
 from recllm.cli import app, main
 from recllm.errors import RecllmError
@@ -347,8 +347,8 @@ def test_a_log_is_read_by_the_columns_of_the_training(capsys, tiny_bundle, tmp_p
 )
 def test_a_ranker_of_another_catalogue_is_told(capsys, monkeypatch, tiny_bundle, known, message):
     reader = SimpleNamespace(soft_from=9)
-    monkeypatch.setattr(commands, "load_ranker", lambda *_, **__: SimpleNamespace(catalog=known, reader=reader))
-    stages = commands.Stages(tiny_bundle, "cpu", 1, "exact", Path("judge"), 10, 1.0, None)
+    monkeypatch.setattr(answering, "load_ranker", lambda *_, **__: SimpleNamespace(catalog=known, reader=reader))
+    stages = answering.Stages(tiny_bundle, "cpu", 1, "exact", Path("judge"), 10, 1.0, None)
     if known:
         stages.open()
         assert message in capsys.readouterr().err
@@ -366,12 +366,12 @@ def test_a_zero_shot_job_knows_the_weights_that_answer(monkeypatch, tmp_path, ti
         found.append(job.identity())
         return SimpleNamespace(lines=lambda _: [])
 
-    monkeypatch.setattr(commands, "score_items_file", record)
-    job = commands.Job(tmp_path / "users.jsonl", tmp_path / "out.csv")
+    monkeypatch.setattr(answering, "score_items_file", record)
+    job = answering.Job(tmp_path / "users.jsonl", tmp_path / "out.csv")
     for added in (0.0, 1.0):  # other weights behind the same name
         weights = load_file(model / "model.safetensors")
         save_file({name: value + added for name, value in weights.items()}, model / "model.safetensors")
-        commands.score_zero_shot(checkerboard_folder / "items.csv", None, [], job, str(model), "relevance", None)
+        answering.score_zero_shot(checkerboard_folder / "items.csv", None, [], job, str(model), "relevance", None)
     before, after = found
     assert {key for key in before if before[key] != after[key]} == {"weights"}
 
