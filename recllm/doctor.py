@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from recllm.errors import RecllmError
 from recllm.fetch import cache_folder
 from recllm.ranker import load_ranker
 from recllm.runtime import load
-from recllm.sessions import INTEGERS, PROVIDERS, check_integer_products, open_session
+from recllm.sessions import INTEGERS, PROVIDERS, check_integer_products, integer_products_hold, open_session
 
 RUNTIMES = tuple(
     f"onnxruntime{kind}"
@@ -27,6 +28,12 @@ RUNTIMES = tuple(
 """Two packages over the same files; others, as onnxruntime-directml, are found by their name's beginning."""
 IDENTITY = "CAgSADo3ChAKAXgSAXkiCElkZW50aXR5EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ=="
 """A graph of one Identity, opset 13, to try a provider with."""
+PRODUCT = (
+    "eNrt2L0KwjAQB/AmVgmHSi1+rEW3Dj6AiyWDYEFcnNxqm0qhNdJEHO0b6KP5SPZDEF9B7wdH4P5ww2U7BovnDLZg5vKqoK20OCswqwc6KgxSoaCT"
+    "JVGUCrsdy8spmg43gd5c0vVJi6PId3KVykAveqHM5lkS5lLJWNssaWLl9i3C63m+aRjF0r1T5pWt93C/oFX3n8vtWZS/d+yTwn04zCtX1OLNZ/iF"
+    "c0MIIYQQQgghhNDP24+b84zdhy6jNgPKSFneYQLNTaYOyCfgJhjWiA/g+ypjkRfHj11J"
+)
+"""An integer product as bundles have one, compressed."""
 REINSTALL = "install one of them anew: pip uninstall -y onnxruntime onnxruntime-gpu, pip install onnxruntime-gpu"
 EXTRAS = {
     "train": "train, score zero-shot and export",
@@ -58,11 +65,12 @@ class Finding:
 
 
 def examine(bundle: Path | None = None) -> Iterator[Finding]:
-    """Look at the runtime, its providers, the extras, the cache, and at a bundle where one is named."""
+    """Look at the runtime, its providers, integer products, extras, the cache, and at a bundle where one is named."""
     yield Finding("ok", f"recllm {__version__}, Python {platform.python_version()}, {os.cpu_count()} processors")
     yield _runtime()
     for provider in PROVIDERS:
         yield _provider(provider)
+    yield _products()
     for extra, purpose in EXTRAS.items():
         yield _extra(extra, purpose)
     yield _cache()
@@ -105,6 +113,17 @@ def _provider(name: str) -> Finding:
         except Exception as error:  # what is left of a package whose files are gone fails in its own ways
             return Finding("wrong", f"provider {name}: {type(error).__name__}, {error}", REINSTALL)
     return Finding("ok", f"provider {name}")
+
+
+def _products() -> Finding:
+    try:
+        hold = integer_products_hold(zlib.decompress(base64.b64decode(PRODUCT)))
+    except Exception:  # the runtime is wrong, which has been said
+        return Finding("none", "integer products: not tried")
+    if hold:
+        return Finding("ok", "integer products, as rankers by the recipe w8a8 have them")
+    mend = "rankers by the recipe w8a8 run on other machines; int8, fp16 and fp32 run here"
+    return Finding("none", "integer products: this processor's overflow (it has no VNNI instructions)", mend)
 
 
 def _has_gpu(provider: str) -> bool:

@@ -123,14 +123,19 @@ def check_integer_products(folder: Path, provider: str) -> None:
         raise RecllmError(
             f"'{folder}' has integer products, which ONNX Runtime has for a CPU only, not for '{provider}'. {way_out}"
         )
-    rows = np.full((1, INTEGER_ROWS), 255, dtype=np.uint8)
-    (found,) = open_session(folder / INTEGERS, threads=1).run(None, {"rows": rows})
-    # 255 stands for 127, times 127, in every place.
-    if not np.array_equal(found, np.full_like(found, 127.0 * 127.0 * INTEGER_ROWS)):
+    if not integer_products_hold(folder / INTEGERS):
         raise RecllmError(
             f"'{folder}' has integer products, and this processor's overflow (it has no VNNI instructions): answers "
             f"would be wrong. {way_out}"
         )
+
+
+def integer_products_hold(graph: Path | bytes) -> bool:
+    """Whether this processor adds the largest integer product up rightly; `graph` is such a product."""
+    rows = np.full((1, INTEGER_ROWS), 255, dtype=np.uint8)
+    (found,) = open_session(graph, threads=1).run(None, {"rows": rows})
+    # 255 stands for 127, times 127, in every place.
+    return np.array_equal(found, np.full_like(found, 127.0 * 127.0 * INTEGER_ROWS))
 
 
 def placed(session: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:  # noqa: ANN401  onnxruntime is untyped

@@ -246,6 +246,22 @@ def tiny_bundle(tiny_run: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def overflows(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Whether this processor adds pairs of 8-bit products in 16 bits, which overflow (no VNNI)."""
+    from recllm.errors import RecllmError
+    from recllm.integer import write_probe
+    from recllm.sessions import INTEGERS, check_integer_products
+
+    folder = tmp_path_factory.mktemp("probe")
+    write_probe(folder / INTEGERS)
+    try:
+        check_integer_products(folder, "cpu")
+    except RecllmError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
 def small_cache(
     tmp_path_factory: pytest.TempPathFactory, checkerboard: Dataset, tiny_lm_folder: Path, tiny_encoder_folder: Path
 ) -> Path:

@@ -1,7 +1,9 @@
 """The doctor: what is there is found, what is wrong is named with its mend."""
 
+import base64
 import shutil
 import tomllib
+import zlib
 from pathlib import Path
 
 import onnx
@@ -12,6 +14,7 @@ from recllm.bundle import seal
 from recllm.cli import main
 from recllm.doctor import Finding, examine
 from recllm.files import read_json, write_json
+from recllm.integer import write_probe
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +43,20 @@ def test_a_provider_that_is_missing_is_no_fault_without_a_gpu(monkeypatch):
     found = doctor._provider("cuda")
     assert found.mark == "wrong"
     assert "Install CUDA and cuDNN" in found.mend
+
+
+def test_whether_this_processor_multiplies_integers_is_said(monkeypatch, overflows):
+    assert doctor._products().mark == ("none" if overflows else "ok")
+    monkeypatch.setattr(doctor, "integer_products_hold", lambda _: False)
+    assert "int8, fp16 and fp32 run here" in doctor._products().mend
+    monkeypatch.setattr(doctor, "integer_products_hold", lambda _: 1 / 0)
+    assert doctor._products() == Finding("none", "integer products: not tried")
+
+
+def test_the_product_that_is_tried_is_one_that_bundles_have(tmp_path):
+    write_probe(tmp_path / "probe.onnx")
+    tried = onnx.load_from_string(zlib.decompress(base64.b64decode(doctor.PRODUCT)))
+    assert tried == onnx.load(tmp_path / "probe.onnx")
 
 
 def test_a_package_whose_files_are_gone(monkeypatch):
