@@ -151,7 +151,9 @@ def recommend_history(stages: Stages, history: str, k: int, *, exclude_seen: boo
         raise RecllmError(f"--history {history}: {error}. Write ids parted by blanks.") from None
     strange = [item for item in items if item not in recommender.index]
     if strange:
-        tell(f"Not in the catalogue, passed over: {', '.join(strange)}")
+        blanks = any(" " in item for item in recommender.index.ids)
+        way_out = ". Some ids have blanks: part them by |, or write a JSON list" if blanks else ""
+        tell(f"Not in the catalogue, passed over: {', '.join(strange)}{way_out}")
     recommender.check_k(k, new_items)
     found = recommender.recommend([items], k, exclude_seen=exclude_seen, new_items=new_items)
     wide = max([4, *(len(item) for item in found.ids[0])])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import polars as pl
 import pytest
 import typer
@@ -21,6 +22,7 @@ from recllm.bundle import read_manifest, seal
 from recllm.cli import app, main
 from recllm.errors import RecllmError
 from recllm.growing import SEALED
+from recllm.ranking import ItemIndex
 
 HEAVY = ("torch", "transformers", "polars", "numpy", "pydantic", "tokenizers", "rich", "onnxruntime")
 
@@ -309,6 +311,19 @@ def test_one_history_prints_titles_and_shares(capsys, tiny_bundle):
     assert [row.split()[1] for row in rows] == expected.ids[0]
     assert all(" film " in row for row in rows)
     assert "passed over: 99" in err
+
+
+def test_ids_with_blanks_that_were_parted_are_told_how_to_be_written(monkeypatch, capsys):
+    known = SimpleNamespace(
+        index=ItemIndex(["id one", "two"]),
+        check_k=lambda *_: None,
+        recommend=lambda *_, **__: SimpleNamespace(ids=[[]], scores=np.zeros((1, 0)), shares={}),
+    )
+    stages = SimpleNamespace(open=lambda: known)
+    answering.recommend_history(stages, "id one two", 1, exclude_seen=None, new_items=0)
+    assert "passed over: id, one. Some ids have blanks: part them by |, or write a JSON" in capsys.readouterr().err
+    answering.recommend_history(stages, "id one|two", 1, exclude_seen=None, new_items=0)
+    assert not capsys.readouterr().err
 
 
 def test_recommend_reads_and_writes_files(capsys, tiny_bundle, tmp_path, checkerboard_folder):
