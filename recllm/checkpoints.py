@@ -98,7 +98,8 @@ def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -
     One that was cut off while it was written is passed over; one that is damaged is too, and `say` is told. Both are
     removed on the first process: training comes to their steps again.
     """
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    listed = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
+    numbered = [(int(number), path) for number, path in listed if number.isdecimal()]
     found = None
     for _, path in sorted(numbered, reverse=True):
         sealed = (path / SEAL).is_file()
@@ -108,10 +109,11 @@ def last_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -
             break
         if file is not None:
             say(f"The checkpoint {path.name} is damaged ({file} is not what was saved); going on from an earlier one")
-        # Not while another process still looks at it.
+        # Not while another process still looks at it; and none lists the folder while it goes: it would wait alone.
         process_state().wait_for_everyone()
         if process_state().is_main_process:
             shutil.rmtree(path)
+        process_state().wait_for_everyone()
     return found
 
 

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from recllm.errors import DamagedError
+from recllm.errors import DamagedError, RecllmError
 
 try:
     import fcntl
@@ -23,6 +24,8 @@ except ImportError:  # Windows: a second process is not kept out there
 BLOCK = 1 << 20
 YOUNG = 60.0
 """Seconds for which a temporary folder that nobody holds is left alone."""
+OLD = 86_400.0
+"""Seconds after which a temporary file, which nobody can hold, is taken for what a killed process left."""
 HERE, EXCHANGE = -100, 2
 """Linux's AT_FDCWD and RENAME_EXCHANGE."""
 
@@ -31,7 +34,12 @@ HERE, EXCHANGE = -100, 2
 def written(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` when the block ends well, delete it when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+        with suppress(OSError):
+            if left.is_file() and time.time() - left.stat().st_mtime > OLD:
+                left.unlink()
+    # Not the process's number: two containers that share a folder have the same ones, and so have two threads.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         rights = _rights(temporary)
         yield temporary
@@ -90,10 +98,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Where `folder` is a link, what it points to is replaced, and the link stays. What a process left here that was
     killed in such a block goes as well.
+
+    Raises:
+        RecllmError: `folder` is where a file system is mounted, which nothing can take the place of.
     """
-    folder = folder.resolve() if folder.is_symlink() else folder
+    folder = folder.resolve()
+    if os.path.ismount(folder):
+        raise RecllmError(
+            f"'{folder}' is a mount point, and its folder cannot be replaced in one step. Mount the folder above it, "
+            "or name a folder inside of it."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    restore(folder)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.part"):
+        _sweep(left)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     (temporary / "probe").mkdir()
     _widen(temporary, (temporary / "probe").stat().st_mode & 0o777)  # mkdtemp gives 0o700
@@ -117,12 +135,31 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove temporary folders of `folder` that nobody holds; none where the file system cannot say so."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.part"):
+def restore(folder: Path) -> None:
+    """Bring `folder` back where a process was killed while another one took its place, and remove what it left.
+
+    Only where two folders cannot change their names in one step there is such a moment.
+    """
+    beside = f".{glob.escape(folder.name)}.????????"
+    with suppress(OSError):
+        for old in folder.parent.glob(f"{beside}.old"):
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            elif any(old.iterdir()) and not any(map(_is_held, folder.parent.glob(f"{beside}.part"))):
+                old.replace(folder)
+
+
+def _is_held(folder: Path) -> bool:
+    with only_one(folder) as free:
+        return not free
+
+
+def _sweep(left: Path) -> None:
+    """Remove a temporary folder if nobody holds it; not where nobody can say so, or where it is another user's."""
+    with suppress(OSError):
         # A young one may be about to be locked.
         if fcntl is None or not left.is_dir() or time.time() - left.stat().st_mtime < YOUNG:
-            continue
+            return
         opened = os.open(left, os.O_RDONLY)
         try:
             if locked(opened):
@@ -186,6 +223,8 @@ def only_one(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder inside `folder` that no other process has, and take it away again."""
-    with tempfile.TemporaryDirectory(prefix=".work.", dir=folder) as place:
+    """Give a folder inside `folder` that no other process has, and take it away again, with those of killed ones."""
+    for left in folder.glob(".work.*"):
+        _sweep(left)
+    with tempfile.TemporaryDirectory(prefix=".work.", dir=folder) as place, only_one(Path(place)):
         yield Path(place)

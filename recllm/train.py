@@ -2,9 +2,10 @@
 
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from recllm.warmstart import check_start, check_start_data
 from recllm.watching import Watch
 
 Say = Callable[[str], None]
+GONE = ".gone."
+"""How the names of folders begin that are being removed."""
 
 
 class Clock:
@@ -85,20 +88,18 @@ def train_run(
     """
     clock = clock or Clock()
     say = say if process_state().is_main_process else _silent
-    task = _begun(run, clock, say, resume=resume, overwrite=overwrite)
+    check_options(run)
+    check_folder(run, resume=resume, overwrite=overwrite)
     with _held(run):
+        task = _begun(run, clock, say, resume=resume, overwrite=overwrite)
         _train_stages(run, task, clock, say, resume=resume, watch=watch)
     return task
 
 
 def _begun(run: Run, clock: Clock, say: Say, *, resume: bool, overwrite: bool) -> Task:
     """Check everything that can be a user's mistake, read the data and begin the folder."""
-    check_options(run)
     state = process_state()
-    check_folder(run, resume=resume, overwrite=overwrite)
-    if (run.folder / FILE).is_file():
-        with _held(run):  # for a moment, so that nothing is deleted under a training
-            pass
+    check_folder(run, resume=resume, overwrite=overwrite)  # again: until it was held another process may have been here
     begun = resume and (run.folder / ENVIRONMENT).is_file()
     kept = resume and adapter_is_kept(run)
     with state.main_process_first():
@@ -151,21 +152,26 @@ def _train_stages(run: Run, task: Task, clock: Clock, say: Say, *, resume: bool,
 
 @contextmanager
 def _held(run: Run) -> Iterator[None]:
-    """Keep other trainings out of the run's folder, where there is one.
+    """Keep other trainings out of the run's folder, from before it is begun; one that stays empty goes again.
 
     Raises:
         RecllmError: there is another one already.
     """
-    if not process_state().is_main_process or not run.folder.is_dir():
+    if not process_state().is_main_process:
         yield
         return
-    with only_one(run.folder) as free:
-        if not free:
-            raise RecllmError(
-                f"Another process is training in {run.folder}, or exports from it. Wait for it, or stop it and go on "
-                "with --resume."
-            )
-        yield
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_one(run.folder) as free:
+            if not free:
+                raise RecllmError(
+                    f"Another process is training in {run.folder}, or exports from it. Wait for it, or stop it and go "
+                    "on with --resume."
+                )
+            yield
+    finally:
+        with suppress(OSError):
+            run.folder.rmdir()
 
 
 def _precision(run: Run) -> dict[str, Any]:
@@ -228,7 +234,9 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -
         bundles = sorted(path.name for path in run.folder.glob("bundle-*") if path.is_dir())
         if bundles:
             say(f"Removing what {run.folder} holds, with {', '.join(bundles)}; export again when it is trained")
-        shutil.rmtree(run.folder)
+        _empty(run.folder)
+    for left in run.folder.glob(f"{GONE}*"):
+        shutil.rmtree(left, ignore_errors=True)
     if not (run.folder / FILE).is_file() or load_run(run.folder) != run:  # fusion and export may change on the way
         write_run(run, run.folder / FILE)
     keep_recipes(run)
@@ -240,6 +248,24 @@ def _begin(run: Run, task: Task, *, overwrite: bool, processes: int, say: Say) -
     elif _unfinished(run) and not any((run.folder / "checkpoints").glob("*/checkpoint-*")):
         kept = read_json(run.folder / ENVIRONMENT)
         write_json(run.folder / ENVIRONMENT, kept | {"processes": processes, "sharding": sharding()})
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run's folder holds, every folder in one step from under its name, and what says whose it is last.
+
+    So a kill leaves stages that are whole or gone, of the run that the folder still names. The folder itself stays, for
+    it is held.
+    """
+    # Files before folders: vectors that are there say that what is fitted beside them is, too.
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == FILE, path.is_dir())):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink()
+        elif path.name.startswith(GONE):
+            shutil.rmtree(path)
+        else:
+            gone = Path(tempfile.mkdtemp(prefix=GONE, dir=folder))
+            path.replace(gone / path.name)
+            shutil.rmtree(gone)
 
 
 def _unfinished(run: Run) -> bool:

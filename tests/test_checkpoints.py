@@ -63,3 +63,20 @@ def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "weights").write_text("x", encoding="utf-8")
         seal(tmp_path / f"checkpoint-{step}")
     assert str(last_checkpoint(tmp_path)).endswith("checkpoint-10")
+
+
+def test_a_copy_that_somebody_made_is_no_checkpoint(saved):
+    folder, _ = saved
+    (folder / "checkpoint-8.bak").mkdir()
+    assert last_checkpoint(folder) == str(folder / "checkpoint-8")
+    assert names(folder) == ["checkpoint-4", "checkpoint-8", "checkpoint-8.bak"]
+
+
+def test_no_process_lists_the_checkpoints_while_one_of_them_goes(saved, monkeypatch):
+    """One that saw half of it would wait for the others behind it, alone."""
+    folder, _ = saved
+    seen = []
+    wait = SimpleNamespace(wait_for_everyone=lambda: seen.append(names(folder)), is_main_process=True)
+    monkeypatch.setattr(checkpoints, "process_state", lambda: wait)
+    last_checkpoint(folder)
+    assert seen == [["checkpoint-12", "checkpoint-4", "checkpoint-8"], ["checkpoint-4", "checkpoint-8"]]

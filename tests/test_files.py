@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,17 @@ from safetensors.numpy import save_file
 
 from recllm.arrayfiles import read_tensors
 from recllm.errors import RecllmError
-from recllm.files import alone, only_one, own_folder, read_json, whole_folder, write_json, written
+from recllm.files import (
+    _sweep,
+    alone,
+    only_one,
+    own_folder,
+    read_json,
+    restore,
+    whole_folder,
+    write_json,
+    written,
+)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
@@ -148,3 +159,90 @@ def test_a_folder_of_ones_own_goes_with_its_work(tmp_path):
         assert one != other
         (one / "file").touch()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_file_have_a_temporary_name_each(tmp_path):
+    path = tmp_path / "vectors"
+    with written(path) as one, written(path) as other:
+        one.write_text("half", encoding="utf-8")
+        other.write_text("whole", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "half"  # the outer one ends last, and each is what it wrote
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_temporary_file_that_a_killed_process_left_goes_after_a_day(tmp_path):
+    left, young = tmp_path / ".one.deadbeef.part", tmp_path / ".one.abcdef01.part"
+    for path in (left, young):
+        path.touch()
+    os.utime(left, (0, 0))
+    write_json(tmp_path / "one", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "one"]
+
+
+def test_a_folder_is_replaced_from_inside_of_it_and_none_where_it_is_mounted(tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with whole_folder(Path()) as part:
+        assert part.parent == tmp_path
+        (part / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (folder / "file").is_file()
+    monkeypatch.setattr("recllm.files.os.path.ismount", lambda path: path == folder)
+    with pytest.raises(RecllmError, match=r"bundle' is a mount point"), whole_folder(folder):
+        pytest.fail("told too late")
+
+
+def test_a_folder_that_was_taken_away_by_a_kill_comes_back(tmp_path, monkeypatch):
+    """Where two folders cannot change names, there is a moment in which none has it."""
+    monkeypatch.setattr("recllm.files._exchanged", lambda *_: False)
+    folder, replace = tmp_path / "bundle", Path.replace
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def killed(path, target):
+        if path.suffix == ".part":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt), whole_folder(folder) as part:
+            (part / "new").touch()
+    assert not folder.exists()
+    held = tmp_path / ".bundle.heldhere.part"
+    held.mkdir()
+    with only_one(held):
+        restore(folder)
+    assert not folder.exists()  # the other process is about to put its own there
+    restore(folder)
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    (tmp_path / ".bundle.deadbeef.old").mkdir()
+    with whole_folder(folder) as part:
+        (part / "new").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [held.name, "bundle"]
+    assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_what_cannot_be_looked_at_is_left_alone(tmp_path, monkeypatch):
+    left = tmp_path / ".one.deadbeef.part"
+    left.mkdir()
+    os.utime(left, (0, 0))
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "another user's", str(left))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recllm.files.os.open", denied)
+        _sweep(left)
+    assert left.is_dir()
+
+
+def test_a_folder_of_ones_own_that_a_killed_process_left_goes_with_the_next(tmp_path):
+    left, held = tmp_path / ".work.one", tmp_path / ".work.two"
+    for path in (left, held):
+        path.mkdir()
+        os.utime(path, (0, 0))
+    with only_one(held), own_folder(tmp_path):
+        assert not left.exists()
+        assert held.is_dir()

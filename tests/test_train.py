@@ -405,6 +405,48 @@ def test_two_trainings_in_one_folder_are_refused(tiny_run, tmp_path):
     train_run(load_run(folder), resume=True, say=silent)
 
 
+def test_a_folder_is_held_from_before_it_is_begun(tiny_run, tmp_path, monkeypatch):
+    def looked_at(*_, **__):
+        with only_one(tmp_path / "new") as free:
+            assert not free
+        raise RecllmError("the data are wrong")
+
+    monkeypatch.setattr(train, "prepare", looked_at)
+    with pytest.raises(RecllmError, match="the data are wrong"):
+        train_run(load_run(tiny_run, [f"output={tmp_path}", "name=new"]), say=silent)
+    assert list(tmp_path.iterdir()) == []  # nothing has begun
+
+
+@pytest.mark.parametrize("kills", range(5))
+def test_killed_while_a_run_is_deleted_the_folder_is_still_that_runs(kills, tiny_run, tmp_path, monkeypatch):
+    folder, left = tmp_path / "tiny", iter(range(kills))
+    shutil.copytree(tiny_run, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def killed(path, **_):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        remove(path)
+
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr("recllm.train.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(load_run(folder, ["seed=5"]), overwrite=True, say=silent)
+    assert (folder / "run.toml").read_bytes() == before[folder / "run.toml"]
+    for stage in (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(train.GONE)):
+        assert all(path.read_bytes() == before[path] for path in before if path.is_relative_to(stage))
+    with pytest.raises(RecllmError, match=r"was begun with seed = 0, and now it is 5"):
+        train_run(load_run(folder, ["seed=5"]), resume=True, say=silent)
+    if kills == 4:
+        train_run(load_run(folder), resume=True, say=silent)
+        now = {path.name for path in folder.iterdir()}
+        assert now == {path.relative_to(folder).parts[0] for path in before}
+        for name in ("light", "lm"):
+            path = folder / name / "done.json"
+            assert path.is_file()
+
+
 def test_a_history_that_the_model_cannot_read_is_refused(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path, "model.max_history=5000", "light.num_train_epochs=0")
     with pytest.raises(
