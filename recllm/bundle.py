@@ -10,8 +10,8 @@ import polars as pl
 
 from recllm import __version__
 from recllm.data import Catalog
-from recllm.errors import DamagedError, RecllmError
-from recllm.files import read_json, sha256_of, whole_folder, write_json
+from recllm.errors import DamagedError, RecllmError, out_of_memory
+from recllm.files import read_json, restore, sha256_of, whole_folder, write_json
 from recllm.process import FORKS
 
 T = TypeVar("T")
@@ -52,6 +52,8 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         RecllmError: not a bundle, a bundle of another format, or a file that is missing, added or damaged.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        restore(folder.resolve())
     if not path.is_file():
         what = "is a file, and a bundle is a folder" if folder.is_file() else "is not there"
         what = "is not a bundle (it has no manifest.json)" if folder.is_dir() else what
@@ -99,6 +101,8 @@ def _places(folder: Path) -> list[Path]:
 def _check_nothing_else(folder: Path, files: Collection[str]) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and path.is_dir():
+            raise RecllmError(f"'{folder}' has '{name}', a link to another folder; such a bundle is not opened.")
         # Hidden files come with copying and version control, and nothing of ours reads them.
         if path.is_file() and name not in files and name != MANIFEST and not _is_hidden(name):
             raise RecllmError(
@@ -127,6 +131,27 @@ def read_steadily(folder: Path, read: Callable[[], T]) -> T:
         if state(folder) == before:
             return found
     raise RecllmError(f"'{folder}' is replaced again and again while it is read. Wait until that is done.")
+
+
+def understood(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of a bundle whose files are whole, and may still not go together.
+
+    Raises:
+        RecllmError: as `read` does, or its files contradict each other, as those of a bundle made by hand may.
+    """
+    try:
+        return read()
+    except (RecllmError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        strange = isinstance(error, ValueError | LookupError | TypeError | AttributeError | ArithmeticError)
+        # The tokenizer's library raises nothing more special than Exception itself.
+        if out_of_memory(error) or not (strange or isinstance(error, FileNotFoundError) or type(error) is Exception):
+            raise
+        raise RecllmError(
+            f"'{folder}' cannot be loaded: its files do not go together ({type(error).__name__}: {error}). Export the "
+            "bundle again."
+        ) from error
 
 
 def state(folder: Path) -> tuple[int, int, int] | None:

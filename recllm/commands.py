@@ -23,8 +23,8 @@ from recllm.process import run_child
 from recllm.prompts import compile_prompt, load_prompt
 from recllm.ranker import is_ranker
 from recllm.results import cold_lines, difference_lines
-from recllm.resuming import check_folder, check_same_data
-from recllm.runs import load_run
+from recllm.resuming import check_folder, check_same_data, fusion_stands
+from recllm.runs import Run, load_run
 from recllm.splits import LIKE_AT, like_threshold
 from recllm.tokens import open_tokenizer
 from recllm.trainernames import check_names
@@ -223,7 +223,7 @@ def evaluate_folder(folder: Path, part: str) -> None:
     from recllm.scoring import known_scores
     from recllm.tasks import prepare
 
-    trained(run.folder)
+    trained(run)
     task = prepare(run, tell)
     check_same_data(run, task.fingerprints())
     scores = known_scores(run, task, load_collaborative(run, task), tell)
@@ -241,14 +241,20 @@ def evaluate_folder(folder: Path, part: str) -> None:
         say(f"The card of {bundle} has no figures, for it was exported before: recllm export {run.folder}")
 
 
-def trained(folder: Path) -> None:
-    """Check that a run is trained to its end, and that its folder takes more.
+def trained(run: Run) -> None:
+    """Check that a run is trained to its end, with the fusion that it names, and that its folder takes more.
 
     Raises:
         RecllmError: it is not, or nothing can be written into it.
     """
+    folder = run.folder
     if not (folder / "fusion.json").is_file():
         raise RecllmError(f"{folder} has no fitted fusion. Train the run to its end: recllm train {folder} --resume")
+    if not fusion_stands(run):
+        raise RecllmError(
+            f"The fusion in {folder} is not the one that its run.toml asks for: fitting it anew was stopped. Go on "
+            f"with it: recllm train {folder} --resume"
+        )
     if not os.access(folder, os.W_OK):
         raise RecllmError(
             f"{folder} cannot be written, and what is made of a run goes there. Copy it, or mend its rights."
@@ -266,7 +272,7 @@ def export_folder(folder: Path, recipes: Sequence[str], *, overwrite: bool) -> i
 
     for name in recipes:
         load_recipe(name)
-    trained(run.folder)
+    trained(run)
     task = prepare(run, tell)
     check_same_data(run, task.fingerprints())
     check_same_models(run)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recllm.files import read_json, write_json
+from recllm.files import alone, read_json, write_json
 from recllm.fusion import Fusion
 from recllm.protocols import evaluation_protocol
 from recllm.ranking import Scorer, Scores
@@ -52,8 +52,9 @@ def evaluate_run(
 def save_evaluation(run: Run, tables: dict[str, Table]) -> Path:
     """Keep the tables beside the weights, with those of other parts that are there."""
     path = run.folder / "evaluation.json"
-    before = read_json(path) if path.is_file() else {}
-    write_json(path, before | {part: table.to_dict() for part, table in tables.items()})
+    with alone(run.folder / "scores" / path.name):  # of two evaluations at once neither loses the other's
+        before = read_json(path) if path.is_file() else {}
+        write_json(path, before | {part: table.to_dict() for part, table in tables.items()})
     return path
 
 

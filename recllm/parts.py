@@ -79,6 +79,12 @@ class Parts:
                 self._journal.close()
                 raise RecllmError(_another(target, self.folder, before[0], job))
             before = []
+        if not before and not overwrite and target.exists():
+            self.remove()
+            raise RecllmError(
+                f"'{target}' has appeared since this job was begun: another one has written it. Replace it by "
+                "--overwrite, or name another file."
+            )
         if not before:
             # The journal first: a kill between the two must not leave lines whose parts are gone.
             self._journal.truncate(0)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from recllm.bundle import read_catalog, read_manifest, read_steadily
+from recllm.bundle import read_catalog, read_manifest, read_steadily, understood
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError, unknown
 from recllm.files import read_json
@@ -135,7 +135,7 @@ def load_ranker(
         RecllmError: not a ranker bundle, damaged, or the provider is not there.
     """
     place = Path(folder)
-    return read_steadily(place, partial(_load, place, provider, threads, keep_bytes))
+    return read_steadily(place, partial(understood, place, partial(_load, place, provider, threads, keep_bytes)))
 
 
 def _load(place: Path, provider: str, threads: int, keep_bytes: int) -> Ranker:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recllm.errors import RecllmError
+from recllm.errors import DamagedError, RecllmError
 from recllm.files import read_json, written
 from recllm.recipes import find_recipe
 from recllm.runs import ENVIRONMENT, FILE, LIGHT_READS, OF_LANGUAGE_MODEL, PROMPTS, RECIPES, Run, load_run
+from recllm.weighing import FusionSettings
 
 HARMLESS = (
     "per_device_eval_batch_size",
@@ -18,6 +19,8 @@ HARMLESS = (
     "disable_tqdm",
 )
 """Keys of `[train]` that decide nothing of the weights: a run may go on with others."""
+FUSED_WITH = "fusion-settings.json"
+"""In a run's folder: what its fusion was fitted with, written last."""
 LANGUAGE_STAGES = ("lm", "relevance")
 """What the language model's training is called, by the task."""
 
@@ -51,6 +54,18 @@ def adapter_is_kept(run: Run) -> bool:
         return find_recipe("adapters", run.adapter.recipe).read_bytes() == copy.read_bytes()
     except RecllmError:  # the file is gone, or was named from another folder
         return True
+
+
+def fusion_stands(run: Run) -> bool:
+    """Whether the fusion in the run's folder was fitted with what `run` says, and can be read."""
+    try:
+        for path in run.folder.glob("fusion-without-*.json"):
+            read_json(path)
+        read_json(run.folder / "fusion.json")
+        fitted = FusionSettings().model_dump(mode="json") | read_json(run.folder / FUSED_WITH)
+        return bool(fitted == run.fusion.model_dump(mode="json"))
+    except (OSError, DamagedError):
+        return False
 
 
 def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """Recommend from a bundle with ONNX Runtime, without torch: `recllm.load(folder).recommend(histories, k=10)`."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 
 from recllm.arrayfiles import read_tensors
 from recllm.arriving import knowing
-from recllm.bundle import read_catalog, read_manifest, read_steadily, state
+from recllm.bundle import read_catalog, read_manifest, read_steadily, state, understood
 from recllm.catalogue import KNOWN_BARRED, prepare
 from recllm.data import Catalog, Query
 from recllm.errors import RecllmError, unknown
@@ -454,7 +455,7 @@ def load(folder: str | os.PathLike[str], *, provider: str = "cpu", threads: int 
     if index != EXACT and provider != "cpu":
         raise RecllmError(f"The index '{index}' searches on the CPU. Leave it out, or ask for the provider cpu.")
     place = Path(folder)
-    return read_steadily(place, partial(_load, place, provider, threads, index))
+    return read_steadily(place, partial(understood, place, partial(_load, place, provider, threads, index)))
 
 
 def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
@@ -529,6 +530,8 @@ def _load_scorer(
     arrays: Mapping[str, NDArray[Any]],
     session: Callable[[str], Any],
 ) -> VectorScorer:
+    if re.fullmatch(r"[\w-]+", name) is None:
+        raise RecllmError(f"'{folder}' has a scorer '{name}', which is no name of a file in it; it is not opened.")
     if kind in FITTED:
         return FITTED[kind].load(folder / "cf")
     if kind != "sequence":

@@ -27,6 +27,7 @@ from recllm.progress import Progress
 from recllm.protocols import EvaluationProtocol, evaluation_protocol
 from recllm.ranking import QUERY_BATCH, Scorer, Scores, score_as_new
 from recllm.relevance import RelevanceScorer
+from recllm.resuming import FUSED_WITH, fusion_stands
 from recllm.revisions import check_same_models
 from recllm.runs import Run
 from recllm.sequence import NextItemModel
@@ -165,23 +166,11 @@ def _shape_of(path: Path) -> tuple[int, ...] | None:
         return None
 
 
-def _stands(settings: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether the fusion beside `settings` was fitted with what is `wanted`, and can be read."""
-    try:
-        for path in settings.parent.glob("fusion-without-*.json"):
-            read_json(path)
-        read_json(settings.with_name("fusion.json"))
-        return bool(FusionSettings().model_dump(mode="json") | read_json(settings) == wanted)
-    except (OSError, DamagedError):
-        return False
-
-
 def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     """Fit the fusion on validation: with every scorer, and again without the language model for the table."""
-    settings = run.folder / "fusion-settings.json"
-    wanted = run.fusion.model_dump(mode="json")
-    if _stands(settings, wanted):
+    if fusion_stands(run):
         return
+    settings, wanted = run.folder / FUSED_WITH, run.fusion.model_dump(mode="json")
     scores = known_scores(run, task, parts, say)["valid"]
     _leave_former(run.folder, settings, wanted, say)
     say("Fitting the fusion on validation")

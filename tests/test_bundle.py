@@ -7,7 +7,16 @@ import polars as pl
 import pytest
 
 import recllm
-from recllm.bundle import FORMAT, WITH_NETWORK, new_bundle, read_catalog, read_manifest, read_steadily, write_catalog
+from recllm.bundle import (
+    FORMAT,
+    WITH_NETWORK,
+    new_bundle,
+    read_catalog,
+    read_manifest,
+    read_steadily,
+    understood,
+    write_catalog,
+)
 from recllm.data import Catalog
 from recllm.errors import RecllmError
 from recllm.files import read_json, sha256_of, write_json
@@ -117,6 +126,39 @@ def test_a_link_to_the_outside_is_not_opened(folder):
     (folder / "weights.bin").symlink_to(secret)
     with pytest.raises(RecllmError, match=r"outside of itself"):
         read_manifest(folder)
+
+
+def test_a_link_to_another_folder_is_not_opened(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "side").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecllmError, match=r"has 'side', a link to another folder; such a bundle is not opened"):
+        read_manifest(folder)
+
+
+def test_a_bundle_that_a_kill_took_away_is_brought_back_by_whoever_reads_it(folder):
+    folder.rename(folder.with_name(f".{folder.name}.deadbeef.old"))
+    assert read_manifest(folder)["files"]
+    assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("mf"), TypeError("unexpected"), FileNotFoundError(2, "gone"), Exception("x")]
+)
+def test_files_that_do_not_go_together_are_told_without_a_traceback(error, tmp_path):
+    def read():
+        raise error
+
+    with pytest.raises(RecllmError, match=rf"its files do not go together \({type(error).__name__}: "):
+        understood(tmp_path, read)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), PermissionError(13, "closed")])
+def test_what_is_no_fault_of_a_bundle_is_not_told_as_one(error, tmp_path):
+    def read():
+        raise error
+
+    with pytest.raises(type(error)):
+        understood(tmp_path, read)
 
 
 def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(folder, tmp_path):

@@ -286,6 +286,16 @@ def test_a_table_that_nobody_reads_to_its_end_is_kept(tiny_run, monkeypatch, tmp
     assert (folder / "evaluation.html").is_file()
 
 
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_fusion_of_other_settings_than_the_runs_is_not_taken_for_its_own(command, capsys, tiny_run, tmp_path):
+    """As a kill leaves it while the fusion is fitted anew."""
+    folder = shutil.copytree(tiny_run, tmp_path / "tiny")
+    (folder / "fusion-settings.json").unlink()
+    _, err = recllm_says(capsys, command, folder, code=2)
+    assert "is not the one that its run.toml asks for" in err
+    assert f"recllm train {folder} --resume" in err
+
+
 def test_export_prints_parity_and_fails_only_when_every_recipe_does(capsys, tiny_run, monkeypatch):
     from recllm.gate import Exported
 

@@ -45,12 +45,12 @@ def test_a_job_without_rows_leaves_the_next_ones_parts_alone(tmp_path):
     target, empty = tmp_path / "out.csv", pl.DataFrame({"user_id": ["a"]})
     first = Parts(target, {"k": 1}, overwrite=False)
     first.finish(tmp_path / "rejects", empty)
-    second = Parts(target, {"k": 2}, overwrite=False)
+    second = Parts(target, {"k": 2}, overwrite=True)
     second.add(empty, [], Counts(answered=1, written=1))
     first.close()
     assert second.finish(tmp_path / "rejects", empty) is None
     assert not folder_of(target).exists()
-    third = Parts(target, {"k": 3}, overwrite=False)
+    third = Parts(target, {"k": 3}, overwrite=True)
     third.close()  # with no part there is nothing to go on with
     assert not folder_of(target).exists()
 
@@ -80,3 +80,17 @@ def test_something_in_the_place_of_the_parts_is_told(tmp_path, monkeypatch):
     folder_of(target).symlink_to(tmp_path / "gone" / "far")
     with pytest.raises(RecllmError, match="where parts are kept, cannot be made"):
         Parts(target, {}, overwrite=False)
+
+
+def test_a_target_that_another_job_wrote_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "out.csv"
+    target.touch()
+    with pytest.raises(RecllmError, match=r"out.csv' has appeared since this job was begun"):
+        Parts(target, {"k": 1}, overwrite=False)
+    assert list(tmp_path.iterdir()) == [target]
+    begun = Parts(target, {"k": 1}, overwrite=True)
+    begun.add(None, [], Counts(answered=1))
+    begun.close()
+    going_on = Parts(target, {"k": 1}, overwrite=False)  # what was begun with --overwrite
+    assert going_on.done == 1
+    going_on.close()

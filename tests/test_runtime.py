@@ -13,6 +13,7 @@ import pytest
 
 import recllm
 from recllm import sessions
+from recllm.bundle import seal
 from recllm.data import Query
 from recllm.errors import RecllmError
 from recllm.files import read_json, write_json
@@ -404,3 +405,20 @@ def test_a_history_has_each_item_as_often_as_in_training(bundle, rule, once, mon
     rated = bundle.learnt(Query(tuple(given), "u", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)))
     assert rated.history == tuple(once)
     assert rated.ratings == ((1.0, 2.0, 5.0) if rule == "first" else (4.0, 5.0, 6.0))
+
+
+def test_a_scorer_is_no_path_out_of_the_bundle(tiny_bundle, tmp_path):
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest | {"scorers": {"../side/lm": "sequence"}})
+    with pytest.raises(RecllmError, match=r"has a scorer '../side/lm', which is no name of a file in it"):
+        recllm.load(folder)
+
+
+def test_a_bundle_whose_files_contradict_each_other_is_told(tiny_bundle, tmp_path):
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    facts = read_json(folder / "fusion.json")
+    write_json(folder / "fusion.json", facts | {"of_a_later_version": 1})
+    seal(folder, {key: own for key, own in read_json(folder / "manifest.json").items() if key not in ("files", "made")})
+    with pytest.raises(RecllmError, match=r"its files do not go together \(TypeError: .*of_a_later_version"):
+        recllm.load(folder)
