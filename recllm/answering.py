@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from recllm import __version__
-from recllm.batch import Job, Summary, rank_file, recommend_file, score_file, score_items_file
+from recllm.batch import Job, Summary, digest_of, rank_file, recommend_file, score_file, score_items_file
 from recllm.bundle import MANIFEST, read_manifest, read_steadily
 from recllm.commands import TRAINING, mapping, needs, say, tell
 from recllm.data import Catalog, Query, read_interactions, read_items
@@ -23,6 +23,7 @@ from recllm.query_rows import history_items
 from recllm.ranker import Ranker, TwoStage, behind, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
 from recllm.recipes import find_recipe
+from recllm.removing import item_ids, remove_items
 from recllm.runtime import Recommender, load
 from recllm.shortlist import EXACT
 
@@ -90,6 +91,8 @@ class Stages:
     top: int
     weight: float
     seconds: float | None
+    only: frozenset[str] | None = None
+    without: frozenset[str] = frozenset()
 
     def open(self) -> TwoStage | Recommender:
         """Load what is named. A batch has no returning users, and kept histories could change last digits.
@@ -98,8 +101,10 @@ class Stages:
             RecllmError: no bundle of its kind, or the provider is not there.
         """
         recommender = load(self.bundle, provider=self.provider, threads=self.threads, index=self.index)
+        if self.only is not None or self.without:
+            recommender = recommender.restricted(only=self.only, without=self.without)
         if self.index != EXACT:
-            found = recommender.recall(k=min(10, len(recommender.index)))
+            found = recommender.recall(k=min(10, recommender.most))
             sys.stderr.write(
                 f"The index '{self.index}' gives {100 * found:.1f} % of the exact ten best after "
                 "histories of one item\n"
@@ -130,6 +135,9 @@ def recommend_rows(stages: Stages, job: Job, k: int, *, exclude_seen: bool | Non
     job = job.knowing(bundle=digests[0], provider=stages.provider, threads=stages.threads, recllm=__version__)
     if stages.index != EXACT:
         job = job.knowing(index=stages.index)
+    for name in ("only", "without"):
+        if ids := getattr(stages, name):
+            job = job.knowing(**{name: digest_of(sorted(ids))})
     if stages.ranker is not None:
         job = job.knowing(ranker=digests[1], top=stages.top, weight=stages.weight, seconds=stages.seconds)
         job = job.by(RANKED_TOGETHER)
@@ -181,6 +189,17 @@ def add_to_bundle(
     given = mapping(columns, "--item-column")
     added = add_items(bundle, items, target, columns=given, provider=provider, overwrite=overwrite, say=tell)
     say(f"{added:,} items added; the bundle is {target}")
+
+
+def remove_from_bundle(bundle: Path, items: Path, columns: Sequence[str]) -> None:
+    """Leave the items of a file out of all lists of a bundle."""
+    removed = remove_items(bundle, items, columns=mapping(columns, "--item-column"), say=tell)
+    say(f"{removed:,} items are in no list of {bundle} any more; recllm items add brings one back")
+
+
+def listed_ids(bundle: Path, file: Path | None) -> frozenset[str] | None:
+    """The ids in a file of items, under the names that the bundle's run was told of; None without a file."""
+    return None if file is None else frozenset(item_ids(file, read_manifest(bundle, verify=False)))
 
 
 def score_candidates(bundle: Path, job: Job, provider: str) -> None:

@@ -132,7 +132,7 @@ class Job:
         """What its answers depend on."""
         users = None
         if self.histories is not None:
-            users = _digest(f"{user} {query.history} {query.ratings}" for user, query in self.histories.items())
+            users = digest_of(f"{user} {query.history} {query.ratings}" for user, query in self.histories.items())
         part, parts = self.shard
         return {
             "rows": sha256_of(self.source),
@@ -296,7 +296,7 @@ def score_items_file(scorer: Scorer, items: ItemIndex, known: ItemIndex, job: Jo
         scores = scorer.score([row.query for row in rows], items)
         return _pairs(rows, items, [every] * len(rows), {"score": scores})
 
-    work = {"work": "score items", "items": _digest(items.ids)}
+    work = {"work": "score items", "items": digest_of(items.ids)}
     return _run(job.knowing(**work), known, answer, PAIRS, need=(), unknown=NO_HISTORY, ratings=True)
 
 
@@ -405,7 +405,7 @@ def _answered(answer: Answer, rows: Sequence[QueryRow]) -> Answers:
     return Answers.joined([_answered(answer, rows[:half]), _answered(answer, rows[half:])])
 
 
-def _digest(texts: Iterable[str]) -> str:
+def digest_of(texts: Iterable[str]) -> str:
     """The first 16 digits of the sha256 of some texts, in their order."""
     digest = hashlib.sha256()
     for text in texts:

@@ -259,6 +259,7 @@ def export(
         "recllm recommend runs/films/bundle-int8 users.jsonl --out recommendations.parquet",
         "recllm recommend runs/films/bundle-int8 ids.csv --interactions log.csv --out recommendations.csv",
         "recllm recommend runs/films/bundle-int8 users.jsonl --out recommendations.parquet --new-items 1",
+        "recllm recommend runs/films/bundle-int8 users.jsonl --out recommendations.parquet --without expired.csv",
         "recllm recommend runs/films/bundle-int8 --history '50 181' --ranker runs/judge/bundle-fp32 --rank-top 50",
     )
 )
@@ -289,6 +290,12 @@ def recommend(
     rank_seconds: Annotated[
         float | None, typer.Option(help="The most seconds per user; the answer then depends on the machine.")
     ] = None,
+    only: Annotated[
+        Path | None, typer.Option(metavar="ITEMS", help="A file of the items that lists may have, as what is in stock.")
+    ] = None,
+    without: Annotated[
+        Path | None, typer.Option(metavar="ITEMS", help="A file of items that lists must not have.")
+    ] = None,
     interactions: Log = None,
     column: Column = None,
     shard: Shard = "1/1",
@@ -318,6 +325,8 @@ def recommend(
         top=rank_top,
         weight=rank_weight,
         seconds=rank_seconds,
+        only=answering.listed_ids(bundle, only),
+        without=answering.listed_ids(bundle, without) or frozenset(),
     )
     exclude_seen = None if include_seen is None else not include_seen
     if history is not None:
@@ -409,6 +418,27 @@ def add(
     from recllm import answering
 
     answering.add_to_bundle(bundle, source, out or bundle, item_column or [], provider, overwrite=overwrite)
+
+
+@items.command(
+    epilog=example(
+        "recllm items remove runs/films/bundle-int8 expired.csv", "recllm items remove runs/films/bundle-int8 sold.txt"
+    )
+)
+def remove(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="ITEMS", help="Their ids: a file of items, or .txt with one to a line.")
+    ],
+    item_column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="item_id=THEIRS", help="Which column of ITEMS has the ids; by default as in training."),
+    ] = None,
+) -> None:
+    """Leave items out of all lists from the next call on. Histories still have them; `items add` brings one back."""
+    from recllm import answering
+
+    answering.remove_from_bundle(bundle, source, item_column or [])
 
 
 @app.command(

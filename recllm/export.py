@@ -32,6 +32,7 @@ from recllm.prompts import CompiledPrompt
 from recllm.quantise import quantise, write_quantisation
 from recllm.rankexport import export_ranker
 from recllm.recipes import find_recipe
+from recllm.removing import REMOVED
 from recllm.runs import Run
 from recllm.runtime import VECTORS
 from recllm.sequence import NextItemModel
@@ -155,16 +156,17 @@ def _all(run: Run, task: Task, loaded: dict[str, ExportRecipe], say: Say) -> lis
 
 
 def _check_not_grown(folder: Path) -> None:
-    """Check that no added item would be lost.
+    """Check that no added item would be lost, and none that was removed come back.
 
     Raises:
-        RecllmError: items were added to the bundle that is there, or nobody can tell.
+        RecllmError: items were added to the bundle that is there, or removed from it, or nobody can tell.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return
     try:  # whatever the format: also a bundle of another recllm may have grown
-        added = read_json(path).get("items_added", 0)
+        manifest = read_json(path)
+        added, removed = manifest.get("items_added", 0), len(manifest.get(REMOVED, ()))
     except (ValueError, AttributeError):
         raise RecllmError(
             f"{path} is damaged, so that nobody can tell whether items were added to the bundle after it was made. "
@@ -174,6 +176,11 @@ def _check_not_grown(folder: Path) -> None:
         raise RecllmError(
             f"{added:,} items were added to '{folder}' after it was made, and a new export would not have them. Rename "
             "it, or export with --overwrite and add them again: recllm items add"
+        )
+    if removed:
+        raise RecllmError(
+            f"{removed:,} items were removed from the lists of '{folder}', and a new export would recommend them again. "
+            "Rename it, or export with --overwrite and remove them again: recllm items remove"
         )
 
 

@@ -20,6 +20,7 @@ from recllm.graphscorer import TableScorer
 from recllm.likelihood import Likelihood
 from recllm.neighbours import Neighbours
 from recllm.priors import Popularity, TextSimilarity
+from recllm.removing import REMOVED
 from recllm.runtime import VECTORS, Recommender, load
 
 Say = Callable[[str], None]
@@ -39,7 +40,8 @@ def add_items(
 ) -> int:
     """Write the bundle `target`: `source` with the items of a file, known by their text alone.
 
-    Items that the bundle has already are left as they are; items without text and columns that its catalogue has not
+    Items that the bundle has already are left as they are, but for those that were removed from its lists, which come
+    back; items without text and columns that its catalogue has not
     are left out.
 
     Args:
@@ -53,7 +55,7 @@ def add_items(
         say: gets a line for everything that is doubtful in the file or passed over.
 
     Returns:
-        How many items were added.
+        How many items were added, or came back.
 
     Raises:
         RecllmError: not a bundle, a bundle without an item encoder, a file that cannot be read, a target that is no
@@ -81,9 +83,11 @@ def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | N
     before = state(source)
     recommender = load(source, provider=provider)
     manifest = read_manifest(source, verify=False)
-    records = _new_records(source, items, recommender.catalog, manifest, columns, say)
+    records, back = _new_records(source, items, recommender.catalog, manifest, columns, say)
     grown = recommender.with_items(records)
     facts = {key: value for key, value in manifest.items() if key not in SEALED}
+    if back:
+        facts[REMOVED] = sorted(frozenset(facts[REMOVED]).difference(back))
     with new_bundle(target, facts | {"items_added": facts.get("items_added", 0) + len(records)}) as part:
         for path in sorted(source.rglob("*")):
             name = path.relative_to(source)
@@ -95,7 +99,7 @@ def _add(source: Path, items: Path, target: Path, columns: Mapping[str, str] | N
             raise RecllmError(
                 f"'{source}' was replaced while items were added to it. Nothing was written; add them again."
             )
-    return len(records)
+    return len(records) + len(back)
 
 
 def _new_records(
@@ -105,8 +109,8 @@ def _new_records(
     manifest: Mapping[str, Any],
     columns: Mapping[str, str] | None,
     say: Say,
-) -> list[dict[str, str]]:
-    """What a file says of the items that a bundle does not have, in the columns that it has."""
+) -> tuple[list[dict[str, str]], list[str]]:
+    """What a file says of the items that a bundle does not have, in the columns that it has; and which come back."""
     ours = list(dict.fromkeys(["item_id", *known.frame.columns]))
     for column in columns or {}:
         if column not in ours:
@@ -114,21 +118,28 @@ def _new_records(
     found = read_items(items, columns={**told_columns(items, manifest, "item_columns"), **(columns or {})}, say=say)
     new = [_fitting(found, item, known) for item in found.ids if item not in known]
     records = [record for record in new if len(record) > 1]
-    if not new:
-        raise RecllmError(f"{items} has no item that '{source}' does not have already; nothing was written.")
-    if not records:
+    removed = frozenset(manifest.get(REMOVED, ()))
+    back = [item for item in found.ids if item in removed]
+    if back:
+        say(f"{len(back):,} items were removed, and are recommended again, with the text that the bundle has of them")
+    if not new and not back:
+        raise RecllmError(
+            f"{items} has no item that '{source}' does not have already; nothing was written. Another text of an item "
+            "is read where it comes under another id, or when the bundle is exported again."
+        )
+    if new and not records and not back:
         raise RecllmError(
             f"Of {len(new):,} items of {items} that '{source}' does not have, none has text in a column that it knows: "
             f"the file has {', '.join(found.frame.columns)}, the bundle {', '.join(known.frame.columns)}. Say which is "
             "which by --item-column OURS=THEIRS; nothing was written."
         )
-    if there := len(found.ids) - len(new):
+    if there := len(found.ids) - len(new) - len(back):
         say(f"{there:,} items are in the bundle already, and are left as they are there")
     if left := [name for name in found.frame.columns if name not in ours]:
         say(f"Columns that the bundle has not, left out: {', '.join(left)}")
     if untold := len(new) - len(records):
         say(f"{untold:,} items have no text, without which nothing recommends them, and are left out")
-    return records
+    return records, back
 
 
 def told_columns(file: Path, manifest: Mapping[str, Any], key: str) -> dict[str, str]:

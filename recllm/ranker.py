@@ -271,7 +271,7 @@ class TwoStage:
         """
         self.recommender.check_k(k, new_items)
         queries = [self.recommender.learnt(query) for query in _queries(histories, ratings)]
-        depth = min(max(self.top, k), len(self.recommender.index))
+        depth = min(max(self.top, k), self.recommender.most)
         first = self.recommender.recommend(histories, depth, exclude_seen=exclude_seen, new_items=new_items)
         if self.top < depth:
             first = self._led(first, min(new_items, self.top))

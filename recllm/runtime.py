@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ from recllm.shortlist import EXACT, LISTED, Shortlist, check_kind, recall
 from recllm.vectors import Standard
 
 USERS_IN_BATCH = 64
+MOST_BARRED = 10_000
+"""Items left out of all lists that go with an index, which lists as many more for every user."""
 PLACES_AT_ONCE = 65_536
 """The most places of all users' lists in one call: each takes a copy of its item's vectors."""
 SAMPLED = 64
@@ -89,7 +91,7 @@ def check_histories(histories: Sequence[Sequence[str]]) -> None:
             raise RecllmError(f"The history at {place} has {wrong!r:.60}, and item ids are text: str({wrong!r:.60}).")
 
 
-def check_items(items: Sequence[str]) -> None:
+def check_items(items: Collection[str]) -> None:
     """Check that items are a list of ids.
 
     Raises:
@@ -140,6 +142,7 @@ class Recommender:
         manifest: Mapping[str, Any],
         kind: str = EXACT,
         threads: int = 0,
+        left_out: Collection[str] = (),
     ) -> None:
         self.catalog, self.scorers, self.fusion = catalog, dict(scorers), fusion
         self.item_counts, self.manifest = dict(item_counts), manifest
@@ -151,6 +154,13 @@ class Recommender:
         self._kind, self._threads = kind, threads
         prepared = prepare(fusion, vectors, counts, {own.name for own in catalogue.get_inputs()})
         self._order, self._places = prepared.order, prepared.places
+        self._left_out = frozenset(left_out)
+        self._barred = self._places[self.index.known(sorted(self._left_out))]
+        if kind != EXACT and len(self._barred) > MOST_BARRED:
+            raise RecllmError(
+                f"{len(self._barred):,} items are left out of all lists, and an index lists them and as many more for "
+                f"every user: up to {MOST_BARRED:,} go with the index '{kind}'. Leave it out, or export without them."
+            )
         new = np.append(counts < fusion.few, False)  # the last one stands for place −1
         self._new_places = np.flatnonzero(new[self._order])
         self._shortlist: Shortlist | None = None
@@ -232,9 +242,11 @@ class Recommender:
         for name, count in (("k", k), ("new_items", new_items)):
             if isinstance(count, bool) or not isinstance(count, int | np.integer):
                 raise RecllmError(f"{name}={count!r} is not possible: a whole number is expected.")
-        if not 1 <= k <= len(self.index):
+        there = self.most
+        if not 1 <= k <= there:
+            left_out = f", of which {len(self._barred):,} are left out" if len(self._barred) else ""
             raise RecllmError(
-                f"k={k} is not possible: the catalogue has {len(self.index):,} items. Take 1 to that many."
+                f"k={k} is not possible: the catalogue has {len(self.index):,} items{left_out}. Take 1 to {there:,}."
             )
         if not 0 <= new_items <= k:
             raise RecllmError(f"{new_items} new items do not go into a list of {k}. Take 0 to {k}.")
@@ -296,6 +308,7 @@ class Recommender:
         places = None
         if self._shortlist is not None:
             own = max(LISTED, 2 * k) + np.array([len(query.history) * exclude_seen for query in queries])
+            own += len(self._barred)
             n_user = evidence(queries, ItemIndex(()), self.item_counts)[0]
             places = self._shortlist.find(vectors, n_user, own)
         return self._ranked(queries, vectors, k, exclude_seen, places)
@@ -311,7 +324,10 @@ class Recommender:
         only_new: bool = False,
     ) -> Lists:
         """The best among all items, or among those `listed` per query (places, −1 none), and of them the new ones."""
-        seen = [self._places[self.index.known(query.history if exclude_seen else ())] for query in queries]
+        seen = [
+            np.append(self._places[self.index.known(query.history if exclude_seen else ())], self._barred)
+            for query in queries
+        ]
         feeds, order = self._feeds, self._order
         if self._shortlist is not None and listed is not None:
             places = self._shortlist.together(listed)
@@ -393,11 +409,44 @@ class Recommender:
             fused, parts = self.fusion.fuse(own, *counts)
             if self.fusion.network is not None:
                 barred = np.isnan(mask_seen(fused, queries, self.index)) if exclude_seen else None
+                if len(self._barred):
+                    barred = np.zeros(fused.shape, dtype=bool) if barred is None else barred
+                    barred[:, self._order[self._barred]] = True
                 fused, parts = self.fusion.reordered(fused, parts, *counts, barred)
             scores[place] = fused[:, rows]
             for name, share in parts.items():
                 shares[name][place] = share[:, rows]
         return scores, shares
+
+    @property
+    def most(self) -> int:
+        """How many items a list may have."""
+        return len(self.index) - len(self._barred)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Ids of items that are in no list: those that were removed from the bundle, and what `restricted` names."""
+        return self._left_out
+
+    def restricted(self, *, only: Collection[str] | None = None, without: Collection[str] = ()) -> "Recommender":
+        """The same recommender whose lists have only some items; the others still count in histories.
+
+        Scores stay what they are: a list is the one of the whole catalogue with items left out.
+
+        Args:
+            only: ids of the items that lists may have; None for all.
+            without: ids of items that they have not. Ids that the catalogue has not are passed over.
+
+        Raises:
+            RecllmError: no item is left, or what is given is no list of ids.
+        """
+        every = frozenset(self.index.ids)
+        for given in (only, without):
+            check_items(() if given is None else given)
+        left_out = self._left_out.union(without, () if only is None else every.difference(only))
+        if every <= left_out:
+            raise RecllmError("No item of the catalogue would be left to recommend. Name others.")
+        return self._with(self.catalog, self.scorers, self.fusion, left_out)
 
     def with_fusion(self, fusion: Fusion) -> "Recommender":
         """The same recommender with another fusion of the same scorers."""
@@ -422,7 +471,13 @@ class Recommender:
             scorers["likelihood"] = told.grown(ItemIndex(catalog.ids), self._name_reader(new))
         return self._with(catalog, scorers, self.fusion)
 
-    def _with(self, catalog: Catalog, scorers: Mapping[str, VectorScorer], fusion: Fusion) -> "Recommender":
+    def _with(
+        self,
+        catalog: Catalog,
+        scorers: Mapping[str, VectorScorer],
+        fusion: Fusion,
+        left_out: Collection[str] | None = None,
+    ) -> "Recommender":
         return Recommender(
             catalog=catalog,
             scorers=scorers,
@@ -435,6 +490,7 @@ class Recommender:
             manifest=self.manifest,
             kind=self._kind,
             threads=self._threads,
+            left_out=self._left_out if left_out is None else left_out,
         )
 
 
@@ -499,6 +555,7 @@ def _load(place: Path, provider: str, threads: int, index: str) -> Recommender:
         manifest=manifest,
         kind=index,
         threads=threads,
+        left_out=manifest.get("removed", ()),
     )
 
 

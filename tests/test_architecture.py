@@ -19,8 +19,8 @@ TORCH_FREE = [
     "likeness", "expectation", "ratedneighbours", "windows", "vectors", "control", "encoding", "pointwise", "fitting",
     "reordering", "fusion", "weighing", "newitems", "trainernames", "runs", "resuming", "idle", "tasks", "fading",
     "pairs", "protocols", "bundle", "hub", "catalogue", "sessions", "graphfiles", "graphscorer", "arriving",
-    "shortlist", "reserved", "runtime", "onnxreader", "ranker", "growing", "rowfiles", "query_rows", "sheets", "parts",
-    "batch", "distributed", "doctor", "charts", "report",
+    "shortlist", "reserved", "runtime", "onnxreader", "ranker", "removing", "growing", "rowfiles", "query_rows",
+    "sheets", "parts", "batch", "distributed", "doctor", "charts", "report",
 ]
 TORCH = [
     "devices", "softmax", "sequence", "heads", "softtokens", "judgedloss", "lightjudge", "bottleneck", "loftq",

@@ -14,7 +14,7 @@ import recllm
 from recllm.bundle import read_manifest, seal
 from recllm.collaborative import load_collaborative
 from recllm.errors import RecllmError
-from recllm.export import export_run
+from recllm.export import _check_not_grown, export_run
 from recllm.files import alone, read_json, write_json
 from recllm.growing import SEALED, add_items
 from recllm.heads import borrowed_heads
@@ -140,6 +140,16 @@ def test_a_bundle_that_is_replaced_meanwhile_is_not_mixed_with_the_new_one(
         add_items(place, new_items, place)
     assert read_manifest(place)["name"] == "other"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "gone", "new.csv"]
+
+
+def test_an_export_brings_no_removed_items_back(tmp_path):
+    folder = tmp_path / "bundle-fp32"
+    folder.mkdir()
+    write_json(folder / "manifest.json", {"removed": ["0", "7"]})
+    with pytest.raises(RecllmError, match=r"2 items were removed from the lists of .*recllm items remove"):
+        _check_not_grown(folder)
+    write_json(folder / "manifest.json", {"removed": []})
+    _check_not_grown(folder)
 
 
 def test_an_export_waits_for_who_adds_items(tiny_run, tmp_path):

@@ -1,6 +1,8 @@
 """Parts of a batch job: what a kill tears is taken away, so that the job can go on as often as it is killed."""
 
 import json
+import sys
+from functools import partial
 
 import polars as pl
 import pytest
@@ -56,12 +58,15 @@ def test_a_job_without_rows_leaves_the_next_ones_parts_alone(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [3, 700])
-def test_lists_in_lists_are_set_aside_however_deep(depth, tmp_path):
+def test_lists_in_lists_are_set_aside_however_deep(depth, tmp_path, request):
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(1000)  # Python's own: torch's compiler raises it for the process
     row = json.loads("[" * depth + "]" * depth)
     parts = Parts(tmp_path / "out.csv", {}, overwrite=False)
     parts.add(None, [{"line": 1, "reason": "bad", "row": row}], Counts(rejected=1))
     parts.refuse(tmp_path / "rejects")
     found = json.loads((tmp_path / "rejects").read_text(encoding="utf-8"))
+    parts.remove()
     assert found == {"line": 1, "reason": "bad", "row": row if depth == 3 else "too deep to be written"}
     parts.remove()
 

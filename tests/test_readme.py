@@ -48,6 +48,7 @@ def place(tmp_path_factory, checkerboard):
     (folder / "films.toml").write_text(f"{head}{SMALL}[train]{tail}", encoding="utf-8")
     checkerboard.catalog.frame.write_csv(folder / "items.csv")
     (folder / "new.csv").write_text("item_id,title,genres\nn1,Red film 91,Drama\nn2,Blue film 92,Comedy\n", "utf-8")
+    (folder / "expired.csv").write_text("item_id\n5\n", encoding="utf-8")
     rows = ['{"user_id": "a", "history": ["0", "2", "4"]}', '{"user_id": "b", "history": ["1", "3"]}']
     (folder / "users.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder

@@ -87,7 +87,7 @@ def test_distances_make_no_difference_until_that_is_learnt():
     plain, near = light(), light(relative=True)
     near.load_state_dict(plain.state_dict(), strict=False)
     history = [3, 1, 4, 1]
-    assert query_vectors(near, history) == pytest.approx(query_vectors(plain, history), abs=1e-6)
+    assert query_vectors(near, history) == pytest.approx(query_vectors(plain, history), abs=1e-5)
     near.train()(**batch(history))["loss"].backward()
     learnt = near.body.blocks[0].relative.bias.weight.grad.abs().sum(dim=1)
     assert (learnt[:3] > 0).all()
