@@ -18,7 +18,7 @@ from recllm.data.tables import open_table
 from recllm.errors import RecllmError, unknown
 from recllm.files import sha256_of
 from recllm.growing import add_items, told_columns
-from recllm.prompts import load_prompt
+from recllm.prompts import UNREAD_COLUMNS, load_prompt
 from recllm.query_rows import history_items
 from recllm.ranker import Ranker, TwoStage, behind, is_ranker, load_ranker
 from recllm.ranking import ItemIndex
@@ -259,6 +259,8 @@ def score_zero_shot(
     both = pl.concat([new.frame, known.frame], how="diagonal").unique("item_id", keep="first", maintain_order=True)
     catalog = Catalog(both)
     scorer = zero_shot_scorer(model, prompt, catalog, tell, like_at=like_at)
+    if unread_columns := load_prompt(prompt).unread(catalog):
+        tell(UNREAD_COLUMNS.format(prompt, ", ".join(unread_columns)))
     marks = load_prompt(prompt).liked or load_prompt(prompt).disliked
     if like_at is not None and not marks:
         raise RecllmError(

@@ -81,6 +81,10 @@ class Summary(Counts):
         """Readable text."""
         rate = self.here / max(self.seconds, 1e-9)
         lines = [f"{target}: {self.written:,} lines for {self.answered:,} users, {rate:,.0f} users/s"]
+        if self.nameless:
+            lines.append(
+                f"{self.nameless:,} rows have no column 'user_id', or nothing in it, and are named by their lines"
+            )
         if self.unknown:
             lines.append(f"{self.unknown:,} item ids are not in the catalogue and were passed over")
         if self.strangers:
@@ -456,6 +460,7 @@ def _checked(
         refuse(unknown if row.history else NO_EVENT)
         return None
     counts.strangers += stranger
+    counts.nameless += row.user_id == f"line {row.line}"
     counts.unknown += strange + known.count(False)
     return row
 

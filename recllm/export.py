@@ -179,8 +179,8 @@ def _check_not_grown(folder: Path) -> None:
         )
     if removed:
         raise RecllmError(
-            f"{removed:,} items were removed from the lists of '{folder}', and a new export would recommend them again. "
-            "Rename it, or export with --overwrite and remove them again: recllm items remove"
+            f"{removed:,} items were removed from the lists of '{folder}', and a new export would recommend them "
+            "again. Rename it, or export with --overwrite and remove them again: recllm items remove"
         )
 
 

@@ -35,6 +35,7 @@ class Counts:
         written: rows of the output.
         unknown: item ids that the catalogue does not have; they were passed over.
         strangers: answered rows whose history has items, none of which the catalogue has.
+        nameless: answered rows without a user id.
     """
 
     answered: int = 0
@@ -42,6 +43,7 @@ class Counts:
     written: int = 0
     unknown: int = 0
     strangers: int = 0
+    nameless: int = 0
 
     def add(self, other: "Counts") -> None:
         """Take the other's rows in."""

@@ -28,6 +28,7 @@ from recllm.lm import load_config, load_tokenizer, model_folder, stream_width
 from recllm.loop import Stage, stage_trainer
 from recllm.nextitem import language_stage, light_stage
 from recllm.preflight import check_names
+from recllm.prompts import UNREAD_COLUMNS, load_prompt
 from recllm.protocols import evaluation_protocol
 from recllm.recovery import LESS, LIGHT
 from recllm.runs import Run
@@ -144,6 +145,10 @@ def plan_run(run: Run, say: Say) -> Plan:
     features = random_features(run, task)
     costs, examples = [], []
     judges = run.model.task == "relevance"
+    if judges and run.model.name != "none":
+        prompt = run.prompt_file("relevance")
+        if left := load_prompt(prompt).unread(task.dataset.catalog):
+            say(UNREAD_COLUMNS.format(prompt, ", ".join(left)))
     if run.light.num_train_epochs:
         light = (
             light_judge_stage(run, task, features)

@@ -28,6 +28,11 @@ MISSPELT = 0.92
 """So like a column (difflib's ratio) is no other one: `descripton`, but not `genre` beside `genres`."""
 
 
+UNREAD_COLUMNS = (
+    "The prompt '{}' does not read the items' {}. A prompt of your own does that names them, or {{text}} for all of "
+    "them: copy the shipped one from prompts/ and change 'item' (prompts/README.md)"
+)
+"""What is said of columns with text that a prompt leaves out."""
 RELEVANCE_KEYS = ("candidate", "max_candidate_tokens", "empty_history", "liked", "disliked")
 """Keys that say nothing in a prompt of another task."""
 
@@ -105,6 +110,15 @@ class Prompt(Settings):
                         hint = f"Put it in brackets to drop it where it is missing: '[{{{part.name}}}]'."
                         raise unknown(f"column in the prompt's item format '{template}':", part.name, columns, hint)
             self._check_written(template, catalog)
+
+    def unread(self, catalog: Catalog) -> list[str]:
+        """Columns of `catalog` with text that no item of a history nor any candidate is written with."""
+        own = [
+            part for text in (self.item, self.candidate or self.item) for seg in split_item(text) for part in seg.parts
+        ]
+        named = {part.name for part in own if isinstance(part, Slot)}
+        filled = [name for name in catalog.text_columns if catalog.frame[name].null_count() < len(catalog)]
+        return [] if REST in named else [name for name in filled if name not in named]
 
     @staticmethod
     def _check_written(template: str, catalog: Catalog) -> None:

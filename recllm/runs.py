@@ -38,6 +38,10 @@ PACKAGES = (
 )
 
 
+MOST_NAMED = 12
+"""Runs that a message names."""
+
+
 class DataSettings(Settings):
     """`[data]`: where interactions and items come from, and how they are split."""
 
@@ -408,7 +412,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     folder = path.resolve() if path.is_dir() else None
     file = path / FILE if folder else path
     if not file.is_file():
-        raise RecllmError(f"There is no run file '{file}'. `recllm quickstart` writes one to start from.")
+        raise RecllmError(f"There is no run file '{file}'. {_beside(path)}")
     values = read_toml(file)
     if folder:
         values |= {"name": path.name or folder.name, "output": str(path.parent if path.name else folder.parent)}
@@ -420,6 +424,16 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         set_key(values, override)
     return parse(Run, values, str(path))
+
+
+def _beside(path: Path) -> str:
+    """What may have been meant where there is no run."""
+    if (path / "manifest.json").is_file():
+        return f"'{path}' is a bundle; its run is the folder that it was exported into."
+    runs = sorted(own.parent.name for own in path.parent.glob(f"*/{FILE}"))
+    if runs:
+        return f"Runs in '{path.parent}': {', '.join(runs[:MOST_NAMED])}{', …' * (len(runs) > MOST_NAMED)}."
+    return "Write one (README, or all keys in docs/run-file.md), or let `recllm quickstart` write one and train it."
 
 
 def as_begun(values: dict[str, Any]) -> dict[str, Any]:

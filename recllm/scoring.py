@@ -199,6 +199,12 @@ def fit_fusion(run: Run, task: Task, parts: Collaborative, say: Say) -> None:
     say(f"The fusion is {_chosen(fusion, metric)}")
     if language in scores:
         say(f"Without '{language}' it is {_chosen(without, metric)}")
+        mine, others_own = (own.candidates.get(own.chosen) for own in (fusion, without))
+        if mine is not None and others_own is not None and mine <= others_own:
+            say(
+                f"So '{language}' adds nothing there. Train it for more steps, or do without it "
+                '(model.name = "none"), which makes a smaller and faster bundle'
+            )
 
 
 def _leave_former(folder: Path, settings: Path, wanted: Mapping[str, Any], say: Say) -> None:

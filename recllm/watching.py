@@ -135,6 +135,8 @@ class StepLines(TrainerCallback):
     ) -> None:
         """Begin to count; a resumed run counts what is left."""
         self.progress = Progress(state.max_steps - state.global_step, f"{self.scorer} steps", self.say)
+        if state.global_step:
+            self.say(f"Going on behind step {state.global_step:,} of {state.max_steps:,} of '{self.scorer}'")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Count a step."""

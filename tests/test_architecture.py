@@ -32,7 +32,7 @@ TORCH = [
     "tuning", "commands", "answering",
 ]
 # fmt: on
-ORDER = [*TORCH_FREE, *TORCH, "cli"]
+ORDER = [*TORCH_FREE, *TORCH, "cli", "__main__"]
 
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc", "core"}

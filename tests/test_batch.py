@@ -641,3 +641,11 @@ def test_the_first_reason_is_known_to_who_goes_on(tmp_path):
     again = Parts(tmp_path / "out.csv", {"a": 1}, overwrite=False)
     assert again.first == "line 7: bad"
     again.close()
+
+
+def test_rows_that_are_named_by_their_lines_are_counted(tmp_path, recommender):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    source.write_text('{"email": "a@x.de", "history": ["0"]}\n{"user_id": "b", "history": ["0"]}\n', encoding="utf-8")
+    summary = recommend_file(recommender, Job(source, target), k=1)
+    assert summary.nameless == 1
+    assert "1 rows have no column 'user_id', or nothing in it, and are named by their lines" in summary.lines(target)[1]

@@ -137,7 +137,7 @@ MISTAKES = {
     # the run file
     "there is no run file": (
         lambda s: ["train", s.out("films.toml")],
-        r"There is no run file '.*films\.toml'\. `recllm quickstart` writes one",
+        r"There is no run file '.*films\.toml'\. Write one .*`recllm quickstart` write one",
     ),
     "the run file is not TOML": (
         lambda s: ["train", s.write("run.toml", "[data\nname = 1\n")],
@@ -223,7 +223,7 @@ MISTAKES = {
     ),
     "k is larger than the catalogue": (
         lambda s: ["recommend", str(s.bundle), "--history", "0 2", "-k", "25"],
-        r"k=25 is not possible: the catalogue has 24 items\. Take 1 to that many",
+        r"k=25 is not possible: the catalogue has 24 items\. Take 1 to 24",
     ),
     "more places for new items than there are": (
         lambda s: ["recommend", str(s.bundle), "--history", "0 2", "-k", "3", "--new-items", "4"],

@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from recllm.data import Catalog, Query
+from recllm.data import Catalog, Query, read_items
 from recllm.errors import RecllmError
 from recllm.prompts import CompiledPrompt, Prompt, compile_prompt, load_prompt
 from recllm.recipes import recipe_names
@@ -439,3 +439,13 @@ def test_the_checkerboard_is_one(checkerboard, rated_checkerboard):
     for user, query in rated_checkerboard.interactions.histories().items():
         liked = [rating > 3 for rating in query.ratings]
         assert liked == [int(item) % 2 == int(user[1:]) % 2 for item in query.history]
+
+
+def test_columns_that_a_prompt_leaves_out_are_known(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title,genres,city,empty\n1,Koch,Gastronomie,Bonn,\n", encoding="utf-8")
+    catalog = read_items(path)
+    shipped = load_prompt("relevance")
+    assert shipped.unread(catalog) == ["city"]
+    assert shipped.model_copy(update={"candidate": "{title} in {city}"}).unread(catalog) == []
+    assert shipped.model_copy(update={"item": "{title}[ ({text})]"}).unread(catalog) == []

@@ -32,7 +32,7 @@ def described(settings):
 def default(field):
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
-        return "needed"
+        return "the file's name"  # of the one key without a default, the run's name
     return "–" if value is None else f"`{as_toml(list(value) if isinstance(value, tuple) else value)}`"
 
 

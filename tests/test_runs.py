@@ -133,7 +133,9 @@ def test_a_missing_data_table_is_named(tmp_path):
 
 
 def test_no_file_and_no_toml(tmp_path):
-    with pytest.raises(RecllmError, match=r"There is no run file '.*x\.toml'\. `recllm quickstart` writes one"):
+    with pytest.raises(
+        RecllmError, match=r"There is no run file '.*x\.toml'\. Write one .*`recllm quickstart` write one"
+    ):
         load_run(tmp_path / "x.toml")
     (tmp_path / "x.toml").write_text("[data\n", encoding="utf-8")
     with pytest.raises(RecllmError, match=r"x\.toml is not valid TOML: .*line 1"):
@@ -235,3 +237,16 @@ def test_the_environment_is_kept(file, tmp_path):
 def test_a_name_that_leaves_the_output_folder_is_refused(file, name):
     with pytest.raises(RecllmError, match=r"a run's name is the name of its folder"):
         load_run(file, [f"name={name}"])
+
+
+def test_what_may_have_been_meant_is_named_where_there_is_no_run(tmp_path):
+    for name in ("films", "shop"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.toml").touch()
+    with pytest.raises(RecllmError, match=r"There is no run file '.*flms'\. Runs in '.*': films, shop\."):
+        load_run(tmp_path / "flms")
+    bundle = tmp_path / "films" / "bundle-int8"
+    bundle.mkdir()
+    (bundle / "manifest.json").touch()
+    with pytest.raises(RecllmError, match=r"bundle-int8' is a bundle; its run is the folder that it was exported into"):
+        load_run(bundle)

@@ -137,7 +137,11 @@ def _with_year(title: pl.Series, year: pl.Series) -> tuple[pl.Series, pl.Series]
 
 def _note_missing(frame: pl.DataFrame, checks: Checks, file: str) -> None:
     lines = frame.filter(pl.col("title").is_null())[LINE]
-    checks.add("warning", "missing_title", "items without title", len(lines), file=file, lines=lines.head(5))
+    way_out = "; name its column (--item-column title=COLUMN, or item_columns under [data])" * (
+        len(lines) == len(frame)
+    )
+    message = f"items without title{way_out}"
+    checks.add("warning", "missing_title", message, len(lines), file=file, lines=lines.head(5))
     texts = [name for name in frame.columns if name not in {LINE, "item_id"}]
     lines = frame.filter(pl.all_horizontal(pl.col(texts).is_null()))[LINE]
     checks.add("warning", "missing_text", "items without any text", len(lines), file=file, lines=lines.head(5))
