@@ -150,7 +150,7 @@ def test_an_empty_history_gets_the_order_of_popularity(bundle):
 
 @pytest.mark.parametrize("k", [0, -1, 25])
 def test_k_has_bounds(bundle, k):
-    with pytest.raises(RecllmError, match=rf"k={k} is not possible: the catalogue has 24 items\. Take 1 to that many"):
+    with pytest.raises(RecllmError, match=rf"k={k} is not possible: the catalogue has 24 items\. Take 1 to 24"):
         bundle.recommend([RED[:2]], k=k)
 
 
