@@ -67,7 +67,8 @@ class Recommendations:
 class Report:
     """All that the page shows, as plain data; an empty part is left out of the page.
 
-    `table` is of all rows and `slices` of some, by what they are; `unknown` says of a metric why no scorer has it.
+    `table` is of all rows and `slices` of some, by what they are; `unknown` says of a metric why no scorer has it, and
+    `ahead` by scorer what the fusion is ahead by.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Report:
     table: Sequence[TableRow] = ()
     slices: Mapping[str, Sequence[TableRow]] = field(default_factory=dict)
     unknown: Mapping[str, str] = field(default_factory=dict)
+    ahead: Mapping[str, str] = field(default_factory=dict)
     weights_by_user: Sequence[WeightCurve] = ()
     weights_by_item: Sequence[WeightCurve] = ()
     users: Sequence[Recommendations] = ()
@@ -101,6 +103,7 @@ def render(report: Report) -> str:
     scale = share_scale(row for part in (*report.users, *report.cold_items) for row in part.rows)
     sections = [
         _section("Metrics", METRICS_NOTE, _metrics(report, colours)),
+        _section("What the fusion is ahead by", AHEAD_NOTE, _pairs(report.ahead)),
         _section("Learning curves", CURVES_NOTE, _curves(report, colours)),
         _section("Fusion weights", WEIGHTS_NOTE, _weights(report, colours)),
         _section("Recommendations", SHARES_NOTE, _lists(report.users, scale, colours)),
@@ -138,6 +141,10 @@ def share_scale(rows: Iterable[Recommended]) -> tuple[float, float]:
 METRICS_NOTE = (
     "Bars begin at zero; whiskers are 95% intervals over users. The best value of a column is bold. Where items are "
     "ranked, a row of which a scorer knows nothing counts as a miss."
+)
+AHEAD_NOTE = (
+    "The fusion less each other row of the table, on the same rows, with the 95 % interval of a paired bootstrap over "
+    "users. Where it reaches below zero, this measurement does not tell the two apart."
 )
 CURVES_NOTE = "Training loss, and the metric on validation."
 WEIGHTS_NOTE = "How much a scorer counts, by how many events are known. Fitted on validation."

@@ -108,16 +108,23 @@ class Table:
 
 def difference_lines(table: Table) -> list[str]:
     """How far the fusion is ahead of every other scorer, on the same rows."""
-    metric = next((name for name in ("NDCG@10", "AUC") if name in table.metrics), table.metrics[0])
-    if "fusion" not in table.scorers:
+    metric, found = differences(table)
+    if not found:
         return []
     lines = [f"fusion less … in {metric} (95 % interval, paired bootstrap over users)"]
-    for name in table.scorers:
+    return lines + [f"  {name:20} {value}  {low} … {high}" for name, (value, low, high) in found.items()]
+
+
+def differences(table: Table) -> tuple[str, dict[str, tuple[str, str, str]]]:
+    """The metric, and by scorer how far the fusion is ahead in it: the difference and the ends of its interval."""
+    metric = next((name for name in ("NDCG@10", "AUC") if name in table.metrics), table.metrics[0])
+    found: dict[str, tuple[str, str, str]] = {}
+    for name in table.scorers if "fusion" in table.scorers else ():
         if name != "fusion":
             figures = table.difference("fusion", name, metric)
             value, low, high = ("–" if math.isnan(each) else f"{each:+.4f}" for each in figures)
-            lines.append(f"  {name:20} {value}  {low} … {high}")
-    return lines
+            found[name] = value, low, high
+    return metric, found
 
 
 def cold_lines(split: str, table: Table) -> list[str]:

@@ -10,7 +10,7 @@ from recllm.outcome import learning_curves
 from recllm.pairs import samples_negatives
 from recllm.reordering import FIRST
 from recllm.report import CurvePoint, Report, TableRow, WeightCurve
-from recllm.results import UNKNOWN, Table
+from recllm.results import UNKNOWN, Table, differences
 from recllm.runs import Run
 from recllm.tasks import Task
 
@@ -69,6 +69,11 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
         table=rows("all"),
         slices={f"{own}: {_counted(table, own)}": rows(own) for own in table.counts if own != "all"},
         unknown={metric: UNKNOWN[metric] for metric in metrics if metric in UNKNOWN and table.lacks(metric)},
+        ahead={
+            f"{scorer}, {metric}": f"{value} ({low} … {high})"
+            for metric, found in [differences(table)]
+            for scorer, (value, low, high) in found.items()
+        },
         weights_by_user=[WeightCurve(own, user_counts.tolist(), by_user[own].tolist()) for own in weighed],
         weights_by_item=[WeightCurve(own, item_counts.tolist(), by_item[own].tolist()) for own in weighed],
     )

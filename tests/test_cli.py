@@ -268,6 +268,9 @@ def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, 
     assert {"popularity", "mf", "lm", "light"} <= set(differences)
     kept = json.loads((tiny_run / "evaluation.json").read_text(encoding="utf-8"))
     assert "test" in kept
+    page = (tiny_run / "evaluation.html").read_text(encoding="utf-8")
+    line = next(line.split() for line in lines if line.startswith("  mf "))
+    assert f"<dt>mf, NDCG@10</dt><dd>{line[1]} ({line[2]} … {line[4]})</dd>" in page
     if not before:
         (tiny_run / "evaluation.json").unlink()
 
