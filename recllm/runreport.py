@@ -70,7 +70,7 @@ def run_report(run: Run, task: Task, table: Table, part: str = "test") -> Report
         slices={f"{own}: {_counted(table, own)}": rows(own) for own in table.counts if own != "all"},
         unknown={metric: UNKNOWN[metric] for metric in metrics if metric in UNKNOWN and table.lacks(metric)},
         ahead={
-            f"{scorer}, {metric}": f"{value} ({low} … {high})"
+            f"{scorer}, {metric}": f"{value} ({low}\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}{high})"
             for metric, found in [differences(table)]
             for scorer, (value, low, high) in found.items()
         },

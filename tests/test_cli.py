@@ -270,7 +270,7 @@ def test_evaluate_prints_the_table_and_the_paired_differences(capsys, tiny_run, 
     assert "test" in kept
     page = (tiny_run / "evaluation.html").read_text(encoding="utf-8")
     line = next(line.split() for line in lines if line.startswith("  mf "))
-    assert f"<dt>mf, NDCG@10</dt><dd>{line[1]} ({line[2]} … {line[4]})</dd>" in page
+    assert f"<dt>mf, NDCG@10</dt><dd>{line[1]} ({line[2]} … {line[4]})</dd>" in page.replace("\N{NO-BREAK SPACE}", " ")
     if not before:
         (tiny_run / "evaluation.json").unlink()
 
