@@ -266,6 +266,7 @@ def train_relevance(
             start_from_data(stage)
         steps = fit(stage, folder=run.folder, say=say, resume=resume, watch=watch)
     values = trained_values(stage.model)
+    process_state().wait_for_everyone()  # where nothing trains, no process may find it done before it has begun
     if process_state().is_main_process:
         save_trained(values, folder / "model.safetensors")
         save_adapter(run, stage.model, values, folder)
