@@ -179,3 +179,13 @@ def test_a_place_in_the_order_may_be_a_duration(tmp_path):
     frame = pl.DataFrame({"user_id": ["u", "u"], "item_id": ["a", "b"], "seq": [2, 1]})
     frame.with_columns(pl.col("seq").cast(pl.Duration("ms"))).write_parquet(path)
     assert read_interactions(path).frame["item_id"].to_list() == ["b", "a"]
+
+
+def test_a_column_of_ratings_without_a_number_is_told_with_the_way_out(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,rating\nu,a,view\nu,b,buy\n", encoding="utf-8")
+    found = read_interactions(path).report.findings
+    (finding,) = [own for own in found if own.code == "bad_rating"]
+    assert (
+        "that is all of them: name another column as rating, or weigh kinds of events by recllm data" in finding.text()
+    )

@@ -144,12 +144,11 @@ def _ratings(column: pl.Series | None, lines: pl.Series, checks: Checks, file: s
     rating = _single(_numbers(column, "rating", len(lines)))
     if column is not None:
         bad = lines.filter(rating.is_null() & column.is_not_null())
-        if len(bad) and rating.is_null().all():
-            raise RecllmError(
-                f"{file}: no rating is a number ('{column.drop_nulls()[0]}' stands first). Name another column "
-                "(--column rating=COLUMN, or columns under [data]); kinds of events are weighed by recllm data join."
-            )
         message = "ratings that are no number, or too large a one, taken as missing"
+        if rating.is_null().all():
+            message += (
+                "; that is all of them: name another column as rating, or weigh kinds of events by recllm data join"
+            )
         checks.add("warning", "bad_rating", message, len(bad), file=file, lines=bad.head(LINES_SHOWN))
     return rating
 
