@@ -441,7 +441,8 @@ def test_killed_while_a_run_is_deleted_the_folder_is_still_that_runs(kills, tiny
     if kills == 4:
         train_run(load_run(folder), resume=True, say=silent)
         now = {path.name for path in folder.iterdir()}
-        assert now == {path.relative_to(folder).parts[0] for path in before}
+        assert now >= {"cf", "scores", "light", "lm", "run.toml", "environment.json", "fusion.json"}
+        assert not any(name.startswith(train.GONE) for name in now)
         for name in ("light", "lm"):
             path = folder / name / "done.json"
             assert path.is_file()
